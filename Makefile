@@ -1,0 +1,37 @@
+# make demo    the main job, from data to COCO AP, in minutes on a CPU
+# make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV ?= .venv
+
+demo: $(VENV)/mmdet
+	$(VENV)/bin/python tools/demo.py
+
+test: $(VENV)/mmdet
+	$(VENV)/bin/python -m pytest
+
+test-onedl: $(VENV)-onedl/onedl
+	$(VENV)-onedl/bin/python -m pytest
+
+lint: $(VENV)/mmdet
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+# A virtual environment is made again when setup.py changes; its last file says that it is complete.
+$(VENV)/mmdet: setup.py
+	$(call environment,$(VENV),mmdet)
+
+$(VENV)-onedl/onedl: setup.py
+	$(call environment,$(VENV)-onedl,onedl)
+
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet $(TORCH)
+	$(1)/bin/pip install --quiet --editable '.[$(2),test]'
+	touch $(1)/$(2)
+endef
+
+clean:
+	rm -rf $(VENV) $(VENV)-onedl
+
+.PHONY: demo test test-onedl lint clean

@@ -1,0 +1,139 @@
+"""Reading checkpoints without running code from them, and refusing those that do not fit the model."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
+
+from .conditioning import require_same_conditioning
+from .errors import InputError
+
+
+def _history_buffer_method(owner: type, name: str):
+    """Stand in for getattr, which MMEngine's pickled HistoryBuffer uses to name its own four statistics."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(f'getattr({owner}, {name!r}) is not a statistic of HistoryBuffer')
+
+
+# What MMEngine's checkpoints hold beside tensors and plain containers: the histories of its logged scalars. None of
+# these runs code of the file's choosing.
+_SAFE_GLOBALS = [
+    HistoryBuffer,
+    (_history_buffer_method, 'builtins.getattr'),
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+    *(
+        (function, f'{module}.multiarray.{function.__name__}')
+        for module in ('numpy.core', 'numpy._core')  # as NumPy 1 and NumPy 2 write it
+        for function in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0])
+    ),
+]
+
+
+def load(path: str | Path, map_location: str | torch.device | None = 'cpu', mmap: bool = False) -> object:
+    """Read a checkpoint: tensors, plain containers and MMEngine's log histories, never code.
+
+    Args:
+        path: a file written by ``torch.save``.
+        map_location: as for ``torch.load``.
+        mmap: map the tensors from disk instead of reading them.
+
+    Raises:
+        InputError: if the file does not exist, is not a checkpoint, is damaged, or would need code to be run.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f'checkpoint {path}: no such file')
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if 'Unsupported global' in str(error) or 'was not an allowed global' in str(error):
+            what = str(error).split('GLOBAL ', 1)[-1].split(' was not', 1)[0]
+            raise InputError(
+                f'checkpoint {path}: holds {what}, which only running code from the file could read; it was not run. '
+                'Save it again with nothing but tensors and plain containers in it.'
+            ) from error
+        raise InputError(f'checkpoint {path}: not a checkpoint written by torch.save, or damaged') from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f'checkpoint {path}: not a checkpoint written by torch.save, or damaged ({error})') from error
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
+    """MMEngine's loader for files: its own cannot read its own checkpoints with weights_only, or reads without it."""
+    return load(filename, map_location)
+
+
+def state_dict_of(checkpoint: object) -> dict[str, Tensor]:
+    """The weights in a checkpoint of MMEngine, or of weights alone, without the prefix of a parallel wrapper.
+
+    Raises:
+        InputError: if there are none.
+    """
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError('holds no weights of a detector: neither a "state_dict" nor weights alone')
+    return {key.removeprefix('module.'): value for key, value in weights.items()}
+
+
+def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
+    """Say how weights do not fit a model: which are missing, not known, or of another shape; '' where they fit.
+
+    Args:
+        model: the model as it is configured.
+        weights: its would-be state dict.
+        part: compare only names that begin so.
+    """
+    own = {k.removeprefix('module.'): v for k, v in model.state_dict().items()}
+    own = {k: v for k, v in own.items() if k.startswith(part)}
+    theirs = {k: v for k, v in weights.items() if k.startswith(part)}
+    faults = {
+        'missing': [k for k in own if k not in theirs and not k.endswith('num_batches_tracked')],
+        'unknown': [k for k in theirs if k not in own],
+        'of another shape': [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
+    }
+    return '; '.join(
+        f'{len(names)} {fault} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+        for fault, names in faults.items()
+        if names
+    )
+
+
+@HOOKS.register_module()
+class CheckpointGuard(Hook):
+    """Stop when a checkpoint does not fit the model, where MMEngine would warn and go on with random weights.
+
+    A test or a resumed training needs every weight. A new training that starts from a checkpoint (``load_from``)
+    needs the backbone's; its heads may be made for other classes.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint with the runner's model.
+
+        Raises:
+            InputError: where they do not fit.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
+        try:
+            weights = state_dict_of(checkpoint)
+            require_same_conditioning(weights, model.state_dict())
+        except InputError as error:
+            raise InputError(f'{name}: {error}') from error
+        fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
+        faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
+        if faults:
+            raise InputError(f'{name} does not fit the configured model: {faults}')

@@ -1,0 +1,66 @@
+"""What tools/train.py and tools/test.py add to MMDetection's own commands: inputs are checked before work starts."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mmdet
+from mmengine.config import Config
+
+from . import checkpoint
+from .errors import InputError
+from .preflight import check_inputs
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an InputError into one line on stderr and exit status 1."""
+    try:
+        yield
+    except InputError as error:
+        sys.exit(f'error: {error}')
+
+
+def run_mmdet_tool(name: str) -> None:
+    """Check what the command line names, then run MMDetection's own tool of that name on it, flags and all.
+
+    Args:
+        name: 'train' or 'test'.
+    """
+    # Whatever scheme a checkpoint is loaded by, its pickle is not to be trusted. Who must, can say 0 here by name.
+    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    tool = runpy.run_path(str(Path(mmdet.__file__).parent / '.mim' / 'tools' / f'{name}.py'))
+    args = tool['parse_args']()
+    with one_line_errors():
+        if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
+            check_arguments(name, args)
+        tool['main']()
+
+
+def check_arguments(name: str, args) -> None:
+    """Check the config, data and checkpoint that the arguments of a tool name.
+
+    Raises:
+        InputError: on the first that cannot be used.
+    """
+    if not Path(args.config).is_file():
+        raise InputError(f'config {args.config}: no such file')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
+    if name == 'test':
+        paths = [args.checkpoint]
+    else:
+        paths = [args.resume if args.resume != 'auto' else None, cfg.get('load_from')]
+    for path in paths:
+        if path and '://' not in path:
+            weights = checkpoint.load(path, mmap=True)
+            try:
+                checkpoint.state_dict_of(weights)
+            except InputError as error:
+                raise InputError(f'checkpoint {path}: {error}') from error

@@ -1,0 +1,106 @@
+"""Mask R-CNN's two compiled mmcv operators, nms and RoIAlign, served by torchvision.
+
+Compiling mmcv is the hardest part of installing MMDetection; torchvision ships both operators, for CPU and CUDA, in
+its wheels. A compiled mmcv takes precedence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+
+import torch
+import torchvision.ops
+from torch import Tensor
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes kept by non-maximum suppression, by falling score.
+
+    Args:
+        boxes: (n, 4), x1 y1 x2 y2.
+        scores: (n,).
+        iou_threshold: boxes that overlap a better one by more than this are dropped.
+        offset: 1 where x2 and y2 are the last pixels inside the box, 0 where they are its edges.
+    """
+    corner = boxes.new_tensor([0, 0, offset, offset])
+    return torchvision.ops.nms(boxes + corner, scores, iou_threshold)
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the pooled features of each region into ``output``, shape (n, C, aligned_height, aligned_width)."""
+    if pool_mode != 1:
+        raise NotImplementedError(_missing("roi_align with pool_mode='max'"))
+    size = (aligned_height, aligned_width)
+    output.copy_(torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Add the gradient of the pooled features to ``grad_input``, shape (B, C, H, W)."""
+    grad_input += torch.ops.torchvision._roi_align_backward(
+        grad_output,
+        rois,
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
+    )
+
+
+def _missing(op: str) -> str:
+    return (
+        f'{op} is a compiled operator of mmcv that spec_mmdet does not provide (it provides nms and RoIAlign through '
+        f'torchvision). Install a compiled mmcv, built for torch {torch.__version__}: '
+        'https://mmcv.readthedocs.io/en/latest/get_started/installation.html'
+    )
+
+
+def _absent_op(name: str) -> Callable:
+    # mmcv looks up every operator when it is imported and calls the few it needs, so that only a call is an error.
+    if name.startswith('__'):
+        raise AttributeError(name)
+
+    def raise_missing(*args, **kwargs):
+        raise NotImplementedError(_missing(name))
+
+    return raise_missing
+
+
+def install() -> None:
+    """Provide ``mmcv._ext``, unless mmcv has been compiled with its own."""
+    if importlib.util.find_spec('mmcv._ext') is not None:
+        return
+    ext = importlib.util.module_from_spec(ModuleSpec('mmcv._ext', loader=None, origin=__file__))
+    ext.__getattr__ = _absent_op
+    ext.nms = nms
+    ext.roi_align_forward = roi_align_forward
+    ext.roi_align_backward = roi_align_backward
+    sys.modules['mmcv._ext'] = ext
