@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +33,23 @@ def run_mmdet_tool(name: str) -> None:
     Args:
         name: 'train' or 'test'.
     """
+    # MMEngine's use of pkg_resources is nothing that its user could put right.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     # Whatever scheme a checkpoint is loaded by, its pickle is not to be trusted. Who must, can say 0 here by name.
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    tool = runpy.run_path(str(Path(mmdet.__file__).parent / '.mim' / 'tools' / f'{name}.py'))
-    args = tool['parse_args']()
+    path = Path(mmdet.__file__).parent / '.mim' / 'tools' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(f'mmdet_{name}', path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    args = tool.parse_args()
+    if getattr(args, 'show_dir', None):
+        # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
+        args.show_dir = str(Path(args.show_dir).resolve())
+    tool.parse_args = lambda: args
     with one_line_errors():
         if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
             check_arguments(name, args)
-        tool['main']()
+        tool.main()
 
 
 def check_arguments(name: str, args) -> None:

@@ -163,7 +163,7 @@ class SpecXCiT(BaseModule):
         norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.
         drop_path_rate: stochastic depth, the same in every block.
         out_indices: the four blocks after which features are taken; by default the ends of the first, second and
-            last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24.
+            last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24. Later blocks are not run.
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
             ``out_indices``. Frozen parts keep their normalisation statistics too.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
@@ -233,7 +233,8 @@ class SpecXCiT(BaseModule):
             self.fpn2 = nn.Identity()
             self.fpn3 = nn.MaxPool2d(2, 2)
             self.fpn4 = nn.MaxPool2d(4, 4)
-        for part in self._frozen_parts():
+        unused = self.blocks[self.out_indices[-1] + 1 :]  # to DDP, a parameter without gradient is an error
+        for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from shapely import affinity
 from shapely.geometry import MultiPolygon, Point, Polygon, box
 
 CATEGORIES = ('circle', 'square', 'triangle', 'star')
-MIN_VISIBLE = 0.4  # an object that others hide more than this is not placed
+MIN_VISIBLE = 0.7  # no object is placed of which less than this would stay visible
 
 
 def unit_shape(category: str) -> Polygon:
@@ -34,7 +34,7 @@ def unit_shape(category: str) -> Polygon:
 
 
 def place(rng: np.random.Generator, category: str, x: float, y: float, radius: float) -> Polygon:
-    shape = affinity.scale(unit_shape(category), radius, radius * rng.uniform(0.75, 1), origin=(0, 0))
+    shape = affinity.scale(unit_shape(category), radius, radius * rng.uniform(0.85, 1), origin=(0, 0))
     return affinity.translate(affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0)), x, y)
 
 
@@ -52,7 +52,7 @@ def simple_polygons(geometry) -> list[Polygon]:
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Soft colour patches, lines and specks: clutter, but nothing that belongs to a category."""
-    patches = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    patches = np.clip(rng.integers(30, 226, 3) + rng.integers(-60, 61, (4, 4, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(rng.integers(3, 9)):
         p, q = (tuple(int(v) for v in rng.integers(0, size, 2)) for _ in range(2))
@@ -102,9 +102,9 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         )
 
     placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(3, 9)):
         category = int(rng.integers(len(CATEGORIES)))
-        radius = size * rng.uniform(0.09, 0.22)
+        radius = size * rng.uniform(0.09, 0.2)
         outline = place(rng, CATEGORIES[category], *rng.uniform(0.08 * size, 0.92 * size, 2), radius)
         visible = outline.intersection(frame)
         below = [(c, o, v.difference(outline)) for c, o, v in placed]
@@ -150,9 +150,9 @@ def write_split(root: Path, split: str, images: int, size: int, rng: np.random.G
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('root', type=Path, help='folder to write')
-    parser.add_argument('--train', type=int, default=2000, help='training images')
-    parser.add_argument('--val', type=int, default=200, help='validation images')
-    parser.add_argument('--size', type=int, default=128, help='height and width of the images in pixels')
+    parser.add_argument('--train', type=int, default=1600, help='training images')
+    parser.add_argument('--val', type=int, default=150, help='validation images')
+    parser.add_argument('--size', type=int, default=256, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     for i, (split, images) in enumerate(dict(train=args.train, val=args.val).items()):

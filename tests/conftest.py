@@ -1,0 +1,37 @@
+"""Shared by all tests: spec_mmdet is imported first, so that mmcv's operators are there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import init_default_scope
+
+import spec_mmdet  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+init_default_scope('mmdet')
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def coco_mini() -> Path:
+    """A folder of real COCO data; tests skip where there is none."""
+    folder = Path(os.environ.get('COCO_MINI', ROOT.parent / 'shared' / 'coco_mini'))
+    if not folder.is_dir():
+        pytest.skip(f'no COCO data at {folder}; set COCO_MINI')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def make_shapes():
+    """tools/make_shapes.py as a module."""
+    spec = importlib.util.spec_from_file_location('make_shapes', ROOT / 'tools' / 'make_shapes.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,89 @@
+"""The corrections against the theorems they come from."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec_mmdet.conditioning import Correction, condition_number, identity_correction, svd_correction
+
+
+@st.composite
+def matrices(draw):
+    """Gaussian float64 matrices of any shape, rank and scale."""
+    D, k = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rank = draw(st.integers(0, min(D, k)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    left = torch.randn(D, rank, generator=generator, dtype=torch.float64)
+    right = torch.randn(rank, k, generator=generator, dtype=torch.float64)
+    return left @ right * 10.0 ** draw(st.integers(-6, 6))
+
+
+@given(matrices())
+def test_exact_form_bounds_the_condition_number_by_two(W):
+    sigma = torch.linalg.svdvals(W)
+    if sigma[0] == 0:
+        assert not svd_correction(W).any()
+        return
+    kappa = condition_number(W + svd_correction(W)).item()
+    assert kappa <= 2 * (1 + 1e-9)
+    assert kappa == pytest.approx((2 * sigma[0] / (sigma[-1] + sigma[0])).item(), rel=1e-6)
+
+
+@given(matrices(), st.floats(1.01, 100))
+def test_identity_form_keeps_the_bound_of_theorem_3_8(W, ratio):
+    sigma_max = torch.linalg.svdvals(W)[0].item()
+    lam = ratio * sigma_max
+    if lam == 0:
+        return
+    kappa = condition_number(W + identity_correction(W, lam)).item()
+    assert kappa <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-9)
+
+
+def test_condition_number_of_known_matrices():
+    assert condition_number(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == 4
+    assert condition_number(torch.zeros(3, 2)) == torch.inf
+    assert condition_number(torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 0.5]))])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('conditioning', [dict(type='identity', lam=3.0), dict(type='svd')])
+def test_correction_treats_each_stacked_projection_by_itself(conditioning):
+    W = torch.randn(3, 8, 8, dtype=torch.float64)
+    W[2] *= 100  # its singular values must not spill into the others' corrections
+    corrected = Correction(W.flatten(0, 1), **conditioning)(W.flatten(0, 1)).unflatten(0, (3, 8))
+    for block, W_block in zip(corrected, W):
+        if conditioning['type'] == 'svd':
+            U, S, Vh = torch.linalg.svd(W_block)
+            expected = W_block + S[0] * U @ Vh
+        else:
+            expected = W_block + 3 * torch.eye(8, dtype=torch.float64)
+        torch.testing.assert_close(block, expected)
+
+
+@pytest.mark.parametrize('conditioning', [dict(type='identity'), dict(type='svd')])
+def test_correction_is_fixed_while_the_weight_trains(conditioning):
+    linear = torch.nn.Linear(8, 24)
+    correction = Correction(linear.weight, **conditioning)
+    before, W_before = copy.deepcopy(correction), linear.weight.detach().clone()
+    assert not list(correction.parameters())
+    module = torch.nn.ModuleList([linear, correction])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        torch.nn.functional.linear(torch.randn(4, 8), correction(linear.weight)).square().sum().backward()
+        optimizer.step()
+    for old, new in zip(before.buffers(), correction.buffers()):
+        assert torch.equal(old, new)
+    assert not torch.equal(W_before, linear.weight)
+
+
+@pytest.mark.parametrize('conditioning', [dict(type='polar'), dict(lam=0), dict(lam=-1), dict(type='svd', lam=1.0)])
+def test_wrong_arguments_are_refused(conditioning):
+    with pytest.raises(ValueError, match='conditioning'):
+        Correction(torch.randn(24, 8), **conditioning)
+
+
+settings.register_profile('default', deadline=None)
+settings.load_profile('default')
