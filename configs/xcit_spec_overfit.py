@@ -1,7 +1,7 @@
 # The demo's detector learns a handful of real COCO images by heart: see tools/overfit.py.
 _base_ = ['_base_/mask-rcnn_xcit_cpu.py', '_base_/coco_3x.py']
 
-scale = (448, 448)
+scale = (384, 384)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -21,13 +21,13 @@ train_dataloader = dict(
 val_dataloader = val_evaluator = val_cfg = None
 test_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
 
-train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=800)
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=700)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=0, end=800),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=0, end=700),
 ]
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3, weight_decay=0.0), clip_grad=dict(max_norm=5))
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=False, interval=800)
+    logger=dict(interval=20), checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=False, interval=700)
 )
 log_processor = dict(by_epoch=False)

@@ -10,6 +10,7 @@ ops.install()
 
 from .checkpoint import CheckpointGuard  # noqa: E402
 from .errors import InputError  # noqa: E402
+from .tta import MaskTTAModel  # noqa: E402
 from .xcit import SpecXCiT  # noqa: E402
 
-__all__ = ['CheckpointGuard', 'InputError', 'SpecXCiT']
+__all__ = ['CheckpointGuard', 'InputError', 'MaskTTAModel', 'SpecXCiT']

@@ -26,7 +26,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: 1 where x2 and y2 are the last pixels inside the box, 0 where they are its edges.
     """
     corner = boxes.new_tensor([0, 0, offset, offset])
-    return torchvision.ops.nms(boxes + corner, scores, iou_threshold)
+    # mmcv compares in single precision: boxes that overlap by exactly the threshold are kept.
+    return torchvision.ops.nms(boxes + corner, scores, torch.tensor(iou_threshold, dtype=torch.float32).item())
 
 
 def roi_align_forward(

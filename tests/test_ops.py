@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import mmcv.ops
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -77,7 +78,8 @@ def test_roi_align_without_regions():
 
 
 def plain_nms(boxes, scores, threshold, offset):
-    """Greedy suppression: of the boxes by falling score (first come first at ties) each must not overlap a kept one."""
+    """Greedy suppression: of the boxes by falling score (first come first at ties) each must not overlap a kept
+    one, in mmcv's single precision."""
 
     def overlap(a, b):
         width = min(a[2], b[2]) - max(a[0], b[0]) + offset
@@ -85,11 +87,11 @@ def plain_nms(boxes, scores, threshold, offset):
         inter = max(width, 0) * max(height, 0)
         areas = [(c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)]
         union = sum(areas) - inter
-        return inter / union if union else 0.0
+        return np.float32(inter) / np.float32(union) if union else 0
 
     kept = []
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        if all(overlap(boxes[i], boxes[j]) <= threshold for j in kept):
+        if all(overlap(boxes[i], boxes[j]) <= np.float32(threshold) for j in kept):
             kept.append(i)
     return kept
 

@@ -35,9 +35,9 @@ def test_annotations_agree_with_their_masks(make_shapes, tmp_path):
             x, y, w, h = annotation['bbox']
             assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
             rows, columns = np.nonzero(mask)
-            # Rasterising moves an outline by up to a pixel.
-            assert abs(columns.min() - x) <= 1 and abs(columns.max() + 1 - x - w) <= 1
-            assert abs(rows.min() - y) <= 1 and abs(rows.max() + 1 - y - h) <= 1
+            # Rasterising blunts the tip of a star or triangle by some pixels.
+            assert abs(columns.min() - x) <= 3 and abs(columns.max() + 1 - x - w) <= 3
+            assert abs(rows.min() - y) <= 3 and abs(rows.max() + 1 - y - h) <= 3
             assert abs(mask.sum() - annotation['area']) <= 0.12 * annotation['area'] + 12
         assert (covered > 1).mean() < 0.02  # masks hold what is visible, so they meet only along their outlines
     assert all(mask_utils.area(a['segmentation']) == a['area'] for a in crowds)

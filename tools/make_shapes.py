@@ -54,7 +54,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Soft colour patches, lines and specks: clutter, but nothing that belongs to a category."""
     patches = np.clip(rng.integers(30, 226, 3) + rng.integers(-60, 61, (4, 4, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(3, 7)):
         p, q = (tuple(int(v) for v in rng.integers(0, size, 2)) for _ in range(2))
         cv2.line(image, p, q, rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3)), cv2.LINE_AA)
     for _ in range(rng.integers(5, 30)):
@@ -102,9 +102,9 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         )
 
     placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(3, 7)):
         category = int(rng.integers(len(CATEGORIES)))
-        radius = size * rng.uniform(0.09, 0.2)
+        radius = size * rng.uniform(0.12, 0.24)
         outline = place(rng, CATEGORIES[category], *rng.uniform(0.08 * size, 0.92 * size, 2), radius)
         visible = outline.intersection(frame)
         below = [(c, o, v.difference(outline)) for c, o, v in placed]
@@ -150,7 +150,7 @@ def write_split(root: Path, split: str, images: int, size: int, rng: np.random.G
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('root', type=Path, help='folder to write')
-    parser.add_argument('--train', type=int, default=1600, help='training images')
+    parser.add_argument('--train', type=int, default=1800, help='training images')
     parser.add_argument('--val', type=int, default=150, help='validation images')
     parser.add_argument('--size', type=int, default=256, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)

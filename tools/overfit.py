@@ -38,7 +38,7 @@ def main() -> None:
     for loop in ('train', 'test'):
         options += [f'{loop}_dataloader.dataset.ann_file={ann_file}', f'{loop}_dataloader.dataset.data_root=']
         options += [f'{loop}_dataloader.dataset.data_prefix.img={(args.coco / "train2017").resolve()}/']
-    for command in (['train.py', CONFIG], ['test.py', CONFIG, args.work_dir / 'iter_800.pth']):
+    for command in (['train.py', CONFIG], ['test.py', CONFIG, args.work_dir / 'iter_700.pth']):
         subprocess.run([sys.executable, TOOLS / command[0], *map(str, [*command[1:], *options])], check=True)
 
 
