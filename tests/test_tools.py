@@ -19,6 +19,7 @@ from spec_mmdet.checkpoint import load
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
+DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
 
 
 def options(root: Path) -> list[str]:
@@ -127,7 +128,7 @@ def test_two_processes(shapes, tmp_path):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', launcher]
     args = [CONFIG, '--launcher', 'pytorch', '--work-dir', tmp_path / 'work', *options(shapes)]
     env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    extra = ['env_cfg.dist_cfg.backend=gloo', 'model_wrapper_cfg.type=MMDistributedDataParallel', *FEW]
+    extra = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU, *FEW]
     subprocess.run([*torchrun, *args, *extra], check=True, env=env, stdout=subprocess.DEVNULL)
     checkpoint = load(tmp_path / 'work' / 'epoch_1.pth')
     assert checkpoint['meta']['iter'] == 1  # eight images, two processes, four images each
