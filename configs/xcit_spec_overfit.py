@@ -26,7 +26,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=0, end=700),
 ]
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3, weight_decay=0.0), clip_grad=dict(max_norm=5))
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.0), clip_grad=dict(max_norm=5))
 default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=False, interval=700)
 )

@@ -56,5 +56,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5))
+optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5))
 default_hooks = dict(logger=dict(interval=25))

@@ -117,21 +117,21 @@ def test_tta(monkeypatch, shapes, trained, tmp_path):
     assert reported['coco/segm_mAP_50'] > 0
 
 
-def test_two_processes(shapes, tmp_path):
+def test_several_processes(shapes, tmp_path):
     # MMEngine selects a CUDA device in every process; on a machine without one that alone has to be left out.
-    launcher = tmp_path / 'train.py'
-    launcher.write_text(
-        'import runpy, torch\n'
-        'torch.cuda.set_device = lambda device: None\n'
-        f'runpy.run_path({str(ROOT / "tools" / "train.py")!r}, run_name="__main__")\n'
-    )
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', launcher]
-    args = [CONFIG, '--launcher', 'pytorch', '--work-dir', tmp_path / 'work', *options(shapes)]
-    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    extra = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU, *FEW]
-    subprocess.run([*torchrun, *args, *extra], check=True, env=env, stdout=subprocess.DEVNULL)
-    checkpoint = load(tmp_path / 'work' / 'epoch_1.pth')
-    assert checkpoint['meta']['iter'] == 1  # eight images, two processes, four images each
+    (tmp_path / 'sitecustomize.py').write_text('import torch\ntorch.cuda.set_device = lambda device: None\n')
+    env = dict(os.environ, PYTHONPATH=str(tmp_path), PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT='29567')
+    env['CUDA_VISIBLE_DEVICES'] = ''
+    work = tmp_path / 'work'
+    on_cpu = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU]
+    train = [ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', work, *options(shapes), *on_cpu, *FEW]
+    subprocess.run(train, check=True, env=env, stdout=subprocess.DEVNULL)
+    assert load(work / 'epoch_1.pth')['meta']['iter'] == 1  # eight images, two processes, four images each
+
+    test = [ROOT / 'tools' / 'dist_test.sh', CONFIG, work / 'epoch_1.pth', '2', '--work-dir', work / 'test']
+    subprocess.run([*test, *options(shapes), *on_cpu], check=True, env=env, stdout=subprocess.DEVNULL)
+    (reported,) = (json.loads(path.read_text()) for path in (work / 'test').glob('*/*.json'))
+    assert 'coco/segm_mAP' in reported
 
 
 @pytest.fixture
