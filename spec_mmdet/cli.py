@@ -6,12 +6,14 @@ import importlib.util
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mmdet
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from . import checkpoint
 from .errors import InputError
@@ -47,30 +49,36 @@ def run_mmdet_tool(name: str) -> None:
         args.show_dir = str(Path(args.show_dir).resolve())
     tool.parse_args = lambda: args
     with one_line_errors():
+        if not Path(args.config).is_file():
+            raise InputError(f'config {args.config}: no such file')
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
         if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
-            check_arguments(name, args)
+            check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
+            for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
+                if path not in (None, 'auto') and '://' not in path:
+                    check_checkpoint(path)
+        if name == 'train' and get_device() == 'cpu':
+            without_amp(args, cfg)
         tool.main()
 
 
-def check_arguments(name: str, args) -> None:
-    """Check the config, data and checkpoint that the arguments of a tool name.
+def check_checkpoint(path: str) -> None:
+    """Check that a file holds weights.
 
     Raises:
-        InputError: on the first that cannot be used.
+        InputError: if not.
     """
-    if not Path(args.config).is_file():
-        raise InputError(f'config {args.config}: no such file')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
-    check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
-    if name == 'test':
-        paths = [args.checkpoint]
-    else:
-        paths = [args.resume if args.resume != 'auto' else None, cfg.get('load_from')]
-    for path in paths:
-        if path and '://' not in path:
-            weights = checkpoint.load(path, mmap=True)
-            try:
-                checkpoint.state_dict_of(weights)
-            except InputError as error:
-                raise InputError(f'checkpoint {path}: {error}') from error
+    weights = checkpoint.load(path, mmap=True)
+    try:
+        checkpoint.state_dict_of(weights)
+    except InputError as error:
+        raise InputError(f'checkpoint {path}: {error}') from error
+
+
+def without_amp(args: Namespace, cfg: Config) -> None:
+    """Turn mixed precision off in a tool's arguments: MMEngine has it for GPUs alone."""
+    if args.amp or cfg.optim_wrapper.type == 'AmpOptimWrapper':
+        print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
+        args.amp = False
+        args.cfg_options = {**(args.cfg_options or {}), 'optim_wrapper.type': 'OptimWrapper'}

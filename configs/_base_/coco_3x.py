@@ -1,6 +1,4 @@
 # COCO instance segmentation, 36 epochs, with the augmentation and optimiser that XCiT's published detectors used.
-import torch
-
 _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py']
 
 scales = [(height, 1333) for height in range(480, 801, 32)]
@@ -30,7 +28,7 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=max_epochs, milestones=[27, 33], gamma=0.1),
 ]
 optim_wrapper = dict(
-    type='AmpOptimWrapper' if torch.cuda.is_available() else 'OptimWrapper',  # MMEngine has no AMP for CPUs
+    type='AmpOptimWrapper',
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
