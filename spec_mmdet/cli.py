@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mmdet
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
@@ -37,7 +38,7 @@ def run_mmdet_tool(name: str) -> None:
     """
     # MMEngine's use of pkg_resources is nothing that its user could put right.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    # Whatever scheme a checkpoint is loaded by, its pickle is not to be trusted. Who must, can say 0 here by name.
+    # Whatever scheme a checkpoint is loaded by, its pickle is not to be trusted.
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     path = Path(mmdet.__file__).parent / '.mim' / 'tools' / f'{name}.py'
     spec = importlib.util.spec_from_file_location(f'mmdet_{name}', path)
@@ -61,6 +62,10 @@ def run_mmdet_tool(name: str) -> None:
         if name == 'train' and get_device() == 'cpu':
             without_amp(args, cfg)
         tool.main()
+    if torch.distributed.is_initialized():
+        # Together, or the first process to leave can take its connections from under the others.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def check_checkpoint(path: str) -> None:
