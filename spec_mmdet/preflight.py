@@ -12,14 +12,15 @@ from mmengine.config import Config
 from .errors import InputError
 
 
-def read_coco(path: Path) -> dict:
+def read_coco(path: Path, annotated: bool = True) -> dict:
     """Read an annotation file in COCO's format for instances.
 
     Args:
         path: a JSON file.
+        annotated: whether annotations are needed; COCO's own test images come without.
 
     Returns:
-        Its content: a dict with at least 'images', 'annotations' and 'categories'.
+        Its content: a dict with at least 'images' and 'categories' and, if needed, 'annotations'.
 
     Raises:
         InputError: if it does not exist or is not COCO JSON.
@@ -35,6 +36,8 @@ def read_coco(path: Path) -> dict:
         annotations={'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'},
         categories={'id', 'name'},
     )
+    if not annotated:
+        del required['annotations']
     for key, fields in required.items():
         entries = coco.get(key) if isinstance(coco, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -46,11 +49,12 @@ def read_coco(path: Path) -> dict:
     return coco
 
 
-def check_dataset(dataset: dict) -> None:
+def check_dataset(dataset: dict, annotated: bool = True) -> None:
     """Check that a CocoDataset's annotations, images and classes are there and agree.
 
     Args:
         dataset: its config.
+        annotated: whether annotations are needed.
 
     Raises:
         InputError: if not.
@@ -61,7 +65,7 @@ def check_dataset(dataset: dict) -> None:
         return  # a remote store, which only mmengine's file client can read
     if not folder.is_dir():
         raise InputError(f'image folder {folder}: no such folder')
-    coco = read_coco(ann_file)
+    coco = read_coco(ann_file, annotated)
     names = [image['file_name'] for image in coco['images']]
     present = {entry.name for entry in folder.iterdir()}
     absent = [name for name in names if name not in present and not (folder / name).is_file()]
@@ -110,13 +114,15 @@ def check_inputs(cfg: Config, loops: tuple[str, ...]) -> None:
     """
     checked = []
     for loop in loops:
-        for dataset in _datasets(cfg.get(f'{loop}_dataloader')):
-            source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo')}
-            if source not in checked:
-                check_dataset(dataset)
-                checked.append(source)
         evaluators = cfg.get(f'{loop}_evaluator') or []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+        for evaluator in evaluators:
             ann_file = evaluator.get('ann_file')
             if ann_file and '://' not in ann_file and not Path(ann_file).is_file():
                 raise InputError(f'annotation file {ann_file}: no such file ({loop}_evaluator.ann_file in the config)')
+        annotated = not any(evaluator.get('format_only') for evaluator in evaluators)
+        for dataset in _datasets(cfg.get(f'{loop}_dataloader')):
+            source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo')}
+            if source not in checked:
+                check_dataset(dataset, annotated)
+                checked.append(source)

@@ -141,9 +141,9 @@ def broken_shapes(shapes, tmp_path):
     return tmp_path / 'broken'
 
 
-def spoil_json(edit):
+def spoil_json(edit, split='train'):
     def spoil(root):
-        path = root / 'annotations' / 'instances_train.json'
+        path = root / 'annotations' / f'instances_{split}.json'
         coco = json.loads(path.read_text())
         edit(coco)
         path.write_text(json.dumps(coco))
@@ -171,6 +171,15 @@ def test_unusable_data(monkeypatch, broken_shapes, tmp_path, spoil, says):
     spoil(broken_shapes)
     assert says in complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path / 'work', *options(broken_shapes))
     assert not (tmp_path / 'work').exists()
+
+
+def test_images_without_annotations_can_be_predicted_for_submission(monkeypatch, broken_shapes, trained, tmp_path):
+    spoil_json(lambda coco: coco.pop('annotations'), 'val')(broken_shapes)
+    args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', tmp_path / 'work', *options(broken_shapes)]
+    assert 'no list of "annotations"' in complaint(monkeypatch, 'test', *args)
+    out = tmp_path / 'submission'
+    run_tool(monkeypatch, 'test', *args, 'test_evaluator.format_only=True', f'test_evaluator.outfile_prefix={out}')
+    assert json.loads((tmp_path / 'submission.segm.json').read_text())
 
 
 def test_unusable_config_and_checkpoint(monkeypatch, shapes, trained, tmp_path):
