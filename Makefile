@@ -28,7 +28,14 @@ define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet $(TORCH)
 	$(1)/bin/pip install --quiet --editable '.[$(2),test]'
+	$(call headless,$(1)/bin/pip)
 	touch $(1)/$(2)
+endef
+
+# mmcv asks for an OpenCV that needs libGL, which servers and containers lack; the same release without windows does not.
+define headless
+	version=$$($(1) show opencv-python | sed -n 's/^Version: //p'); $(1) uninstall --quiet --yes opencv-python && \
+	$(1) install --quiet --force-reinstall --no-deps opencv-python-headless==$$version
 endef
 
 clean:
