@@ -4,6 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+# The tensors are small, and on a busy machine threads wait for each other longer than they work.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import pytest
 import torch
 from mmengine.registry import init_default_scope
