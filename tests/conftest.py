@@ -9,12 +9,15 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from hypothesis import settings
 from mmengine.registry import init_default_scope
 
 import spec_mmdet  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 init_default_scope('mmdet')
+settings.register_profile('untimed', deadline=None)
+settings.load_profile('untimed')
 
 
 @pytest.fixture(autouse=True)

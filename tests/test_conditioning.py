@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spec_mmdet.conditioning import Correction, condition_number, identity_correction, svd_correction
@@ -83,7 +83,3 @@ def test_correction_is_fixed_while_the_weight_trains(conditioning):
 def test_wrong_arguments_are_refused(conditioning):
     with pytest.raises(ValueError, match='conditioning'):
         Correction(torch.randn(24, 8), **conditioning)
-
-
-settings.register_profile('default', deadline=None)
-settings.load_profile('default')
