@@ -50,12 +50,12 @@ def instances(boxes: list, labels: list, masks: list, scores: list | None = None
 
 
 def draw_predictions(results: Path, out_file: Path, pairs: int = 8) -> None:
-    """Draw the first images of the validation set, the truth left and the predictions right, four images to a row."""
+    """Draw the first images of the validation set, the truth left and the predictions right, two pairs to a row."""
     coco = COCO(str(ROOT / DATA / 'annotations' / 'instances_val.json'))
     categories = sorted(coco.cats)
-    visualizer = DetLocalVisualizer()
+    palette = [(220, 60, 60), (60, 140, 220), (60, 180, 90), (230, 170, 30)]
+    visualizer = DetLocalVisualizer(bbox_color=palette, mask_color=palette)
     visualizer.dataset_meta = dict(classes=[coco.cats[c]['name'] for c in categories])
-    visualizer.dataset_meta['palette'] = [(220, 60, 60), (60, 140, 220), (60, 180, 90), (230, 170, 30)]
     tiles = []
     for result in pickle.loads(results.read_bytes())[:pairs]:
         image = cv2.cvtColor(cv2.imread(str(ROOT / result['img_path'])), cv2.COLOR_BGR2RGB)
