@@ -77,15 +77,19 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     return load(filename, map_location)
 
 
-def state_dict_of(checkpoint: object) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
     """The weights in a checkpoint of MMEngine, or of weights alone, without the prefix of a parallel wrapper.
+
+    Args:
+        checkpoint: what :func:`load` returned.
+        name: what to call it in the message.
 
     Raises:
         InputError: if there are none.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError('holds no weights of a detector: neither a "state_dict" nor weights alone')
+        raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 
@@ -128,8 +132,8 @@ class CheckpointGuard(Hook):
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
+        weights = state_dict_of(checkpoint, name)
         try:
-            weights = state_dict_of(checkpoint)
             require_same_conditioning(weights, model.state_dict())
         except InputError as error:
             raise InputError(f'{name}: {error}') from error

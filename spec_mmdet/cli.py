@@ -58,7 +58,7 @@ def run_mmdet_tool(name: str) -> None:
             check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
             for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
                 if path not in (None, 'auto') and '://' not in path:
-                    check_checkpoint(path)
+                    checkpoint.state_dict_of(checkpoint.load(path, mmap=True), f'checkpoint {path}')
         if name == 'train' and get_device() == 'cpu':
             without_amp(args, cfg)
         tool.main()
@@ -66,19 +66,6 @@ def run_mmdet_tool(name: str) -> None:
         # Together, or the first process to leave can take its connections from under the others.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def check_checkpoint(path: str) -> None:
-    """Check that a file holds weights.
-
-    Raises:
-        InputError: if not.
-    """
-    weights = checkpoint.load(path, mmap=True)
-    try:
-        checkpoint.state_dict_of(weights)
-    except InputError as error:
-        raise InputError(f'checkpoint {path}: {error}') from error
 
 
 def without_amp(args: Namespace, cfg: Config) -> None:

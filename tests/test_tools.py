@@ -24,14 +24,11 @@ DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper
 
 def options(root: Path) -> list[str]:
     """Arguments that point the shapes config at a data set and make it small."""
-    settings = {'train_dataloader.num_workers': 0, 'train_dataloader.persistent_workers': False}
-    settings |= {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
+    settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
     for loop in ('train', 'val', 'test'):
         settings[f'{loop}_dataloader.dataset.data_root'] = f'{root}/'
         if loop != 'train':
             settings[f'{loop}_evaluator.ann_file'] = root / 'annotations' / 'instances_val.json'
-            settings[f'{loop}_dataloader.num_workers'] = 0
-            settings[f'{loop}_dataloader.persistent_workers'] = False
     return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
 
 

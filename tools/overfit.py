@@ -38,8 +38,9 @@ def main() -> None:
     for loop in ('train', 'test'):
         options += [f'{loop}_dataloader.dataset.ann_file={ann_file}', f'{loop}_dataloader.dataset.data_root=']
         options += [f'{loop}_dataloader.dataset.data_prefix.img={(args.coco / "train2017").resolve()}/']
-    for command in (['train.py', CONFIG], ['test.py', CONFIG, args.work_dir / 'iter_700.pth']):
-        subprocess.run([sys.executable, TOOLS / command[0], *map(str, [*command[1:], *options])], check=True)
+    subprocess.run([sys.executable, TOOLS / 'train.py', CONFIG, *options], check=True)
+    checkpoint = (args.work_dir / 'last_checkpoint').read_text()
+    subprocess.run([sys.executable, TOOLS / 'test.py', CONFIG, checkpoint, *options], check=True)
 
 
 if __name__ == '__main__':
