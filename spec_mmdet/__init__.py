@@ -1,16 +1,23 @@
 """Detection and instance segmentation with a spectrally conditioned XCiT, on MMDetection.
 
 Importing this package registers its modules with MMDetection's registries. Import it before ``mmdet.models`` or
-``mmdet.apis``: where mmcv has no compiled operators, it provides the ones that Mask R-CNN needs.
+``mmdet.apis``: where mmcv has no compiled operators, it provides the ones that Mask R-CNN needs. Without MMDetection,
+``spec_mmdet.conditioning`` and ``spec_mmdet.jacobian`` are there: they need torch alone.
 """
 
-from . import ops
+from importlib.util import find_spec
 
-ops.install()
+from .errors import InputError
 
-from .checkpoint import CheckpointGuard  # noqa: E402
-from .errors import InputError  # noqa: E402
-from .tta import MaskTTAModel  # noqa: E402
-from .xcit import SpecXCiT  # noqa: E402
+__all__ = ['InputError']
 
-__all__ = ['CheckpointGuard', 'InputError', 'MaskTTAModel', 'SpecXCiT']
+if find_spec('mmdet') is not None:
+    from . import ops
+
+    ops.install()
+
+    from .checkpoint import CheckpointGuard
+    from .tta import MaskTTAModel
+    from .xcit import SpecXCiT
+
+    __all__ += ['CheckpointGuard', 'MaskTTAModel', 'SpecXCiT']

@@ -32,7 +32,7 @@ class XCA(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         # After the initialisation, because the exact correction depends on the weights.
-        self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning)
+        self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning, heads=num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over channels.

@@ -157,7 +157,8 @@ class SpecXCiT(BaseModule):
     Args:
         arch: a name in :data:`ARCHS`, or a dict of ``dim``, ``depth``, ``num_heads`` and, optionally, ``eta``.
         patch_size: 8 or 16 pixels a token.
-        conditioning: None for plain XCiT, ``dict(type='identity', lam=10.0)`` or ``dict(type='svd')``; see
+        conditioning: None for plain XCiT, ``dict(type='identity', lam=10.0)`` or ``dict(type='svd')``, with
+            ``per_head=True`` if each head is to be corrected by itself; see
             :class:`~spec_mmdet.conditioning.Correction`. It belongs to the weights: a state dict made with another
             conditioning than this one is refused.
         norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.

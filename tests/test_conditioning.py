@@ -11,14 +11,14 @@ from spec_mmdet.conditioning import Correction, condition_number, identity_corre
 
 
 @st.composite
-def matrices(draw):
-    """Gaussian float64 matrices of any shape, rank and scale."""
+def matrices(draw, dtype=torch.float64):
+    """Gaussian matrices of any shape, rank and scale."""
     D, k = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     rank = draw(st.integers(0, min(D, k)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     left = torch.randn(D, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, k, generator=generator, dtype=torch.float64)
-    return left @ right * 10.0 ** draw(st.integers(-6, 6))
+    return (left @ right * 10.0 ** draw(st.integers(-6, 6) if dtype != torch.float16 else st.integers(-2, 2))).to(dtype)
 
 
 @given(matrices())
@@ -32,6 +32,19 @@ def test_exact_form_bounds_the_condition_number_by_two(W):
     assert kappa == pytest.approx((2 * sigma[0] / (sigma[-1] + sigma[0])).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@given(data=st.data())
+def test_exact_form_bounds_the_condition_number_in_any_dtype(dtype, data):
+    W = data.draw(matrices(dtype))
+    C = svd_correction(W)
+    assert C.dtype == dtype
+    if not W.any():
+        return
+    # C, and W + C, are each off by half a unit in the last place of entries no larger than 2 sigma_max.
+    rounding = 2 * torch.finfo(dtype).eps * max(W.shape)
+    assert condition_number(W + C).item() <= 2 * (1 + 2 * rounding) / max(1 - 2 * rounding, 1e-3)
+
+
 @given(matrices(), st.floats(1.01, 100))
 def test_identity_form_keeps_the_bound_of_theorem_3_8(W, ratio):
     sigma_max = torch.linalg.svdvals(W)[0].item()
@@ -40,6 +53,20 @@ def test_identity_form_keeps_the_bound_of_theorem_3_8(W, ratio):
         return
     kappa = condition_number(W + identity_correction(W, lam)).item()
     assert kappa <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-9)
+
+
+@given(matrices(), st.integers(1, 4), st.floats(1.01, 100))
+def test_per_head_form_keeps_the_bound_in_each_head(W, heads, ratio):
+    W = torch.cat([W * (h + 1) for h in range(heads)])
+    sigma_max = torch.linalg.svdvals(W.unflatten(0, (heads, -1))).max().item()
+    lam = ratio * sigma_max
+    if lam == 0:
+        return
+    C = Correction(W, lam=lam, per_head=True, blocks=1, heads=heads).correction(W)
+    by_hand = (lam * torch.eye(len(W) // heads, W.shape[1]).double()).repeat(heads, 1)
+    torch.testing.assert_close(C, by_hand, rtol=1e-7, atol=0)  # lam is kept in single precision
+    for W_head, C_head in zip(W.chunk(heads), C.chunk(heads)):
+        assert condition_number(W_head + C_head).item() <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-4)
 
 
 def test_condition_number_of_known_matrices():

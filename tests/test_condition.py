@@ -1,0 +1,319 @@
+"""condition and fold on attention that others wrote, against W + C put into a copy by hand."""
+
+import copy
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+import transformers
+from mmengine.model import ExponentialMovingAverage
+from torch import nn
+
+from spec_mmdet import InputError, SpecXCiT
+from spec_mmdet.conditioning import Correction, condition, describe_conditioning, fold, measure
+
+IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 50, (1, 64), generator=torch.Generator().manual_seed(1))
+
+
+class SelfAttention(nn.Module):
+    """torch.nn.MultiheadAttention on the tokens of a picture."""
+
+    def __init__(self, **widths):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True, **widths)
+
+    def forward(self, x):
+        x = x.reshape(1, -1, 12)
+        key = x.reshape(1, -1, self.attention.kdim)
+        return self.attention(x, key, key)[0]
+
+
+def hugging_face(model, config, **settings):
+    config = config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **settings
+    )
+    return model(config)
+
+
+# How to build a model of each family, and which of its parameters hold how many stacked projections.
+FAMILIES = {
+    'MultiheadAttention': (SelfAttention, {r'in_proj_weight': 3}),
+    'MultiheadAttention, keys of another width': (lambda: SelfAttention(kdim=6, vdim=6), {r'[qkv]_proj_weight': 1}),
+    'timm ViT': (
+        lambda: timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, num_classes=5),
+        {r'blocks\.\d\.attn\.qkv\.weight': 3},
+    ),
+    'timm DeiT': (
+        lambda: timm.create_model('deit_tiny_distilled_patch16_224', img_size=64, depth=3, num_classes=5),
+        {r'blocks\.\d\.attn\.qkv\.weight': 3},
+    ),
+    'timm Swin': (
+        lambda: timm.create_model(
+            'swin_tiny_patch4_window7_224', img_size=64, window_size=4, depths=(1, 1, 2, 1), embed_dim=24, num_classes=5
+        ),
+        {r'attn\.qkv\.weight': 3},
+    ),
+    'timm XCiT': (
+        lambda: timm.create_model('xcit_nano_12_p16_224', depth=3, num_classes=5),
+        {r'^blocks\.\d\.attn\.qkv\.weight': 3, r'cls_attn_blocks\.\d\.attn\.[qkv]\.weight': 1},
+    ),
+    'timm CaiT': (
+        lambda: timm.create_model('cait_xxs24_224', img_size=64, depth=2, num_classes=5, init_values=1.0),
+        {r'^blocks\.\d\.attn\.qkv\.weight': 3, r'blocks_token_only\.\d\.attn\.[qkv]\.weight': 1},
+    ),
+    'Hugging Face BERT': (
+        lambda: hugging_face(transformers.BertModel, transformers.BertConfig),
+        {r'self\.(query|key|value)\.weight': 1},
+    ),
+    'Hugging Face Nystroemformer': (
+        lambda: hugging_face(
+            transformers.NystromformerModel, transformers.NystromformerConfig, segment_means_seq_len=64, num_landmarks=8
+        ),
+        {r'self\.(query|key|value)\.weight': 1},
+    ),
+    'SpecXCiT': (
+        lambda: SpecXCiT(dict(dim=32, depth=6, num_heads=4)),
+        {r'blocks\.\d\.attn\.qkv\.weight': 3},
+    ),
+}
+
+
+def output(model):
+    with torch.no_grad():
+        if isinstance(model, transformers.PreTrainedModel):
+            return model(TOKENS).last_hidden_state
+        out = model(IMAGE.to(next(model.parameters()).dtype))
+        return out[-1] if isinstance(out, tuple) else out
+
+
+def with_correction_by_hand(plain, weights, correction):
+    """A copy of a model with C added to each of its stacked projections; says how many projections there were."""
+    model, count = copy.deepcopy(plain), 0
+    for name, parameter in model.named_parameters():
+        for pattern, blocks in weights.items():
+            if re.search(pattern, name):
+                for W in parameter.data.chunk(blocks):
+                    W += correction(W)
+                    count += 1
+    return model, count
+
+
+def polar(W):
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return S[0] * U @ Vh
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('form', ['identity', 'svd'])
+def test_condition_and_fold(family, form):
+    build, weights = FAMILIES[family]
+    plain = build().double().eval()
+    expected, count = with_correction_by_hand(
+        plain, weights, (lambda W: 10 * torch.eye(*W.shape).double()) if form == 'identity' else polar
+    )
+    model = copy.deepcopy(plain)
+    report = condition(model, form)
+    assert len(report) == count > 0
+    torch.testing.assert_close(output(model), output(expected), rtol=1e-9, atol=1e-9)
+    assert (output(model) - output(plain)).abs().max() > 1e-3
+    assert [(row.kappa, row.conditioned_kappa) for row in measure(model)] == [
+        (row.kappa, row.conditioned_kappa) for row in report
+    ]
+
+    model = build().eval()
+    condition(model, form)
+    before = output(model)
+    fold(model)
+    torch.testing.assert_close(output(model), before, rtol=0, atol=1e-5)
+    plain = build()
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    plain.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('form', ['identity', 'svd'])
+def test_function_keeping_form(family, form):
+    model = FAMILIES[family][0]().eval()
+    before = output(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        condition(model, form, keep_function=True)
+    torch.testing.assert_close(output(model), before, rtol=0, atol=1e-5)
+    assert describe_conditioning(model.state_dict()).startswith(f"dict(type='{form}'")
+
+
+class Attention(nn.Module):
+    """The smallest that condition finds, with weights small enough for any lam to help."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = nn.Linear(8, 24)
+        nn.init.normal_(self.qkv.weight, std=0.01)
+
+    def forward(self, x):
+        return self.qkv(x)
+
+
+def corrections(model):
+    return [module for module in model.modules() if isinstance(module, Correction)]
+
+
+@pytest.mark.filterwarnings('ignore:the correction does not improve')
+@pytest.mark.parametrize('form', [dict(lam=0.1), dict(lam=0.1, per_head=True), dict(type='svd')])
+class TestCorrectionsStayAsTheyAre:
+    """Whatever is done to a conditioned model, C stays bit-equal and W + C is what is computed with."""
+
+    @pytest.fixture
+    def model(self, form):
+        model = Attention()
+        condition(model, **form)
+        return model
+
+    @pytest.fixture
+    def C(self, model):
+        return corrections(model)[0].correction(torch.zeros(24, 8))
+
+    def test_in_training_with_weight_decay(self, model, C, form):
+        before = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(50):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+        for old, new in zip(corrections(before)[0].buffers(), corrections(model)[0].buffers(), strict=True):
+            assert torch.equal(old, new)
+        old, new = (m.qkv.parametrizations.weight.original for m in (before, model))
+        assert (old != new).all()
+        assert torch.equal(model.qkv.weight, new + C)
+
+    def test_through_dtypes_copies_and_state_dicts(self, model, C, form):
+        for changed in (
+            copy.deepcopy(model).half().float(),
+            copy.deepcopy(model).bfloat16().double().float(),
+            copy.deepcopy(model).to('cpu'),
+        ):
+            assert torch.equal(corrections(changed)[0].correction(torch.zeros(24, 8)), C)
+        assert copy.deepcopy(model).half().qkv.weight.dtype == torch.float16
+        twin = Attention()
+        condition(twin, **{**form, **({'lam': 0.5} if 'lam' in form else {})})
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin.qkv.weight, model.qkv.weight)
+        with pytest.raises(RuntimeError, match='parametrizations'):
+            Attention().load_state_dict(model.state_dict())
+
+    @pytest.mark.parametrize('update_buffers', [False, True])
+    def test_in_an_exponential_moving_average(self, model, C, update_buffers, form):
+        average = ExponentialMovingAverage(model, momentum=0.1, update_buffers=update_buffers)
+        for _ in range(3):
+            with torch.no_grad():
+                model.qkv.parametrizations.weight.original.add_(1)
+            average.update_parameters(model)
+        assert torch.equal(corrections(average)[0].correction(torch.zeros(24, 8)), C)
+
+    def test_under_autocast(self, model, C, form):
+        x = torch.randn(4, 8)
+        with torch.autocast('cpu', torch.bfloat16):
+            out = model(x)
+            W = model.qkv.parametrizations.weight.original + C  # added in float32, then rounded
+            assert torch.equal(out, nn.functional.linear(x, W, model.qkv.bias))
+
+    def test_under_compile(self, model, C, form):
+        x = torch.randn(4, 8)
+        compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).sum().backward()
+        torch.testing.assert_close(model.qkv.parametrizations.weight.original.grad[0], x.sum(0))
+
+    def test_in_distributed_data_parallel(self, model, C, form, tmp_path):
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            parallel(torch.randn(4, 8)).sum().backward()
+            assert torch.equal(corrections(parallel)[0].correction(torch.zeros(24, 8)), C)
+            assert len(list(parallel.parameters())) == 2  # W and the bias
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def test_a_lam_that_does_not_help_is_reported_with_the_numbers():
+    model = Attention()
+    nn.init.normal_(model.qkv.weight, std=1)
+    kappa = torch.linalg.cond(model.qkv.weight.double().detach().unflatten(0, (3, 8)))
+    with pytest.warns(UserWarning, match=r'does not improve .* kappa \S+ -> \S+, with sigma_max'):
+        report = condition(model, lam=1e-12)
+    torch.testing.assert_close(torch.tensor([row.kappa for row in report]).double(), kappa)
+    assert report.unhelpful() and str(report).count('\n') == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert not condition(Attention()).unhelpful()
+
+
+def test_the_per_head_form_is_measured_head_by_head():
+    model = Attention()
+    W = model.qkv.weight.detach().double().clone().unflatten(0, (3, 2, 4))
+    report = condition(model, lam=3.0, per_head=True)
+    assert [row.role for row in report] == ['Q0', 'Q1', 'K0', 'K1', 'V0', 'V1']
+    for before, after in ((W, 'kappa'), (W + 3 * torch.eye(4, 8), 'conditioned_kappa')):
+        sigma = torch.linalg.svdvals(before.flatten(0, 1))
+        kappa = torch.tensor([getattr(row, after) for row in report]).double()
+        torch.testing.assert_close(kappa, sigma[:, 0] / sigma[:, -1], rtol=1e-6, atol=0)
+
+
+class HeadFirst(Attention):
+    head_first = True
+
+
+def test_what_cannot_be_conditioned_is_refused_and_left_alone():
+    conditioned, parametrized, headless = Attention(), Attention(), Attention()
+    condition(conditioned)
+    nn.utils.parametrizations.weight_norm(parametrized.qkv)
+    del headless.num_heads
+    uneven = Attention()
+    uneven.qkv = nn.Linear(8, 20)
+    own = SpecXCiT(dict(dim=32, depth=6, num_heads=4), conditioning=dict(type='identity'))
+    for model, arguments, message in (
+        (nn.Linear(3, 3), {}, 'found no query'),
+        (conditioned, {}, 'conditioned already'),
+        (own, {}, 'conditioned already'),
+        (parametrized, {}, 'another kind'),
+        (headless, dict(per_head=True), 'how many heads'),
+        (uneven, {}, 'not supported'),
+        (HeadFirst(), {}, 'not supported'),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(InputError, match=message):
+            condition(model, **arguments)
+        assert before.keys() == model.state_dict().keys()
+
+
+def test_fold_takes_a_backbones_own_correction_too():
+    for conditioning in (dict(type='identity', lam=3.0, per_head=True), dict(type='svd')):
+        model = SpecXCiT(dict(dim=32, depth=6, num_heads=4), conditioning=conditioning).eval()
+        before = output(model)
+        assert describe_conditioning(model.state_dict()) != 'None'
+        fold(model)
+        torch.testing.assert_close(output(model), before, rtol=0, atol=1e-5)
+        SpecXCiT(dict(dim=32, depth=6, num_heads=4)).load_state_dict(model.state_dict())
+
+
+def test_without_mmdetection():
+    """The conditioning is there for those who have nothing but torch."""
+    code = """
+import sys
+for name in ('mmdet', 'mmengine', 'mmcv', 'torchvision', 'numpy', 'scipy', 'pycocotools'):
+    sys.modules[name] = None
+import torch
+from spec_mmdet.conditioning import condition, fold
+attention = torch.nn.MultiheadAttention(8, 2)
+print(len(condition(attention)))
+fold(attention)
+"""
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.stdout == '3\n', run.stderr
