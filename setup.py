@@ -9,7 +9,7 @@ setup(
     python_requires='>=3.10',
     # Neither mmdet nor mmcv: each has several distributions of one import name (mmcv, mmcv-lite, onedl-mmcv), and pip
     # would overwrite the one that is there. The extras install a set that is known to work together.
-    install_requires=['torch>=2.6', 'torchvision', 'numpy'],
+    install_requires=['torch>=2.6', 'torchvision', 'numpy', 'scipy'],
     extras_require={
         # mmengine 0.10.7 imports pkg_resources, which setuptools 82 dropped.
         'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82'],

@@ -27,16 +27,18 @@ from torch.nn.utils import parametrize
 from .errors import InputError
 
 
-def condition_number(W: Tensor) -> Tensor:
+def condition_number(W: Tensor, rank: int | None = None) -> Tensor:
     """kappa(W) = sigma_max / sigma_min, computed in float64.
 
     Args:
         W: matrices, shape (..., D, k).
+        rank: how many of the singular values count, where the remaining ones are zero by construction; by default
+            all min(D, k).
 
     Returns:
         float64, shape (...). Infinite where sigma_min is zero (a singular or zero matrix).
     """
-    sigma = torch.linalg.svdvals(W.detach().double())
+    sigma = torch.linalg.svdvals(W.detach().double())[..., :rank]
     return torch.where(sigma[..., -1] > 0, sigma[..., 0] / sigma[..., -1], torch.inf)
 
 
