@@ -17,7 +17,8 @@ if find_spec('mmdet') is not None:
     ops.install()
 
     from .checkpoint import CheckpointGuard
+    from .instruments import ConditioningHook
     from .tta import MaskTTAModel
     from .xcit import SpecXCiT
 
-    __all__ += ['CheckpointGuard', 'MaskTTAModel', 'SpecXCiT']
+    __all__ += ['CheckpointGuard', 'ConditioningHook', 'MaskTTAModel', 'SpecXCiT']

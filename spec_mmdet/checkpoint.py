@@ -116,6 +116,31 @@ def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> 
     )
 
 
+def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Load a backbone's weights from a checkpoint of the detector, or of the backbone alone.
+
+    Args:
+        backbone: a backbone of MMDetection.
+        path: the file.
+
+    Raises:
+        InputError: if the file cannot be read, or not every weight is in it and fits.
+    """
+    name = f'checkpoint {path}'
+    weights = state_dict_of(load(path), name)
+    prefix = 'backbone.'
+    if any(key.startswith(prefix) for key in weights):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    try:
+        require_same_conditioning(weights, backbone.state_dict())
+    except InputError as error:
+        raise InputError(f'{name}: {error}') from error
+    faults = mismatches(backbone, weights)
+    if faults:
+        raise InputError(f'{name} does not fit the configured backbone: {faults}')
+    backbone.load_state_dict(weights)
+
+
 @HOOKS.register_module()
 class CheckpointGuard(Hook):
     """Stop when a checkpoint does not fit the model, where MMEngine would warn and go on with random weights.

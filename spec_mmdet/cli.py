@@ -22,24 +22,25 @@ from .preflight import check_inputs
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit status 1."""
+def command_line() -> Iterator[None]:
+    """What every command runs in: an InputError becomes one line on stderr and exit status 1; no pickle is trusted."""
+    # MMEngine's use of pkg_resources is nothing that its user could put right.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    # Whatever scheme a checkpoint is loaded by.
+    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     try:
         yield
     except InputError as error:
         sys.exit(f'error: {error}')
 
 
+@command_line()
 def run_mmdet_tool(name: str) -> None:
     """Check what the command line names, then run MMDetection's own tool of that name on it, flags and all.
 
     Args:
         name: 'train' or 'test'.
     """
-    # MMEngine's use of pkg_resources is nothing that its user could put right.
-    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    # Whatever scheme a checkpoint is loaded by, its pickle is not to be trusted.
-    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     path = Path(mmdet.__file__).parent / '.mim' / 'tools' / f'{name}.py'
     spec = importlib.util.spec_from_file_location(f'mmdet_{name}', path)
     tool = importlib.util.module_from_spec(spec)
@@ -49,19 +50,18 @@ def run_mmdet_tool(name: str) -> None:
         # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
         args.show_dir = str(Path(args.show_dir).resolve())
     tool.parse_args = lambda: args
-    with one_line_errors():
-        if not Path(args.config).is_file():
-            raise InputError(f'config {args.config}: no such file')
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
-        if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
-            check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
-            for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
-                if path not in (None, 'auto') and '://' not in path:
-                    checkpoint.state_dict_of(checkpoint.load(path, mmap=True), f'checkpoint {path}')
-        if name == 'train' and get_device() == 'cpu':
-            without_amp(args, cfg)
-        tool.main()
+    if not Path(args.config).is_file():
+        raise InputError(f'config {args.config}: no such file')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
+        check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
+        for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
+            if path not in (None, 'auto') and '://' not in path:
+                checkpoint.state_dict_of(checkpoint.load(path, mmap=True), f'checkpoint {path}')
+    if name == 'train' and get_device() == 'cpu':
+        without_amp(args, cfg)
+    tool.main()
     if torch.distributed.is_initialized():
         # Together, or the first process to leave can take its connections from under the others.
         torch.distributed.barrier()

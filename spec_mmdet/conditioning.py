@@ -306,8 +306,9 @@ def _spectra(found: list[Projection]) -> Report:
             heads = projection.correction.split[1]
             roles = [f'{role}{head}' for role in roles for head in range(heads)]
             W, W_plus_C = (stack.unflatten(1, (heads, -1)).flatten(0, 1) for stack in (W, W_plus_C))
-        sigma = torch.linalg.svdvals(W.double())
-        conditioned = [None] * len(sigma) if W_plus_C is None else torch.linalg.svdvals(W_plus_C.double())
+        # Not every accelerator has float64, and to none are a few small matrices worth its while.
+        sigma = torch.linalg.svdvals(W.cpu().double())
+        conditioned = [None] * len(sigma) if W_plus_C is None else torch.linalg.svdvals(W_plus_C.cpu().double())
         for role, before, after in zip(roles, sigma, conditioned):
             extremes = (None, None) if after is None else (after[-1].item(), after[0].item())
             report.append(

@@ -185,10 +185,11 @@ def xca_singular_values(
     The outputs that J reaches are X times anything, so sigma_min is the singular value of number rank(X) k: the
     remaining ones are zero whatever the projections are. (LayerNorm makes X lose a rank; many tokens lose the rest.)
 
-    J J^T is (X X^T) (x) (A A^T) plus J_Q J_Q^T + J_K J_K^T, which live on V times k x k matrices. In a basis of X's
-    range the former is inverted at once and the latter has at most k^2 of rank(X) k dimensions, so the Woodbury
-    identity inverts the sum, and a few Lanczos steps on it and on its inverse (ARPACK's) find both ends of the
-    spectrum. For XCiT's heads, k = 48 channels and D = 384, where J has millions of rows, it takes about a second.
+    With X = s V^T in an orthonormal basis of its range, J_V = (s (x) A) V^T and J J^T = (s (x) A) (I + E E^T)
+    (s (x) A)^T, where E = (s (x) A)^-1 [J_Q J_K] lives on (V^T W_V) times k x k matrices: in at most k^2 of the rank(X)
+    k dimensions, and free of X's small singular values. So a Cholesky factor of k^2 x k^2 inverts the whole without
+    loss, and a few Lanczos steps (ARPACK's) on J J^T and on its inverse find both ends of the spectrum. For XCiT's
+    heads, k = 48 channels and D = 384, where J has millions of entries a row, it takes about a second.
 
     Args:
         X: tokens, shape (N, D), of any dtype; the rank is told by its precision, so float64 is best.
@@ -209,28 +210,32 @@ def xca_singular_values(
     X = s[:, None] * Vh[: len(s)]
 
     A, by_q, by_k = _xca_derivatives(X, W_Q, W_K, temperature)
-    U, V = torch.linalg.qr(X @ W_V)
+    U, V = torch.linalg.qr(Vh[: len(s)] @ W_V)
     V_Lam = V @ _softmax_jacobian(A)
-    # J_Q J_Q^T + J_K J_K^T as a matrix G over pairs (channel, column of U).
+    # [J_Q J_K] = (s U (x) I) L, and G = L L^T, as a matrix over pairs of a channel and a column of U.
     k, u = len(A), U.shape[1]
-    G = torch.einsum('iab,bij,jcb->iajc', V_Lam, torch.einsum('iba,jba->bij', by_k, by_k), V_Lam)
     J_Q = V_Lam @ by_q
+    G = torch.einsum('iab,bij,jcb->iajc', V_Lam, torch.einsum('iba,jba->bij', by_k, by_k), V_Lam)
     G[range(k), :, range(k)] += J_Q @ J_Q.mT
     G = G.reshape(k * u, k * u)
+    s = s[:, None]
 
-    def gram(Y: Tensor) -> Tensor:  # J J^T
-        return s[:, None] ** 2 * Y @ A @ A.T + U @ (G @ (U.T @ Y).T.flatten()).view(k, u).T
+    def on_pairs(matrix: Tensor, Y: Tensor) -> Tensor:
+        return (matrix @ Y.T.flatten()).view(k, u).T
+
+    def gram(Y: Tensor) -> Tensor:
+        return s**2 * Y @ A @ A.T + s * U @ on_pairs(G, U.T @ (s * Y))
 
     sigma_max = _largest_eigenvalue(gram, X.new_empty(len(s), k)) ** 0.5
     if condition_number(A) * torch.finfo(A.dtype).eps > 1:
         return 0.0, sigma_max
     A_inv = torch.linalg.inv(A)
-    H = torch.kron(A_inv.T @ A_inv, U.T @ (U / s[:, None] ** 2))
-    middle = torch.linalg.lu_factor(torch.eye(k * u).to(G) + G @ H)
+    EET = torch.einsum('ij,jakc,lk->ialc', A_inv, G.view(k, u, k, u), A_inv).reshape(k * u, k * u)
+    eye = torch.eye(k * u).to(EET)
+    shrink = eye - torch.cholesky_inverse(torch.linalg.cholesky(eye + EET))
 
     def gram_inverse(Y: Tensor) -> Tensor:
-        Y = Y / s[:, None] ** 2 @ A_inv.T @ A_inv
-        Z = torch.linalg.lu_solve(*middle, (G @ (U.T @ Y).T.flatten())[:, None])
-        return Y - U @ Z.view(k, u).T / s[:, None] ** 2 @ A_inv.T @ A_inv
+        Y = Y / s @ A_inv.T
+        return (Y - U @ on_pairs(shrink, U.T @ Y)) / s @ A_inv
 
     return _largest_eigenvalue(gram_inverse, X.new_empty(len(s), k)) ** -0.5, sigma_max

@@ -1,5 +1,6 @@
 """The command line tools, in process: training, testing, resuming, and what they say of unusable inputs."""
 
+import csv
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,7 @@ def trained(tmp_path_factory, shapes) -> Path:
     """
     work = tmp_path_factory.mktemp('work')
     command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
+    command.append('custom_hooks.1.interval=20')
     subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
     return work
 
@@ -106,6 +109,96 @@ def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, t
     assert not torch.equal(
         before['state_dict']['neck.fpn_convs.0.conv.weight'], after['state_dict']['neck.fpn_convs.0.conv.weight']
     )
+
+
+def sigma_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Extreme singular values of the demo's projections and of them with lambda = 1, by layer and role."""
+    sigma = {}
+    for key, weight in load(checkpoint)['state_dict'].items():
+        if key.endswith('attn.qkv.weight'):
+            for role, W in zip('QKV', weight.double().chunk(3)):
+                both = torch.linalg.svdvals(torch.stack([W, W + torch.eye(len(W))]))
+                sigma[f'{key.removeprefix("backbone.").removesuffix(".weight")}.{role}'] = both[:, [-1, 0]]
+    assert len(sigma) == 18
+    return sigma
+
+
+def test_training_writes_condition_numbers(trained):
+    (log,) = trained.glob('*/vis_data/scalars.json')
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [entry for entry in entries if 'conditioning/seconds' in entry]
+    assert [entry['step'] for entry in entries] == [1, 20, 40]
+    last = entries[-1]
+    for name, ((low, high), (conditioned_low, conditioned_high)) in sigma_of(trained / 'epoch_1.pth').items():
+        for figure, value in dict(
+            sigma_min=low,
+            sigma_max=high,
+            kappa=high / low,
+            conditioned_sigma_min=conditioned_low,
+            conditioned_sigma_max=conditioned_high,
+            conditioned_kappa=conditioned_high / conditioned_low,
+        ).items():
+            assert last[f'conditioning/{name}/{figure}'] == pytest.approx(value.item(), rel=1e-4)
+    for i in range(6):
+        low, high, kappa = (last[f'conditioning/blocks.{i}.attn.J/{f}'] for f in ('sigma_min', 'sigma_max', 'kappa'))
+        assert 0 < low < high and kappa == pytest.approx(high / low)
+
+
+def test_analyze_conditioning(monkeypatch, shapes, trained, tmp_path, capsys):
+    backbone_alone = tmp_path / 'backbone.pth'
+    weights = load(trained / 'epoch_1.pth')['state_dict']
+    torch.save(
+        {k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}, backbone_alone
+    )
+    sigma = sigma_of(trained / 'epoch_1.pth')
+    tables = []
+    for path in (trained / 'epoch_1.pth', backbone_alone):
+        out = tmp_path / path.stem
+        args = [CONFIG, path, '--images', shapes / 'val', '--max-images', 2, '--out', out]
+        run_tool(monkeypatch, 'analyze_conditioning', *args)
+        assert (out / 'conditioning.png').stat().st_size > 10_000
+        projections, jacobians = (
+            list(csv.DictReader((out / f'{name}.csv').open())) for name in ('projections', 'jacobians')
+        )
+        for row in projections:
+            (low, high), (conditioned_low, conditioned_high) = sigma[f'{row["name"]}.{row["role"]}']
+            assert float(row['sigma_min']) == pytest.approx(low.item(), rel=1e-6)
+            assert float(row['kappa']) == pytest.approx((high / low).item(), rel=1e-6)
+            assert float(row['conditioned_kappa']) == pytest.approx((conditioned_high / conditioned_low).item())
+        assert len(projections) == 18
+        assert len(jacobians) == 12 and len({row['image'] for row in jacobians}) == 2
+        tables.append(capsys.readouterr().out.split('wrote')[0])
+    assert tables[0] == tables[1]
+    assert 'kappa(W+C)' in tables[0] and 'Jacobian of' in tables[0] and ' all\n' in tables[0]
+
+
+def test_analyze_conditioning_of_attention_that_is_not_ours(monkeypatch, tmp_path, capsys):
+    config = tmp_path / 'swin.py'
+    config.write_text(
+        "_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\nmodel = dict(backbone=dict(init_cfg=None))\n"
+    )
+    picture = tmp_path / 'picture.png'
+    cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    run_tool(monkeypatch, 'analyze_conditioning', config, '--images', tmp_path, '--out', tmp_path / 'out')
+    printed = capsys.readouterr().out
+    assert printed.count('w_msa.qkv') == 3 * 12
+    assert 'known for XCA layers alone' in printed
+
+
+def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
+    detector = trained / 'epoch_1.pth'
+    for args, says in (
+        (['absent.py'], 'config absent.py: no such file'),
+        ([CONFIG, 'absent.pth'], 'checkpoint absent.pth: no such file'),
+        ([CONFIG, detector, '--cfg-options', 'model.backbone.conditioning.lam=2.0'], 'made with conditioning'),
+        ([CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'], 'does not fit the configured backbone'),
+        ([CONFIG, '--images', tmp_path], 'no folder with images'),
+        ([CONFIG, '--images', tmp_path / 'absent'], 'no folder with images'),
+        ([CONFIG, '--max-images', '0'], 'at least 1'),
+        ([ROOT / 'configs' / '_base_' / 'coco_3x.py'], 'no model with a backbone'),
+    ):
+        assert says in complaint(monkeypatch, 'analyze_conditioning', *args, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_tta(monkeypatch, shapes, trained, tmp_path):

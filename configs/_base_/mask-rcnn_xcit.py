@@ -15,7 +15,7 @@ model = dict(
 )
 
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='coco/segm_mAP'))
-custom_hooks = [dict(type='CheckpointGuard')]
+custom_hooks = [dict(type='CheckpointGuard'), dict(type='ConditioningHook')]
 
 # What tools/test.py --tta adds to its flipped views.
 tta_model = dict(type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
