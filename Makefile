@@ -1,4 +1,5 @@
 # make demo    the main job, from data to COCO AP, in minutes on a CPU
+# make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -6,6 +7,9 @@ VENV ?= .venv
 
 demo: $(VENV)/mmdet
 	$(VENV)/bin/python tools/demo.py
+
+paper-figures: $(VENV)/mmdet
+	$(VENV)/bin/python tools/paper_figures.py
 
 test: $(VENV)/mmdet
 	$(VENV)/bin/python -m pytest
@@ -41,4 +45,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo test test-onedl lint clean
+.PHONY: demo paper-figures test test-onedl lint clean
