@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV ?= .venv
+comma := ,
 
 demo: $(VENV)/mmdet
 	$(VENV)/bin/python tools/demo.py
@@ -23,15 +24,15 @@ lint: $(VENV)/mmdet
 
 # A virtual environment is made again when setup.py changes; its last file says that it is complete.
 $(VENV)/mmdet: setup.py
-	$(call environment,$(VENV),mmdet)
+	$(call environment,$(VENV),mmdet,test)
 
 $(VENV)-onedl/onedl: setup.py
-	$(call environment,$(VENV)-onedl,onedl)
+	$(call environment,$(VENV)-onedl,onedl,test$(comma)test-onedl)
 
 define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet $(TORCH)
-	$(1)/bin/pip install --quiet --editable '.[$(2),test]'
+	$(1)/bin/pip install --quiet --editable '.[$(2),$(3)]'
 	$(call headless,$(1)/bin/pip)
 	touch $(1)/$(2)
 endef

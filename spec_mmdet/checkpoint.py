@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader, Runner
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .conditioning import require_same_conditioning
@@ -25,9 +29,10 @@ def _history_buffer_method(owner: type, name: str):
     raise pickle.UnpicklingError(f'getattr({owner}, {name!r}) is not a statistic of HistoryBuffer')
 
 
-# What MMEngine's checkpoints hold beside tensors and plain containers: the histories of its logged scalars. None of
-# these runs code of the file's choosing.
+# What checkpoints hold beside tensors and plain containers: MMEngine's the histories of its logged scalars, XCiT's the
+# arguments of its training script. None of these runs code of the file's choosing.
 _SAFE_GLOBALS = [
+    argparse.Namespace,
     HistoryBuffer,
     (_history_buffer_method, 'builtins.getattr'),
     np.ndarray,
@@ -42,29 +47,44 @@ _SAFE_GLOBALS = [
 ]
 
 
-def load(path: str | Path, map_location: str | torch.device | None = 'cpu', mmap: bool = False) -> object:
-    """Read a checkpoint: tensors, plain containers and MMEngine's log histories, never code.
+def load(
+    path: str | Path,
+    map_location: str | torch.device | None = 'cpu',
+    mmap: bool = False,
+    trust_pickle: bool = False,
+) -> object:
+    """Read a checkpoint: tensors, plain containers and a few harmless records, never code.
 
     Args:
-        path: a file written by ``torch.save``.
+        path: a file written by ``torch.save``, or one of safetensors if its name ends so; or an address.
         map_location: as for ``torch.load``.
         mmap: map the tensors from disk instead of reading them.
+        trust_pickle: run the code that the file may hold. It can do whatever you can.
 
     Raises:
         InputError: if the file does not exist, is not a checkpoint, is damaged, or would need code to be run.
     """
+    if '://' in str(path):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return CheckpointLoader.load_checkpoint(str(path), map_location)
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f'checkpoint {path}: no such file')
     try:
+        if path.suffix == '.safetensors':
+            return load_file(path, str(map_location or 'cpu'))
+        mmap = mmap and zipfile.is_zipfile(path)  # PyTorch wrote another format before 1.6
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path, map_location=map_location, weights_only=not trust_pickle, mmap=mmap)
+    except SafetensorError as error:
+        raise InputError(f'checkpoint {path}: not a safetensors file, or damaged ({error})') from error
     except pickle.UnpicklingError as error:
         if 'Unsupported global' in str(error) or 'was not an allowed global' in str(error):
             what = str(error).split('GLOBAL ', 1)[-1].split(' was not', 1)[0]
             raise InputError(
                 f'checkpoint {path}: holds {what}, which only running code from the file could read; it was not run. '
-                'Save it again with nothing but tensors and plain containers in it.'
+                'Save it again with nothing but tensors and plain containers in it, or, if you trust whoever made it, '
+                'convert it with tools/convert_checkpoint.py --trust-pickle.'
             ) from error
         raise InputError(f'checkpoint {path}: not a checkpoint written by torch.save, or damaged') from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -114,31 +134,6 @@ def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> 
         for fault, names in faults.items()
         if names
     )
-
-
-def load_backbone(backbone: nn.Module, path: str | Path) -> None:
-    """Load a backbone's weights from a checkpoint of the detector, or of the backbone alone.
-
-    Args:
-        backbone: a backbone of MMDetection.
-        path: the file.
-
-    Raises:
-        InputError: if the file cannot be read, or not every weight is in it and fits.
-    """
-    name = f'checkpoint {path}'
-    weights = state_dict_of(load(path), name)
-    prefix = 'backbone.'
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    try:
-        require_same_conditioning(weights, backbone.state_dict())
-    except InputError as error:
-        raise InputError(f'{name}: {error}') from error
-    faults = mismatches(backbone, weights)
-    if faults:
-        raise InputError(f'{name} does not fit the configured backbone: {faults}')
-    backbone.load_state_dict(weights)
 
 
 @HOOKS.register_module()

@@ -439,5 +439,5 @@ def require_same_conditioning(theirs: dict[str, Tensor], ours: dict[str, Tensor]
         raise InputError(
             f'the weights were made with conditioning={made_with}, but the backbone is configured with '
             f'conditioning={configured}. Set conditioning={made_with} in the config, or use weights made with the '
-            'configured conditioning.'
+            'configured conditioning; tools/convert_checkpoint.py --condition takes plain ones over.'
         )

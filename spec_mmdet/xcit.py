@@ -168,8 +168,8 @@ class SpecXCiT(BaseModule):
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
             ``out_indices``. Frozen parts keep their normalisation statistics too.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)``. Without it the weights are
-            initialised as the reference does.
+        init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)`` with a checkpoint in any layout
+            of XCiT. Without it the weights are initialised as the reference does.
 
     Raises:
         ValueError: on arguments outside the above.
@@ -279,6 +279,21 @@ class SpecXCiT(BaseModule):
         for part in self._frozen_parts():
             part.eval()
         return self
+
+    def init_weights(self) -> None:
+        """MMEngine's, with ``init_cfg=dict(type='Pretrained', checkpoint=...)`` taken strictly.
+
+        Raises:
+            InputError: where not all of the checkpoint's weights are these; see
+                :func:`~spec_mmdet.convert.load_backbone`.
+        """
+        if not isinstance(self.init_cfg, dict) or self.init_cfg.get('type') != 'Pretrained':
+            super().init_weights()
+            return
+        from .convert import load_backbone  # which builds backbones itself
+
+        load_backbone(self, self.init_cfg['checkpoint'])
+        self._is_init = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Raised here, not noted among the mismatches: MMEngine loads with strict=False and would go on with a warning.

@@ -191,7 +191,10 @@ def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
         (['absent.py'], 'config absent.py: no such file'),
         ([CONFIG, 'absent.pth'], 'checkpoint absent.pth: no such file'),
         ([CONFIG, detector, '--cfg-options', 'model.backbone.conditioning.lam=2.0'], 'made with conditioning'),
-        ([CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'], 'does not fit the configured backbone'),
+        (
+            [CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'],
+            'is of another XCiT',
+        ),
         ([CONFIG, '--images', tmp_path], 'no folder with images'),
         ([CONFIG, '--images', tmp_path / 'absent'], 'no folder with images'),
         ([CONFIG, '--max-images', '0'], 'at least 1'),
@@ -285,6 +288,9 @@ def test_unusable_config_and_checkpoint(monkeypatch, shapes, trained, tmp_path):
         assert says in complaint(
             monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', path, *options(shapes)
         )
+    pretrained = ['model.backbone.init_cfg.type=Pretrained', f'model.backbone.init_cfg.checkpoint={text}']
+    args = [CONFIG, '--work-dir', tmp_path, *options(shapes), *pretrained]
+    assert 'not a checkpoint' in complaint(monkeypatch, 'train', *args)
     for option, says in (
         ('model.backbone.conditioning.lam=2.0', 'made with conditioning'),
         ('model.rpn_head.anchor_generator.scales=[4,8]', 'does not fit the configured model'),

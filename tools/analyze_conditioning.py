@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-import spec_mmdet  # noqa: F401  (before MMDetection: it provides mmcv's operators)
+from spec_mmdet import SpecXCiT  # before MMDetection: it provides mmcv's operators
 
 # isort: split
 import matplotlib
@@ -24,9 +24,9 @@ from mmengine.config import Config, DictAction
 from mmengine.dataset import Compose
 from mmengine.logging import MMLogger
 
-from spec_mmdet.checkpoint import load_backbone
 from spec_mmdet.cli import command_line
 from spec_mmdet.conditioning import Report, measure
+from spec_mmdet.convert import load_backbone
 from spec_mmdet.errors import InputError
 from spec_mmdet.instruments import JacobianSpectrum, jacobian_spectra
 
@@ -71,7 +71,7 @@ def draw(report: Report, jacobians: dict[str, list[JacobianSpectrum]], path: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', type=Path)
-    parser.add_argument('checkpoint', type=Path, nargs='?', help='of the detector, or of the backbone alone')
+    parser.add_argument('checkpoint', type=Path, nargs='?', help='in any layout of XCiT')
     parser.add_argument('--images', type=Path, help='a folder of images, for the Jacobians')
     parser.add_argument('--max-images', type=int, default=4, help='how many of them to use (default: 4)')
     parser.add_argument('--heads', type=int, help='heads per layer whose Jacobian is computed (default: all, or one'
@@ -97,6 +97,8 @@ def main() -> None:
     if 'backbone' not in cfg.get('model', {}):
         raise InputError(f'config {args.config}: no model with a backbone in it')
     backbone = MODELS.build(cfg.model.backbone)
+    if args.checkpoint and not isinstance(backbone, SpecXCiT):
+        raise InputError(f'{args.checkpoint}: checkpoints are read for SpecXCiT alone, not {cfg.model.backbone.type}')
     if args.checkpoint:
         load_backbone(backbone, args.checkpoint)
     else:
