@@ -1,4 +1,8 @@
-"""Cross-covariance attention (XCA): attention over channels, so its cost is linear in the number of tokens."""
+"""Cross-covariance attention (XCA): attention over channels, so its cost is linear in the number of tokens.
+
+It is the same function in two forms: :func:`xca_plain` says what it is, and :func:`xca_gram` is the faster one for
+images, where tokens are many more than channels.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,98 @@ from torch import Tensor, nn
 
 from .conditioning import Correction
 
+EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
 
-class XCA(nn.Module):
-    """Cross-covariance attention (XCiT, arXiv 2106.09681, section 3.2) with optional spectral conditioning.
+
+def xca_plain(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor) -> Tensor:
+    """XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
 
     Per head, with tokens as rows and columns normalised to length one over the tokens,
     ``y = V softmax(temperature K^T Q)^T``: a d x d matrix mixes the channels of every token alike.
+
+    Args:
+        x: tokens, shape (B, N, C).
+        W: the query, key and value projections, shape (3 C, C).
+        b: their biases, shape (3 C,).
+        W_out: the output projection, shape (C, C).
+        b_out: its bias, shape (C,).
+        temperature: shape (heads, 1, 1).
+
+    Returns:
+        Tensor of shape (B, N, C).
+    """
+    qkv = F.linear(x, W, b)
+    q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
+    A = F.normalize(q, dim=-1, eps=EPS) @ F.normalize(k, dim=-1, eps=EPS).transpose(-2, -1)
+    A = (A * temperature).softmax(dim=-1)
+    return F.linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
+
+
+class _Gram(torch.autograd.Function):
+    """x^T x and the sum of x over the tokens, in float32 at least; one matrix product forward and one backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.mT @ x, x.sum(dim=-2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, by_G: Tensor, by_s: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.baddbmm(by_s[:, None], x.to(by_G), by_G + by_G.mT).to(x.dtype)
+
+
+def xca_gram(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor) -> Tensor:
+    """XCA without the queries, keys and values of any token: the same function as :func:`xca_plain`.
+
+    The inner products and lengths of channels over the tokens are quadratic forms in G = x^T x and, for the biases,
+    s = sum_n x_n:  q^T k = W_q G W_k^T + (W_q s) b_k^T + b_q (W_k s)^T + N b_q b_k^T. The attention A then joins the
+    value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
+    multiplications in place of 4 C^2 + 2 C d, and nothing but x is kept of it for the backward pass.
+
+    G and all C x C matrices are in float32 under autocast too; only y is in half precision.
+
+    Args:
+        x: tokens, shape (B, N, C); otherwise as for :func:`xca_plain`.
+        W: see there.
+        b: see there.
+        W_out: see there.
+        b_out: see there.
+        temperature: see there.
+
+    Returns:
+        Tensor of shape (B, N, C).
+    """
+    B, N, C = x.shape
+    heads = len(temperature)
+    with torch.autocast(x.device.type, enabled=False):
+        G, s = _Gram.apply(x)
+        W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
+        W_qk, W_v = W.split((2 * C, C))
+        b_qk, b_v = b.split((2 * C, C))
+        WG = W_qk @ G  # (B, 2 C, C)
+        Ws = s @ W_qk.T  # (B, 2 C)
+        squares = (WG * W_qk).sum(dim=-1) + b_qk * (2 * Ws + N * b_qk)
+        q_scale, k_scale = squares.clamp_min(EPS**2).rsqrt().view(B, 2, heads, -1).unbind(1)
+        _, W_k = W_qk.view(2, heads, -1, C)
+        b_q, b_k = b_qk.view(2, heads, -1)
+        s_q, s_k = Ws.view(B, 2, heads, -1).unbind(1)
+        A = WG[:, :C].view(B, heads, -1, C) @ W_k.mT
+        A = A + s_q[..., None] * b_k[:, None] + b_q[..., None] * (s_k + N * b_k)[..., None, :]
+        A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
+        M = W_out @ (A @ W_v.view(heads, -1, C)).view(B, C, C)
+        m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
+    return torch.baddbmm(m[:, None].to(x.dtype), x, M.mT.to(x.dtype))
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention with optional spectral conditioning.
 
     Args:
         dim: channels C.
@@ -22,9 +112,11 @@ class XCA(nn.Module):
             C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction).
     """
 
+    # Tokens per channel from which the Gram form is taken: with fewer, its C x C matrices cost more than it saves.
+    gram_from = 2
+
     def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -34,18 +126,28 @@ class XCA(nn.Module):
         # After the initialisation, because the exact correction depends on the weights.
         self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning, heads=num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def num_heads(self) -> int:
+        return len(self.temperature)
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
         """Attend over channels.
 
         Args:
             x: tokens, shape (B, N, C).
+            gamma: LayerScale of the output, shape (C,). It costs nothing per token here.
 
         Returns:
             Tensor of the same shape.
         """
         W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
-        qkv = F.linear(x, W, self.qkv.bias)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
-        A = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        A = (A * self.temperature).softmax(dim=-1)
-        return self.proj((A @ v).permute(0, 3, 1, 2).flatten(2))
+        W_out, b_out = scaled(self.proj, gamma)
+        xca = xca_gram if x.shape[1] >= self.gram_from * x.shape[2] else xca_plain
+        return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature)
+
+
+def scaled(layer: nn.Linear | nn.Conv2d, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A layer's weight and bias with its output's channels scaled by gamma, shape (C,)."""
+    if gamma is None:
+        return layer.weight, layer.bias
+    return layer.weight * gamma.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gamma

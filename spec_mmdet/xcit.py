@@ -15,7 +15,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import XCA
+from .attention import XCA, scaled
 from .conditioning import require_same_conditioning
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
@@ -88,11 +88,13 @@ class LPI(nn.Module):
         self.bn = build_norm_layer(norm_cfg, dim)[1]
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        """x: tokens, shape (B, h * w, C); returns the same shape."""
-        x = x.transpose(1, 2).unflatten(2, (h, w))
-        x = self.conv2(self.bn(F.gelu(self.conv1(x))))
-        return x.flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor, h: int, w: int, gamma: Tensor) -> Tensor:
+        """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
+        # To a convolution, tokens are a channels_last image: neither way is anything copied.
+        x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        x = self.bn(F.gelu(self.conv1(x)))
+        x = F.conv2d(x, *scaled(self.conv2, gamma), padding=1, groups=len(gamma))
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -106,8 +108,9 @@ class MLP(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
+        return F.linear(F.gelu(self.fc1(x)), *scaled(self.fc2, gamma))
 
 
 class Block(nn.Module):
@@ -131,9 +134,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape."""
         # Numbered 1, 3, 2 in the reference, whose parameter names these are.
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), h, w))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1))
+        x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3))
+        return x + self.drop_path(self.mlp(self.norm2(x), self.gamma2))
 
 
 @contextmanager
@@ -253,9 +256,10 @@ class SpecXCiT(BaseModule):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """The tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before any rescaling."""
-        x = self.patch_embed(x)
+        # Channels last from the start, so that an image's rows of pixels are its tokens.
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         h, w = x.shape[-2:]
-        x = (x + self.pos_embeder(h, w)).flatten(2).transpose(1, 2)
+        x = (x + self.pos_embeder(h, w)).permute(0, 2, 3, 1).flatten(1, 2)
         taps = []
         for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
             if self.with_cp and x.requires_grad:
@@ -264,7 +268,7 @@ class SpecXCiT(BaseModule):
             else:
                 x = block(x, h, w)
             if i in self.out_indices:
-                taps.append(x.transpose(1, 2).unflatten(2, (h, w)))
+                taps.append(x.unflatten(1, (h, w)).permute(0, 3, 1, 2))
         return taps
 
     def _frozen_parts(self) -> list[nn.Module]:
