@@ -18,7 +18,8 @@ if find_spec('mmdet') is not None:
 
     from .checkpoint import CheckpointGuard
     from .instruments import ConditioningHook
+    from .padding import MaskedDataPreprocessor
     from .tta import MaskTTAModel
     from .xcit import SpecXCiT
 
-    __all__ += ['CheckpointGuard', 'ConditioningHook', 'MaskTTAModel', 'SpecXCiT']
+    __all__ += ['CheckpointGuard', 'ConditioningHook', 'MaskTTAModel', 'MaskedDataPreprocessor', 'SpecXCiT']

@@ -15,7 +15,9 @@ from .conditioning import Correction
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
 
 
-def xca_plain(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor) -> Tensor:
+def xca_plain(
+    x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
 
     Per head, with tokens as rows and columns normalised to length one over the tokens,
@@ -28,11 +30,14 @@ def xca_plain(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, tem
         W_out: the output projection, shape (C, C).
         b_out: its bias, shape (C,).
         temperature: shape (heads, 1, 1).
+        mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding has no part in the attention.
 
     Returns:
         Tensor of shape (B, N, C).
     """
     qkv = F.linear(x, W, b)
+    if mask is not None:
+        qkv = qkv * mask
     q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
     A = F.normalize(q, dim=-1, eps=EPS) @ F.normalize(k, dim=-1, eps=EPS).transpose(-2, -1)
     A = (A * temperature).softmax(dim=-1)
@@ -59,7 +64,9 @@ class _Gram(torch.autograd.Function):
         return torch.baddbmm(by_s[:, None], x.to(by_G), by_G + by_G.mT).to(x.dtype)
 
 
-def xca_gram(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor) -> Tensor:
+def xca_gram(
+    x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """XCA without the queries, keys and values of any token: the same function as :func:`xca_plain`.
 
     The inner products and lengths of channels over the tokens are quadratic forms in G = x^T x and, for the biases,
@@ -76,6 +83,7 @@ def xca_gram(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temp
         W_out: see there.
         b_out: see there.
         temperature: see there.
+        mask: see there. Padded tokens are left out of G, s and N.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -83,7 +91,9 @@ def xca_gram(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temp
     B, N, C = x.shape
     heads = len(temperature)
     with torch.autocast(x.device.type, enabled=False):
-        G, s = _Gram.apply(x)
+        G, s = _Gram.apply(x if mask is None else x * mask)
+        if mask is not None:
+            N = mask.sum(dim=1).to(G.dtype)  # (B, 1)
         W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
         W_qk, W_v = W.split((2 * C, C))
         b_qk, b_v = b.split((2 * C, C))
@@ -95,7 +105,8 @@ def xca_gram(x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temp
         b_q, b_k = b_qk.view(2, heads, -1)
         s_q, s_k = Ws.view(B, 2, heads, -1).unbind(1)
         A = WG[:, :C].view(B, heads, -1, C) @ W_k.mT
-        A = A + s_q[..., None] * b_k[:, None] + b_q[..., None] * (s_k + N * b_k)[..., None, :]
+        Nb_k = (N * b_k.flatten()).view(-1, *b_k.shape)  # (1 or B, heads, d)
+        A = A + s_q[..., None] * b_k[:, None] + b_q[..., None] * (s_k + Nb_k)[..., None, :]
         A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
         M = W_out @ (A @ W_v.view(heads, -1, C)).view(B, C, C)
         m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
@@ -130,12 +141,13 @@ class XCA(nn.Module):
     def num_heads(self) -> int:
         return len(self.temperature)
 
-    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gamma: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend over channels.
 
         Args:
             x: tokens, shape (B, N, C).
             gamma: LayerScale of the output, shape (C,). It costs nothing per token here.
+            mask: 1 for tokens and 0 for padding, which has no part in the attention; shape (B, N, 1).
 
         Returns:
             Tensor of the same shape.
@@ -143,7 +155,7 @@ class XCA(nn.Module):
         W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
         W_out, b_out = scaled(self.proj, gamma)
         xca = xca_gram if x.shape[1] >= self.gram_from * x.shape[2] else xca_plain
-        return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature)
+        return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature, mask)
 
 
 def scaled(layer: nn.Linear | nn.Conv2d, gamma: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,17 @@ class PatchEmbed(nn.Module):
             layers += [nn.Sequential(conv, build_norm_layer(norm_cfg, c_out)[1]), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images, shape (B, 3, H, W), and perhaps a mask of their pixels, shape (B, 1, H, W), become as many tokens."""
+        if mask is None:
+            return self.proj(x), None
+        for layer in self.proj:
+            x = layer(x)
+            if isinstance(layer, nn.Sequential):
+                # Padding goes on being zeros, as it is to the convolutions of an image that ends there.
+                mask = mask[..., ::2, ::2]
+                x = x * mask
+        return x, mask
 
 
 @lru_cache(maxsize=64)
@@ -73,6 +82,13 @@ class PositionEncoding(nn.Module):
         self.hidden, self.temperature = hidden, temperature
         self.token_projection = nn.Conv2d(2 * hidden, dim, 1)
 
+    def masked(self, mask: Tensor) -> Tensor:
+        """Each image's own encoding, for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
+        rows, columns = mask[:, 0, :, 0].sum(dim=1).tolist(), mask[:, 0, 0].sum(dim=1).tolist()
+        h, w = mask.shape[-2:]
+        own = [self(int(r), int(c)) for r, c in zip(rows, columns)]
+        return torch.cat([F.pad(e, (0, w - e.shape[-1], 0, h - e.shape[-2])) for e in own])
+
     def forward(self, h: int, w: int) -> Tensor:
         """Encoding of shape (1, dim, h, w)."""
         weight = self.token_projection.weight
@@ -88,11 +104,18 @@ class LPI(nn.Module):
         self.bn = build_norm_layer(norm_cfg, dim)[1]
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, h: int, w: int, gamma: Tensor) -> Tensor:
+    # Inductor (of PyTorch 2.14) fails to keep these views of unknown size for the backward pass.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, h: int, w: int, gamma: Tensor, mask: Tensor | None) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
+        if mask is not None:
+            x = x * mask
+            mask = mask.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         # To a convolution, tokens are a channels_last image: neither way is anything copied.
         x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         x = self.bn(F.gelu(self.conv1(x)))
+        if mask is not None:
+            x = x * mask
         x = F.conv2d(x, *scaled(self.conv2, gamma), padding=1, groups=len(gamma))
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -110,7 +133,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
         """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
-        return F.linear(F.gelu(self.fc1(x)), *scaled(self.fc2, gamma))
+        W, b = scaled(self.fc2, gamma)
+        if torch.is_grad_enabled() or x.device.type != 'cpu':
+            return F.linear(F.gelu(self.fc1(x)), W, b)
+        # A CPU is fastest while the wide hidden layer of a part of the tokens stays near it.
+        parts = x.split(1024, dim=1)
+        return torch.cat([F.linear(F.gelu(self.fc1(part)), W, b) for part in parts], dim=1)
 
 
 class Block(nn.Module):
@@ -131,11 +159,11 @@ class Block(nn.Module):
         self.gamma3 = nn.Parameter(torch.full((dim,), eta))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        """x: tokens, shape (B, h * w, C); returns the same shape."""
+    def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
+        """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
         # Numbered 1, 3, 2 in the reference, whose parameter names these are.
-        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1))
-        x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3))
+        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1, mask))
+        x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3, mask))
         return x + self.drop_path(self.mlp(self.norm2(x), self.gamma2))
 
 
@@ -170,6 +198,8 @@ class SpecXCiT(BaseModule):
             last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24. Later blocks are not run.
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
             ``out_indices``. Frozen parts keep their normalisation statistics too.
+        compile: None, or the arguments with which torch.nn.Module.compile compiles each block; ``dict(dynamic=True)``
+            copes with images of many sizes.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
         init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)`` with a checkpoint in any layout
             of XCiT. Without it the weights are initialised as the reference does.
@@ -188,6 +218,7 @@ class SpecXCiT(BaseModule):
         out_indices: tuple[int, ...] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        compile: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -237,6 +268,8 @@ class SpecXCiT(BaseModule):
             self.fpn2 = nn.Identity()
             self.fpn3 = nn.MaxPool2d(2, 2)
             self.fpn4 = nn.MaxPool2d(4, 4)
+        for block in self.blocks if compile is not None else ():
+            block.compile(**compile)
         unused = self.blocks[self.out_indices[-1] + 1 :]  # to DDP, a parameter without gradient is an error
         for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
@@ -245,7 +278,9 @@ class SpecXCiT(BaseModule):
         """Feature maps of a batch of images.
 
         Args:
-            x: images, shape (B, 3, H, W), H and W at least 32.
+            x: images, shape (B, 3, H, W), H and W at least 32. A fourth channel, as
+                :class:`~spec_mmdet.padding.MaskedDataPreprocessor` adds it, is 1 where the images are and 0 where they
+                are padded: then each image's features are those that it has alone.
 
         Returns:
             Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
@@ -256,19 +291,24 @@ class SpecXCiT(BaseModule):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """The tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before any rescaling."""
+        x, mask = (x[:, :3], x[:, 3:]) if x.shape[1] == 4 else (x, None)
         # Channels last from the start, so that an image's rows of pixels are its tokens.
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x, mask = self.patch_embed(x.contiguous(memory_format=torch.channels_last), mask)
         h, w = x.shape[-2:]
-        x = (x + self.pos_embeder(h, w)).permute(0, 2, 3, 1).flatten(1, 2)
+        x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.masked(mask))
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        if mask is not None:
+            mask = mask.flatten(2).transpose(1, 2)
         taps = []
         for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
             if self.with_cp and x.requires_grad:
                 contexts = partial(lambda block: (nullcontext(), _frozen_statistics(block)), block)
-                x = checkpoint(block, x, h, w, use_reentrant=False, context_fn=contexts)
+                x = checkpoint(block, x, h, w, mask, use_reentrant=False, context_fn=contexts)
             else:
-                x = block(x, h, w)
+                x = block(x, h, w, mask)
             if i in self.out_indices:
-                taps.append(x.unflatten(1, (h, w)).permute(0, 3, 1, 2))
+                tokens = x if mask is None else x * mask
+                taps.append(tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2))
         return taps
 
     def _frozen_parts(self) -> list[nn.Module]:

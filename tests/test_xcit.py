@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from spec_mmdet import InputError, SpecXCiT, xcit
 from spec_mmdet.conditioning import identity_correction, svd_correction
@@ -200,3 +201,18 @@ def test_registered_and_initialised_from_a_checkpoint(tmp_path):
     for key, value in torch.load(tmp_path / 'backbone.pth').items():
         assert torch.equal(model.state_dict()[key], value)
     assert isinstance(model.blocks[0].local_mp.bn, torch.nn.SyncBatchNorm)
+
+
+def test_compiled_blocks_compute_the_same_with_few_compilations():
+    counter = CompileCounterWithBackend('aot_eager')
+    model = SpecXCiT(TINY, compile=dict(dynamic=True, backend=counter)).double()
+    plain = SpecXCiT(TINY).double()
+    plain.load_state_dict(model.state_dict())
+    for size in (64, 96, 128, 160, 192, 224, 256):
+        image = torch.randn(1, 3, size, size + 32, dtype=torch.float64)
+        for ours, theirs in zip(model(image), plain(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    compilations = counter.frame_count
+    sum(f.sum() for f in model(torch.randn(1, 3, 320, 288, dtype=torch.float64))).backward()
+    assert counter.frame_count == compilations <= 12  # of six blocks on seven sizes
+    assert all(p.grad is not None for p in model.blocks.parameters())

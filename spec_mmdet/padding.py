@@ -1,0 +1,36 @@
+"""Predictions that do not depend on what an image is batched with: the backbone is told where the padding is."""
+
+from __future__ import annotations
+
+import torch
+from mmdet.models import DetDataPreprocessor
+from mmdet.registry import MODELS
+
+
+@MODELS.register_module()
+class MaskedDataPreprocessor(DetDataPreprocessor):
+    """MMDetection's data preprocessor, with a fourth channel that is 1 where an image is and 0 where it is padded.
+
+    SpecXCiT leaves the padding out of the attention's statistics, of its convolutions and of the position encoding.
+    The reference does not, and published checkpoints were trained so.
+
+    Args:
+        kwargs: as for MMDetection's.
+
+    Raises:
+        ValueError: with batch augmentations, which would not resize the mask.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.batch_augments:
+            raise ValueError('MaskedDataPreprocessor: batch_augments would change the images without their masks')
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """As MMDetection's, with inputs of shape (B, 4, H, W)."""
+        sizes = [tuple(image.shape[-2:]) for image in data['inputs']]
+        data = super().forward(data, training)
+        mask = torch.zeros_like(data['inputs'][:, :1])
+        for image, (h, w) in zip(mask, sizes):
+            image[:, :h, :w] = 1
+        return {**data, 'inputs': torch.cat([data['inputs'], mask], dim=1)}
