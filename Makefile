@@ -1,5 +1,6 @@
 # make demo    the main job, from data to COCO AP, in minutes on a CPU
 # make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
+# make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -11,6 +12,9 @@ demo: $(VENV)/mmdet
 
 paper-figures: $(VENV)/mmdet
 	$(VENV)/bin/python tools/paper_figures.py
+
+bench: $(VENV)/mmdet
+	$(VENV)/bin/python tools/benchmark.py --rounds 3
 
 test: $(VENV)/mmdet
 	$(VENV)/bin/python -m pytest
@@ -46,4 +50,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures test test-onedl lint clean
+.PHONY: demo paper-figures bench test test-onedl lint clean

@@ -131,7 +131,8 @@ def objects(height: int, width: int, count: int = 8) -> DetDataSample:
     masks = torch.zeros(count, height, width, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
         mask[y0:y1, x0:x1] = 1
-    sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0)))
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), (height, width))
+    sample = DetDataSample(metainfo=dict(shapes, scale_factor=(1.0, 1.0)))
     sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(80, (count,)))
     sample.gt_instances.masks = BitmapMasks(masks.numpy(), height, width)
     return sample
