@@ -70,7 +70,7 @@ class TimmTaps(Taps):
 
 class MMPretrainTaps(Taps):
     def forward(self, images: Tensor) -> Tensor:
-        x, h, w = self.model.patch_embed(images)
+        x, (h, w) = self.model.patch_embed(images)
         x = x + self.model.pos_embed(len(x), h, w).flatten(2).transpose(1, 2)
         for block in self.model.xca_layers:
             x = block(x, h, w)
