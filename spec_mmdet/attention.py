@@ -44,24 +44,37 @@ def xca_plain(
     return F.linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
 
 
-class _Gram(torch.autograd.Function):
-    """x^T x and the sum of x over the tokens, in float32 at least; one matrix product forward and one backward."""
+class _Moments(torch.autograd.Function):
+    """The mean of x over the tokens, and x_c^T x_c of the centred x_c = x - mean, in float32 at least.
+
+    One matrix product forward and one backward: as x_c adds up to zero, nothing of the product reaches the mean.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.mT @ x, x.sum(dim=-2)
+        if mask is None:
+            mean = x.mean(dim=-2)
+            x = x - mean[..., None, :]
+        else:
+            mean = (x * mask).sum(dim=-2) / mask.sum(dim=-2)
+            x = (x - mean[..., None, :]) * mask
+        return mean, x.mT @ x
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
 
     @staticmethod
-    def backward(ctx, by_G: Tensor, by_s: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.baddbmm(by_s[:, None], x.to(by_G), by_G + by_G.mT).to(x.dtype)
+    def backward(ctx, by_mean: Tensor, by_G: Tensor) -> tuple[Tensor, None]:
+        x, mask, mean = ctx.saved_tensors
+        by_G = by_G + by_G.mT
+        N = x.shape[-2] if mask is None else mask.sum(dim=-2)
+        constant = by_mean / N - (mean[..., None, :] @ by_G)[..., 0, :]
+        by_x = torch.baddbmm(constant[:, None], x.to(by_G), by_G)
+        return (by_x if mask is None else by_x * mask).to(x.dtype), None
 
 
 def xca_gram(
@@ -69,9 +82,10 @@ def xca_gram(
 ) -> Tensor:
     """XCA without the queries, keys and values of any token: the same function as :func:`xca_plain`.
 
-    The inner products and lengths of channels over the tokens are quadratic forms in G = x^T x and, for the biases,
-    s = sum_n x_n:  q^T k = W_q G W_k^T + (W_q s) b_k^T + b_q (W_k s)^T + N b_q b_k^T. The attention A then joins the
-    value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
+    The inner products and lengths of channels over the tokens are quadratic forms in the Gram matrix G of the centred
+    tokens, and products of the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Not
+    centred, the bias could cancel most of a quadratic form, and with it half the digits.) The attention A then joins
+    the value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
     multiplications in place of 4 C^2 + 2 C d, and nothing but x is kept of it for the backward pass.
 
     G and all C x C matrices are in float32 under autocast too; only y is in half precision.
@@ -83,7 +97,7 @@ def xca_gram(
         W_out: see there.
         b_out: see there.
         temperature: see there.
-        mask: see there. Padded tokens are left out of G, s and N.
+        mask: see there. Padded tokens are left out of G, the mean and N.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -91,22 +105,19 @@ def xca_gram(
     B, N, C = x.shape
     heads = len(temperature)
     with torch.autocast(x.device.type, enabled=False):
-        G, s = _Gram.apply(x if mask is None else x * mask)
+        mean, G = _Moments.apply(x, mask)
         if mask is not None:
-            N = mask.sum(dim=1).to(G.dtype)  # (B, 1)
+            N = mask.sum(dim=1).to(G.dtype)[..., None]  # (B, 1, 1)
         W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
         W_qk, W_v = W.split((2 * C, C))
         b_qk, b_v = b.split((2 * C, C))
         WG = W_qk @ G  # (B, 2 C, C)
-        Ws = s @ W_qk.T  # (B, 2 C)
-        squares = (WG * W_qk).sum(dim=-1) + b_qk * (2 * Ws + N * b_qk)
+        means = (mean @ W_qk.T + b_qk).view(B, 2, C)  # of the queries and of the keys
+        squares = (WG * W_qk).sum(dim=-1).view(B, 2, C) + N * means**2
         q_scale, k_scale = squares.clamp_min(EPS**2).rsqrt().view(B, 2, heads, -1).unbind(1)
-        _, W_k = W_qk.view(2, heads, -1, C)
-        b_q, b_k = b_qk.view(2, heads, -1)
-        s_q, s_k = Ws.view(B, 2, heads, -1).unbind(1)
-        A = WG[:, :C].view(B, heads, -1, C) @ W_k.mT
-        Nb_k = (N * b_k.flatten()).view(-1, *b_k.shape)  # (1 or B, heads, d)
-        A = A + s_q[..., None] * b_k[:, None] + b_q[..., None] * (s_k + Nb_k)[..., None, :]
+        q_mean, k_mean = means.view(B, 2, heads, -1).unbind(1)
+        A = WG[:, :C].view(B, heads, -1, C) @ W_qk[C:].view(heads, -1, C).mT
+        A = A + (N * q_mean.flatten(1)[:, None]).view(q_mean.shape)[..., None] * k_mean[..., None, :]
         A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
         M = W_out @ (A @ W_v.view(heads, -1, C)).view(B, C, C)
         m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
