@@ -2,7 +2,7 @@
 
 Importing this package registers its modules with MMDetection's registries. Import it before ``mmdet.models`` or
 ``mmdet.apis``: where mmcv has no compiled operators, it provides the ones that Mask R-CNN needs. Without MMDetection,
-``spec_mmdet.conditioning`` and ``spec_mmdet.jacobian`` are there: they need torch alone.
+``spec_mmdet.conditioning``, which needs torch alone, and ``spec_mmdet.jacobian``, which needs scipy too, are there.
 """
 
 from importlib.util import find_spec

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .conditioning import require_same_conditioning
-from .errors import InputError
+from .errors import InputError, naming
 
 
 def _history_buffer_method(owner: type, name: str):
@@ -153,10 +153,8 @@ class CheckpointGuard(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
         weights = state_dict_of(checkpoint, name)
-        try:
+        with naming(name):
             require_same_conditioning(weights, model.state_dict())
-        except InputError as error:
-            raise InputError(f'{name}: {error}') from error
         fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
         faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint import load, mismatches
 from .conditioning import Correction, describe_conditioning, require_same_conditioning
-from .errors import InputError
+from .errors import InputError, naming
 from .xcit import ARCHS, SpecXCiT
 
 # Where training scripts put the weights, the better ones first: an average of weights, or a teacher, is what they
@@ -255,10 +255,8 @@ def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoi
         InputError: where it is none of these; where tensors are missing, not known, of a shape that contradicts the
             others', or not finite.
     """
-    try:
+    with naming(name):
         return _recognise(checkpoint, key)
-    except InputError as error:
-        raise InputError(f'{name}: {error}') from error
 
 
 def _blocks(weights: dict[str, Tensor]) -> list[str]:
@@ -318,7 +316,7 @@ def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
     The reference's names are SpecXCiT's own, fpn1 to fpn4 included; timm's model has no such layers, they are left out.
     """
-    renamed = {}
+    renamed, conditioned = {}, describe_conditioning(backbone) != 'None'
     for name, value in backbone.items():
         if layout == 'timm':
             if name.startswith('fpn'):
@@ -327,7 +325,7 @@ def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
         attn, dot, record = name.partition('.correction.')
         if dot:
             name = f'{attn}.qkv.parametrizations.weight.0.{record}'
-        elif name.endswith('.attn.qkv.weight') and describe_conditioning(backbone) != 'None':
+        elif conditioned and name.endswith('.attn.qkv.weight'):
             name = name.replace('.qkv.weight', '.qkv.parametrizations.weight.original')
         renamed[name] = value
     return renamed
@@ -346,10 +344,8 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     """
     name = f'checkpoint {path}'
     found = recognise(load(path), name)
-    try:
+    with naming(name):
         require_same_conditioning(found.backbone, backbone.state_dict())
-    except InputError as error:
-        raise InputError(f'{name}: {error}') from error
     kept = {key: value for key, value in backbone.state_dict().items() if key in found.missing}
     faults = mismatches(backbone, {**kept, **found.backbone})
     if faults:

@@ -46,33 +46,28 @@ ROOT = Path(__file__).resolve().parent.parent
 AMP = {None: None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
-class Taps(nn.Module):
-    """A backbone up to its last block: images to the tokens after it."""
+class OurTaps(nn.Module):
+    """A SpecXCiT up to its last block: images to the tokens after it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-
-class OurTaps(Taps):
     def forward(self, images: Tensor) -> Tensor:
         return self.model.taps(images)[-1]
 
 
-class TimmTaps(Taps):
+class TheirTaps(nn.Module):
+    """The same of timm's XCiT or mmpretrain's, which differ in what they call their blocks."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.model, self.blocks = model, blocks
+
     def forward(self, images: Tensor) -> Tensor:
         x, (h, w) = self.model.patch_embed(images)
         x = x + self.model.pos_embed(len(x), h, w).flatten(2).transpose(1, 2)
-        for block in self.model.blocks:
-            x = block(x, h, w)
-        return x
-
-
-class MMPretrainTaps(Taps):
-    def forward(self, images: Tensor) -> Tensor:
-        x, (h, w) = self.model.patch_embed(images)
-        x = x + self.model.pos_embed(len(x), h, w).flatten(2).transpose(1, 2)
-        for block in self.model.xca_layers:
+        for block in self.blocks:
             x = block(x, h, w)
         return x
 
@@ -96,19 +91,18 @@ def build_backbone(name: str, arch: str, patch_size: int) -> nn.Module:
         shape = dict(embed_dim=dims['dim'], depth=dims['depth'], num_heads=dims['num_heads'])
         model = Xcit(patch_size=patch_size, eta=dims['eta'], tokens_norm=True, num_classes=0, **shape)
         model.load_state_dict(to_layout(ours.state_dict(), 'timm'), strict=False)
-        return TimmTaps(model)
+        return TheirTaps(model, model.blocks)
     if name == 'mmpretrain':
         from mmpretrain.models.backbones import XCiT
 
         shape = dict(embed_dims=dims['dim'], depth=dims['depth'], num_heads=dims['num_heads'], qkv_bias=True)
-        return MMPretrainTaps(XCiT(patch_size=patch_size, layer_scale_init_value=dims['eta'], **shape))
+        model = XCiT(patch_size=patch_size, layer_scale_init_value=dims['eta'], **shape)
+        return TheirTaps(model, model.xca_layers)
     if name == 'plain form':
         return OurTaps(plain_form(ours))
     if name in ('identity', 'svd'):
         conditioned = SpecXCiT(arch, patch_size, dict(type=name))
-        conditioned.load_state_dict(
-            ours.state_dict() | {k: v for k, v in conditioned.state_dict().items() if 'corr' in k}
-        )
+        conditioned.load_state_dict(conditioned.state_dict() | ours.state_dict())
         return OurTaps(conditioned)
     return OurTaps(ours)
 

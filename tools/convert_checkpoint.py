@@ -32,7 +32,7 @@ from spec_mmdet import convert
 from spec_mmdet.checkpoint import load, mismatches
 from spec_mmdet.cli import command_line
 from spec_mmdet.conditioning import describe_conditioning
-from spec_mmdet.errors import InputError
+from spec_mmdet.errors import InputError, naming
 
 
 def sha256(path: Path) -> str:
@@ -99,15 +99,13 @@ def main() -> None:
     print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
 
     backbone = found.backbone
-    try:
+    with naming(name):
         if args.conditioning:
             backbone = convert.state_conditioning(backbone, args.conditioning, args.lam)
         if args.fold:
             backbone = convert.fold(backbone)
         if args.condition:
             backbone = convert.condition(backbone, args.condition, args.lam)
-    except InputError as error:
-        raise InputError(f'{name}: {error}') from error
     weights, dropped = backbone, found.dropped + list(found.detector)
     if args.detector:
         weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector
