@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import runpy
+import sys
 from pathlib import Path
 
 # The tensors are small, and on a busy machine threads wait for each other longer than they work.
@@ -18,6 +20,21 @@ ROOT = Path(__file__).parent.parent
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
+
+
+def run_tool(monkeypatch, name: str, *args) -> None:
+    """Run a tool as its command does, in this process."""
+    monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
+    runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
+
+
+def complaint(monkeypatch, name: str, *args) -> str:
+    """The one line with which a tool refuses its arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(monkeypatch, name, *args)
+    message = str(stopped.value.code)
+    assert message.startswith('error: ') and '\n' not in message
+    return message
 
 
 @pytest.fixture(autouse=True)

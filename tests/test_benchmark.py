@@ -2,17 +2,14 @@
 
 import json
 import runpy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
-
-TOOL = str(ROOT / 'tools' / 'benchmark.py')
+from conftest import ROOT, run_tool
 
 
 def test_all_backbones_have_the_same_output():
-    build = runpy.run_path(TOOL)['build_backbone']
+    build = runpy.run_path(str(ROOT / 'tools' / 'benchmark.py'))['build_backbone']
     images = torch.randn(1, 3, 96, 128)
     outputs = {}
     for name in ('ours', 'timm', 'plain form', 'identity'):
@@ -27,8 +24,7 @@ def test_all_backbones_have_the_same_output():
 @pytest.mark.parametrize('arguments', [['--models', 'timm', 'ours'], ['--detector']])
 def test_it_writes_what_it_measured(monkeypatch, tmp_path, capsys, arguments):
     arguments += ['--arch', 'nano_12', '--sizes', '64x64', '96x64', '--rounds', '1', '--no-memory']
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments, '--out', str(tmp_path)])
-    runpy.run_path(TOOL, run_name='__main__')
+    run_tool(monkeypatch, 'benchmark', *arguments, '--out', tmp_path)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())['rows']
     assert [(row['height'], row['training_ratio']) for row in rows[::2]] == [(64, 1.0), (96, 1.0)]
     assert all(row['inference_s'] > 0 and row['training_s'] > 0 for row in rows)

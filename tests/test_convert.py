@@ -5,14 +5,13 @@ import copy
 import hashlib
 import pickle
 import random
-import runpy
-import sys
 from collections import OrderedDict
 
+import conftest
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_tool
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -33,22 +32,14 @@ SMALL = dict(dim=32, depth=6, num_heads=4)
 
 def convert(*args) -> None:
     """tools/convert_checkpoint.py, in this process."""
-    sys.argv = ['convert_checkpoint.py', *map(str, args)]
-    runpy.run_path(str(ROOT / 'tools' / 'convert_checkpoint.py'), run_name='__main__')
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_tool(monkeypatch, 'convert_checkpoint', *args)
 
 
 def complaint(*args) -> str:
     """The one line with which it refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        convert(*args)
-    message = str(stopped.value.code)
-    assert message.startswith('error: ') and '\n' not in message
-    return message
-
-
-@pytest.fixture(autouse=True)
-def argv(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', sys.argv)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return conftest.complaint(monkeypatch, 'convert_checkpoint', *args)
 
 
 def randomise(model: nn.Module) -> nn.Module:

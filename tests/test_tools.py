@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, complaint, run_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -32,21 +31,6 @@ def options(root: Path) -> list[str]:
         if loop != 'train':
             settings[f'{loop}_evaluator.ann_file'] = root / 'annotations' / 'instances_val.json'
     return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
-
-
-def run_tool(monkeypatch, name: str, *args) -> None:
-    """Run a tool as its command does, in this process."""
-    monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
-    runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
-
-
-def complaint(monkeypatch, name: str, *args) -> str:
-    """The one line with which a tool refuses its arguments."""
-    with pytest.raises(SystemExit) as stopped:
-        run_tool(monkeypatch, name, *args)
-    message = str(stopped.value.code)
-    assert message.startswith('error: ') and '\n' not in message
-    return message
 
 
 @pytest.fixture(scope='module')
