@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
+from .data import coco_datasets
 from .errors import InputError
 
 
@@ -90,18 +90,6 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:5]) + (f', ... {len(names)} in all' if len(names) > 5 else '')
 
 
-def _datasets(node: object) -> Iterator[dict]:
-    """Every CocoDataset in a dataloader's config, also inside wrappers."""
-    if isinstance(node, dict):
-        if node.get('type') == 'CocoDataset':
-            yield node
-        for child in node.values():
-            yield from _datasets(child)
-    elif isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _datasets(child)
-
-
 def check_inputs(cfg: Config, loops: tuple[str, ...]) -> None:
     """Check the data that a run will read, each file once.
 
@@ -121,7 +109,7 @@ def check_inputs(cfg: Config, loops: tuple[str, ...]) -> None:
             if ann_file and '://' not in ann_file and not Path(ann_file).is_file():
                 raise InputError(f'annotation file {ann_file}: no such file ({loop}_evaluator.ann_file in the config)')
         annotated = not any(evaluator.get('format_only') for evaluator in evaluators)
-        for dataset in _datasets(cfg.get(f'{loop}_dataloader')):
+        for dataset in coco_datasets(cfg.get(f'{loop}_dataloader')):
             source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo')}
             if source not in checked:
                 check_dataset(dataset, annotated)
