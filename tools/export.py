@@ -129,7 +129,7 @@ def main() -> None:
         raise InputError(f'config {args.config}: has no SpecXCiT for a backbone, and no other is exported')
     missing = recognise(load(args.checkpoint, mmap=True), f'checkpoint {args.checkpoint}').missing
     if missing:
-        raise InputError(f'checkpoint {args.checkpoint}: is no detector\'s, it lacks {", ".join(missing)}')
+        raise InputError(f"checkpoint {args.checkpoint}: is no detector's, it lacks {', '.join(missing)}")
     backbone = MODELS.build(dict(model.backbone, norm_cfg=dict(type='BN'), compile=None))
     load_backbone(backbone, args.checkpoint)
     backbone.eval()
