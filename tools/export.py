@@ -7,13 +7,14 @@ any size from 64 x 64. Its metadata say, in JSON, what to give it: `image`, floa
 channels in the order `channels`, (pixel - `mean`) / `std`; sides that are no multiples of 32 are allowed. Its outputs
 are the features at strides 4, 8, 16 and 32. An image that is padded has its padding in the attention, as in training.
 
-Before the file is there, it has been run in ONNX Runtime on noise, on the CPU, at two sizes: the features may differ
-from those of PyTorch, unfolded, by 1e-4 of the largest.
+Before the file is there, it has been run in ONNX Runtime, on the CPU, on noise of two sizes. What its features are away
+from those of the backbone as it was, in float64, may be ten times what PyTorch's are that computes in float32, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from spec_mmdet.errors import InputError
 
 STRIDES = (4, 8, 16, 32)
 MIN_SIZE = 64  # at stride 32 a size of one would be taken for a constant
-TOLERANCE = 1e-4
+ALLOWANCE = 10
 # In the larger one the tokens are more than the MLP takes at a time, in the smaller few enough for the plain attention.
 CHECKED = ((2, 3, 64, 96), (1, 3, 544, 576))
 
@@ -89,16 +90,21 @@ def export(backbone: SpecXCiT, path: Path, metadata: dict[str, object]) -> None:
     program.save(path)
 
 
-def largest_difference(path: Path, images: list[Tensor], expected: list[tuple[Tensor, ...]]) -> float:
-    """Run an exported backbone in ONNX Runtime; differences are relative to the largest feature of a map."""
+def run_onnx(path: Path, image: Tensor) -> list[Tensor]:
+    """An exported backbone's features in ONNX Runtime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    differences = []
-    for x, features in zip(images, expected):
-        for theirs, ours in zip(session.run(None, {'image': x.numpy()}), features, strict=True):
-            differences.append((torch.from_numpy(theirs) - ours).abs().max() / ours.abs().max())
-    return torch.stack(differences).max().item()
+    return [torch.from_numpy(features) for features in session.run(None, {'image': image.numpy()})]
+
+
+def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> float:
+    """Between the feature maps of several images, relative to the largest feature of a map."""
+    return max(
+        ((ours - theirs).abs().max() / theirs.abs().max()).nan_to_num(torch.inf).item()
+        for features, others in zip(found, exact, strict=True)
+        for ours, theirs in zip(features, others, strict=True)
+    )
 
 
 @command_line()
@@ -143,18 +149,22 @@ def main() -> None:
         conditioning=describe_conditioning(backbone.state_dict()),
         checkpoint=args.checkpoint.name,
     )
+    torch.manual_seed(0)
     images = [torch.randn(shape) for shape in CHECKED]
     with torch.no_grad():
-        expected = [backbone(x) for x in images]
+        exact = [copy.deepcopy(backbone).double()(x.double()) for x in images]
+        rounding = largest_difference([backbone(x) for x in images], exact)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     aside = args.out.with_name(f'.{args.out.name}.partial')
     try:
         export(backbone, aside, metadata)
-        difference = largest_difference(aside, images, expected)
-        print(f'largest difference from PyTorch, relative to the largest feature: {difference:.2g}')
-        if not difference <= TOLERANCE:  # not a number is no more than that either
-            raise InputError(f'{args.out}: not written, as its features differ by more than {TOLERANCE:g}')
+        difference = largest_difference([run_onnx(aside, x) for x in images], exact)
+        print('largest difference from PyTorch in float64, relative to the largest feature: '
+              f'{difference:.2g} (PyTorch in float32: {rounding:.2g})')  # fmt: skip
+        if difference > ALLOWANCE * rounding:
+            raise InputError(f'{args.out}: not written, as it does not compute what the backbone does: its features '
+                             f'differ by {difference:.2g}')  # fmt: skip
         os.replace(aside, args.out)
     finally:
         aside.unlink(missing_ok=True)

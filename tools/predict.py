@@ -38,8 +38,10 @@ import cv2
 import numpy as np
 import torch
 from mmdet.apis import DetInferencer
+from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 from rich.progress import track
 
 from spec_mmdet.checkpoint import load, mismatches, state_dict_of
@@ -190,8 +192,9 @@ def load_inferencer(cfg: Config, checkpoint: Path, device: str | None) -> DetInf
         raise InputError(f'{name} does not fit the configured model: {faults}')
     known = inferencer.model.dataset_meta  # the visualizer's, too
     known['classes'] = tuple(classes)
-    if len(known['palette']) < len(classes):
-        known['palette'] = 'random'
+    coco = CocoDataset.METAINFO
+    if known['palette'] == coco['palette'] and known['classes'] != coco['classes']:
+        known['palette'] = 'random'  # of COCO's colours the first ones are much alike
     return inferencer
 
 
@@ -237,6 +240,7 @@ def main() -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
     paths = find_inputs(args.inputs)
+    MMLogger.get_current_instance().setLevel('ERROR')  # it lists what does not fit, which an error is to do
     # Of classes that are in the config alone, of a visualizer without a folder, and of shapes that reach over the edge.
     warnings.filterwarnings('ignore', message='dataset_meta or class names')
     warnings.filterwarnings('ignore', module='mmengine.visualization')
