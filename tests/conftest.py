@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 # The tensors are small, and on a busy machine threads wait for each other longer than they work.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -17,6 +19,7 @@ from mmengine.registry import init_default_scope
 import spec_mmdet  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
@@ -58,3 +61,34 @@ def make_shapes():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def options(root: Path) -> list[str]:
+    """Arguments that point the shapes config at a data set and make it small."""
+    settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
+    for loop in ('train', 'val', 'test'):
+        settings[f'{loop}_dataloader.dataset.data_root'] = f'{root}/'
+        if loop != 'train':
+            settings[f'{loop}_evaluator.ann_file'] = root / 'annotations' / 'instances_val.json'
+    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory, make_shapes) -> Path:
+    root = tmp_path_factory.mktemp('shapes')
+    for split, images in dict(train=160, val=12).items():
+        make_shapes.write_split(root, split, images, 128, np.random.default_rng(len(split)))
+    return root
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, shapes) -> Path:
+    """The work directory of one epoch: forty steps, by the command itself, from another folder than the repository's.
+
+    Enough for an AP that is small, but not zero.
+    """
+    work = tmp_path_factory.mktemp('work')
+    command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
+    command.append('custom_hooks.1.interval=20')
+    subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
+    return work

@@ -12,46 +12,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, complaint, run_tool
+from conftest import CONFIG, ROOT, complaint, options, run_tool
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.checkpoint import load
 
-CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
 DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
-
-
-def options(root: Path) -> list[str]:
-    """Arguments that point the shapes config at a data set and make it small."""
-    settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
-    for loop in ('train', 'val', 'test'):
-        settings[f'{loop}_dataloader.dataset.data_root'] = f'{root}/'
-        if loop != 'train':
-            settings[f'{loop}_evaluator.ann_file'] = root / 'annotations' / 'instances_val.json'
-    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
-
-
-@pytest.fixture(scope='module')
-def shapes(tmp_path_factory, make_shapes) -> Path:
-    root = tmp_path_factory.mktemp('shapes')
-    for split, images in dict(train=160, val=12).items():
-        make_shapes.write_split(root, split, images, 128, np.random.default_rng(len(split)))
-    return root
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory, shapes) -> Path:
-    """The work directory of one epoch: forty steps, by the command itself, from another folder than the repository's.
-
-    Enough for an AP that is small, but not zero.
-    """
-    work = tmp_path_factory.mktemp('work')
-    command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
-    command.append('custom_hooks.1.interval=20')
-    subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
-    return work
 
 
 def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path):
