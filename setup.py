@@ -12,8 +12,8 @@ setup(
     install_requires=['torch>=2.6', 'torchvision', 'numpy', 'scipy', 'safetensors'],
     extras_require={
         # mmengine 0.10.7 imports pkg_resources, which setuptools 82 dropped.
-        'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82'],
-        'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6'],
+        'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', 'faster-coco-eval'],
+        'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'faster-coco-eval'],
         'test': ['pytest', 'hypothesis', 'timm', 'transformers', 'ruff'],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.
         'test-onedl': ['onedl-mmpretrain==1.3.6', 'transformers<5'],
