@@ -224,7 +224,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
     axis = figure.subplots()
     share = matrix / matrix.sum(axis=1, keepdims=True).clip(1)
     axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    font = 9 if few else max(3, 500 / len(names))
+    font = 9 if few else max(3, 540 / len(names))
     labels = [*names, 'background']
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=font)
     axis.set_yticks(range(len(labels)), labels, fontsize=font)
@@ -257,7 +257,7 @@ def draw_image(image: np.ndarray, evaluation: COCOeval, outcome: Outcome) -> Fig
              ('false', outcome.false)) for d in own]  # fmt: skip
 
     height, width = image.shape[:2]
-    scale = min(5.4 / width, 4.4 / height)  # inches a pixel
+    scale = min(5.4 / width, 4.8 / height)  # inches a pixel
     figure = Figure(figsize=(2 * scale * width + 0.2, scale * height + 0.3), facecolor='white')
     whole_width, whole_height = figure.get_size_inches()
     for x, title, things in (
@@ -268,12 +268,14 @@ def draw_image(image: np.ndarray, evaluation: COCOeval, outcome: Outcome) -> Fig
             (x / whole_width, 0, scale * width / whole_width, scale * height / whole_height), frameon=False
         )
         axis.set_title(title, fontsize=9, loc='left', pad=4)
-        painted = image.astype(float)
+        # Nearly grey, so that the colours stand out.
+        grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)
+        painted = grey.copy()
         for thing, kind in things:
             colour = COLOURS[kind]
             if 'segmentation' in thing and evaluation.params.iouType == 'segm':
                 mask = evaluation.cocoGt.annToMask(thing).astype(bool)
-                painted[mask] = 0.65 * painted[mask] + 0.35 * np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+                painted[mask] = 0.6 * grey[mask] + 0.4 * np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
             left_edge, top, box_width, box_height = thing['bbox']
             line = dict(edgecolor=colour, linewidth=1.8, linestyle='--' if kind == 'missed' else '-', fill=False)
             axis.add_patch(Rectangle((left_edge, top), box_width, box_height, **line))
@@ -354,7 +356,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
         stats={name: [shown(value) for value in evaluation.stats] for name, evaluation in evaluations.items()},
         found=found,
         missed=missed,
-        false=false,
+        false_positives=false,
         min_score=MIN_SCORE,
         min_iou=MIN_IOU,
         curves=embedded(draw_curves(evaluations)),
