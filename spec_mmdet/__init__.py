@@ -18,8 +18,10 @@ if find_spec('mmdet') is not None:
 
     from .checkpoint import CheckpointGuard
     from .instruments import ConditioningHook
+    from .metrics import FastCocoMetric
     from .padding import MaskedDataPreprocessor
     from .tta import MaskTTAModel
     from .xcit import SpecXCiT
 
-    __all__ += ['CheckpointGuard', 'ConditioningHook', 'MaskTTAModel', 'MaskedDataPreprocessor', 'SpecXCiT']
+    __all__ += ['CheckpointGuard', 'ConditioningHook', 'FastCocoMetric', 'MaskTTAModel', 'MaskedDataPreprocessor']
+    __all__ += ['SpecXCiT']

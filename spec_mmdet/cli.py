@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mmdet
@@ -16,7 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from . import checkpoint
+from . import checkpoint, report
 from .errors import InputError
 from .preflight import check_inputs
 
@@ -45,6 +48,10 @@ def run_mmdet_tool(name: str) -> None:
     spec = importlib.util.spec_from_file_location(f'mmdet_{name}', path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    if name == 'test':
+        own = argparse.ArgumentParser(add_help=False)
+        own.add_argument('--report', type=Path, metavar='DIR', help='folder for a page with the results')
+        tool.argparse = Namespace(ArgumentParser=partial(argparse.ArgumentParser, parents=[own]))
     args = tool.parse_args()
     if getattr(args, 'show_dir', None):
         # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
@@ -59,6 +66,8 @@ def run_mmdet_tool(name: str) -> None:
         for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
             if path not in (None, 'auto') and '://' not in path:
                 checkpoint.state_dict_of(checkpoint.load(path, mmap=True), f'checkpoint {path}')
+        if name == 'test' and args.report:
+            args.cfg_options = {**(args.cfg_options or {}), **report.prepare(args.report, cfg)}
     if name == 'train' and get_device() == 'cpu':
         without_amp(args, cfg)
     tool.main()
@@ -66,6 +75,8 @@ def run_mmdet_tool(name: str) -> None:
         # Together, or the first process to leave can take its connections from under the others.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if name == 'test' and args.report and int(os.environ.get('RANK', 0)) == 0:
+        report.write(args.report, cfg, args.checkpoint, shlex.join(['python', *sys.argv]))
 
 
 def without_amp(args: Namespace, cfg: Config) -> None:

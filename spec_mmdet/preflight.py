@@ -49,6 +49,12 @@ def read_coco(path: Path, annotated: bool = True) -> dict:
     return coco
 
 
+def classes_of(dataset: dict) -> list[str]:
+    """The names of the classes that a CocoDataset's config, or else its type, has."""
+    classes = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset['type']).METAINFO['classes']
+    return [classes] if isinstance(classes, str) else list(classes)
+
+
 def check_dataset(dataset: dict, annotated: bool = True) -> None:
     """Check that a CocoDataset's annotations, images and classes are there and agree.
 
@@ -74,8 +80,7 @@ def check_dataset(dataset: dict, annotated: bool = True) -> None:
     if absent:
         raise InputError(f'image folder {folder}: lacks {len(absent)} of the {len(names)} images, first {absent[0]}')
 
-    classes = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset['type']).METAINFO['classes']
-    classes = [classes] if isinstance(classes, str) else list(classes)
+    classes = classes_of(dataset)
     categories = [category['name'] for category in coco['categories']]
     # MMDetection numbers the labels in the file's order and leaves out what the file lacks, without a word.
     if [name for name in categories if name in classes] != classes:

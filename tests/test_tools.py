@@ -165,7 +165,7 @@ def test_tta(monkeypatch, shapes, trained, tmp_path):
 def test_several_processes(shapes, tmp_path):
     # MMEngine selects a CUDA device in every process; on a machine without one that alone has to be left out.
     (tmp_path / 'sitecustomize.py').write_text('import torch\ntorch.cuda.set_device = lambda device: None\n')
-    env = dict(os.environ, PYTHONPATH=str(tmp_path), PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT='29567')
+    env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}', PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT='29567')
     env['CUDA_VISIBLE_DEVICES'] = ''
     work = tmp_path / 'work'
     on_cpu = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU]
@@ -174,10 +174,12 @@ def test_several_processes(shapes, tmp_path):
     assert load(work / 'epoch_1.pth')['meta']['iter'] == 1  # eight images, two processes, four images each
 
     test = [ROOT / 'tools' / 'dist_test.sh', CONFIG, work / 'epoch_1.pth', '2', '--work-dir', work / 'test']
+    test += ['--report', work / 'report']
     subprocess.run([*test, *options(shapes), *on_cpu], check=True, env=env, stdout=subprocess.DEVNULL)
     # As text: MMEngine lets every process write this file, so that it can end in a remnant of another's.
     (reported,) = (path.read_text() for path in (work / 'test').glob('*/*.json'))
     assert '"coco/segm_mAP"' in reported
+    assert (work / 'report' / 'index.html').is_file()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Evaluate a detector with MMDetection's own command, its flags unchanged, after checking the inputs.
 
-python tools/test.py CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] [--tta] [--work-dir DIR] [--cfg-options ...]
+python tools/test.py CONFIG CHECKPOINT [--report DIR] [--out FILE] [--show-dir DIR] [--tta] [--work-dir DIR]
+                     [--cfg-options ...]
 """
 
 from spec_mmdet.cli import run_mmdet_tool
