@@ -1,6 +1,6 @@
 from setuptools import setup
 
-figures = ['faster-coco-eval', 'jinja2', 'tensorboard']
+reports = ['faster-coco-eval', 'jinja2', 'tensorboard']
 export = ['onnx', 'onnxscript', 'onnxruntime']
 
 setup(
@@ -16,8 +16,8 @@ setup(
     install_requires=['torch>=2.6', 'torchvision', 'numpy', 'scipy', 'safetensors'],
     extras_require={
         # mmengine 0.10.7 imports pkg_resources, which setuptools 82 dropped.
-        'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', *figures],
-        'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', *figures],
+        'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', *reports],
+        'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', *reports],
         'export': export,
         'test': ['pytest', 'hypothesis', 'timm', 'transformers', 'ruff', *export],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.
