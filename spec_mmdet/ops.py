@@ -1,6 +1,6 @@
-"""Mask R-CNN's two compiled mmcv operators, nms and RoIAlign, served by torchvision.
+"""The compiled mmcv operators of Mask R-CNN and RetinaNet, nms, RoIAlign and the focal loss, served by torchvision.
 
-Compiling mmcv is the hardest part of installing MMDetection; torchvision ships both operators, for CPU and CUDA, in
+Compiling mmcv is the hardest part of installing MMDetection; torchvision ships these operators, for CPU and CUDA, in
 its wheels. A compiled mmcv takes precedence.
 """
 
@@ -76,10 +76,44 @@ def roi_align_backward(
     )
 
 
+def _focal_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
+    if weight.numel():
+        raise NotImplementedError(_missing('sigmoid_focal_loss with weights of classes'))
+    classes = input.shape[1]
+    one_hot = torch.nn.functional.one_hot(target, classes + 1)[:, :classes]
+    return torchvision.ops.sigmoid_focal_loss(input, one_hot.to(input), alpha, gamma)
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the focal loss (arXiv 1708.02002) of each class into ``output``.
+
+    Args:
+        input: logits, shape (n, classes).
+        target: the class of each row, shape (n,); the number of classes where it is none of them.
+        weight: empty.
+        output: shape (n, classes).
+        gamma: exponent that makes well-classified examples count less.
+        alpha: weight of the target, 1 - alpha of the other classes.
+    """
+    output.copy_(_focal_loss(input, target, weight, gamma, alpha))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the derivative of each loss by its logit into ``grad_input``, shape (n, classes)."""
+    with torch.enable_grad():
+        input = input.detach().requires_grad_()
+        loss = _focal_loss(input, target, weight, gamma, alpha).sum()
+    grad_input.copy_(torch.autograd.grad(loss, input)[0])
+
+
 def _missing(op: str) -> str:
     return (
-        f'{op} is a compiled operator of mmcv that spec_mmdet does not provide (it provides nms and RoIAlign through '
-        f'torchvision). Install a compiled mmcv, built for torch {torch.__version__}: '
+        f'{op} is a compiled operator of mmcv that spec_mmdet does not provide (it provides nms, RoIAlign and the '
+        f'focal loss through torchvision). Install a compiled mmcv, built for torch {torch.__version__}: '
         'https://mmcv.readthedocs.io/en/latest/get_started/installation.html'
     )
 
@@ -101,7 +135,6 @@ def install() -> None:
         return
     ext = importlib.util.module_from_spec(ModuleSpec('mmcv._ext', loader=None, origin=__file__))
     ext.__getattr__ = _absent_op
-    ext.nms = nms
-    ext.roi_align_forward = roi_align_forward
-    ext.roi_align_backward = roi_align_backward
+    for op in (nms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward):
+        setattr(ext, op.__name__, op)
     sys.modules['mmcv._ext'] = ext

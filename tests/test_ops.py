@@ -120,6 +120,19 @@ def test_batched_nms_keeps_classes_apart():
     assert mmcv.ops.batched_nms(boxes, scores, classes, dict(cfg, split_thr=1))[1].tolist() == [0, 1, 3]
 
 
+def test_focal_loss_and_its_gradient():
+    logits = torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(6, (40,))  # the last is none of the classes
+    loss = mmcv.ops.sigmoid_focal_loss(logits, target, 1.5, 0.3, None, 'none')
+    p = logits.sigmoid()
+    is_target = target[:, None] == torch.arange(5)
+    plain = torch.where(is_target, -0.3 * (1 - p) ** 1.5 * p.log(), -0.7 * p**1.5 * (1 - p).log())
+    torch.testing.assert_close(loss, plain)
+    weights = torch.rand_like(loss)
+    gradients = [torch.autograd.grad((form * weights).sum(), logits)[0] for form in (loss, plain)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_other_operators_say_what_is_missing():
     with pytest.raises(NotImplementedError, match='softnms is a compiled operator of mmcv.*Install a compiled mmcv'):
         mmcv.ops.soft_nms(torch.rand(3, 4), torch.rand(3))

@@ -1,0 +1,4 @@
+# Cascade Mask R-CNN on a SpecXCiT backbone.
+_base_ = ['mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py', 'runtime.py']
+
+model = dict(backbone=_base_.xcit, neck=dict(in_channels=[384, 384, 384, 384]))

@@ -1,0 +1,4 @@
+# XCiT-S24/8 + Mask R-CNN on COCO, 3x.
+_base_ = 'xcit_maskrcnn.py'
+
+model = dict(backbone=dict(arch='small_24', patch_size=8, drop_path_rate=0.1))
