@@ -31,9 +31,9 @@ def read_coco(path: Path, annotated: bool = True) -> dict:
         coco = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f'annotation file {path}: not JSON ({error})') from error
-    index, number = int | str, int | float
+    index, number = (int, str), (int, float)
     required = dict(
-        images=dict(id=index, file_name=str, height=number, width=number),
+        images=dict(id=index, file_name=str, height=int, width=int),
         annotations=dict(id=index, image_id=index, category_id=index, bbox=list, area=number, iscrowd=int),
         categories=dict(id=index, name=str),
     )
@@ -44,9 +44,10 @@ def read_coco(path: Path, annotated: bool = True) -> dict:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise InputError(f'annotation file {path}: not in COCO\'s format, it has no list of "{key}"')
         for entry in entries:
-            if not all(isinstance(entry.get(field), kind) for field, kind in fields.items()):
-                lacking = ', '.join(f for f, kind in fields.items() if not isinstance(entry.get(f), kind))
-                raise InputError(f'annotation file {path}: not in COCO\'s format, one of its "{key}" has no {lacking}')
+            for field, kind in fields.items():
+                if not isinstance(entry.get(field), kind):
+                    fault = f'the {field} {entry[field]!r:.40}' if field in entry else f'no {field}'
+                    raise InputError(f'annotation file {path}: not in COCO\'s format, one of its "{key}" has {fault}')
     for field in ('id', 'name'):
         values = [category[field] for category in coco['categories']]
         twice = next((value for value in values if values.count(value) > 1), None)
