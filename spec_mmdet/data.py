@@ -111,5 +111,8 @@ def set_classes(cfg: Config, classes: Sequence[str]) -> None:
                 set_heads(child)
 
     set_heads(cfg.get('model'))
+    metainfo = dict(classes=tuple(classes))
+    if len(classes) > 80:
+        metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
     for dataset in coco_datasets(cfg._cfg_dict):
-        dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
+        dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}

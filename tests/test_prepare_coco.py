@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, complaint, run_tool
 from mmdet.apis import DetInferencer
 from mmdet.registry import DATASETS
+from mmdet.visualization import get_palette
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as mask_utils
@@ -105,6 +106,17 @@ def test_labels_go_by_the_order_of_the_file(good):
     for item in DATASETS.build(cfg.val_dataloader.dataset).load_data_list():
         names = [cfg.val_dataloader.dataset.metainfo.classes[i['bbox_label']] for i in item['instances']]
         assert names == [CLASSES[a['category_id']] for a in truth.imgToAnns[item['img_id']]]
+
+
+@pytest.mark.parametrize('count', [1, 80, 81])
+def test_there_is_a_colour_for_each_class(good, count):
+    cfg = Config.fromfile(CONFIG)
+    use_folder(cfg, good, ('train', 'val', 'test'))
+    set_classes(cfg, [f'class {i}' for i in range(count)])
+    cfg = Config.fromstring(cfg.pretty_text, '.py')  # as the run's own config is read
+    metainfo = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
+    assert metainfo['classes'] == cfg.train_dataloader.dataset.metainfo.classes and len(metainfo['classes']) == count
+    assert len(get_palette(metainfo['palette'], count)) >= count
 
 
 @pytest.mark.parametrize(('amount', 'counts'), [('0.5', (15, 5)), ('7', (7, 7)), ('20', (20, 10))])
