@@ -251,6 +251,14 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     assert not out.exists()
 
 
+def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, capsys):
+    replace_image(truncated)(spoilt)
+    # As OpenCV 4.10 does: it returns what there is, and grey for the rest.
+    monkeypatch.setattr('mmcv.imfrombytes', lambda content: np.full((SIZE, SIZE, 3), 128, np.uint8))
+    complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
+
+
 def twin(source: str, target: str):
     def spoil(root):
         images = [next(iter(sorted((root / split).iterdir()))) for split in (source, target)]

@@ -169,7 +169,7 @@ def check_contents(coco: dict, name: str, found: Findings) -> None:
 
 
 def check_image(path: Path, height: float, width: float) -> tuple[str, str, bytes]:
-    """Decode an image, as the training will and by a decoder that minds a missing end.
+    """Decode an image as the training will, and by PIL, which minds a missing end where an older OpenCV does not.
 
     MMDetection turns images as their EXIF orientation says, and so do the tools that people label with; then the size
     in the annotation file is that of the turned image.
