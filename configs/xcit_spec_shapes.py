@@ -2,9 +2,7 @@
 _base_ = ['_base_/mask-rcnn_xcit_cpu.py', '_base_/coco_3x.py']
 
 data_root = 'data/shapes/'
-metainfo = dict(classes=('circle', 'square', 'triangle', 'star'))
 scale = (128, 128)  # half the images' size, for speed
-model = dict(roi_head=dict(bbox_head=dict(num_classes=4), mask_head=dict(num_classes=4)))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -28,7 +26,6 @@ train_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
-        metainfo=metainfo,
         filter_cfg=dict(min_size=16),
         pipeline=train_pipeline,
     ),
@@ -41,7 +38,6 @@ val_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
-        metainfo=metainfo,
         pipeline=test_pipeline,
     ),
 )

@@ -113,6 +113,13 @@ def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 
+def classes_of(checkpoint: object) -> list[str] | None:
+    """The names of the classes that MMEngine's training wrote into a checkpoint; None where there are none."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    classes = ((meta or {}).get('dataset_meta') or {}).get('classes')
+    return list(classes) if classes else None
+
+
 def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
     """Say how weights do not fit a model: which are missing, not known, or of another shape; '' where they fit.
 

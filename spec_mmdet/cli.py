@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import shlex
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from . import checkpoint, report
-from .errors import InputError
+from .data import set_classes, use_folder
+from .errors import InputError, some
 from .preflight import check_inputs
 
 
@@ -48,40 +48,68 @@ def run_mmdet_tool(name: str) -> None:
     spec = importlib.util.spec_from_file_location(f'mmdet_{name}', path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    if name == 'test':
-        own = argparse.ArgumentParser(add_help=False)
-        own.add_argument('--report', type=Path, metavar='DIR', help='folder for a page with the results')
-        tool.argparse = Namespace(ArgumentParser=partial(argparse.ArgumentParser, parents=[own]))
+    tool.argparse = Namespace(ArgumentParser=partial(_parser, name))
     args = tool.parse_args()
     if getattr(args, 'show_dir', None):
         # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
         args.show_dir = str(Path(args.show_dir).resolve())
-    tool.parse_args = lambda: args
     if not Path(args.config).is_file():
         raise InputError(f'config {args.config}: no such file')
+    training = name == 'train'
     cfg = Config.fromfile(args.config)
+    if args.data:
+        use_folder(cfg, args.data, ('train', 'val', 'test') if training else ('test',))
     cfg.merge_from_dict(args.cfg_options or {})
+
+    classes = None
+    trained = args.resume if training else args.checkpoint
+    for path in (trained, cfg.get('load_from') if training else None):
+        if path not in (None, 'auto') and '://' not in path:
+            loaded = checkpoint.load(path, mmap=True)
+            checkpoint.state_dict_of(loaded, f'checkpoint {path}')
+            if path == trained:  # a new training may start from a detector of other classes
+                classes = checkpoint.classes_of(loaded)
+    loops = ('train', 'val') if training else ('test',)
     if int(os.environ.get('RANK', 0)) == 0:  # one process of several is enough to find fault
-        check_inputs(cfg, ('train', 'val') if name == 'train' else ('test',))
-        for path in [args.checkpoint] if name == 'test' else [args.resume, cfg.get('load_from')]:
-            if path not in (None, 'auto') and '://' not in path:
-                checkpoint.state_dict_of(checkpoint.load(path, mmap=True), f'checkpoint {path}')
-        if name == 'test' and args.report:
-            args.cfg_options = {**(args.cfg_options or {}), **report.prepare(args.report, cfg)}
-    if name == 'train' and get_device() == 'cpu':
+        classes = check_inputs(cfg, loops, classes)
+        print(f'{len(classes)} classes: {some(classes)}' if classes else 'classes: those of the config')
+    elif classes is None:
+        classes = check_inputs(cfg, loops[:1])
+    if classes:
+        set_classes(cfg, classes)
+    if not training and args.report and int(os.environ.get('RANK', 0)) == 0:
+        report.prepare(args.report, cfg)
+    if training and get_device() == 'cpu':
         without_amp(args, cfg)
+
+    # Its own part of reading the command line and the config has been done.
+    tool.parse_args = lambda: args
+    args.cfg_options = None
+    tool.Config = Namespace(fromfile=lambda path: cfg)
     tool.main()
     if torch.distributed.is_initialized():
         # Together, or the first process to leave can take its connections from under the others.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if name == 'test' and args.report and int(os.environ.get('RANK', 0)) == 0:
+    if not training and args.report and int(os.environ.get('RANK', 0)) == 0:
         report.write(args.report, cfg, args.checkpoint, shlex.join(['python', *sys.argv]))
 
 
 def without_amp(args: Namespace, cfg: Config) -> None:
-    """Turn mixed precision off in a tool's arguments: MMEngine has it for GPUs alone."""
+    """Turn mixed precision off in a tool's arguments and config: MMEngine has it for GPUs alone."""
     if args.amp or cfg.optim_wrapper.type == 'AmpOptimWrapper':
         print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
         args.amp = False
-        args.cfg_options = {**(args.cfg_options or {}), 'optim_wrapper.type': 'OptimWrapper'}
+        cfg.optim_wrapper.type = 'OptimWrapper'
+
+
+def _parser(name: str, **kwargs) -> ArgumentParser:
+    """MMDetection's parser of a command line with this project's options."""
+    parser = ArgumentParser(**kwargs)
+    parser.add_argument(
+        '--data', type=Path, metavar='FOLDER', help="a folder in COCO's layout: annotations/instances_train*.json and "
+        'instances_val*.json beside the folders train* and val* of their images (default: what the config names)'
+    )  # fmt: skip
+    if name == 'test':
+        parser.add_argument('--report', type=Path, metavar='DIR', help='a folder for a page with the results')
+    return parser

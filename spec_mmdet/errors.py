@@ -1,6 +1,6 @@
 """The one exception for what a user can put right: the command line tools print it as a single line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -15,3 +15,8 @@ def naming(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f'{name}: {error}') from error
+
+
+def some(names: Sequence[str]) -> str:
+    """Names for a message: no more than five of them, and how many they are."""
+    return ', '.join(names[:5]) + (f', ... {len(names)} in all' if len(names) > 5 else '')

@@ -25,9 +25,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .data import coco_datasets
+from .data import coco_datasets, configured_classes, evaluators
 from .errors import InputError
-from .preflight import classes_of
 
 WORST = 8  # how many images are drawn
 MIN_SCORE = 0.3  # a detection below this counts in the curves and AP alone
@@ -62,15 +61,12 @@ class Outcome:
     missed: list[int] = field(default_factory=list)  # objects
 
 
-def prepare(folder: Path, cfg: Config) -> dict[str, str]:
+def prepare(folder: Path, cfg: Config) -> None:
     """Check that a report can be written and have the evaluation leave its detections in its folder; changes ``cfg``.
 
     Args:
         folder: where the report is to be: new, empty, or an earlier report's.
         cfg: the whole config, command line options merged.
-
-    Returns:
-        What was changed in the config, as options.
 
     Raises:
         InputError: if the folder holds anything else, or the config has no COCO evaluation to report on.
@@ -79,21 +75,19 @@ def prepare(folder: Path, cfg: Config) -> dict[str, str]:
         page = folder / PAGE
         if not folder.is_dir() or any(folder.iterdir()) and not (page.is_file() and MARK in page.read_text('utf-8')):
             raise InputError(f'--report {folder}: holds something other than a report; name a new folder')
-    evaluator, key = coco_evaluator(cfg)
+    evaluator = coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
     if not any(coco_datasets(cfg.test_dataloader)):
         raise InputError('--report: needs a CocoDataset in test_dataloader')
     evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / 'detections')
-    return {f'{key}.outfile_prefix': evaluator.outfile_prefix}
 
 
-def coco_evaluator(cfg: Config) -> tuple[dict, str]:
-    """The test evaluator whose metric is COCO's, and its name in the config; an InputError where there is none."""
-    single = not isinstance(cfg.test_evaluator, list)
-    for i, evaluator in enumerate([cfg.test_evaluator] if single else cfg.test_evaluator):
+def coco_evaluator(cfg: Config) -> dict:
+    """The test evaluator whose metric is COCO's; an InputError where there is none."""
+    for evaluator in evaluators(cfg, 'test'):
         if evaluator.type in ('CocoMetric', 'FastCocoMetric'):
-            return evaluator, 'test_evaluator' if single else f'test_evaluator.{i}'
+            return evaluator
     raise InputError('--report: needs a CocoMetric in test_evaluator')
 
 
@@ -312,14 +306,14 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
         checkpoint: the name of the evaluated one.
         command: the command line.
     """
-    evaluator, _ = coco_evaluator(cfg)
+    evaluator = coco_evaluator(cfg)
     dataset = next(coco_datasets(cfg.test_dataloader))
     metrics = evaluator.get('metric', 'bbox')
     kinds = {'Boxes': 'bbox', 'Masks': 'segm'} if 'segm' in metrics else {'Boxes': 'bbox'}
     with redirect_stdout(io.StringIO()):
         with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
             coco = COCO(str(path))
-        categories = coco.getCatIds(catNms=classes_of(dataset))
+        categories = coco.getCatIds(catNms=configured_classes(dataset))
         evaluations = {
             name: evaluate(coco, Path(f'{evaluator.outfile_prefix}.{kind}.json'), kind, categories)
             for name, kind in kinds.items()

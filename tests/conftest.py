@@ -66,11 +66,7 @@ def make_shapes():
 def options(root: Path) -> list[str]:
     """Arguments that point the shapes config at a data set and make it small."""
     settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
-    for loop in ('train', 'val', 'test'):
-        settings[f'{loop}_dataloader.dataset.data_root'] = f'{root}/'
-        if loop != 'train':
-            settings[f'{loop}_evaluator.ann_file'] = root / 'annotations' / 'instances_val.json'
-    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
+    return ['--data', root, '--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
 
 
 @pytest.fixture(scope='session')

@@ -58,7 +58,8 @@ def write_report(root: Path, found: list[dict]) -> str:
     folder = root / 'report'
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(settings(root))
-    prefix = report.prepare(folder, cfg)['test_evaluator.outfile_prefix']
+    report.prepare(folder, cfg)
+    prefix = cfg.test_evaluator.outfile_prefix
     folder.mkdir()
     for kind in ('bbox', 'segm'):
         Path(f'{prefix}.{kind}.json').write_text(json.dumps(found))

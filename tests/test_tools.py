@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,19 +200,37 @@ def spoil_json(edit, split='train'):
     return spoil
 
 
+def without_val(root):
+    shutil.rmtree(root / 'val')
+    (root / 'annotations/instances_val.json').unlink()
+
+
+def val_twice(root):
+    shutil.copytree(root / 'val', root / 'val2017')
+    shutil.copy(root / 'annotations/instances_val.json', root / 'annotations/instances_val2017.json')
+
+
 @pytest.mark.parametrize(
     ('spoil', 'says'),
     [
-        (lambda root: (root / 'annotations/instances_train.json').unlink(), 'instances_train.json: no such file'),
-        (lambda root: (root / 'annotations/instances_val.json').unlink(), 'instances_val.json: no such file'),
+        (lambda root: (root / 'annotations').rename(root / 'elsewhere'), 'images in train lack their annotation file'),
+        (lambda root: (root / 'val').rename(root / 'elsewhere'), 'instances_val.json lacks its images'),
+        (without_val, 'lacks annotations/instances_val*.json and the folder val*'),
+        (val_twice, 'several data sets for val (val, val2017)'),
         (lambda root: (root / 'annotations/instances_train.json').write_text('<html>'), 'not JSON'),
         (lambda root: (root / 'annotations/instances_train.json').write_text('[1]'), 'no list of "images"'),
         (spoil_json(lambda coco: coco.pop('annotations')), 'no list of "annotations"'),
         (spoil_json(lambda coco: coco['annotations'][0].pop('bbox')), 'one of its "annotations" has no bbox'),
         (spoil_json(lambda coco: coco['images'].clear()), 'lists no images'),
-        (spoil_json(lambda coco: coco['categories'].reverse()), 'in the same order'),
-        (spoil_json(lambda coco: coco['categories'][0].update(name='ring')), 'do not contain the classes'),
-        (lambda root: (root / 'train').rename(root / 'elsewhere'), 'train: no such folder'),
+        (spoil_json(lambda coco: coco['categories'][0].pop('name')), 'one of its "categories" has no name'),
+        (spoil_json(lambda coco: coco['categories'].clear()), 'lists no categories'),
+        (spoil_json(lambda coco: coco['categories'][0].update(name='star')), 'several of its categories have the name'),
+        (spoil_json(lambda coco: coco['categories'].reverse(), 'val'), 'not the 4 classes trained for (they are in an'),
+        (spoil_json(lambda coco: coco['categories'].pop(), 'val'), 'instances_val.json: its categories are not the 4'),
+        (
+            spoil_json(lambda coco: coco['categories'][0].update(name='ring')),
+            '(it lacks ring and it has circle besides',
+        ),
         (lambda root: (root / 'train/000003.png').unlink(), 'lacks 1 of the 160 images, first 000003.png'),
     ],
 )
@@ -219,6 +238,19 @@ def test_unusable_data(monkeypatch, broken_shapes, tmp_path, spoil, says):
     spoil(broken_shapes)
     assert says in complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path / 'work', *options(broken_shapes))
     assert not (tmp_path / 'work').exists()
+
+
+def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tmp_path):
+    spoil_json(lambda coco: coco['categories'].reverse(), 'val')(broken_shapes)
+    spoil_json(lambda coco: coco['categories'].reverse())(broken_shapes)
+    work = ['--work-dir', tmp_path / 'work', *options(broken_shapes)]
+    says = 'not the 4 classes trained for (they are in another order)'
+    assert says in complaint(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', *work)
+    assert says in complaint(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
+
+    converted = tmp_path / 'converted.pth'
+    run_tool(monkeypatch, 'convert_checkpoint', trained / 'epoch_1.pth', converted, '--detector', CONFIG)
+    assert load(converted)['meta']['dataset_meta'] == dict(classes=['circle', 'square', 'triangle', 'star'])
 
 
 def test_images_without_annotations_can_be_predicted_for_submission(monkeypatch, broken_shapes, trained, tmp_path):

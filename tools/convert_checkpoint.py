@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spec_mmdet import convert
-from spec_mmdet.checkpoint import load, mismatches
+from spec_mmdet.checkpoint import classes_of, load, mismatches
 from spec_mmdet.cli import command_line
 from spec_mmdet.conditioning import describe_conditioning
+from spec_mmdet.data import set_classes
 from spec_mmdet.errors import InputError, naming
 
 
@@ -43,15 +44,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save(weights: dict[str, Tensor], record: dict[str, str], key: str, destination: Path) -> None:
+def save(weights: dict[str, Tensor], meta: dict, key: str, destination: Path) -> None:
     """Write aside, then rename: a file of that name is complete, whatever happens."""
     aside = destination.with_name(f'.{destination.name}.partial')
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         if destination.suffix == '.safetensors':
-            save_file({name: value.contiguous() for name, value in weights.items()}, aside, record)
+            save_file({name: value.contiguous() for name, value in weights.items()}, aside, meta['converted'])
         else:
-            torch.save({key: weights, 'meta': dict(converted=record)}, aside)
+            torch.save({key: weights, 'meta': meta}, aside)
         os.replace(aside, destination)
     finally:
         aside.unlink(missing_ok=True)
@@ -95,7 +96,9 @@ def main() -> None:
         raise InputError('--lam belongs to --conditioning identity or --condition identity')
     if args.trust_pickle:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
-    found = convert.recognise(load(source, mmap=True, trust_pickle=args.trust_pickle), name, args.key)
+    loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
+    found = convert.recognise(loaded, name, args.key)
+    classes = classes_of(loaded)
     print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
 
     backbone = found.backbone
@@ -113,7 +116,10 @@ def main() -> None:
         if not args.detector.is_file():
             raise InputError(f'config {args.detector}: no such file')
         register_all_modules()
-        faults = mismatches(MODELS.build(Config.fromfile(args.detector).model), weights)
+        cfg = Config.fromfile(args.detector)
+        if classes:
+            set_classes(cfg, classes)
+        faults = mismatches(MODELS.build(cfg.model), weights)
         if faults:
             raise InputError(f'{name} is not the detector that {args.detector} configures: {faults}')
     elif args.to:
@@ -134,7 +140,10 @@ def main() -> None:
         source_conditioning=found.conditioning,
         conditioning=conditioning,
     )
-    save(weights, record, 'model' if args.to == 'reference' else 'state_dict', destination)
+    meta = dict(converted=record)
+    if args.detector and classes:
+        meta['dataset_meta'] = dict(classes=classes)
+    save(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
     print(f'wrote {destination}: arch={found.arch!r}, patch_size={found.patch_size}, conditioning={conditioning}')
 
 

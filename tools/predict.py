@@ -39,14 +39,13 @@ import numpy as np
 import torch
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-from spec_mmdet.checkpoint import load, mismatches, state_dict_of
+from spec_mmdet.checkpoint import classes_of, load, mismatches, state_dict_of
 from spec_mmdet.cli import command_line
-from spec_mmdet.data import set_classes
+from spec_mmdet.data import configured_classes, set_classes
 from spec_mmdet.errors import InputError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
@@ -180,11 +179,7 @@ def load_inferencer(cfg: Config, checkpoint: Path, device: str | None) -> DetInf
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
     weights = state_dict_of(content, name)
-    meta = content.get('meta', {})
-    classes = meta.get('dataset_meta', {}).get('classes') or meta.get('CLASSES')
-    if not classes:  # a converted checkpoint has none
-        dataset = cfg.test_dataloader.dataset
-        classes = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset.type).METAINFO['classes']
+    classes = classes_of(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's has none
     set_classes(cfg, classes)
     inferencer = DetInferencer(cfg, str(checkpoint), device, show_progress=False)
     faults = mismatches(inferencer.model, weights)

@@ -1,7 +1,6 @@
-"""Evaluate a detector with MMDetection's own command, its flags unchanged, after checking the inputs.
+"""Evaluate a detector with MMDetection's own command, its flags and --data, after checking the inputs.
 
-python tools/test.py CONFIG CHECKPOINT [--report DIR] [--out FILE] [--show-dir DIR] [--tta] [--work-dir DIR]
-                     [--cfg-options ...]
+python tools/test.py CONFIG CHECKPOINT [--data FOLDER] [--report DIR] [--out FILE] [--show-dir DIR] [--tta] [...]
 """
 
 from spec_mmdet.cli import run_mmdet_tool

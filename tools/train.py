@@ -1,6 +1,6 @@
-"""Train a detector with MMDetection's own command, its flags unchanged, after checking the inputs.
+"""Train a detector with MMDetection's own command, its flags and --data, after checking the inputs.
 
-python tools/train.py CONFIG [--work-dir DIR] [--amp] [--auto-scale-lr] [--resume [CHECKPOINT]] [--cfg-options ...]
+python tools/train.py CONFIG [--data FOLDER] [--work-dir DIR] [--auto-scale-lr] [--resume [CHECKPOINT]] [...]
 """
 
 from spec_mmdet.cli import run_mmdet_tool
