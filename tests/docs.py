@@ -3,10 +3,10 @@
     python tests/docs.py [--list] [--only TEXT]
 
 Run by `make docs-test`; needs no packages. Commands are the lines of the README's ```shell blocks, its ```python
-blocks, and what its text has in backticks that begins like a command. They run in the README's order, each by itself from the
-clone's root, without a GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is there twice
-runs once. The tables below say what is put in for placeholders, what is appended for brevity and what is left out; an
-entry of theirs that fits nothing in the README is an error. Logs go to work_dirs/docs_test.
+blocks, and what its text has in backticks that begins like a command. They run in the README's order, each by itself
+from the clone's root, without a GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is
+there twice runs once. The tables below say what is put in for placeholders, what is appended for brevity and what is
+left out; an entry of theirs that fits nothing in the README is an error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Clone:
                 return False
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                    os.killpg(process.pid, signal.SIGTERM)  # which torchrun passes on to its processes
                     process.wait()
 
     def set_up(self, log: Path) -> bool:
