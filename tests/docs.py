@@ -202,7 +202,8 @@ def choose(commands: list[Command], text: str) -> list[Command]:
     chosen = [command for command in commands if text in command.text]
     for command in chosen:  # which grows
         needed = [value for key, value in NEEDS.items() if key in command.run_as and not command.skipped]
-        chosen += [c for c in commands if c not in chosen and any(begins(c.text, value) for value in needed)]
+        makers = [c for c in commands if not c.skipped and any(begins(c.text, value) for value in needed)]
+        chosen += [c for c in makers if c not in chosen]
     return [command for command in commands if command in chosen]
 
 
