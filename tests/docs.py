@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ SKIPPED = {
     'make test-onedl': 'CI runs it',
     'make clean': 'would remove the environment that the other commands need',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
-    'python tools/overfit.py': 'takes a quarter of an hour; what it runs is tools/train.py and tools/test.py',
+    'python tools/overfit.py': 'takes 700 iterations; what it runs is tools/train.py and tools/test.py',
 }
 
 # What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
@@ -91,7 +92,7 @@ OWN = {
 
 # What a placeholder stands for, wherever it is a word of its own; relative paths are the clone's.
 PLACEHOLDERS = {
-    '/where/coco/is': str(COCO.resolve()),
+    '/where/coco/is': shlex.quote(str(COCO.resolve())),
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
@@ -168,7 +169,7 @@ def read_commands(readme: str) -> list[Command]:
         language, block, inline = match.groups()
         if inline:
             text = ' '.join(inline.replace('\\|', '|').split())
-            if f'{text} '.startswith(INLINE):
+            if text.startswith(INLINE):
                 add(match.start(), text)
         elif language == 'python':
             add(match.start(2), block.rstrip(), python=True)
