@@ -90,7 +90,8 @@ OWN = {
     'pip install --force-reinstall': False,
 }
 
-# What a placeholder stands for, wherever it is a word of its own; relative paths are the clone's.
+# What a placeholder stands for, wherever it is a word of its own, the more particular first; relative paths are the
+# clone's.
 PLACEHOLDERS = {
     '/where/coco/is': shlex.quote(str(COCO.resolve())),
     'SOURCE': 'made/timm.pth',
