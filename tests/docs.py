@@ -131,7 +131,7 @@ class Command:
 
     @property
     def title(self) -> str:
-        return f'python: {self.text.splitlines()[0]} ...' if self.python else self.text
+        return f'python: {self.text.splitlines()[0]}' if self.python else self.text
 
     @property
     def log(self) -> Path:
