@@ -1,0 +1,321 @@
+"""Run every command of the README as it is written, in a fresh clone of HEAD with a fresh environment.
+
+    python tests/docs.py [--list] [--only TEXT]
+
+Run by `make docs-test`; needs no packages. Commands are the lines of the README's ```shell blocks, its ```python
+blocks, and what its text has in backticks that begins like a command. They run in the README's order, each by itself
+from the clone's root, without a GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is
+there twice runs once. The tables below say what is put in for placeholders, what is appended for brevity and what is
+left out; an entry of theirs that fits nothing in the README is an error. Logs go to work_dirs/docs_test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / 'work_dirs' / 'docs_test'
+COCO = Path(os.environ.get('COCO_MINI', ROOT.parent / 'shared' / 'coco_mini'))
+TIMEOUT = 20 * 60  # seconds a command may take
+
+# How text in backticks begins that is a command; options and the names of files are none.
+INLINE = ('python tools/', 'make ', 'tools/dist_train.sh ', 'tools/dist_test.sh ', 'pip ', 'mkdir ')
+
+# The keys of the next three tables are commands, or what commands begin with, up to the end of a word.
+SKIPPED = {
+    'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
+    'make test': 'CI runs it',
+    'make test-onedl': 'CI runs it',
+    'make clean': 'would remove the environment that the other commands need',
+    'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
+    'python tools/overfit.py': 'takes 700 iterations; what it runs is tools/train.py and tools/test.py',
+}
+
+# What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
+EVALUATE = ' '.join(
+    f'{loop}_dataloader.{setting}'
+    for loop in ('val', 'test')
+    for setting in (
+        'num_workers=0',
+        'persistent_workers=False',
+        'dataset.indices=2',
+        'dataset.pipeline.1.scale="(160, 160)"',
+    )
+)
+TRAIN = (
+    '--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 '
+    'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
+    + ' '.join(
+        f'train_dataloader.dataset.pipeline.3.transforms.{resize}.scales="[(160, 160)]"'
+        for resize in ('0.0', '1.0', '1.2')
+    )
+    + f' {EVALUATE} train_dataloader.dataset.indices='
+)
+ON_CPU = (
+    'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
+)
+LAST_EPOCH = 'cp "$(cat work_dirs/xcit_spec_maskrcnn/last_checkpoint)" work_dirs/xcit_spec_maskrcnn/epoch_36.pth'
+
+APPENDED = {
+    'pip uninstall': '--yes',
+    'pip install --force-reinstall': "&& python -c 'import spec_mmdet, mmdet.apis'",
+    'python tools/train.py configs/xcit_spec_maskrcnn.py': f'{TRAIN}2 && {LAST_EPOCH}',
+    # SyncBN has no form for CPUs, and these processes talk through gloo.
+    'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU}',
+    'python tools/test.py': f'--cfg-options {EVALUATE}',
+    'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
+    'python tools/analyze_conditioning.py': '--max-images 1',
+    'python tools/benchmark.py': '--rounds 1 --sizes 64x64',
+    'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
+}
+
+# Those that set up an environment of one's own, in the order of the README; True: begin with a new one.
+OWN = {
+    "pip install -e '.[mmdet]'": True,
+    "pip install -e '.[onedl]'": True,
+    'pip install -e .': False,
+    'pip uninstall opencv-python': False,
+    'pip install --force-reinstall': False,
+}
+
+# What a placeholder stands for, wherever it is a word of its own, the more particular first; relative paths are the
+# clone's.
+PLACEHOLDERS = {
+    '/where/coco/is': shlex.quote(str(COCO.resolve())),
+    'SOURCE': 'made/timm.pth',
+    'DESTINATION.pth': 'made/converted.pth',
+    '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
+}
+
+# Makes what the commands find in the clone besides: a Python program, in the environment.
+MADE = """
+import timm, torch
+torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.pth')
+"""
+
+# With --only, what is in a command (as it is run) and the command that has to run before it.
+NEEDS = {
+    'configs/xcit_spec_maskrcnn.py': 'mkdir -p data',
+    'epoch_36.pth': 'python tools/train.py configs/xcit_spec_maskrcnn.py',
+    'pip install -e .': "pip install -e '.[onedl]'",
+    'opencv-python': "pip install -e '.[onedl]'",
+}
+
+# MMEngine selects a CUDA device in every process of several, GPU or not.
+SEVERAL_ON_CPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
+
+
+def begins(text: str, key: str) -> bool:
+    return re.match(re.escape(key) + r'(?![\w-])', text) is not None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as the README has it, without its comment, and the line of the README that it begins on."""
+
+    line: int
+    text: str
+    python: bool = False
+
+    @property
+    def title(self) -> str:
+        return f'python: {self.text.splitlines()[0]}' if self.python else self.text
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f'{self.line:03}_{re.sub("[^a-zA-Z0-9]+", "_", self.title)[:60].strip("_")}.log'
+
+    @property
+    def skipped(self) -> str:
+        """Why it is not run, or nothing."""
+        return next((reason for key, reason in SKIPPED.items() if begins(self.text, key)), '')
+
+    @property
+    def own(self) -> bool:
+        return any(begins(self.text, key) for key in OWN)
+
+    @property
+    def run_as(self) -> str:
+        """With the placeholders put in, and what is appended."""
+        text = self.text
+        for name, value in PLACEHOLDERS.items():
+            text = re.sub(placeholder(name), lambda match, value=value: value, text)
+        return ' '.join([text, *(value for key, value in APPENDED.items() if begins(text, key))])
+
+
+def placeholder(name: str) -> str:
+    return rf'(?<![\w/]){re.escape(name)}(?!\w)'
+
+
+def read_commands(readme: str) -> list[Command]:
+    """The commands of a README, in its order, each once."""
+    commands: dict[str, Command] = {}
+
+    def add(offset: int, text: str, python: bool = False) -> None:
+        commands.setdefault(text, Command(readme.count('\n', 0, offset) + 1, text, python))
+
+    for match in re.finditer(r'^```(\w*)\n(.*?)^```$|`([^`]+)`', readme, re.MULTILINE | re.DOTALL):
+        language, block, inline = match.groups()
+        if inline:
+            text = ' '.join(inline.replace('\\|', '|').split())
+            if text.startswith(INLINE):
+                add(match.start(), text)
+        elif language == 'python':
+            add(match.start(2), block.rstrip(), python=True)
+        elif language == 'shell':
+            for line in re.finditer(r'(?:.*\\\n)*.+', block):
+                text = re.sub(r'(^|\s+)#\s.*', '', line.group().replace('\\\n', '')).strip()
+                if text:
+                    add(match.start(2) + line.start(), text)
+        elif language != 'text':
+            sys.exit(f'error: README.md has a block of {language!r}; use shell, python or, for what is not run, text')
+    return list(commands.values())
+
+
+def idle_entries(commands: list[Command]) -> list[str]:
+    """The entries of the tables that fit no command."""
+    run = [command for command in commands if not command.skipped]
+    idle = [f'SKIPPED[{key!r}]' for key in SKIPPED if not any(begins(c.text, key) for c in commands)]
+    for name, table in dict(APPENDED=APPENDED, OWN=OWN).items():
+        idle += [f'{name}[{key!r}]' for key in table if not any(begins(c.text, key) for c in run)]
+    idle += [
+        f'PLACEHOLDERS[{key!r}]' for key in PLACEHOLDERS if not any(re.search(placeholder(key), c.text) for c in run)
+    ]
+    for key, needed in NEEDS.items():
+        if not any(key in c.run_as for c in run) or not any(begins(c.text, needed) for c in run):
+            idle.append(f'NEEDS[{key!r}]')
+    return idle
+
+
+def choose(commands: list[Command], text: str) -> list[Command]:
+    """The commands that contain a text, with those that they need."""
+    chosen = [command for command in commands if text in command.text]
+    for command in chosen:  # which grows
+        needed = [value for key, value in NEEDS.items() if key in command.run_as and not command.skipped]
+        makers = [c for c in commands if not c.skipped and any(begins(c.text, value) for value in needed)]
+        chosen += [c for c in makers if c not in chosen]
+    return [command for command in commands if command in chosen]
+
+
+class Clone:
+    """A fresh clone of HEAD, and the environments in it."""
+
+    def __init__(self, folder: Path) -> None:
+        head = git('rev-parse', 'HEAD').strip()
+        self.root = folder / 'spec_mmdet'
+        subprocess.run(['git', 'clone', '--quiet', '--no-checkout', ROOT, self.root], check=True)
+        subprocess.run(['git', '-C', self.root, 'checkout', '--quiet', head], check=True)
+        (self.root / 'made').mkdir()
+        self.several = folder / 'several'
+        self.several.mkdir()
+        (self.several / 'sitecustomize.py').write_text(SEVERAL_ON_CPU)
+        # Nothing of the environment and of the make that this runs in.
+        aside = ('VIRTUAL_ENV', 'PYTHONPATH', 'PYTHONHOME', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'VENV')
+        self.env = {key: value for key, value in os.environ.items() if key not in aside}
+        self.env['CUDA_VISIBLE_DEVICES'] = ''
+
+    def run(self, arguments: list[str], log: Path, environment: str = '.venv', several: bool = False) -> bool:
+        """Run a command from the root, in an environment, its output into a log; tell whether it succeeded."""
+        env = dict(self.env, PATH=f'{self.root / environment / "bin"}:{self.env["PATH"]}')
+        if several:
+            env['PYTHONPATH'] = str(self.several)
+        with log.open('ab') as file:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(arguments, cwd=self.root, env=env, start_new_session=True, **streams)
+            try:
+                return process.wait(TIMEOUT) == 0
+            except subprocess.TimeoutExpired:
+                file.write(f'\nnot done after {TIMEOUT} s\n'.encode())
+                return False
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)  # which torchrun passes on to its processes
+                    process.wait()
+
+    def set_up(self, log: Path) -> bool:
+        """The environment that `make demo` begins with, and the files that the README's commands find."""
+        return self.run(['make', '.venv/mmdet'], log) and self.run(['python', '-c', MADE], log)
+
+    def execute(self, command: Command, log: Path) -> bool:
+        """Run a command of the README."""
+        if any(new and begins(command.text, key) for key, new in OWN.items()):
+            shutil.rmtree(self.root / 'own', ignore_errors=True)
+            if not self.run([sys.executable, '-m', 'venv', 'own'], log):
+                return False
+        arguments = ['python', '-c'] if command.python else ['bash', '-euo', 'pipefail', '-c']
+        several = command.text.startswith('tools/dist_')
+        return self.run([*arguments, command.run_as], log, 'own' if command.own else '.venv', several)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(['git', '-C', ROOT, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def report(where: str, title: str, work: Callable[[Path], bool], log: Path) -> bool:
+    """Do some work and print a line about it; where it fails, also the end of its log."""
+    print(f'{where:14}{title} ... ', end='', flush=True)
+    start = time.time()
+    good = work(log)
+    print(f'{"ok" if good else "FAILED"}, {time.time() - start:.0f} s', flush=True)
+    if not good:
+        print(f'  {log}:', *log.read_text(errors='replace').splitlines()[-20:], sep='\n    ', flush=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--list', action='store_true', help='show the commands as they would be run')
+    parser.add_argument('--only', default='', metavar='TEXT', help='those that contain this text, and what they need')
+    args = parser.parse_args()
+
+    every = read_commands(git('show', 'HEAD:README.md'))
+    idle = idle_entries(every)
+    if idle:
+        sys.exit(f'error: in tests/docs.py, nothing in the README is as in {", ".join(idle)}')
+    commands = choose(every, args.only)
+    if not commands:
+        sys.exit(f'error: no command of the README contains {args.only!r}')
+    if args.list:
+        for command in commands:
+            print(f'README.md:{command.line:<4}', command.title if command.python else command.run_as,
+                  f'(skipped: {command.skipped})' if command.skipped else '')  # fmt: skip
+        return
+    if not (COCO / 'annotations').is_dir():
+        sys.exit(f'error: no COCO data at {COCO}; set COCO_MINI to a folder in the layout of COCO 2017')
+    if git('status', '--porcelain', '--untracked-files=no'):
+        print('note: what is not committed is not tested')
+
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
+    start, failed, run = time.time(), [], 0
+    with tempfile.TemporaryDirectory(prefix='spec_mmdet_docs_') as folder:
+        clone = Clone(Path(folder))
+        if not report('', 'the environment', clone.set_up, LOGS / '000_environment.log'):
+            sys.exit(1)
+        for command in commands:
+            where = f'README.md:{command.line}'
+            if command.skipped:
+                print(f'{where:14}{command.title} ... skipped ({command.skipped})')
+                continue
+            run += 1
+            if not report(where, command.title, lambda log, command=command: clone.execute(command, log), command.log):
+                failed.append(command)
+    skipped = len(commands) - run
+    print(f'{run - len(failed)} ok, {len(failed)} failed, {skipped} skipped, in {(time.time() - start) / 60:.0f} min')
+    sys.exit(bool(failed))
+
+
+if __name__ == '__main__':
+    main()
