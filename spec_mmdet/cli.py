@@ -86,7 +86,8 @@ def run_mmdet_tool(name: str) -> None:
     tool.parse_args = lambda: args
     args.cfg_options = None
     tool.Config = Namespace(fromfile=lambda path: cfg)
-    tool.main()
+    with _explaining_exhaustion():
+        tool.main()
     if torch.distributed.is_initialized():
         # Together, or the first process to leave can take its connections from under the others.
         torch.distributed.barrier()
@@ -101,6 +102,21 @@ def without_amp(args: Namespace, cfg: Config) -> None:
         print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
         args.amp = False
         cfg.optim_wrapper.type = 'OptimWrapper'
+
+
+@contextmanager
+def _explaining_exhaustion() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and 'DefaultCPUAllocator' not in str(error):
+            raise
+        raise InputError(
+            f'out of memory ({str(error).splitlines()[0]}). Add to --cfg-options: train_dataloader.batch_size=1 '
+            'optim_wrapper.accumulative_counts=2 (the same step from half as many images at a time) or '
+            'model.backbone.with_cp=True (activations are computed twice instead of kept). --resume goes on from the '
+            'last checkpoint.'
+        ) from error
 
 
 def _parser(name: str, **kwargs) -> ArgumentParser:

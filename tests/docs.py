@@ -36,6 +36,7 @@ INLINE = ('python tools/', 'make ', 'tools/dist_train.sh ', 'tools/dist_test.sh 
 # The keys of the next three tables are commands, or what commands begin with, up to the end of a word.
 SKIPPED = {
     'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
+    'make docs-test': 'is this',
     'make test': 'CI runs it',
     'make test-onedl': 'CI runs it',
     'make clean': 'would remove the environment that the other commands need',
@@ -66,7 +67,7 @@ TRAIN = (
 ON_CPU = (
     'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
 )
-LAST_EPOCH = 'cp "$(cat work_dirs/xcit_spec_maskrcnn/last_checkpoint)" work_dirs/xcit_spec_maskrcnn/epoch_36.pth'
+LAST_EPOCH = 'for last in work_dirs/*/last_checkpoint; do cp "$(cat $last)" $(dirname $last)/epoch_36.pth; done'
 
 APPENDED = {
     'pip uninstall': '--yes',
@@ -78,6 +79,7 @@ APPENDED = {
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'python tools/analyze_conditioning.py': '--max-images 1',
     'python tools/benchmark.py': '--rounds 1 --sizes 64x64',
+    'python tools/benchmark_evaluator.py': '--images 200',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
 
@@ -94,6 +96,9 @@ OWN = {
 # clone's.
 PLACEHOLDERS = {
     '/where/coco/is': shlex.quote(str(COCO.resolve())),
+    '../shared/coco_mini': shlex.quote(str(COCO.resolve())),
+    'IMAGES': shlex.quote(str(COCO.resolve() / 'val2017')),
+    '--annotations FILE': f'--annotations {shlex.quote(str(COCO.resolve() / "annotations" / "instances_val2017.json"))}',
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
@@ -108,7 +113,10 @@ torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.p
 # With --only, what is in a command (as it is run) and the command that has to run before it.
 NEEDS = {
     'configs/xcit_spec_maskrcnn.py': 'mkdir -p data',
-    'epoch_36.pth': 'python tools/train.py configs/xcit_spec_maskrcnn.py',
+    'work_dirs/xcit_spec_maskrcnn/': 'python tools/train.py configs/xcit_spec_maskrcnn.py',
+    'work_dirs/demo/': 'make demo',
+    'data/mine': 'python tools/prepare_coco.py IMAGES',
+    'work_dirs/mine/': 'python tools/train.py configs/xcit_spec_maskrcnn.py --data',
     'pip install -e .': "pip install -e '.[onedl]'",
     'opencv-python': "pip install -e '.[onedl]'",
 }

@@ -87,7 +87,7 @@ def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shap
 
     out = tmp_path / 'out'
     args = [tmp_path / 'a', f'{tmp_path}/b/*.png', clip, tmp_path / 'b' / 'same.png', '--batch-size', 3]
-    run_tool(monkeypatch, 'predict', CONFIG, nothing, *args, '--out', out)
+    run_tool(monkeypatch, 'predict', trained / 'xcit_spec_shapes.py', nothing, *args, '--out', out)
     images, predicted = results(out)
     assert predicted == [] and [category['name'] for category in images['categories']][:2] == ['circle', 'square']
     assert [(image['id'], image['file_name'], image.get('frame_id')) for image in images['images']] == [

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet import report
+from spec_mmdet.data import set_classes
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 NAMES = ('circle', 'square', 'triangle', 'star')
@@ -58,6 +59,7 @@ def write_report(root: Path, found: list[dict]) -> str:
     folder = root / 'report'
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(settings(root))
+    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
     report.prepare(folder, cfg)
     prefix = cfg.test_evaluator.outfile_prefix
     folder.mkdir()
@@ -170,6 +172,7 @@ def test_the_command(monkeypatch, data, tmp_path):
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(CONFIG)
+    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
     checkpoint = tmp_path / 'untrained.pth'
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), checkpoint)
     options = dict(settings(data), **{'model.test_cfg.rcnn.score_thr': 1.1})

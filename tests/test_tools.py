@@ -64,6 +64,36 @@ def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, t
     )
 
 
+def test_training_leaves_what_one_follows_it_by(trained):
+    assert [path.name for path in trained.glob('best_*.pth')] == ['best_coco_segm_mAP_epoch_1.pth']
+    assert list(trained.glob('*/vis_data/events.out.tfevents.*'))
+    (log,) = trained.glob('*/*.log')
+    text = log.read_text()
+    assert 'System environment:' in text and "type='SpecXCiT'" in text and ' eta: ' in text
+
+
+def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
+    readme = (ROOT / 'README.md').read_text()
+    documented = ['optim_wrapper.accumulative_counts=4', 'default_hooks.ema.type=EMAHook']
+    assert all(option in readme for option in documented)
+    settings = [*documented, 'default_hooks.ema.momentum=0.5', 'train_dataloader.dataset.indices=32']
+    run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *settings)
+    saved = load(tmp_path / 'epoch_1.pth')
+    assert saved['meta']['iter'] == 8
+    assert {state['step'].item() for state in saved['optimizer']['state'].values()} == {2}
+    key = 'neck.fpn_convs.0.conv.weight'
+    assert not torch.equal(saved['state_dict'][key], saved['ema_state_dict'][f'module.{key}'])
+    for key, value in saved['state_dict'].items():
+        if 'correction' in key:
+            assert torch.equal(value, saved['ema_state_dict'][f'module.{key}'])
+
+
+def test_exhausted_memory(monkeypatch, shapes, tmp_path):
+    enormous = 'model.rpn_head.feat_channels=10000000000'
+    says = complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), enormous)
+    assert 'out of memory (' in says and 'train_dataloader.batch_size=1' in says
+
+
 def sigma_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Extreme singular values of the demo's projections and of them with lambda = 1, by layer and role."""
     sigma = {}
