@@ -97,8 +97,9 @@ OWN = {
 PLACEHOLDERS = {
     '/where/coco/is': shlex.quote(str(COCO.resolve())),
     '../shared/coco_mini': shlex.quote(str(COCO.resolve())),
-    'IMAGES': shlex.quote(str(COCO.resolve() / 'val2017')),
-    '--annotations FILE': f'--annotations {shlex.quote(str(COCO.resolve() / "annotations" / "instances_val2017.json"))}',
+    'IMAGES --annotations FILE': shlex.join(
+        [f'{COCO.resolve()}/val2017', '--annotations', f'{COCO.resolve()}/annotations/instances_val2017.json']
+    ),
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
