@@ -18,6 +18,9 @@ from mmengine.registry import init_default_scope
 
 import spec_mmdet  # noqa: F401
 
+# isort: split
+from mmdet.visualization import DetLocalVisualizer
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
@@ -27,6 +30,7 @@ settings.load_profile('untimed')
 
 def run_tool(monkeypatch, name: str, *args) -> None:
     """Run a tool as its command does, in this process."""
+    DetLocalVisualizer._instance_dict.clear()  # or it would draw with the classes of the test before
     monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
     runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -193,11 +194,17 @@ def test_tta(monkeypatch, shapes, trained, tmp_path):
     assert reported['coco/segm_mAP_50'] > 0
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
 def test_several_processes(shapes, tmp_path):
     # MMEngine selects a CUDA device in every process; on a machine without one that alone has to be left out.
     (tmp_path / 'sitecustomize.py').write_text('import torch\ntorch.cuda.set_device = lambda device: None\n')
-    env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}', PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT='29567')
-    env['CUDA_VISIBLE_DEVICES'] = ''
+    env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}', PYTHON=sys.executable, OMP_NUM_THREADS='1')
+    env |= dict(PORT=str(free_port()), CUDA_VISIBLE_DEVICES='')
     work = tmp_path / 'work'
     on_cpu = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU]
     train = [ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', work, *options(shapes), *on_cpu, *FEW]
