@@ -20,6 +20,7 @@ import spec_mmdet  # noqa: F401
 
 # isort: split
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.visualization import Visualizer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -30,7 +31,8 @@ settings.load_profile('untimed')
 
 def run_tool(monkeypatch, name: str, *args) -> None:
     """Run a tool as its command does, in this process."""
-    DetLocalVisualizer._instance_dict.clear()  # or it would draw with the classes of the test before
+    for known in (Visualizer, DetLocalVisualizer):
+        known._instance_dict.clear()  # or it would draw with the classes of the test before
     monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
     runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
 
