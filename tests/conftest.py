@@ -21,6 +21,8 @@ import spec_mmdet  # noqa: F401
 # isort: split
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.visualization import Visualizer
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -35,6 +37,19 @@ def run_tool(monkeypatch, name: str, *args) -> None:
         known._instance_dict.clear()  # or it would draw with the classes of the test before
     monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
     runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
+
+
+def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: list[dict]) -> None:
+    """Compare AP reported by MMDetection with pycocotools' own, of results for bbox and for segm in COCO's format."""
+    coco = COCO(str(ann_file))
+    for kind, found in results.items():
+        evaluation = COCOeval(coco, coco.loadRes(found), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        for name, value in zip(('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l'), evaluation.stats):
+            assert reported[f'coco/{kind}_{name}'] == round(float(value), 3), (kind, name)
+        assert evaluation.stats[1] > 0
 
 
 def complaint(monkeypatch, name: str, *args) -> str:

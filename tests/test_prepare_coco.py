@@ -20,6 +20,8 @@ from pycocotools.coco import COCO
 
 from spec_mmdet.checkpoint import load
 from spec_mmdet.data import set_classes, use_folder
+from spec_mmdet.errors import InputError
+from spec_mmdet.preflight import check_inputs
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 CLASSES = {17: 'bolt', 3: 'nut'}  # in the order of the file, which is not that of their ids
@@ -95,6 +97,19 @@ def test_a_newcomers_data_is_split_trained_on_and_tested(monkeypatch, labelled, 
     assert tuple(inferencer.visualizer.dataset_meta['classes']) == ('bolt', 'nut')
     (found,) = inferencer(str(next(images.iterdir())), no_save_vis=True, return_datasamples=True)['predictions']
     assert set(found.pred_instances.labels.tolist()) <= {0, 1}
+    run_tool(monkeypatch, 'predict', CONFIG.name, 'epoch_1.pth', good / 'val', '--out', 'drawn')
+    assert len(list(Path('drawn').glob('*.png'))) == 10
+
+
+def test_a_config_may_take_some_of_the_classes(good):
+    cfg = Config.fromfile(CONFIG)
+    use_folder(cfg, good, ('train', 'val', 'test'))
+    for loop in ('train', 'val'):
+        cfg[f'{loop}_dataloader'].dataset.metainfo = dict(classes=('nut',))
+    assert check_inputs(cfg, ('train', 'val')) == ['nut']
+    cfg.train_dataloader.dataset.metainfo = dict(classes=('nut', 'washer'))
+    with pytest.raises(InputError, match='it lacks washer'):
+        check_inputs(cfg, ('train', 'val'))
 
 
 def test_labels_go_by_the_order_of_the_file(good):
