@@ -105,11 +105,16 @@ def evaluators(cfg: Config, loop: str) -> list[dict]:
 
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Have a config's data sets and the heads of its model know these classes, in this order; changes ``cfg``."""
+    """Have a config's data sets and the heads of its model know these classes, in this order; changes ``cfg``.
+
+    Heads are those whose ``num_classes`` is the number of classes that the config's data sets had so far: others, of
+    proposals without a class, keep theirs.
+    """
+    before = {len(configured_classes(dataset)) for dataset in coco_datasets(cfg._cfg_dict)}
 
     def set_heads(node: object) -> None:
         if isinstance(node, dict):
-            if 'num_classes' in node:
+            if node.get('num_classes') in before:
                 node['num_classes'] = len(classes)
             for child in node.values():
                 set_heads(child)

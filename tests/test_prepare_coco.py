@@ -116,7 +116,10 @@ def test_labels_go_by_the_order_of_the_file(good):
     """What the detector calls 0 is the file's first category, whatever its id."""
     cfg = Config.fromfile(CONFIG)
     use_folder(cfg, good, ('train', 'val', 'test'))
+    cfg.model.rpn_head.num_classes = 1  # of proposals, which have no class
     set_classes(cfg, list(CLASSES.values()))
+    heads = cfg.model.rpn_head, cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head
+    assert [head.num_classes for head in heads] == [1, 2, 2]
     truth = COCO(str(good / 'annotations/instances_val.json'))
     for item in DATASETS.build(cfg.val_dataloader.dataset).load_data_list():
         names = [cfg.val_dataloader.dataset.metainfo.classes[i['bbox_label']] for i in item['instances']]

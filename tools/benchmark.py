@@ -224,8 +224,9 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         for name in dict.fromkeys(row['model'] for row in rows):
             own = [row for row in rows if row['model'] == name]
             axis.loglog([r['height'] * r['width'] for r in own], [r[f'{job}_s'] for r in own], marker='o', label=name)
-        axis.set(xlabel='pixels', ylabel='seconds', title=f'{job}: {title}')
+        axis.set(xlabel='pixels', ylabel='seconds', title=job)
         axis.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
 
