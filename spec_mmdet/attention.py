@@ -9,10 +9,53 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from .conditioning import Correction
 
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
+
+
+def on_onednn(x: Tensor) -> bool:
+    """Whether products with x are handed to oneDNN, as convolutions of one pixel, and not to PyTorch's choice for them.
+
+    On a CPU that is MKL, which takes up to twice oneDNN's time on one of AMD's. In half precision it is oneDNN anyway.
+    """
+    if torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        return False
+    return x.dtype in (torch.float32, torch.float64) and torch.backends.mkldnn.is_available()
+
+
+def as_row(x: Tensor) -> Tensor:
+    """Tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N); nothing is copied."""
+    return x.mT.unsqueeze(2)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """``x W^T + b``.
+
+    Args:
+        x: tokens, shape (B, N, C).
+        W: shape (D, C), or (B, D, C) with one matrix for each image.
+        b: None, or shape (D,), or (B, D) with such W.
+
+    Returns:
+        Tensor of shape (B, N, D).
+    """
+    if not on_onednn(x):
+        return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
+    if W.ndim == 2:
+        return F.conv2d(as_row(x), W[:, :, None, None], b).squeeze(2).mT
+    ys = [linear(*own) for own in zip(x.split(1), W, b)]
+    return ys[0] if len(ys) == 1 else torch.cat(ys)
+
+
+def gram(x: Tensor) -> Tensor:
+    """``x^T x`` of each image's tokens x, shape (B, N, C): shape (B, C, C)."""
+    if not on_onednn(x):
+        return x.mT @ x
+    C = x.shape[2]  # to a convolution, it is the gradient of a weight
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_row(x).split(1)])
 
 
 def xca_plain(
@@ -35,13 +78,13 @@ def xca_plain(
     Returns:
         Tensor of shape (B, N, C).
     """
-    qkv = F.linear(x, W, b)
+    qkv = linear(x, W, b)
     if mask is not None:
         qkv = qkv * mask
     q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
     A = F.normalize(q, dim=-1, eps=EPS) @ F.normalize(k, dim=-1, eps=EPS).transpose(-2, -1)
     A = (A * temperature).softmax(dim=-1)
-    return F.linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
+    return linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
 
 
 class _Moments(torch.autograd.Function):
@@ -61,7 +104,7 @@ class _Moments(torch.autograd.Function):
         else:
             mean = (x * mask).sum(dim=-2) / mask.sum(dim=-2)
             x = (x - mean[..., None, :]) * mask
-        return mean, x.mT @ x
+        return mean, gram(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
@@ -73,7 +116,7 @@ class _Moments(torch.autograd.Function):
         by_G = by_G + by_G.mT
         N = x.shape[-2] if mask is None else mask.sum(dim=-2)
         constant = by_mean / N - (mean[..., None, :] @ by_G)[..., 0, :]
-        by_x = torch.baddbmm(constant[:, None], x.to(by_G), by_G)
+        by_x = linear(x.to(by_G), by_G, constant)
         return (by_x if mask is None else by_x * mask).to(x.dtype), None
 
 
@@ -111,7 +154,7 @@ def xca_gram(
         W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
         W_qk, W_v = W.split((2 * C, C))
         b_qk, b_v = b.split((2 * C, C))
-        WG = W_qk @ G  # (B, 2 C, C)
+        WG = linear(G.mT, W_qk).mT  # W_qk G, shape (B, 2 C, C)
         means = (mean @ W_qk.T + b_qk).view(B, 2, C)  # of the queries and of the keys
         squares = (WG * W_qk).sum(dim=-1).view(B, 2, C) + N * means**2
         q_scale, k_scale = squares.clamp_min(EPS**2).rsqrt().view(B, 2, heads, -1).unbind(1)
@@ -119,9 +162,9 @@ def xca_gram(
         A = WG[:, :C].view(B, heads, -1, C) @ W_qk[C:].view(heads, -1, C).mT
         A = A + (N * q_mean.flatten(1)[:, None]).view(q_mean.shape)[..., None] * k_mean[..., None, :]
         A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
-        M = W_out @ (A @ W_v.view(heads, -1, C)).view(B, C, C)
+        M = linear((A @ W_v.view(heads, -1, C)).view(B, C, C).mT, W_out).mT
         m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
-    return torch.baddbmm(m[:, None].to(x.dtype), x, M.mT.to(x.dtype))
+    return linear(x, M.to(x.dtype), m.to(x.dtype))
 
 
 class XCA(nn.Module):

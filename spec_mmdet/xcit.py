@@ -15,7 +15,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import XCA, scaled
+from .attention import XCA, linear, on_onednn, scaled
 from .conditioning import require_same_conditioning
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
@@ -31,6 +31,28 @@ ARCHS = {
 MIN_IMAGE_SIZE = 32  # the coarsest level has stride 32
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU of what nothing else reads: in its place where no gradient needs it."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+class ConvBN(nn.Sequential):
+    """Stride-2 3x3 convolution and batch normalisation, which evaluation takes as a part of the convolution."""
+
+    def __init__(self, c_in: int, c_out: int, norm_cfg: dict) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = self
+        if bn.training:
+            return bn(conv(x))
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        W, b = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+        return F.conv2d(x, W, b, stride=2, padding=1)
+
+
 class PatchEmbed(nn.Module):
     """Stem of stride-2 3x3 convolutions with normalisation: an image becomes a grid of tokens of ``dim`` channels."""
 
@@ -38,19 +60,15 @@ class PatchEmbed(nn.Module):
         super().__init__()
         convs = int(math.log2(patch_size))
         channels = [3] + [dim // 2**i for i in reversed(range(convs))]
-        layers: list[nn.Module] = []
-        for c_in, c_out in zip(channels, channels[1:]):
-            conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
-            layers += [nn.Sequential(conv, build_norm_layer(norm_cfg, c_out)[1]), nn.GELU()]
-        self.proj = nn.Sequential(*layers[:-1])
+        layers = [ConvBN(*ends, norm_cfg) for ends in zip(channels, channels[1:])]
+        # The reference's names count the activations between, which have none of their own here.
+        self.proj = nn.ModuleDict({str(2 * i): layer for i, layer in enumerate(layers)})
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Images, shape (B, 3, H, W), and perhaps a mask of their pixels, shape (B, 1, H, W), become as many tokens."""
-        if mask is None:
-            return self.proj(x), None
-        for layer in self.proj:
-            x = layer(x)
-            if isinstance(layer, nn.Sequential):
+        for i, layer in enumerate(self.proj.values()):
+            x = layer(gelu(x) if i else x)
+            if mask is not None:
                 # Padding goes on being zeros, as it is to the convolutions of an image that ends there.
                 mask = mask[..., ::2, ::2]
                 x = x * mask
@@ -113,7 +131,7 @@ class LPI(nn.Module):
             mask = mask.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         # To a convolution, tokens are a channels_last image: neither way is anything copied.
         x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-        x = self.bn(F.gelu(self.conv1(x)))
+        x = self.bn(gelu(self.conv1(x)))
         if mask is not None:
             x = x * mask
         x = F.conv2d(x, *scaled(self.conv2, gamma), padding=1, groups=len(gamma))
@@ -127,27 +145,19 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
-        for linear in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, h: int, w: int, gamma: Tensor) -> Tensor:
-        """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
+    def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
+        fc1 = partial(linear, W=self.fc1.weight, b=self.fc1.bias)
         W, b = scaled(self.fc2, gamma)
-        if x.device.type != 'cpu':
-            return F.linear(F.gelu(self.fc1(x)), W, b)
-        # On a CPU, PyTorch hands a convolution of one pixel to oneDNN, which took a tenth to a fifth less time than the
-        # MKL of F.linear (float32, AMD EPYC). Without gradients, it is fastest on so many tokens at a time that their
-        # wide hidden layer stays in the cache, and is not copied.
-        x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-        fc1 = partial(F.conv2d, weight=self.fc1.weight[:, :, None, None], bias=self.fc1.bias)
-        fc2 = partial(F.conv2d, weight=W[:, :, None, None], bias=b)
-        if torch.is_grad_enabled():
-            y = fc2(F.gelu(fc1(x)))
-        else:
-            parts = [fc2(torch.ops.aten.gelu_(fc1(part))) for part in x.split(math.ceil(4096 / w), dim=2)]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return y.permute(0, 2, 3, 1).flatten(1, 2)
+        if torch.is_grad_enabled() or not on_onednn(x):
+            return linear(gelu(fc1(x)), W, b)
+        # It is fastest on so many tokens at a time that their wide hidden layer stays in the cache, and is not copied.
+        parts = [linear(gelu(fc1(part)), W, b) for part in x.split(4096, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Block(nn.Module):
@@ -173,7 +183,7 @@ class Block(nn.Module):
         # Numbered 1, 3, 2 in the reference, whose parameter names these are.
         x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1, mask))
         x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3, mask))
-        return x + self.drop_path(self.mlp(self.norm2(x), h, w, self.gamma2))
+        return x + self.drop_path(self.mlp(self.norm2(x), self.gamma2))
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def test_coco_configs_take_a_training_step(name):
     # Which in training with several processes would be an error that comes in the second step.
     assert not unused or (cfg.find_unused_parameters and all(name.startswith('backbone.fpn1.') for name in unused))
     assert all(gradient.isfinite().all() for name, gradient in gradients.items() if name not in unused)
-    assert model.backbone.patch_embed.proj[0][0].weight.grad.any()
+    assert model.backbone.patch_embed.proj['0'][0].weight.grad.any()
 
 
 @pytest.mark.parametrize(('arch', 'patch_size'), FAMILY)
