@@ -131,13 +131,17 @@ class Correction(nn.Module):
 
     def forward(self, W: Tensor) -> Tensor:
         """W + C, shape (blocks * D, k)."""
-        return W + self.correction(W)
+        return (W.unflatten(0, self.split) + self._blocks(W)).flatten(0, -2)
 
     def correction(self, W: Tensor) -> Tensor:
         """C, shape (blocks * D, k), in the dtype and on the device of W, of which the identity form takes no more."""
+        return self._blocks(W).flatten(0, -2)
+
+    def _blocks(self, W: Tensor) -> Tensor:
+        # Of the identity form one block is kept in memory, however many there are.
         if 'C' in self._buffers:
-            return self.C.to(W.dtype)
-        return identity_correction(W.detach().unflatten(0, self.split), self.lam).reshape(W.shape)
+            return self.C.to(W.dtype).unflatten(0, self.split)
+        return identity_correction(W.detach().unflatten(0, self.split), self.lam)
 
     def _apply(self, fn, recurse: bool = True) -> Correction:
         # A lam of 0.1 that has been through float16 is another lam, and a C that has been through it another C.
