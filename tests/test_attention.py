@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_mmdet.attention import XCA, xca_gram, xca_plain
+from spec_mmdet import attention
+from spec_mmdet.attention import XCA, linear, xca_gram, xca_plain
 
 
 def arguments(B, N, heads, d, seed=0, scale=1.0, lam=0.0, kind='random'):
@@ -20,6 +21,13 @@ def arguments(B, N, heads, d, seed=0, scale=1.0, lam=0.0, kind='random'):
     x = x[kind]().expand(B, N, C) * scale
     W = randn(3 * C, C) * C**-0.5 + lam * torch.eye(C).repeat(3, 1).double()
     return x, W, 0.1 * randn(3 * C), randn(C, C) * C**-0.5, 0.1 * randn(C), 0.5 + randn(heads, 1, 1).abs()
+
+
+@given(B=st.integers(1, 3), N=st.integers(1, 40), C=st.integers(1, 12), D=st.integers(1, 12), own=st.booleans())
+def test_linear_is_the_matrix_product(B, N, C, D, own):
+    x, W, b = (torch.randn(shape, dtype=torch.float64) for shape in ((B, N, C), (B, D, C), (B, D)))
+    expected = torch.einsum('bnc,bdc->bnd', x, W if own else W[:1].expand_as(W)) + (b if own else b[:1])[:, None]
+    torch.testing.assert_close(linear(x, *((W, b) if own else (W[0], b[0]))), expected, rtol=0, atol=1e-12)
 
 
 @given(
@@ -41,7 +49,9 @@ def test_gram_form_equals_the_plain_form(**draw):
 
 @pytest.mark.parametrize('kind', ['random', 'zero', 'constant'])
 @pytest.mark.parametrize('bias', [True, False])
-def test_gradients_are_those_of_the_plain_form(kind, bias):
+@pytest.mark.parametrize('onednn', [True, False])
+def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
+    monkeypatch.setattr(attention, 'on_onednn', lambda x: onednn)  # a GPU has none
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
         given[2] = torch.zeros_like(given[2])

@@ -61,6 +61,13 @@ def test_taps_equal_timm(patch_size, conditioning):
             assert (plain.taps(image)[-1] - taps[-1]).norm() / taps[-1].norm() > 1e-3
 
 
+def test_an_mlp_of_many_tokens_at_a_time_is_that_of_all():
+    mlp, x, gamma = xcit.MLP(8).double(), torch.randn(2, 9000, 8, dtype=torch.float64), torch.randn(8).double()
+    with torch.no_grad():
+        expected = gamma * mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))
+        torch.testing.assert_close(mlp(x, gamma), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize('patch_size', [8, 16])
 def test_levels_are_the_rescaled_taps(patch_size):
     model = randomized(SpecXCiT(TINY, patch_size))
