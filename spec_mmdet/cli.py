@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shlex
@@ -89,7 +90,9 @@ def run_mmdet_tool(name: str) -> None:
     with _explaining_exhaustion():
         tool.main()
     if torch.distributed.is_initialized():
-        # Together, or the first process to leave can take its connections from under the others.
+        # Together, or the first process to leave can take its connections from under the others. The runner, which is
+        # part of a reference cycle, would keep the group alive, and gloo's threads can abort a process that ends.
+        gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if not training and args.report and int(os.environ.get('RANK', 0)) == 0:
