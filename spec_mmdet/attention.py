@@ -37,7 +37,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     Args:
         x: tokens, shape (B, N, C).
         W: shape (D, C), or (B, D, C) with one matrix for each image.
-        b: None, or shape (D,), or (B, D) with such W.
+        b: shape (D,) or None; with one matrix for each image, shape (B, D).
 
     Returns:
         Tensor of shape (B, N, D).
@@ -162,7 +162,7 @@ def xca_gram(
         A = WG[:, :C].view(B, heads, -1, C) @ W_qk[C:].view(heads, -1, C).mT
         A = A + (N * q_mean.flatten(1)[:, None]).view(q_mean.shape)[..., None] * k_mean[..., None, :]
         A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
-        M = linear((A @ W_v.view(heads, -1, C)).view(B, C, C).mT, W_out).mT
+        M = linear((A @ W_v.view(heads, -1, C)).view(B, C, C).mT, W_out).mT  # W_out A W_v, shape (B, C, C)
         m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
     return linear(x, M.to(x.dtype), m.to(x.dtype))
 
@@ -185,9 +185,9 @@ class XCA(nn.Module):
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        for linear in (self.qkv, self.proj):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.qkv, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
         # After the initialisation, because the exact correction depends on the weights.
         self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning, heads=num_heads)
 

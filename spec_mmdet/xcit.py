@@ -50,7 +50,7 @@ class ConvBN(nn.Sequential):
             return bn(conv(x))
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         W, b = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
-        return F.conv2d(x, W, b, stride=2, padding=1)
+        return F.conv2d(x, W, b, conv.stride, conv.padding)
 
 
 class PatchEmbed(nn.Module):
@@ -151,12 +151,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
         """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
-        fc1 = partial(linear, W=self.fc1.weight, b=self.fc1.bias)
         W, b = scaled(self.fc2, gamma)
+
+        def mlp(x: Tensor) -> Tensor:
+            return linear(gelu(linear(x, self.fc1.weight, self.fc1.bias)), W, b)
+
         if torch.is_grad_enabled() or not on_onednn(x):
-            return linear(gelu(fc1(x)), W, b)
+            return mlp(x)
         # It is fastest on so many tokens at a time that their wide hidden layer stays in the cache, and is not copied.
-        parts = [linear(gelu(fc1(part)), W, b) for part in x.split(4096, dim=1)]
+        parts = [mlp(part) for part in x.split(4096, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
