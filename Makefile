@@ -9,13 +9,13 @@ VENV ?= .venv
 comma := ,
 
 demo: $(VENV)/mmdet
-	$(VENV)/bin/python tools/demo.py
+	$(VENV)/bin/spec-mmdet demo
 
 paper-figures: $(VENV)/mmdet
-	$(VENV)/bin/python tools/paper_figures.py
+	$(VENV)/bin/spec-mmdet paper-figures
 
 bench: $(VENV)/mmdet
-	$(VENV)/bin/python tools/benchmark.py --rounds 3
+	$(VENV)/bin/spec-mmdet benchmark --rounds 3
 
 test: $(VENV)/mmdet
 	$(VENV)/bin/python -m pytest

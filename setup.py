@@ -1,15 +1,56 @@
-from setuptools import setup
+import re
+from pathlib import Path
+
+from setuptools import Distribution, find_packages, setup
+
+# isort: split
+from distutils.command.install_data import install_data  # setuptools' own, once that is imported
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'spec_mmdet' / '__init__.py').read_text())[1]
 
 reports = ['faster-coco-eval', 'jinja2', 'tensorboard']
 export = ['onnx', 'onnxscript', 'onnxruntime']
 
+
+class InstallStartup(install_data):
+    """Puts spec_mmdet.pth beside the package, where Python looks for it when it starts: see spec_mmdet/startup.py."""
+
+    def run(self) -> None:
+        self.install_dir = self.get_finalized_command('install').install_lib
+        super().run()
+
+
+class WithStartup(Distribution):
+    has_data = Distribution.has_data_files  # by this name an editable install asks for it
+
+
 setup(
     name='spec_mmdet',
-    version='0.1.0',
+    version=VERSION,
     description='Spectrally conditioned XCiT for object detection and instance segmentation on MMDetection',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=['spec_mmdet'],
-    package_data={'spec_mmdet': ['report.html']},
+    license_files=['LICENSE'],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
+    packages=find_packages(include=['spec_mmdet*']),
+    # configs/ is in the package as MMEngine expects it, by a link: .mim/configs.
+    package_data={
+        'spec_mmdet': ['py.typed', '.mim/configs/*.py', '.mim/configs/*/*.py'],
+        'spec_mmdet.evaluation': ['*.html'],
+    },
+    data_files=[('', ['spec_mmdet/spec_mmdet.pth'])],
+    cmdclass={'install_data': InstallStartup},
+    distclass=WithStartup,
+    entry_points={'console_scripts': ['spec-mmdet = spec_mmdet.commands:main']},
     python_requires='>=3.10',
     # Neither mmdet nor mmcv: each has several distributions of one import name (mmcv, mmcv-lite, onedl-mmcv), and pip
     # would overwrite the one that is there. The extras install a set that is known to work together.

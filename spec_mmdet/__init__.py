@@ -1,27 +1,28 @@
 """Detection and instance segmentation with a spectrally conditioned XCiT, on MMDetection.
 
-Importing this package registers its modules with MMDetection's registries. Import it before ``mmdet.models`` or
-``mmdet.apis``: where mmcv has no compiled operators, it provides the ones that Mask R-CNN needs. Without MMDetection,
-``spec_mmdet.conditioning``, which needs torch alone, and ``spec_mmdet.jacobian``, which needs scipy too, are there.
+Importing this package registers its modules with MMDetection's registries and, where mmcv has no compiled operators,
+provides the ones that Mask R-CNN needs. Without MMDetection, :mod:`spec_mmdet.conditioning` is there, which needs torch
+alone.
 """
 
 from importlib.util import find_spec
 
+from . import startup
 from .errors import InputError
 
-__all__ = ['InputError']
+__version__ = '0.1.0'
+__all__ = ['InputError', '__version__']
+
+startup.provide_operators()
 
 if find_spec('mmdet') is not None:
-    from . import ops
-
-    ops.install()
-
-    from .checkpoint import CheckpointGuard
-    from .instruments import ConditioningHook
-    from .metrics import FastCocoMetric
-    from .padding import MaskedDataPreprocessor
-    from .tta import MaskTTAModel
-    from .xcit import SpecXCiT
+    from .checkpoints.pretrained import StrictPretrainedInit
+    from .configs import find_config
+    from .evaluation.metrics import FastCocoMetric
+    from .models.padding import MaskedDataPreprocessor
+    from .models.tta import MaskTTAModel
+    from .models.xcit import SpecXCiT
+    from .training.hooks import CheckpointGuard, ConditioningHook
 
     __all__ += ['CheckpointGuard', 'ConditioningHook', 'FastCocoMetric', 'MaskTTAModel', 'MaskedDataPreprocessor']
-    __all__ += ['SpecXCiT']
+    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'find_config']

@@ -1,15 +1,13 @@
 """The compiled mmcv operators of Mask R-CNN and RetinaNet, nms, RoIAlign and the focal loss, served by torchvision.
 
 Compiling mmcv is the hardest part of installing MMDetection; torchvision ships these operators, for CPU and CUDA, in
-its wheels. A compiled mmcv takes precedence.
+its wheels. Where mmcv has not been compiled, this file is its module ``mmcv._ext`` (see startup.py), so it imports
+nothing of this package.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 
 import torch
 import torchvision.ops
@@ -118,7 +116,7 @@ def _missing(op: str) -> str:
     )
 
 
-def _absent_op(name: str) -> Callable:
+def __getattr__(name: str) -> Callable:
     # mmcv looks up every operator when it is imported and calls the few it needs, so that only a call is an error.
     if name.startswith('__'):
         raise AttributeError(name)
@@ -127,14 +125,3 @@ def _absent_op(name: str) -> Callable:
         raise NotImplementedError(_missing(name))
 
     return raise_missing
-
-
-def install() -> None:
-    """Provide ``mmcv._ext``, unless mmcv has been compiled with its own."""
-    if importlib.util.find_spec('mmcv._ext') is not None:
-        return
-    ext = importlib.util.module_from_spec(ModuleSpec('mmcv._ext', loader=None, origin=__file__))
-    ext.__getattr__ = _absent_op
-    for op in (nms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward):
-        setattr(ext, op.__name__, op)
-    sys.modules['mmcv._ext'] = ext

@@ -1,6 +1,5 @@
-"""Shared by all tests: spec_mmdet is imported first, so that mmcv's operators are there."""
+"""Shared by all tests."""
 
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -14,15 +13,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from mmengine.registry import init_default_scope
-
-import spec_mmdet  # noqa: F401
-
-# isort: split
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.registry import init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from spec_mmdet.data.shapes import write_split
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -75,15 +72,6 @@ def coco_mini() -> Path:
     return folder
 
 
-@pytest.fixture(scope='session')
-def make_shapes():
-    """tools/make_shapes.py as a module."""
-    spec = importlib.util.spec_from_file_location('make_shapes', ROOT / 'tools' / 'make_shapes.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def options(root: Path) -> list[str]:
     """Arguments that point the shapes config at a data set and make it small."""
     settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
@@ -91,10 +79,10 @@ def options(root: Path) -> list[str]:
 
 
 @pytest.fixture(scope='session')
-def shapes(tmp_path_factory, make_shapes) -> Path:
+def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('shapes')
     for split, images in dict(train=160, val=12).items():
-        make_shapes.write_split(root, split, images, 128, np.random.default_rng(len(split)))
+        write_split(root, split, images, 128, np.random.default_rng(len(split)))
     return root
 
 

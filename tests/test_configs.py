@@ -10,7 +10,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
 from spec_mmdet.conditioning import describe_conditioning
-from spec_mmdet.xcit import ARCHS
+from spec_mmdet.models.xcit import ARCHS
 
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('xcit_*.py'))
 COCO = [name for name in CONFIGS if not name.endswith(('shapes', 'overfit'))]

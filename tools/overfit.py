@@ -1,47 +1,6 @@
-"""Learn a few real COCO images by heart: proof that boxes, masks, categories and evaluation fit together.
+"""Learn a few images by heart: what `spec-mmdet overfit` does."""
 
-    python tools/overfit.py ../shared/coco_mini
-
-Trains a small detector from scratch on the first images of train2017 that hold objects, then evaluates it on those
-same images: an AP far below 1 would mean that something between the annotations and the evaluation is wrong.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-TOOLS = Path(__file__).resolve().parent
-CONFIG = TOOLS.parent / 'configs' / 'xcit_spec_overfit.py'
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('coco', type=Path, help='a folder in the layout of COCO 2017')
-    parser.add_argument('--images', type=int, default=16)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/overfit'))
-    args = parser.parse_args()
-
-    coco = json.loads((args.coco / 'annotations' / 'instances_train2017.json').read_bytes())
-    with_objects = {annotation['image_id'] for annotation in coco['annotations']}
-    coco['images'] = [image for image in coco['images'] if image['id'] in with_objects][: args.images]
-    chosen = {image['id'] for image in coco['images']}
-    coco['annotations'] = [annotation for annotation in coco['annotations'] if annotation['image_id'] in chosen]
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    ann_file = (args.work_dir / 'annotations.json').resolve()
-    ann_file.write_text(json.dumps(coco))
-
-    options = ['--work-dir', args.work_dir, '--cfg-options', f'test_evaluator.ann_file={ann_file}']
-    for loop in ('train', 'test'):
-        options += [f'{loop}_dataloader.dataset.ann_file={ann_file}', f'{loop}_dataloader.dataset.data_root=']
-        options += [f'{loop}_dataloader.dataset.data_prefix.img={(args.coco / "train2017").resolve()}/']
-    subprocess.run([sys.executable, TOOLS / 'train.py', CONFIG, *options], check=True)
-    checkpoint = (args.work_dir / 'last_checkpoint').read_text()
-    subprocess.run([sys.executable, TOOLS / 'test.py', CONFIG, checkpoint, *options], check=True)
-
+from spec_mmdet.commands import run
 
 if __name__ == '__main__':
-    main()
+    run('overfit')

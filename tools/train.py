@@ -1,9 +1,6 @@
-"""Train a detector with MMDetection's own command, its flags and --data, after checking the inputs.
+"""Train a detector: what `spec-mmdet train` does."""
 
-python tools/train.py CONFIG [--data FOLDER] [--work-dir DIR] [--auto-scale-lr] [--resume [CHECKPOINT]] [...]
-"""
-
-from spec_mmdet.cli import run_mmdet_tool
+from spec_mmdet.commands import run
 
 if __name__ == '__main__':
-    run_mmdet_tool('train')
+    run('train')

@@ -1,0 +1,1 @@
+"""Checkpoints: reading them without running code from them, and the layouts in which XCiTs exist."""

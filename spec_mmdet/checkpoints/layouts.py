@@ -1,0 +1,328 @@
+"""The layouts in which XCiT checkpoints exist: recognising them, and translating them into SpecXCiT's names and back.
+
+SpecXCiT's names are those of the reference implementation (facebookresearch/xcit). Nothing is silent here: every
+tensor of a checkpoint is taken, or dropped for a reason with a name, or it is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Correction, describe_conditioning
+from ..errors import InputError, naming
+from ..models.xcit import ARCHS, SpecXCiT
+
+# Where training scripts put the weights, the better ones first: an average of weights, or a teacher, is what they
+# evaluate.
+WRAPPERS = ('model_ema', 'state_dict_ema', 'teacher', 'state_dict', 'model', 'student')
+
+# Names of each layout in the reference's; the first pattern is what a layout is recognised by.
+_PATTERNS = {
+    'mmpretrain': (
+        (r'^xca_layers\.', 'blocks.'),
+        (r'^ca_layers\.', 'cls_attn_blocks.'),
+        (r'^pos_embed\.token_projection\.conv\.', 'pos_embeder.token_projection.'),
+        (r'^patch_embed\.proj\.(\d+)\.conv\.', lambda m: f'patch_embed.proj.{2 * int(m[1])}.0.'),
+        (r'^patch_embed\.proj\.(\d+)\.bn\.', lambda m: f'patch_embed.proj.{2 * int(m[1])}.1.'),
+        (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+        (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+        (r'\.local_mp\.conv1\.bn\.', '.local_mp.bn.'),
+        (r'\.local_mp\.(conv[12])\.conv\.', r'.local_mp.\1.'),
+        (r'^head\.layers\.head\.', 'head.'),
+        (r'^head\.fc\.', 'head.'),
+    ),
+    'timm': ((r'^pos_embed\.token_projection\.', 'pos_embeder.token_projection.'),),
+    'reference': ((r'^pos_embeder\.token_projection\.', 'pos_embeder.token_projection.'),),
+}
+
+_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
+_PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.C)$')
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in SpecXCiT's names, and what it was.
+
+    Attributes:
+        backbone: the state dict, complete but for the layers that only detectors have (fpn1 to fpn4).
+        layout: 'reference', 'timm' or 'mmpretrain'.
+        wrapper: the key that the weights were under; '' if there was none.
+        arch: a name in ARCHS, or a dict of dim, depth and num_heads.
+        patch_size: 8 or 16.
+        detector: the remaining weights of a detector, with their prefixes.
+        dropped: names, as they were, of what a detection backbone has no use for.
+        missing: names of what such a checkpoint does not hold, and SpecXCiT initialises.
+    """
+
+    backbone: dict[str, Tensor]
+    layout: str
+    wrapper: str
+    arch: str | dict
+    patch_size: int
+    detector: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def conditioning(self) -> str:
+        """Which conditioning the weights were made with, in the form configs use."""
+        return describe_conditioning(self.backbone)
+
+    def __str__(self) -> str:
+        return (
+            f'{self.layout} layout, arch={self.arch!r}, patch_size={self.patch_size}, conditioning={self.conditioning}'
+        )
+
+
+def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a checkpoint, and the key it was under."""
+
+    def is_weights(value: object) -> bool:
+        return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+    if key is None and is_weights(checkpoint):
+        return checkpoint, ''
+    known = checkpoint if isinstance(checkpoint, dict) else {}
+    for name in WRAPPERS if key is None else (key,):
+        if is_weights(known.get(name)):
+            return known[name], name
+    found = ', '.join(map(str, known)) or 'nothing'
+    raise InputError(
+        f'holds no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; it has {found}'
+    )
+
+
+def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take wrappers' prefixes off: the weights of the XCiT, and those beside it."""
+    for prefix in ('module.', '_orig_mod.', 'module.'):
+        if all(name.startswith(prefix) or name == 'n_averaged' for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != 'n_averaged'}
+    prefix = 'backbone.'
+    if not any(name.startswith(prefix) for name in weights):
+        return weights, {}
+    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return inside, {name: value for name, value in weights.items() if not name.startswith(prefix)}
+
+
+def _rename(weights: dict[str, Tensor], layout: str) -> dict[str, str]:
+    """Each name in the reference's names; a correction's becomes that of SpecXCiT's attention."""
+    renamed = {}
+    for name in weights:
+        new = name
+        for pattern, replacement in _PATTERNS[layout]:
+            new = re.sub(pattern, replacement, new)
+        record = _PARAMETRIZED.search(new)
+        if record:
+            layer = new[: record.start()]
+            if record[1] == 'original':
+                new = f'{layer}.weight'
+            elif layer.endswith('.attn.qkv') and layer.startswith('blocks.'):
+                new = f'{layer.removesuffix("qkv")}correction.{record[1].removeprefix("0.")}'
+        renamed[name] = new
+    if len(set(renamed.values())) < len(renamed):
+        twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
+        raise InputError(f'has two tensors for {twice}')
+    return renamed
+
+
+def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
+    """The architecture that the shapes speak of: a name in ARCHS or its dims, and the patch size."""
+    try:
+        dim = weights['blocks.0.attn.proj.weight'].shape[0]
+        num_heads = weights['blocks.0.attn.temperature'].shape[0]
+    except (KeyError, IndexError) as error:
+        raise InputError('lacks the attention of the first block; is it an XCiT?') from error
+    depth = 1 + max(int(m[1]) for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m)
+    convs = len({m[1] for m in (re.match(r'patch_embed\.proj\.(\d+)\.0\.weight$', name) for name in weights) if m})
+    if convs not in (3, 4):
+        raise InputError(f'its stem has {convs} convolutions; three are known (patches of 8 pixels), and four (of 16)')
+    arch = dict(dim=dim, depth=depth, num_heads=num_heads)
+    named = [name for name, known in ARCHS.items() if {k: known[k] for k in arch} == arch]
+    return (named[0] if named else arch), 8 if convs == 3 else 16
+
+
+def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of all that an XCiT of an architecture may hold, in groups that are there as a whole or not."""
+    try:
+        with torch.device('meta'):
+            model = SpecXCiT(arch, patch_size)
+    except ValueError as error:
+        raise InputError(f'its shapes are those of no XCiT: {error}') from error
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    dim = own['blocks.0.gamma1'][0]
+
+    linears = {'mlp.fc1': (4 * dim, dim), 'mlp.fc2': (dim, 4 * dim), 'attn.proj': (dim, dim)}
+    fused = 'cls_attn_blocks.0.attn.qkv.weight' in tensors
+    linears |= {'attn.qkv': (3 * dim, dim)} if fused else {f'attn.{name}': (dim, dim) for name in 'qkv'}
+    block = {f'{name}.weight': shape for name, shape in linears.items()}
+    block |= {f'{name}.bias': shape[:1] for name, shape in linears.items()}
+    block |= {f'{norm}.{name}': (dim,) for norm in ('norm1', 'norm2') for name in ('weight', 'bias')}
+    block |= {'gamma1': (dim,), 'gamma2': (dim,)}
+    classifier = {'cls_token': (1, 1, dim), 'norm.weight': (dim,), 'norm.bias': (dim,)}
+    classifier |= {f'cls_attn_blocks.{i}.{name}': shape for i in range(2) for name, shape in block.items()}
+    classes = len(tensors['head.weight']) if 'head.weight' in tensors else 0
+
+    # Corrections of the first layer's form, in all of them; class attention's is dropped with it.
+    heads = (own['blocks.0.attn.temperature'][0],)
+    corrections = {}
+    for group, weights in dict(
+        correction={f'blocks.{i}.attn.correction.': (3 * dim, dim) for i in range(len(model.blocks))},
+        class_correction={
+            f'{name}.parametrizations.weight.0.': shape
+            for name, shape in ((n.removesuffix('.weight'), s) for n, s in classifier.items())
+            if name.endswith(('.attn.qkv', '.attn.q', '.attn.k', '.attn.v'))
+        },
+    ).items():
+        kinds = {kind for kind in ('lam', 'C') for layer in weights if f'{layer}{kind}' in tensors}
+        per_head = any(tensors[f'{layer}lam'].ndim for layer in weights if f'{layer}lam' in tensors)
+        corrections[group] = {
+            f'{layer}{kind}': shape if kind == 'C' else heads if per_head else ()
+            for layer, shape in weights.items()
+            for kind in kinds
+        }
+    return dict(
+        backbone={name: shape for name, shape in own.items() if not name.startswith('fpn')},
+        fpn={name: shape for name, shape in own.items() if name.startswith('fpn')},
+        **corrections,
+        classifier=classifier,
+        head={'head.weight': (classes, dim), 'head.bias': (classes,)},
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
+    weights, wrapper = _unwrap(checkpoint, key)
+    inside, beside = _strip(weights)
+    layout = next((name for name, rules in _PATTERNS.items() if any(re.match(rules[0][0], n) for n in inside)), None)
+    if layout is None:
+        raise InputError(f'is in no layout of XCiT that is known; it has {_some(list(inside))}')
+    names = _rename(inside, layout)
+    original = {new: old for old, new in names.items()}
+    tensors = {new: inside[old] for old, new in names.items()}
+    arch, patch_size = _infer(tensors)
+    groups = _groups(tensors, arch, patch_size)
+    there = {group for group, shapes in groups.items() if group == 'backbone' or shapes.keys() & tensors.keys()}
+    expected = {name: shape for group in groups if group in there for name, shape in groups[group].items()}
+
+    detector = {n: v for n, v in beside.items() if n.startswith(_DETECTOR_PARTS)}
+    not_ours = [n for n in beside if n not in detector and not n.startswith('head.')]
+    for what, faults in {
+        'lacks': [n for n in expected if n not in tensors and not n.endswith('num_batches_tracked')],
+        'has what is not known': [original[n] for n in tensors if n not in expected] + not_ours,
+        'has shapes that contradict each other': [
+            f'{original[n]} {tuple(tensors[n].shape)} instead of {shape}'
+            for n, shape in expected.items()
+            if n in tensors and tuple(tensors[n].shape) != shape
+        ],
+        'has values that are not finite': [n for n, v in weights.items() if not v.isfinite().all()],
+    }.items():
+        if faults:
+            raise InputError(f'{what}: {_some(faults)} ({len(faults)} in all; taken for {layout} {arch} p{patch_size})')
+    taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
+    if ' and ' in describe_conditioning(taken):
+        raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')
+    dropped = [original[n] for n in tensors if n not in taken] + [n for n in beside if n not in detector]
+    missing = [] if 'fpn' in there else list(groups['fpn'])
+    return Checkpoint(taken, layout, wrapper, arch, patch_size, detector, dropped, missing)
+
+
+def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoint:
+    """Find out what a checkpoint is, and translate it.
+
+    Known are classifiers and backbones of the reference implementation, of timm and of mmpretrain, plain or
+    conditioned by :func:`~spec_mmdet.conditioning.condition`; DINO's teachers and students; detectors and backbones of
+    the reference and of this project.
+
+    Args:
+        checkpoint: what :func:`~spec_mmdet.checkpoints.reading.load` returned.
+        name: what to call it in messages.
+        key: the key that the weights are under; by default the first of :data:`WRAPPERS` that is there.
+
+    Returns:
+        The checkpoint. Its tensors are the ones given, not copies.
+
+    Raises:
+        InputError: where it is none of these; where tensors are missing, not known, of a shape that contradicts the
+            others', or not finite.
+    """
+    with naming(name):
+        return _recognise(checkpoint, key)
+
+
+def _blocks(weights: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix('.qkv.weight') for name in weights if name.endswith('.attn.qkv.weight')]
+
+
+def fold(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + C in the place of W, without the corrections: the weights of a plain SpecXCiT with the same output."""
+    folded = {name: value for name, value in backbone.items() if '.correction.' not in name}
+    for attn in _blocks(backbone):
+        W, C, lam = (backbone.get(f'{attn}.{name}') for name in ('qkv.weight', 'correction.C', 'correction.lam'))
+        if C is None and lam is None:
+            continue
+        if C is None:
+            correction = Correction(W, lam=lam.flatten()[0].item(), per_head=lam.ndim > 0, heads=max(lam.numel(), 1))
+            C = correction.correction(W)
+        folded[f'{attn}.qkv.weight'] = W + C
+    return folded
+
+
+def state_conditioning(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict[str, Tensor]:
+    """Record the conditioning of weights that were trained with it but do not say so.
+
+    Raises:
+        InputError: for the exact form, whose C cannot be found again from weights that have been trained since; or
+            where another conditioning is recorded already.
+    """
+    if describe_conditioning(backbone) != 'None':
+        raise InputError(f'the weights say that they were made with conditioning={describe_conditioning(backbone)}')
+    if type == 'svd':
+        raise InputError('the exact correction cannot be found again from trained weights; it has to be in the file')
+    stated = dict(backbone)
+    for attn in _blocks(backbone):
+        stated[f'{attn}.correction.lam'] = Correction(backbone[f'{attn}.qkv.weight'], type, lam).lam
+    return stated
+
+
+def condition(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict[str, Tensor]:
+    """Condition plain weights and keep their function: W - C in the place of W, and the correction beside it.
+
+    Raises:
+        InputError: where the weights are conditioned already.
+    """
+    if describe_conditioning(backbone) != 'None':
+        raise InputError(f'the weights are conditioned already, with {describe_conditioning(backbone)}')
+    conditioned = dict(backbone)
+    for attn in _blocks(backbone):
+        W = backbone[f'{attn}.qkv.weight']
+        correction = Correction(W, type, lam)
+        conditioned[f'{attn}.qkv.weight'] = W - correction.correction(W)
+        conditioned |= {f'{attn}.correction.{name}': value for name, value in correction.state_dict().items()}
+    return conditioned
+
+
+def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """A SpecXCiT's state dict in the names of 'reference' or 'timm', its corrections as `condition` names them there.
+
+    The reference's names are SpecXCiT's own, fpn1 to fpn4 included; timm's model has no such layers, they are left out.
+    """
+    renamed, conditioned = {}, describe_conditioning(backbone) != 'None'
+    for name, value in backbone.items():
+        if layout == 'timm':
+            if name.startswith('fpn'):
+                continue
+            name = name.replace('pos_embeder.', 'pos_embed.')
+        attn, dot, record = name.partition('.correction.')
+        if dot:
+            name = f'{attn}.qkv.parametrizations.weight.0.{record}'
+        elif conditioned and name.endswith('.attn.qkv.weight'):
+            name = name.replace('.qkv.weight', '.qkv.parametrizations.weight.original')
+        renamed[name] = value
+    return renamed

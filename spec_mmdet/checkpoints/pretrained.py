@@ -1,0 +1,57 @@
+"""Backbones from checkpoints: what ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` does for a SpecXCiT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import nn
+
+from ..conditioning import require_same_conditioning
+from ..errors import InputError, naming
+from ..models.xcit import SpecXCiT
+from .layouts import recognise
+from .reading import load, mismatches
+
+
+def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
+    """Load a checkpoint in any layout that :func:`recognise` knows into a backbone, all of it or nothing.
+
+    Args:
+        backbone: its fpn1 to fpn4 stay as they are where the checkpoint has none.
+        path: a file, or an address.
+
+    Raises:
+        InputError: if the checkpoint cannot be read, is none of an XCiT, or is of another architecture or conditioning
+            than the backbone.
+    """
+    name = f'checkpoint {path}'
+    found = recognise(load(path), name)
+    with naming(name):
+        require_same_conditioning(found.backbone, backbone.state_dict())
+    kept = {key: value for key, value in backbone.state_dict().items() if key in found.missing}
+    faults = mismatches(backbone, {**kept, **found.backbone})
+    if faults:
+        raise InputError(f'{name} is of another XCiT than the configured one ({found}): {faults}')
+    backbone.load_state_dict({**kept, **found.backbone})
+    left = f'; not in it, and initialised: {", ".join(found.missing)}' if found.missing else ''
+    MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(found.backbone)} tensors{left}')
+
+
+# In the place of MMEngine's own, so that a backbone need not know of checkpoints.
+@WEIGHT_INITIALIZERS.register_module('Pretrained', force=True)
+class StrictPretrainedInit(PretrainedInit):
+    """MMEngine's initialiser, which takes what fits and goes on; a SpecXCiT gets all of its weights, or an error."""
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the checkpoint into a module.
+
+        Raises:
+            InputError: where a SpecXCiT's are not all in it; see :func:`load_backbone`.
+        """
+        if isinstance(module, SpecXCiT):
+            load_backbone(module, self.checkpoint)
+        else:
+            super().__call__(module)

@@ -1,0 +1,59 @@
+"""The commands: ``spec-mmdet NAME``, or ``python tools/...`` in a checkout. One module each, with a ``main``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from .common import command_line
+
+COMMANDS = {
+    'demo': 'the whole way on generated data, from images to COCO AP, in minutes on a CPU',
+    'prepare': 'check a data set before training on it, split it, or take a part of it',
+    'train': 'train a detector',
+    'test': 'evaluate a detector: COCO AP, a page with the results',
+    'predict': 'find objects in images, folders and videos',
+    'convert': 'convert a checkpoint of XCiT from any layout there is, or back',
+    'export': "write a detector's backbone as ONNX",
+    'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
+    'benchmark': "time and memory against timm's XCiT and others",
+    'benchmark-evaluator': 'time of faster-coco-eval against pycocotools',
+    'flops': 'parameters and multiply-adds of configs',
+    'shapes': "write the demo's generated data",
+    'overfit': 'learn a few images of COCO by heart, as a check of everything between file and AP',
+    'paper-figures': "condition numbers during the demo's training, plain against conditioned",
+}
+
+
+def run(command: str, argv: Sequence[str] | None = None) -> None:
+    """Run a command of :data:`COMMANDS`; ends the process, with one line on stderr, where its input cannot be used.
+
+    Args:
+        command: its name.
+        argv: its arguments; by default those of the process.
+    """
+    with command_line():
+        import_module(f'.{command.replace("-", "_")}', __name__).main(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``spec-mmdet [--help | --version | COMMAND ...]``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        run(argv[0], argv[1:])
+        return
+    width = max(map(len, COMMANDS))
+    usage = 'usage: spec-mmdet COMMAND ... (spec-mmdet COMMAND --help tells its options)\n\n' + '\n'.join(
+        f'  {name:{width}}  {line}' for name, line in COMMANDS.items()
+    )
+    if argv in (['--version'], ['-V']):
+        print(f'spec_mmdet {__version__}')
+    elif argv in (['--help'], ['-h']):
+        print(usage)
+    else:
+        print(usage, file=sys.stderr)
+        if argv:
+            print(f'\nerror: no such command: {argv[0]}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,173 @@
+"""What commands share: how they end, their configs, and the checks before a run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmdet.registry import RUNNERS
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from ..checkpoints.reading import classes_of, load, state_dict_of
+from ..configs import find_config
+from ..data.checks import check_inputs
+from ..data.folders import set_classes, use_folder
+from ..errors import InputError, some
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """What every command runs in: an InputError becomes one line on stderr and exit status 1; no pickle is trusted."""
+    # MMEngine's use of pkg_resources is nothing that its user could put right.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    # Whatever scheme a checkpoint is loaded by.
+    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    try:
+        yield
+    except InputError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it for a command that Ctrl-C ended
+
+
+def parser(command: str, doc: str) -> argparse.ArgumentParser:
+    """A command's parser, described by the first line of its module's docstring and the rest of it."""
+    first, _, rest = doc.partition('\n')
+    return argparse.ArgumentParser(
+        f'spec-mmdet {command}',
+        description=first,
+        epilog=rest.strip('\n'),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that takes a config."""
+    parser.add_argument('config', help='a config file, or the name of one that spec_mmdet ships')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings to change in'
+                        ' the config; lists as KEY="[a,b]" or KEY=a,b')  # fmt: skip
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that a command line names, its --cfg-options merged.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    cfg = Config.fromfile(find_config(args.config))
+    cfg.merge_from_dict(args.cfg_options or {})
+    return cfg
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What train and test have in common, MMDetection's scripts' own options among them."""
+    add_config(parser)
+    parser.add_argument('--data', type=Path, metavar='FOLDER', help="a folder in COCO's layout: annotations/"
+                        'instances_train*.json and instances_val*.json beside the folders train* and val* of their '
+                        'images (default: what the config names)')  # fmt: skip
+    parser.add_argument('--work-dir', help='where to write logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='what has started this process as one of several')  # fmt: skip
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help='as launchers older than torchrun pass it'
+    )
+
+
+def load_run_config(args: argparse.Namespace, splits: Sequence[str]) -> Config:
+    """The config of a run: file, data folder, options, launcher and work directory, in MMDetection's precedence.
+
+    Args:
+        args: the command line, with the options of :func:`add_run_options`.
+        splits: the loops that --data is for, of 'train', 'val' and 'test'.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = find_config(args.config)
+    cfg = Config.fromfile(path)
+    if args.data:
+        use_folder(cfg, args.data, splits)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
+    return cfg
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that checks and writes; known before they are connected."""
+    return int(os.environ.get('RANK', 0)) == 0
+
+
+def read_classes(path: str) -> list[str] | None:
+    """The classes of a detector's checkpoint, if it says; None for one that is elsewhere.
+
+    Raises:
+        InputError: if it cannot be read, or is no detector's.
+    """
+    if '://' in path:
+        return None
+    content = load(path, mmap=True)
+    state_dict_of(content, f'checkpoint {path}')
+    return classes_of(content)
+
+
+def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None) -> None:
+    """Check the data that a run will read, and have its config know the classes; changes ``cfg``.
+
+    Args:
+        cfg: the whole config.
+        loops: the parts that the run uses, of 'train', 'val' and 'test', what names the classes first.
+        classes: what they must be, if that is known.
+    """
+    if is_first_process():  # one process of several is enough to find fault
+        classes = check_inputs(cfg, loops, classes)
+        print(f'{len(classes)} classes: {some(classes)}' if classes else 'classes: those of the config')
+    elif classes is None:
+        classes = check_inputs(cfg, loops[:1])
+    if classes:
+        set_classes(cfg, classes)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """MMEngine's runner, or the one that the config names."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def run_command(*command: str | Path) -> None:
+    """Run a command of spec-mmdet in a process of its own, saying so.
+
+    Raises:
+        InputError: if it fails, which it has explained by then.
+    """
+    print('\n$ spec-mmdet', *command, flush=True)
+    if subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)]).returncode:
+        raise InputError(f'this step failed: spec-mmdet {" ".join(map(str, command))}')
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """What a run happens in: says what to do when memory runs out, and lets go of the other processes at its end."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and 'DefaultCPUAllocator' not in str(error):
+            raise
+        raise InputError(
+            f'out of memory ({str(error).splitlines()[0]}). Add to --cfg-options: train_dataloader.batch_size=1 '
+            'optim_wrapper.accumulative_counts=2 (the same step from half as many images at a time) or '
+            'model.backbone.with_cp=True (activations are computed twice instead of kept). --resume goes on from the '
+            'last checkpoint.'
+        ) from error
+    if torch.distributed.is_initialized():
+        # Together, or the first process to leave can take its connections from under the others. The runner, which is
+        # part of a reference cycle, would keep the group alive, and gloo's threads can abort a process that ends.
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,98 @@
+"""Evaluate a detector with COCO's box and mask AP, after checking all of its inputs.
+
+    spec-mmdet test xcit_spec_maskrcnn CHECKPOINT --data FOLDER --report DIR
+
+The options are those of MMDetection's own script, --data and --report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, ConfigDict
+
+from ..errors import InputError
+from ..evaluation import report
+from .common import (
+    add_run_options,
+    build_runner,
+    fit_to_data,
+    is_first_process,
+    load_run_config,
+    parser,
+    read_classes,
+    running,
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser('test', __doc__)
+    add_run_options(options)
+    options.add_argument('checkpoint', help='a checkpoint of the detector')
+    options.add_argument('--report', type=Path, metavar='DIR', help='a folder for a page with the results')
+    options.add_argument('--out', type=Path, metavar='FILE', help='a .pkl file for the predictions')
+    options.add_argument('--show', action='store_true', help='show the predictions in a window')
+    options.add_argument('--show-dir', type=Path, metavar='DIR', help='a folder for the predictions, drawn')
+    options.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows each (default: 2)')
+    options.add_argument(
+        '--tta', action='store_true', help='merge the predictions of each image and of its mirror image'
+    )
+    args = options.parse_args(argv)
+    if args.out and args.out.suffix not in ('.pkl', '.pickle'):
+        raise InputError(f'--out {args.out}: the name must end in .pkl or .pickle')
+    if args.show_dir:
+        # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
+        args.show_dir = str(args.show_dir.resolve())
+    return args
+
+
+def augment(cfg: Config) -> None:
+    """Test-time augmentation as the config has it, or else by flipping; changes ``cfg``."""
+    if 'tta_model' not in cfg:
+        cfg.tta_model = dict(
+            type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # a wrapper
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        views = [
+            [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
+            [dict(type='PackDetInputs', meta_keys=keys)],
+        ]
+        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=views)]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    cfg = load_run_config(args, splits=('test',))
+    fit_to_data(cfg, ('test',), read_classes(args.checkpoint))
+    cfg.load_from = args.checkpoint
+    if args.report and is_first_process():
+        report.prepare(args.report, cfg)
+    if args.show or args.show_dir:
+        trigger_visualization_hook(cfg, args)
+    if args.tta:
+        augment(cfg)
+
+    setup_cache_size_limit_of_dynamo()
+    with running():
+        runner = build_runner(cfg)
+        if args.out:
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+        runner.test()
+        del runner
+    if args.report and is_first_process():
+        command = shlex.join(['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)])
+        report.write(args.report, cfg, args.checkpoint, command)

@@ -1,0 +1,75 @@
+"""Train a detector, after checking all of its inputs.
+
+    spec-mmdet train xcit_spec_maskrcnn --data FOLDER --auto-scale-lr
+
+The options are those of MMDetection's own script, and --data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from ..errors import InputError
+from .common import add_run_options, build_runner, fit_to_data, load_run_config, parser, read_classes, running
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser('train', __doc__)
+    add_run_options(options)
+    options.add_argument('--amp', action='store_true', help='train in mixed precision')
+    options.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the images a step')
+    options.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                         help='go on from a checkpoint (default: the last one in the work directory)')  # fmt: skip
+    return options.parse_args(argv)
+
+
+def set_precision(cfg: Config, amp: bool) -> None:
+    """Mixed precision as asked for, or as configured, where there is a GPU: MMEngine has it for those alone."""
+    if amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and get_device() == 'cpu':
+        print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Have the runner fit the learning rate, meant for ``auto_scale_lr.base_batch_size``, to the images a step.
+
+    Raises:
+        InputError: if the config does not say what batch size its learning rate is meant for.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise InputError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the images a step that its '
+                         'learning rate is meant for')  # fmt: skip
+    cfg.auto_scale_lr.enable = True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    cfg = load_run_config(args, splits=('train', 'val', 'test'))
+
+    classes = None
+    if args.resume not in (None, 'auto'):
+        classes = read_classes(args.resume)
+    if cfg.get('load_from'):
+        read_classes(cfg.load_from)  # a new training may start from a detector of other classes
+    fit_to_data(cfg, ('train', 'val'), classes)
+
+    set_precision(cfg, args.amp)
+    if args.auto_scale_lr:
+        scale_learning_rate(cfg)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+    setup_cache_size_limit_of_dynamo()
+    with running():
+        build_runner(cfg).train()

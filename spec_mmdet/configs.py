@@ -1,0 +1,34 @@
+"""The configs that this package ships: by name on the command line, as ``spec_mmdet::NAME.py`` in a config's _base_."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config
+
+from .errors import InputError
+
+CONFIGS = Path(__file__).parent / '.mim' / 'configs'  # MMEngine's convention; in the repository, a link to configs/
+
+
+def find_config(name: str) -> Path:
+    """The file of a config that is named by its path or, if it is one of those shipped, by its name.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    shipped = CONFIGS / f'{name.removeprefix("spec_mmdet::").removesuffix(".py")}.py'
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    names = ', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))
+    raise InputError(f'config {name}: no such file, nor the name of one that spec_mmdet ships ({names})')
+
+
+def _get_cfg_path(cfg_path: str, filename: str, of_mmengine=Config._get_cfg_path) -> tuple[str, str | None]:
+    package, _, name = cfg_path.partition('::')
+    return (str(CONFIGS / name), None) if package == 'spec_mmdet' else of_mmengine(cfg_path, filename)
+
+
+# MMEngine resolves the names of OpenMMLab's own projects alone, from a list in its code.
+Config._get_cfg_path = staticmethod(_get_cfg_path)

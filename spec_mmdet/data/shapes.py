@@ -1,0 +1,146 @@
+"""Write a small COCO-format data set of generated shapes: real detection work that a laptop's CPU can learn.
+
+    spec-mmdet shapes data/shapes
+
+Circles, squares, triangles and stars of random colour, size and rotation lie over one another on cluttered
+backgrounds; polygons follow what is visible. Some images hold a crowd region: many tiny shapes under one annotation
+with iscrowd=1, as in COCO. The same seed writes the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+from shapely import affinity
+from shapely.geometry import MultiPolygon, Point, Polygon, box
+
+CATEGORIES = ('circle', 'square', 'triangle', 'star')
+MIN_VISIBLE = 0.7  # no object is placed of which less than this would stay visible
+
+
+def unit_shape(category: str) -> Polygon:
+    """The category's outline around the origin, within a radius of 1."""
+    if category == 'circle':
+        return Point(0, 0).buffer(1, quad_segs=12)
+    points = {'square': 4, 'triangle': 3, 'star': 10}[category]
+    angles = np.arange(points) * 2 * np.pi / points
+    radii = np.where(np.arange(points) % 2, 0.45, 1.0) if category == 'star' else np.ones(points)
+    return Polygon(np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1))
+
+
+def place(rng: np.random.Generator, category: str, x: float, y: float, radius: float) -> Polygon:
+    shape = affinity.scale(unit_shape(category), radius, radius * rng.uniform(0.85, 1), origin=(0, 0))
+    return affinity.translate(affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0)), x, y)
+
+
+def simple_polygons(geometry) -> list[Polygon]:
+    """The parts of a geometry as polygons without holes, which COCO's polygons cannot express: cut through each."""
+    if isinstance(geometry, Polygon):
+        if not geometry.interiors:
+            return [geometry] if geometry.area >= 4 else []
+        x0, y0, x1, y1 = geometry.bounds
+        cut = geometry.interiors[0].centroid.x
+        halves = geometry.intersection(box(x0, y0, cut, y1)), geometry.intersection(box(cut, y0, x1, y1))
+        return [part for half in halves for part in simple_polygons(half)]
+    return [part for child in getattr(geometry, 'geoms', ()) for part in simple_polygons(child)]
+
+
+def background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Soft colour patches, lines and specks: clutter, but nothing that belongs to a category."""
+    patches = np.clip(rng.integers(30, 226, 3) + rng.integers(-60, 61, (4, 4, 3)), 0, 255).astype(np.uint8)
+    image = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(rng.integers(3, 7)):
+        p, q = (tuple(int(v) for v in rng.integers(0, size, 2)) for _ in range(2))
+        cv2.line(image, p, q, rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3)), cv2.LINE_AA)
+    for _ in range(rng.integers(5, 30)):
+        centre = tuple(int(v) for v in rng.integers(0, size, 2))
+        cv2.circle(image, centre, 1, rng.integers(0, 256, 3).tolist(), -1)
+    return image
+
+
+def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
+    """Fill a shape with a colour that stands out from what it covers, and outline it."""
+    fixed_point = np.round(np.asarray(shape.exterior.coords) * 256).astype(np.int32)
+    covered = np.zeros(image.shape[:2], np.uint8)
+    cv2.fillPoly(covered, [fixed_point], 1, shift=8)
+    under = image[covered > 0].mean(axis=0) if covered.any() else np.full(3, 127.0)
+    colour = max(rng.integers(0, 256, (4, 3)), key=lambda c: np.abs(c - under).sum()).tolist()
+    cv2.fillPoly(image, [fixed_point], colour, cv2.LINE_AA, shift=8)
+    cv2.polylines(image, [fixed_point], True, [c // 2 for c in colour], 1, cv2.LINE_AA, shift=8)
+
+
+def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
+    """An image of size x size pixels, BGR, and its COCO annotations but for the ids."""
+    image = background(rng, size)
+    frame = box(0, 0, size, size)
+    annotations = []
+    taken = Polygon()
+    if rng.random() < 0.1:
+        category = int(rng.integers(len(CATEGORIES)))
+        x, y = rng.uniform(0.25 * size, 0.75 * size, 2)
+        members = [
+            place(rng, CATEGORIES[category], x + dx, y + dy, size * rng.uniform(0.025, 0.045))
+            for dx, dy in rng.normal(0, 0.09 * size, (20, 2))
+        ]
+        for member in members:
+            paint(image, member, rng)
+        taken = MultiPolygon(members).buffer(0).convex_hull.intersection(frame)
+        rle = mask_utils.frPyObjects([np.asarray(taken.exterior.coords).ravel().tolist()], size, size)[0]
+        annotations.append(
+            dict(
+                category_id=category + 1,
+                iscrowd=1,
+                area=float(mask_utils.area(rle)),
+                bbox=mask_utils.toBbox(rle).tolist(),
+                segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+            )
+        )
+
+    placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
+    for _ in range(rng.integers(3, 7)):
+        category = int(rng.integers(len(CATEGORIES)))
+        radius = size * rng.uniform(0.12, 0.24)
+        outline = place(rng, CATEGORIES[category], *rng.uniform(0.08 * size, 0.92 * size, 2), radius)
+        visible = outline.intersection(frame)
+        below = [(c, o, v.difference(outline)) for c, o, v in placed]
+        candidate = [*below, (category, outline, visible)]
+        if visible.intersects(taken) or any(v.area < MIN_VISIBLE * o.area for _, o, v in candidate):
+            continue
+        paint(image, outline, rng)
+        placed = candidate
+
+    for category, _, visible in placed:
+        polygons = simple_polygons(visible)
+        x0, y0, x1, y1 = MultiPolygon(polygons).bounds
+        annotations.append(
+            dict(
+                category_id=category + 1,
+                iscrowd=0,
+                area=sum(p.area for p in polygons),
+                bbox=[x0, y0, x1 - x0, y1 - y0],
+                segmentation=[np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in polygons],
+            )
+        )
+    noise = rng.normal(0, 6, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), annotations
+
+
+def write_split(root: Path, split: str, images: int, size: int, rng: np.random.Generator) -> None:
+    """Write ``images`` images to root/split and their annotations to root/annotations/instances_{split}.json."""
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / 'annotations').mkdir(exist_ok=True)
+    coco: dict[str, list] = dict(
+        images=[], annotations=[], categories=[dict(id=i + 1, name=name) for i, name in enumerate(CATEGORIES)]
+    )
+    for image_id in range(1, images + 1):
+        image, annotations = make_image(rng, size)
+        name = f'{image_id:06}.png'
+        cv2.imwrite(str(root / split / name), image)
+        coco['images'].append(dict(id=image_id, file_name=name, width=size, height=size))
+        for annotation in annotations:
+            coco['annotations'].append(dict(annotation, id=len(coco['annotations']) + 1, image_id=image_id))
+    (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))

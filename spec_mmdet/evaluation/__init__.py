@@ -1,0 +1,1 @@
+"""Evaluation: a faster metric, and a page that shows the results."""

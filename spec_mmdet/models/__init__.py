@@ -1,0 +1,1 @@
+"""What is registered as a model: the backbone, its attention, and what masks and merges around it."""

@@ -1,0 +1,219 @@
+"""Cross-covariance attention (XCA): attention over channels, so its cost is linear in the number of tokens.
+
+It is the same function in two forms: :func:`xca_plain` says what it is, and :func:`xca_gram` is the faster one for
+images, where tokens are many more than channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from ..conditioning import Correction
+
+EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
+
+
+def on_onednn(x: Tensor) -> bool:
+    """Whether products with x are handed to oneDNN, as convolutions of one pixel, and not to PyTorch's choice for them.
+
+    On a CPU that is MKL, which takes up to twice oneDNN's time on one of AMD's. In half precision it is oneDNN anyway.
+    """
+    if torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        return False
+    return x.dtype in (torch.float32, torch.float64) and torch.backends.mkldnn.is_available()
+
+
+def as_row(x: Tensor) -> Tensor:
+    """Tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N); nothing is copied."""
+    return x.mT.unsqueeze(2)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """``x W^T + b``.
+
+    Args:
+        x: tokens, shape (B, N, C).
+        W: shape (D, C), or (B, D, C) with one matrix for each image.
+        b: shape (D,) or None; with one matrix for each image, shape (B, D).
+
+    Returns:
+        Tensor of shape (B, N, D).
+    """
+    if not on_onednn(x):
+        return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
+    if W.ndim == 2:
+        return F.conv2d(as_row(x), W[:, :, None, None], b).squeeze(2).mT
+    ys = [linear(*own) for own in zip(x.split(1), W, b)]
+    return ys[0] if len(ys) == 1 else torch.cat(ys)
+
+
+def gram(x: Tensor) -> Tensor:
+    """``x^T x`` of each image's tokens x, shape (B, N, C): shape (B, C, C)."""
+    if not on_onednn(x):
+        return x.mT @ x
+    C = x.shape[2]  # to a convolution, it is the gradient of a weight
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_row(x).split(1)])
+
+
+def xca_plain(
+    x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
+
+    Per head, with tokens as rows and columns normalised to length one over the tokens,
+    ``y = V softmax(temperature K^T Q)^T``: a d x d matrix mixes the channels of every token alike.
+
+    Args:
+        x: tokens, shape (B, N, C).
+        W: the query, key and value projections, shape (3 C, C).
+        b: their biases, shape (3 C,).
+        W_out: the output projection, shape (C, C).
+        b_out: its bias, shape (C,).
+        temperature: shape (heads, 1, 1).
+        mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding has no part in the attention.
+
+    Returns:
+        Tensor of shape (B, N, C).
+    """
+    qkv = linear(x, W, b)
+    if mask is not None:
+        qkv = qkv * mask
+    q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
+    A = F.normalize(q, dim=-1, eps=EPS) @ F.normalize(k, dim=-1, eps=EPS).transpose(-2, -1)
+    A = (A * temperature).softmax(dim=-1)
+    return linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
+
+
+class _Moments(torch.autograd.Function):
+    """The mean of x over the tokens, and x_c^T x_c of the centred x_c = x - mean, in float32 at least.
+
+    One matrix product forward and one backward: as x_c adds up to zero, nothing of the product reaches the mean.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if mask is None:
+            mean = x.mean(dim=-2)
+            x = x - mean[..., None, :]
+        else:
+            mean = (x * mask).sum(dim=-2) / mask.sum(dim=-2)
+            x = (x - mean[..., None, :]) * mask
+        return mean, gram(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx, by_mean: Tensor, by_G: Tensor) -> tuple[Tensor, None]:
+        x, mask, mean = ctx.saved_tensors
+        by_G = by_G + by_G.mT
+        N = x.shape[-2] if mask is None else mask.sum(dim=-2)
+        constant = by_mean / N - (mean[..., None, :] @ by_G)[..., 0, :]
+        by_x = linear(x.to(by_G), by_G, constant)
+        return (by_x if mask is None else by_x * mask).to(x.dtype), None
+
+
+def xca_gram(
+    x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """XCA without the queries, keys and values of any token: the same function as :func:`xca_plain`.
+
+    The inner products and lengths of channels over the tokens are quadratic forms in the Gram matrix G of the centred
+    tokens, and products of the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Not
+    centred, the bias could cancel most of a quadratic form, and with it half the digits.) The attention A then joins
+    the value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
+    multiplications in place of 4 C^2 + 2 C d, and nothing but x is kept of it for the backward pass.
+
+    G and all C x C matrices are in float32 under autocast too; only y is in half precision.
+
+    Args:
+        x: tokens, shape (B, N, C); otherwise as for :func:`xca_plain`.
+        W: see there.
+        b: see there.
+        W_out: see there.
+        b_out: see there.
+        temperature: see there.
+        mask: see there. Padded tokens are left out of G, the mean and N.
+
+    Returns:
+        Tensor of shape (B, N, C).
+    """
+    B, N, C = x.shape
+    heads = len(temperature)
+    with torch.autocast(x.device.type, enabled=False):
+        mean, G = _Moments.apply(x, mask)
+        if mask is not None:
+            N = mask.sum(dim=1).to(G.dtype)[..., None]  # (B, 1, 1)
+        W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
+        W_qk, W_v = W.split((2 * C, C))
+        b_qk, b_v = b.split((2 * C, C))
+        WG = linear(G.mT, W_qk).mT  # W_qk G, shape (B, 2 C, C)
+        means = (mean @ W_qk.T + b_qk).view(B, 2, C)  # of the queries and of the keys
+        squares = (WG * W_qk).sum(dim=-1).view(B, 2, C) + N * means**2
+        q_scale, k_scale = squares.clamp_min(EPS**2).rsqrt().view(B, 2, heads, -1).unbind(1)
+        q_mean, k_mean = means.view(B, 2, heads, -1).unbind(1)
+        A = WG[:, :C].view(B, heads, -1, C) @ W_qk[C:].view(heads, -1, C).mT
+        A = A + (N * q_mean.flatten(1)[:, None]).view(q_mean.shape)[..., None] * k_mean[..., None, :]
+        A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
+        M = linear((A @ W_v.view(heads, -1, C)).view(B, C, C).mT, W_out).mT  # W_out A W_v, shape (B, C, C)
+        m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
+    return linear(x, M.to(x.dtype), m.to(x.dtype))
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention with optional spectral conditioning.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; each owns C / num_heads channels.
+        conditioning: None, or the arguments of :class:`~spec_mmdet.conditioning.Correction`, applied to each of the
+            C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction).
+    """
+
+    # Tokens per channel from which the Gram form is taken: with fewer, its C x C matrices cost more than it saves.
+    gram_from = 2
+
+    def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        for layer in (self.qkv, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        # After the initialisation, because the exact correction depends on the weights.
+        self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning, heads=num_heads)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.temperature)
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend over channels.
+
+        Args:
+            x: tokens, shape (B, N, C).
+            gamma: LayerScale of the output, shape (C,). It costs nothing per token here.
+            mask: 1 for tokens and 0 for padding, which has no part in the attention; shape (B, N, 1).
+
+        Returns:
+            Tensor of the same shape.
+        """
+        W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
+        W_out, b_out = scaled(self.proj, gamma)
+        xca = xca_gram if x.shape[1] >= self.gram_from * x.shape[2] else xca_plain
+        return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature, mask)
+
+
+def scaled(layer: nn.Linear | nn.Conv2d, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A layer's weight and bias with its output's channels scaled by gamma, shape (C,)."""
+    if gamma is None:
+        return layer.weight, layer.bias
+    return layer.weight * gamma.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gamma

@@ -1,0 +1,75 @@
+"""The Jacobians of a backbone's attention: their extreme singular values on an image."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning import projections
+from ..conditioning.jacobian import xca_singular_values
+from .attention import XCA
+
+
+@dataclass(frozen=True)
+class JacobianSpectrum:
+    """The extreme singular values of one attention layer's Jacobian by its query, key and value projections.
+
+    Heads do not depend on each other's projections, so the layer's are the extremes over its heads: exact where
+    ``heads`` are all of them, and where they are a sample, those of the sample.
+    """
+
+    name: str
+    heads: tuple[int, ...]
+    num_heads: int
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def kappa(self) -> float:
+        """The condition number."""
+        return self.sigma_max / self.sigma_min if self.sigma_min else float('inf')
+
+
+def _choose_heads(num_heads: int, head_dim: int, wanted: int | None) -> tuple[int, ...]:
+    if wanted is None:
+        wanted = num_heads if head_dim <= 32 else 1
+    wanted = min(wanted, num_heads)
+    return tuple(i * num_heads // wanted for i in range(wanted))
+
+
+@torch.no_grad()
+def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) -> list[JacobianSpectrum]:
+    """The Jacobian of every XCA layer in a model, with the correction it has, on one image.
+
+    Args:
+        model: a backbone; a copy is run on the CPU, in float64 and evaluation mode.
+        image: as the backbone takes it, shape (1, 3, H, W).
+        heads: how many heads of each layer to take. By default all, if they are at most 32 channels wide, which take
+            hundredths of a second each, or else one, which takes about a second.
+
+    Returns:
+        One spectrum a layer, in the order of the model; none for layers of other kinds.
+    """
+    model = copy.deepcopy(model).cpu().double()
+    model.eval()
+    tokens = {}
+    for name, module in model.named_modules():
+        if isinstance(module, XCA):
+            module.register_forward_pre_hook(lambda module, args, name=name: tokens.update({name: args[0][0]}))
+    model(image.cpu().double())
+    spectra = []
+    for name, X in tokens.items():
+        attention = model.get_submodule(name)
+        (qkv,) = projections(attention)
+        W = qkv.W if qkv.correction is None else qkv.W_plus_C
+        # The bias is one more row of the projection, for tokens with a last entry of one.
+        W = torch.cat([W, attention.qkv.bias.view(3, -1, 1)], dim=2).unflatten(1, (attention.num_heads, -1))
+        X = torch.cat([X, X.new_ones(len(X), 1)], dim=1)
+        chosen = _choose_heads(attention.num_heads, W.shape[2], heads)
+        sigma = [xca_singular_values(X, *W[:, head].mT, attention.temperature[head].squeeze()) for head in chosen]
+        extremes = min(low for low, _ in sigma), max(high for _, high in sigma)
+        spectra.append(JacobianSpectrum(name, chosen, attention.num_heads, *extremes))
+    return spectra

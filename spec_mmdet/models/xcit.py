@@ -1,0 +1,354 @@
+"""SpecXCiT: the XCiT backbone, its attention spectrally conditioned, for MMDetection."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmdet.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..conditioning import require_same_conditioning
+from .attention import XCA, linear, on_onednn, scaled
+
+# dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
+ARCHS = {
+    'nano_12': dict(dim=128, depth=12, num_heads=4, eta=1.0),
+    'tiny_12': dict(dim=192, depth=12, num_heads=4, eta=1.0),
+    'small_12': dict(dim=384, depth=12, num_heads=8, eta=1.0),
+    'tiny_24': dict(dim=192, depth=24, num_heads=4, eta=1e-5),
+    'small_24': dict(dim=384, depth=24, num_heads=8, eta=1e-5),
+    'medium_24': dict(dim=512, depth=24, num_heads=8, eta=1e-5),
+    'large_24': dict(dim=768, depth=24, num_heads=16, eta=1e-5),
+}
+MIN_IMAGE_SIZE = 32  # the coarsest level has stride 32
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of what nothing else reads: in its place where no gradient needs it."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+class ConvBN(nn.Sequential):
+    """Stride-2 3x3 convolution and batch normalisation, which evaluation takes as a part of the convolution."""
+
+    def __init__(self, c_in: int, c_out: int, norm_cfg: dict) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = self
+        if bn.training:
+            return bn(conv(x))
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        W, b = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+        return F.conv2d(x, W, b, conv.stride, conv.padding)
+
+
+class PatchEmbed(nn.Module):
+    """Stem of stride-2 3x3 convolutions with normalisation: an image becomes a grid of tokens of ``dim`` channels."""
+
+    def __init__(self, patch_size: int, dim: int, norm_cfg: dict) -> None:
+        super().__init__()
+        convs = int(math.log2(patch_size))
+        channels = [3] + [dim // 2**i for i in reversed(range(convs))]
+        layers = [ConvBN(*ends, norm_cfg) for ends in zip(channels, channels[1:])]
+        # The reference's names count the activations between, which have none of their own here.
+        self.proj = nn.ModuleDict({str(2 * i): layer for i, layer in enumerate(layers)})
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images, shape (B, 3, H, W), and perhaps a mask of their pixels, shape (B, 1, H, W), become as many tokens."""
+        for i, layer in enumerate(self.proj.values()):
+            x = layer(gelu(x) if i else x)
+            if mask is not None:
+                # Padding goes on being zeros, as it is to the convolutions of an image that ends there.
+                mask = mask[..., ::2, ::2]
+                x = x * mask
+        return x, mask
+
+
+@lru_cache(maxsize=64)
+def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
+    """Sines and cosines of the normalised row and column of each token: float32, shape (1, 2 * hidden, h, w)."""
+    # Float32 whatever the model's dtype, and in this order of operations, as in the reference: its checkpoints
+    # were trained with these values.
+    period = temperature ** (2 * (torch.arange(hidden, device=device) // 2).float() / hidden)
+
+    def waves(n: int) -> Tensor:
+        position = torch.arange(1, n + 1, device=device).float()
+        phase = (position / (position[-1] + 1e-6) * (2 * math.pi))[:, None] / period
+        return torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1).T  # (hidden, n)
+
+    rows = waves(h)[:, :, None].expand(-1, h, w)
+    columns = waves(w)[:, None, :].expand(-1, h, w)
+    return torch.cat([rows, columns])[None]
+
+
+class PositionEncoding(nn.Module):
+    """Fourier position encoding of a token grid, projected to ``dim`` channels: once per forward, for all images."""
+
+    def __init__(self, dim: int, hidden: int = 32, temperature: float = 10000.0) -> None:
+        super().__init__()
+        self.hidden, self.temperature = hidden, temperature
+        self.token_projection = nn.Conv2d(2 * hidden, dim, 1)
+
+    def masked(self, mask: Tensor) -> Tensor:
+        """Each image's own encoding, for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
+        rows, columns = mask[:, 0, :, 0].sum(dim=1).tolist(), mask[:, 0, 0].sum(dim=1).tolist()
+        h, w = mask.shape[-2:]
+        own = [self(int(r), int(c)) for r, c in zip(rows, columns)]
+        return torch.cat([F.pad(e, (0, w - e.shape[-1], 0, h - e.shape[-2])) for e in own])
+
+    def forward(self, h: int, w: int) -> Tensor:
+        """Encoding of shape (1, dim, h, w)."""
+        weight = self.token_projection.weight
+        return self.token_projection(fourier_features(h, w, self.hidden, self.temperature, weight.device).to(weight))
+
+
+class LPI(nn.Module):
+    """Local patch interaction: two depthwise 3x3 convolutions, through which tokens see their neighbours."""
+
+    def __init__(self, dim: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.bn = build_norm_layer(norm_cfg, dim)[1]
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    # Inductor (of PyTorch 2.14) fails to keep these views of unknown size for the backward pass.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, h: int, w: int, gamma: Tensor, mask: Tensor | None) -> Tensor:
+        """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
+        if mask is not None:
+            x = x * mask
+            mask = mask.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        # To a convolution, tokens are a channels_last image: neither way is anything copied.
+        x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        x = self.bn(gelu(self.conv1(x)))
+        if mask is not None:
+            x = x * mask
+        x = F.conv2d(x, *scaled(self.conv2, gamma), padding=1, groups=len(gamma))
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
+        W, b = scaled(self.fc2, gamma)
+
+        def mlp(x: Tensor) -> Tensor:
+            return linear(gelu(linear(x, self.fc1.weight, self.fc1.bias)), W, b)
+
+        if torch.is_grad_enabled() or not on_onednn(x):
+            return mlp(x)
+        # It is fastest on so many tokens at a time that their wide hidden layer stays in the cache, and is not copied.
+        parts = [mlp(part) for part in x.split(4096, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class Block(nn.Module):
+    """XCiT block: attention over channels, local interaction of neighbours, MLP; each residual and LayerScaled."""
+
+    def __init__(
+        self, dim: int, num_heads: int, eta: float, conditioning: dict | None, drop_path: float, norm_cfg: dict
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = XCA(dim, num_heads, conditioning)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.local_mp = LPI(dim, norm_cfg)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma3 = nn.Parameter(torch.full((dim,), eta))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
+        """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
+        # Numbered 1, 3, 2 in the reference, whose parameter names these are.
+        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1, mask))
+        x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3, mask))
+        return x + self.drop_path(self.mlp(self.norm2(x), self.gamma2))
+
+
+@contextmanager
+def _frozen_statistics(block: Block):
+    """Keep a block's running statistics as they are: the recomputation of a checkpoint has seen the batch before."""
+    bn = block.local_mp.bn
+    momentum, bn.momentum = bn.momentum, 0.0
+    try:
+        yield
+    finally:
+        bn.momentum = momentum
+
+
+@MODELS.register_module()
+class SpecXCiT(BaseModule):
+    """XCiT (arXiv 2106.09681) with spectrally conditioned attention (arXiv 2603.07162), as a detection backbone.
+
+    Parameter names are those of the reference implementation (facebookresearch/xcit, detection). Four feature maps
+    of strides 4, 8, 16 and 32, all ``dim`` channels wide, are made from the tokens after four of the blocks.
+
+    Args:
+        arch: a name in :data:`ARCHS`, or a dict of ``dim``, ``depth``, ``num_heads`` and, optionally, ``eta``.
+        patch_size: 8 or 16 pixels a token.
+        conditioning: None for plain XCiT, ``dict(type='identity', lam=10.0)`` or ``dict(type='svd')``, with
+            ``per_head=True`` if each head is to be corrected by itself; see
+            :class:`~spec_mmdet.conditioning.Correction`. It belongs to the weights: a state dict made with another
+            conditioning than this one is refused.
+        norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.
+        drop_path_rate: stochastic depth, the same in every block.
+        out_indices: the four blocks after which features are taken; by default the ends of the first, second and
+            last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24. Later blocks are not run.
+        frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
+            ``out_indices``. Frozen parts keep their normalisation statistics too.
+        compile: None, or the arguments with which torch.nn.Module.compile compiles each block; ``dict(dynamic=True)``
+            copes with images of many sizes.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)`` with a checkpoint in any layout
+            of XCiT. Without it the weights are initialised as the reference does.
+
+    Raises:
+        ValueError: on arguments outside the above.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 'small_12',
+        patch_size: int = 16,
+        conditioning: dict | None = None,
+        norm_cfg: dict | None = None,
+        drop_path_rate: float = 0.0,
+        out_indices: tuple[int, ...] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        compile: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if isinstance(arch, str):
+            if arch not in ARCHS:
+                raise ValueError(f'SpecXCiT: unknown arch {arch!r}; known are {", ".join(ARCHS)}, or a dict of dims')
+            arch = ARCHS[arch]
+        if set(arch) | {'eta'} != {'dim', 'depth', 'num_heads', 'eta'}:
+            raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
+        dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
+        if dim % num_heads or dim % 8:
+            raise ValueError(f'SpecXCiT: dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}')
+        if patch_size not in (8, 16):
+            raise ValueError(f'SpecXCiT: patch_size must be 8 or 16, got {patch_size}')
+        if out_indices is None:
+            out_indices = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)
+        if (
+            len(out_indices) != 4
+            or list(out_indices) != sorted(set(out_indices))
+            or not (0 <= out_indices[0] and out_indices[-1] < depth)
+        ):
+            raise ValueError(f'SpecXCiT: out_indices must be four rising block indices below {depth}: {out_indices}')
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f'SpecXCiT: frozen_stages must be from -1 to 4, got {frozen_stages}')
+        norm_cfg = norm_cfg or dict(type='BN')
+
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.patch_embed = PatchEmbed(patch_size, dim, norm_cfg)
+        self.pos_embeder = PositionEncoding(dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, eta, conditioning, drop_path_rate, norm_cfg) for _ in range(depth)
+        )
+        if patch_size == 16:
+            self.fpn1 = nn.Sequential(
+                nn.ConvTranspose2d(dim, dim, 2, 2),
+                build_norm_layer(norm_cfg, dim)[1],
+                nn.GELU(),
+                nn.ConvTranspose2d(dim, dim, 2, 2),
+            )
+            self.fpn2 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2))
+            self.fpn3 = nn.Identity()
+            self.fpn4 = nn.MaxPool2d(2, 2)
+        else:
+            self.fpn1 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2))
+            self.fpn2 = nn.Identity()
+            self.fpn3 = nn.MaxPool2d(2, 2)
+            self.fpn4 = nn.MaxPool2d(4, 4)
+        for block in self.blocks if compile is not None else ():
+            block.compile(**compile)
+        unused = self.blocks[self.out_indices[-1] + 1 :]  # to DDP, a parameter without gradient is an error
+        for part in [*self._frozen_parts(), *unused]:
+            part.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of a batch of images.
+
+        Args:
+            x: images, shape (B, 3, H, W), H and W at least 32. A fourth channel, as
+                :class:`~spec_mmdet.models.padding.MaskedDataPreprocessor` adds it, is 1 where the images are and 0
+                where they are padded: then each image's features are those that it has alone.
+
+        Returns:
+            Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
+        """
+        if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
+            raise ValueError(f'SpecXCiT: images must be at least {MIN_IMAGE_SIZE} pixels high and wide: {x.shape}')
+        return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.taps(x)))
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        """The tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before any rescaling."""
+        x, mask = (x[:, :3], x[:, 3:]) if x.shape[1] == 4 else (x, None)
+        # Channels last from the start, so that an image's rows of pixels are its tokens.
+        x, mask = self.patch_embed(x.contiguous(memory_format=torch.channels_last), mask)
+        h, w = x.shape[-2:]
+        x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.masked(mask))
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        if mask is not None:
+            mask = mask.flatten(2).transpose(1, 2)
+        taps = []
+        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
+            if self.with_cp and x.requires_grad:
+                contexts = partial(lambda block: (nullcontext(), _frozen_statistics(block)), block)
+                x = checkpoint(block, x, h, w, mask, use_reentrant=False, context_fn=contexts)
+            else:
+                x = block(x, h, w, mask)
+            if i in self.out_indices:
+                tokens = x if mask is None else x * mask
+                taps.append(tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2))
+        return taps
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        frozen_blocks = self.out_indices[self.frozen_stages - 1] + 1 if self.frozen_stages else 0
+        return [self.patch_embed, self.pos_embeder, *self.blocks[:frozen_blocks]]
+
+    def train(self, mode: bool = True) -> SpecXCiT:
+        """Set the training mode, leaving frozen parts in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Raised here, not noted among the mismatches: MMEngine loads with strict=False and would go on with a warning.
+        weights = {k: v for k, v in state_dict.items() if k.startswith(prefix + 'blocks.')}
+        if weights:
+            require_same_conditioning(weights, self.state_dict())
+        super()._load_from_state_dict(state_dict, prefix, *args)

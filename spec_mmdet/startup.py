@@ -1,0 +1,30 @@
+"""mmcv's compiled operators, where mmcv has none: ``mmcv._ext`` is then :mod:`spec_mmdet.ops`.
+
+``import spec_mmdet`` runs this, and so does every start of Python in an environment where this package is installed
+(spec_mmdet.pth), so that MMDetection's own scripts find the operators too, whatever is imported first. Nothing of mmcv,
+torch or this package is imported by it: it is one more place to look for ``mmcv._ext``, after all others, so that a
+compiled one always comes first.
+"""
+
+import sys
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+
+class OperatorFinder:
+    """The finder, in the sense of ``sys.meta_path``, of ``mmcv._ext``."""
+
+    serves = 'mmcv._ext'
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        """The module's spec: the file ops.py, which needs nothing else of this package."""
+        if name == cls.serves:
+            return spec_from_file_location(name, Path(__file__).with_name('ops.py'))
+        return None
+
+
+def provide_operators() -> None:
+    """Have Python look for ``mmcv._ext`` here in the end, once."""
+    if not any(getattr(finder, 'serves', None) == OperatorFinder.serves for finder in sys.meta_path):
+        sys.meta_path.append(OperatorFinder)

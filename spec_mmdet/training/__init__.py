@@ -1,0 +1,1 @@
+"""What MMEngine runs beside the training."""

@@ -1,0 +1,421 @@
+"""Checkpoints of other packages' models, converted and loaded: the features must be their own."""
+
+import argparse
+import copy
+import hashlib
+import pickle
+import random
+from collections import OrderedDict
+
+import conftest
+import pytest
+import timm
+import torch
+from conftest import ROOT, run_tool
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.models.xcit import Xcit
+from torch import nn
+
+from spec_mmdet import InputError, SpecXCiT
+from spec_mmdet.checkpoints.layouts import recognise
+from spec_mmdet.checkpoints.pretrained import load_backbone
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.conditioning import condition
+
+CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='svd')]
+IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+SMALL = dict(dim=32, depth=6, num_heads=4)
+
+
+def convert(*args) -> None:
+    """tools/convert_checkpoint.py, in this process."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_tool(monkeypatch, 'convert_checkpoint', *args)
+
+
+def complaint(*args) -> str:
+    """The one line with which it refuses."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return conftest.complaint(monkeypatch, 'convert_checkpoint', *args)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every weight and statistic its own, so that none can stand in for another."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            scale = 0.5 if 'gamma' in name else 0.2
+            tensor.copy_(
+                torch.rand_like(tensor) + 0.5 if 'var' in name or 'temp' in name else scale * torch.randn_like(tensor)
+            )
+    model.double()
+    model.eval()  # of mmpretrain's models, this returns nothing
+    return model
+
+
+def timm_model(patch_size: int = 16, conditioning: dict | None = None, **dims) -> nn.Module:
+    dims = dict(embed_dim=32, depth=6, num_heads=4) | dims
+    model = randomise(Xcit(patch_size=patch_size, eta=1.0, tokens_norm=True, num_classes=7, **dims))
+    if conditioning:
+        condition(model, **conditioning)
+    return model
+
+
+def block_outputs(model: nn.Module, blocks: nn.ModuleList) -> list[torch.Tensor]:
+    """What a model's own blocks put out, as SpecXCiT's taps do: as maps, after the same blocks."""
+    outputs = []
+    handles = [block.register_forward_hook(lambda m, args, out: outputs.append(out)) for block in blocks]
+    with torch.no_grad():
+        model(IMAGE)
+    for handle in handles:
+        handle.remove()
+    tokens = outputs[0].shape[1]
+    h = round((tokens * 64 / 96) ** 0.5)
+    return [outputs[i].transpose(1, 2).unflatten(2, (h, -1)) for i in (1, 2, 3, 5)]
+
+
+def assert_features(path, expected, patch_size=16, conditioning=None, arch=SMALL):
+    model = SpecXCiT(arch, patch_size, conditioning).double().eval()
+    load_backbone(model, path)
+    with torch.no_grad():
+        for ours, theirs in zip(model.taps(IMAGE), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def reference_names(weights: dict) -> dict:
+    """timm's weights under the names of facebookresearch/xcit, whose class attention has one fused qkv."""
+    renamed = {}
+    for name, value in weights.items():
+        name = name.replace('pos_embed.', 'pos_embeder.')
+        if '.attn.k' in name and name.startswith('cls_attn') or '.attn.v.' in name:
+            continue
+        if name.startswith('cls_attn') and '.attn.q.' in name and 'parametrizations' not in name:
+            value = torch.cat([weights[name.replace('.q.', f'.{part}.')] for part in 'qkv'])
+            name = name.replace('.q.', '.qkv.')
+        renamed[name] = value
+    return renamed
+
+
+def reference_file(weights: dict) -> dict:
+    args = argparse.Namespace(model='xcit', lr=5e-4, data_set='IMNET', resume='', epochs=400, distributed=True)
+    return dict(model=reference_names(weights), optimizer=dict(state={}), lr_scheduler={}, epoch=399, args=args)
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+@pytest.mark.parametrize('patch_size', [8, 16])
+@pytest.mark.parametrize('layout', ['timm .pth', 'timm .bin', 'timm .safetensors', 'reference'])
+def test_features_are_the_source_models_own(tmp_path, layout, patch_size, conditioning):
+    model = timm_model(patch_size)
+    if conditioning and layout == 'reference':
+        # As a reference-style model would be: without the class attention, whose layers are fused there.
+        condition(model.blocks, **conditioning)
+    elif conditioning:
+        condition(model, **conditioning)
+    expected = block_outputs(model, model.blocks)
+    source = tmp_path / f'source{layout.removeprefix("timm ") if layout != "reference" else ".pth"}'
+    if layout == 'timm .safetensors':
+        save_file(model.state_dict(), source)
+    else:
+        torch.save(reference_file(model.state_dict()) if layout == 'reference' else model.state_dict(), source)
+    convert(source, tmp_path / 'converted.pth')
+    assert_features(tmp_path / 'converted.pth', expected, patch_size, conditioning)
+    assert_features(source, expected, patch_size, conditioning)  # and converted on the fly
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+@pytest.mark.parametrize('patch_size', [8, 16])
+def test_features_are_mmpretrains_own(tmp_path, patch_size, conditioning):
+    pytest.importorskip('mmpretrain', reason='mmpretrain is not installed; its maintained fork is for make test-onedl')
+    from mmpretrain.models.backbones import XCiT
+
+    dims = dict(embed_dims=32, depth=6, num_heads=4, qkv_bias=True, layer_scale_init_value=1.0)
+    model = randomise(XCiT(patch_size=patch_size, **dims))
+    # The encoding itself is in float32 in every implementation; in mmpretrain's also what goes into its projection.
+    model.pos_embed.token_projection.register_forward_pre_hook(lambda module, args: args[0].double())
+    classifier = nn.Module()
+    classifier.backbone, classifier.head = model, nn.Module()
+    classifier.head.layers = nn.Sequential(OrderedDict(head=nn.Linear(32, 7)))
+    if conditioning:
+        condition(classifier, **conditioning)
+    expected = block_outputs(model, model.xca_layers)
+    torch.save(dict(state_dict=classifier.state_dict(), meta=dict(epoch=3)), tmp_path / 'source.pth')
+    convert(tmp_path / 'source.pth', tmp_path / 'converted.pth')
+    assert_features(tmp_path / 'converted.pth', expected, patch_size, conditioning)
+
+
+def test_every_named_architecture_is_recognised():
+    for name in ('nano_12_p16', 'tiny_12_p8', 'tiny_24_p8', 'small_12_p16', 'medium_24_p8', 'large_24_p16'):
+        with torch.device('meta'):
+            model = timm.create_model(f'xcit_{name}_224')
+        weights = {k: torch.empty_like(v, device='cpu').fill_(1) for k, v in model.state_dict().items()}
+        found = recognise(weights, name)
+        assert f'{found.arch}_p{found.patch_size}' == name
+
+
+def test_wrappers(tmp_path, capsys):
+    good, other = timm_model().state_dict(), timm_model().state_dict()
+    headless = {k: v for k, v in reference_names(good).items() if not k.startswith('head')}
+    dino = {f'backbone.{k}': v for k, v in headless.items()} | {'head.mlp.0.weight': torch.ones(8, 32)}
+    reference = reference_file(other)
+    for checkpoint, key in (
+        (reference_file(good), 'model'),
+        (dict(reference, model_ema=reference_names(good)), 'model_ema'),
+        (dict(teacher=dino, student={f'module.{k}': torch.zeros_like(v) for k, v in dino.items()}), 'teacher'),
+        (dict(state_dict={f'module.{k}': v for k, v in good.items()}), 'state_dict'),
+        (dict(state_dict={f'backbone.{k}': v for k, v in good.items()}), 'state_dict'),
+    ):
+        torch.save(checkpoint, tmp_path / 'source.pth')
+        convert(tmp_path / 'source.pth', tmp_path / 'converted.pth')
+        assert f'under {key!r}' in capsys.readouterr().out
+        converted = load(tmp_path / 'converted.pth')['state_dict']
+        assert torch.equal(converted['blocks.3.attn.proj.weight'], good['blocks.3.attn.proj.weight'])
+    torch.save(dict(reference, model_ema=reference_names(good)), tmp_path / 'source.pth')
+    convert(tmp_path / 'source.pth', tmp_path / 'converted.pth', '--key', 'model')
+    converted = load(tmp_path / 'converted.pth')['state_dict']
+    assert torch.equal(converted['blocks.3.attn.proj.weight'], other['blocks.3.attn.proj.weight'])
+    assert 'holds no weights under' in complaint(tmp_path / 'source.pth', tmp_path / 'x.pth', '--key', 'teacher')
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_round_trips_are_bit_equal(tmp_path, conditioning):
+    ours = SpecXCiT(SMALL, conditioning=conditioning)
+    for name, tensor in ours.state_dict().items():
+        if tensor.is_floating_point() and not name.endswith('lam'):
+            tensor.copy_(torch.randn_like(tensor))
+    torch.save(dict(state_dict=ours.state_dict()), tmp_path / 'ours.pth')
+    for layout, ending in (('reference', 'pth'), ('timm', 'pth'), ('timm', 'safetensors')):
+        convert(tmp_path / 'ours.pth', tmp_path / f'out.{ending}', '--to', layout)
+        convert(tmp_path / f'out.{ending}', tmp_path / 'back.pth')
+        back = load(tmp_path / 'back.pth')['state_dict']
+        kept = {k: v for k, v in ours.state_dict().items() if layout == 'reference' or not k.startswith('fpn')}
+        assert back.keys() == kept.keys()
+        assert all(torch.equal(value, back[key]) and value.dtype == back[key].dtype for key, value in kept.items())
+
+    # What is written for timm is what timm's own model, conditioned if need be, calls its weights.
+    theirs = timm_model(conditioning=conditioning)
+    backbone = {
+        k: v for k, v in theirs.state_dict().items() if k.split('.')[0] in ('patch_embed', 'pos_embed', 'blocks')
+    }
+    torch.save(theirs.state_dict(), tmp_path / 'timm.pth')
+    convert(tmp_path / 'timm.pth', tmp_path / 'ours.pth')
+    convert(tmp_path / 'ours.pth', tmp_path / 'timm again.pth', '--to', 'timm')
+    again = load(tmp_path / 'timm again.pth')['state_dict']
+    assert again.keys() == backbone.keys() and all(torch.equal(value, again[key]) for key, value in backbone.items())
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS[1:] + [dict(type='identity', lam=3.0, per_head=True)])
+def test_folding(tmp_path, conditioning):
+    model = timm_model(conditioning=conditioning)
+    expected = block_outputs(model, model.blocks)
+    torch.save(model.state_dict(), tmp_path / 'source.pth')
+    convert(tmp_path / 'source.pth', tmp_path / 'folded.safetensors', '--fold')
+    assert_features(tmp_path / 'folded.safetensors', expected)
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS[1:])
+def test_conditioning_a_plain_checkpoint_keeps_its_function(tmp_path, conditioning):
+    model = timm_model()
+    expected = block_outputs(model, model.blocks)
+    torch.save(model.state_dict(), tmp_path / 'source.pth')
+    lam = ['--lam', conditioning['lam']] if 'lam' in conditioning else []
+    convert(tmp_path / 'source.pth', tmp_path / 'converted.pth', '--condition', conditioning['type'], *lam)
+    assert_features(tmp_path / 'converted.pth', expected, conditioning=conditioning)
+    assert 'conditioned already' in complaint(tmp_path / 'converted.pth', tmp_path / 'x.pth', '--condition', 'svd')
+
+
+def test_a_conditioning_that_has_to_be_told(tmp_path):
+    model = timm_model(conditioning=dict(lam=3.0))
+    expected = block_outputs(model, model.blocks)
+    weights = {
+        k.replace('.parametrizations.weight.original', '.weight'): v
+        for k, v in model.state_dict().items()
+        if not k.endswith('.lam')
+    }
+    source = tmp_path / 'source.pth'
+    torch.save(weights, source)
+    convert(source, tmp_path / 'told.pth', '--conditioning', 'identity', '--lam', '3')
+    assert_features(tmp_path / 'told.pth', expected, conditioning=dict(lam=3.0))
+    convert(source, tmp_path / 'folded.pth', '--conditioning', 'identity', '--lam', '3', '--fold')
+    assert_features(tmp_path / 'folded.pth', expected)
+    assert 'cannot be found again' in complaint(source, tmp_path / 'x.pth', '--conditioning', 'svd')
+    again = (tmp_path / 'told.pth', tmp_path / 'x.pth', '--conditioning', 'identity')
+    assert 'the weights say that they were made with' in complaint(*again)
+
+
+def test_detectors(tmp_path):
+    config = ROOT / 'configs' / 'xcit_spec_shapes.py'
+    plain = tmp_path / 'plain.py'
+    plain.write_text(f'_base_ = {str(config)!r}\nmodel = dict(backbone=dict(conditioning=None))\n')
+    detector = MODELS.build(Config.fromfile(plain).model)
+    source = tmp_path / 'detector.pth'
+    torch.save(dict(state_dict=detector.state_dict(), meta=dict(CLASSES=('a',), mmdet_version='2.11.0')), source)
+    convert(source, tmp_path / 'whole.pth', '--detector', plain)
+    whole = load(tmp_path / 'whole.pth')['state_dict']
+    assert whole.keys() == detector.state_dict().keys()
+    convert(source, tmp_path / 'backbone.pth')
+    backbone = load(tmp_path / 'backbone.pth')
+    assert backbone['state_dict'].keys() == detector.backbone.state_dict().keys()
+    assert backbone['meta']['converted']['source'] == 'detector.pth'
+    convert(source, tmp_path / 'kept.pth', '--detector', config, '--condition', 'identity', '--lam', '1')
+    kept = MODELS.build(Config.fromfile(config).model).eval()
+    kept.load_state_dict(load(tmp_path / 'kept.pth')['state_dict'])
+    with torch.no_grad():
+        for a, b in zip(kept.backbone(IMAGE.float()), detector.eval().backbone(IMAGE.float()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert 'is not the detector' in complaint(
+        source, tmp_path / 'x.pth', '--detector', ROOT / 'configs/xcit_maskrcnn.py'
+    )
+    weights = detector.state_dict()
+    del weights['neck.fpn_convs.0.conv.weight']
+    torch.save(dict(state_dict=weights), source)
+    assert '1 missing (neck.fpn_convs.0' in complaint(source, tmp_path / 'x.pth', '--detector', plain)
+    assert not (tmp_path / 'x.pth').exists()
+
+
+def test_a_record_of_the_origin(tmp_path):
+    torch.save(timm_model().state_dict(), tmp_path / 'source.pth')
+    for ending in ('pth', 'safetensors'):
+        convert(tmp_path / 'source.pth', tmp_path / f'converted.{ending}', '--condition', 'svd')
+    record = load(tmp_path / 'converted.pth')['meta']['converted']
+    assert record['sha256'] == hashlib.sha256((tmp_path / 'source.pth').read_bytes()).hexdigest()
+    assert (record['layout'], record['conditioning']) == ('timm', "dict(type='svd')")
+    assert safe_open(tmp_path / 'converted.safetensors', 'pt').metadata() == record
+
+
+def damaged(weights: dict, rng: random.Random) -> tuple[dict, str]:
+    """Weights with one thing wrong with them, and what that is."""
+    weights = dict(weights)
+    name = rng.choice([k for k in weights if not k.endswith('num_batches_tracked')])
+    value = weights.pop(name)
+    fault = rng.choice(['renamed', 'dropped', 'transposed', 'not a number'])
+    if fault == 'renamed':
+        weights[name + rng.choice('_x')] = value
+    elif fault == 'transposed':
+        if value.ndim < 2 or value.shape[0] == value.shape[1]:
+            return damaged(weights | {name: value}, rng)
+        weights[name] = value.transpose(0, 1)
+    elif fault == 'not a number':
+        weights[name] = value.clone()
+        weights[name].view(-1)[rng.randrange(value.numel())] = float('nan')
+    return weights, f'{name} {fault}'
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_damaged_checkpoints_are_refused(tmp_path, conditioning):
+    rng = random.Random(0)
+    good = timm_model(conditioning=conditioning).state_dict()
+    source, out = tmp_path / 'source.pth', tmp_path / 'out.pth'
+    out.write_text('something already there')
+    for _ in range(50):
+        bad, fault = damaged(good, rng)
+        torch.save(bad, source)
+        assert 'source.pth' in complaint(source, out), fault
+        model = SpecXCiT(SMALL, conditioning=conditioning)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(InputError):
+            load_backbone(model, source)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert out.read_text() == 'something already there'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['out.pth', 'source.pth']
+
+
+@pytest.mark.parametrize('ending', ['pth', 'safetensors'])
+def test_truncated_files_are_refused(tmp_path, ending):
+    torch.save(timm_model().state_dict(), tmp_path / 'timm.pth')
+    convert(tmp_path / 'timm.pth', tmp_path / f'whole.{ending}')
+    content = (tmp_path / f'whole.{ending}').read_bytes()
+    source, rng = tmp_path / f'source.{ending}', random.Random(0)
+    for _ in range(50):
+        source.write_bytes(content[: rng.randrange(len(content))])
+        assert 'damaged' in complaint(source, tmp_path / 'out.pth')
+    assert not (tmp_path / 'out.pth').exists()
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('protocol', ['zip', 'old'])
+def test_code_in_a_pickle_is_run_only_when_it_is_trusted(tmp_path, protocol):
+    source, trace = tmp_path / 'source.pth', tmp_path / 'trace'
+    checkpoint = dict(model=timm_model().state_dict(), args=Payload(trace))
+    torch.save(checkpoint, source, _use_new_zipfile_serialization=protocol == 'zip')
+    assert 'it was not run' in complaint(source, tmp_path / 'out.pth')
+    with pytest.raises(InputError, match='it was not run'):
+        load_backbone(SpecXCiT(SMALL), source)
+    source.with_name('bare.pth').write_bytes(pickle.dumps(Payload(trace)))
+    complaint(source.with_name('bare.pth'), tmp_path / 'out.pth')
+    assert not trace.exists() and not (tmp_path / 'out.pth').exists()
+    convert(source, tmp_path / 'out.pth', '--trust-pickle')
+    assert trace.exists()
+    load_backbone(SpecXCiT(SMALL), tmp_path / 'out.pth')
+
+
+def test_other_refusals(tmp_path):
+    source = tmp_path / 'source.pth'
+    torch.save(timm_model().state_dict(), source)
+    for args, says in (
+        ((tmp_path / 'absent.pth', 'out.pth'), 'no such file'),
+        ((source, tmp_path / 'out.bin'), 'must end in .pth or .safetensors'),
+        ((source, source), 'the source would be overwritten'),
+        ((source, tmp_path / 'out.pth', '--lam', '3'), '--lam belongs to'),
+    ):
+        assert says in complaint(*args)
+    for foreign, says in (
+        (timm.create_model('resnet18').state_dict(), 'in no layout of XCiT'),
+        (dict(epoch=3), 'holds no weights'),
+        ([1, 2], 'holds no weights'),
+        ({}, 'holds no weights'),
+    ):
+        torch.save(foreign, source)
+        assert says in complaint(source, tmp_path / 'out.pth')
+    assert not (tmp_path / 'out.pth').exists()
+
+
+def test_pretrained_backbones_in_a_config_are_taken_strictly(tmp_path, caplog):
+    source = tmp_path / 'source.pth'
+    torch.save(timm_model(conditioning=dict(lam=3.0)).float().state_dict(), source)
+
+    def build(**changes):
+        init_cfg = dict(type='Pretrained', checkpoint=str(source))
+        config = dict(type='SpecXCiT', arch=SMALL, conditioning=dict(type='identity', lam=3.0), init_cfg=init_cfg)
+        backbone = MODELS.build(config | changes)
+        backbone.init_weights()
+        return backbone
+
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('INFO')
+    logger.addHandler(caplog.handler)
+    try:
+        backbone = build()
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
+    assert torch.equal(backbone.blocks[2].attn.proj.weight, load(source)['blocks.2.attn.proj.weight'])
+    count = len(backbone.state_dict()) - len([key for key in backbone.state_dict() if key.startswith('fpn')])
+    assert f'loaded {count} tensors; not in it, and initialised: fpn1.0.weight' in caplog.text
+    for changes, says in (
+        (dict(arch=dict(SMALL, depth=7)), 'is of another XCiT'),
+        (dict(patch_size=8), 'is of another XCiT'),
+        (dict(arch=dict(SMALL, num_heads=2)), 'is of another XCiT'),
+        (dict(conditioning=None), 'made with conditioning'),
+        (dict(conditioning=dict(type='svd')), 'made with conditioning'),
+    ):
+        with pytest.raises(InputError, match=says):
+            build(**changes)
+    source.write_bytes(source.read_bytes()[:-1000])
+    with pytest.raises(InputError, match='damaged'):
+        build()
+    source.unlink()
+    with pytest.raises(InputError, match='no such file'):
+        build()

@@ -1,0 +1,117 @@
+"""spec-mmdet itself: its commands, what it says of wrong ones, and MMDetection's own options and scripts beside it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+
+from spec_mmdet import InputError, __version__, find_config
+from spec_mmdet.commands import COMMANDS, main
+from spec_mmdet.commands import test as testing
+from spec_mmdet.commands import train as training
+
+SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
+
+
+def test_every_command_tells_its_options(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, '--help'])
+        assert ended.value.code == 0
+        assert f'usage: spec-mmdet {name}' in capsys.readouterr().out
+
+
+def test_what_is_printed_without_a_command(capsys):
+    main(['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in COMMANDS.items():
+        assert any(shown.split(maxsplit=1) == [name, line] for shown in lines if shown.strip())
+    main(['--version'])
+    assert capsys.readouterr().out == f'spec_mmdet {__version__}\n'
+    for wrong in ([], ['trian']):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2
+    assert 'no such command: trian' in capsys.readouterr().err
+
+
+def test_exit_codes_and_one_line_errors(tmp_path):
+    def run(*args):
+        command = [sys.executable, '-m', 'spec_mmdet', *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    ended = run('train', 'absent.py')
+    assert ended.returncode == 1 and ended.stderr.count('\n') == 1
+    assert ended.stderr.startswith('error: config absent.py: no such file') and 'xcit_spec_maskrcnn' in ended.stderr
+    assert run('train').returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def options_of(script: Path) -> set[str]:
+    """The options that a script of MMDetection's adds to its parser, read from its source."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    added = [call.args for call in calls if getattr(call.func, 'attr', '') == 'add_argument']
+    return {arg.value for args in added for arg in args if arg.value.startswith('--')}
+
+
+ARGUMENTS = {
+    '--work-dir': ['work'],
+    '--resume': ['last.pth'],
+    '--cfg-options': ['a.b=1', 'c=[2,3]'],
+    '--launcher': ['pytorch'],
+    '--local_rank': ['1'],
+    '--local-rank': ['1'],
+    '--out': ['found.pkl'],
+    '--show-dir': ['drawn'],
+    '--wait-time': ['0.5'],
+}
+
+
+@pytest.mark.parametrize(('name', 'parse'), [('train', training.parse), ('test', testing.parse)])
+def test_every_option_of_mmdetections_script_is_taken(name, parse):
+    options = options_of(SCRIPTS / f'{name}.py')
+    assert len(options) >= 7
+    positional = ['config.py'] + ['checkpoint.pth'] * (name == 'test')
+    for option in options:
+        values = ARGUMENTS.get(option, [])
+        args = vars(parse([*positional, option, *values]))
+        given = args[option.removeprefix('--').replace('-', '_')]
+        assert given != vars(parse(positional))[option.removeprefix('--').replace('-', '_')]
+        if option == '--cfg-options':
+            assert given == {'a.b': 1, 'c': [2, 3]}
+        elif values:
+            assert str(given).endswith(values[0])
+
+
+def test_the_predictions_file_must_be_a_pickle():
+    with pytest.raises(InputError, match='must end in .pkl'):
+        testing.parse(['config.py', 'checkpoint.pth', '--out', 'results.json'])
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = find_config('xcit_spec_maskrcnn')
+    assert shipped.samefile(ROOT / 'configs' / 'xcit_spec_maskrcnn.py')
+    assert find_config('spec_mmdet::xcit_spec_maskrcnn.py') == find_config('xcit_spec_maskrcnn.py') == shipped
+    own = tmp_path / 'mine.py'
+    own.write_text("_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'\nmodel = dict(backbone=dict(arch='nano_12'))\n")
+    assert find_config('mine.py').samefile(own)
+    cfg = Config.fromfile(own)
+    assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('SpecXCiT', 'nano_12')
+    cfg.model.backbone.arch = 'small_12'
+    assert cfg.model == Config.fromfile(shipped).model
+
+
+def test_mmdetections_own_script_runs_beside_it(tmp_path):
+    """In an environment where mmcv has no compiled operators, whatever is imported first."""
+    ended = subprocess.run(
+        [sys.executable, SCRIPTS / 'train.py', '--help'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    code = 'import mmdet.apis, sys; assert "spec_mmdet" not in sys.modules; import mmcv.ops, spec_mmdet'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)

@@ -1,0 +1,166 @@
+"""tools/predict.py, and the three lines of Python that do the same: what they find, draw, write and refuse."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.commands import predict
+
+
+@pytest.fixture(scope='module')
+def nothing(tmp_path_factory, trained) -> Path:
+    """The trained detector with no class's score above 0.3, so that pictures are drawn but not changed."""
+    checkpoint = load(trained / 'epoch_1.pth')
+    checkpoint['state_dict']['roi_head.bbox_head.fc_cls.bias'][-1] += 100
+    path = tmp_path_factory.mktemp('nothing') / 'nothing.pth'
+    torch.save(dict(state_dict=checkpoint['state_dict']), path)  # as converted checkpoints are, without classes
+    return path
+
+
+def results(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The images and the results that the tool has written."""
+    return tuple(json.loads((folder / f'{name}.json').read_text()) for name in ('images', 'predictions'))
+
+
+def test_predictions_are_those_of_the_test_command(monkeypatch, shapes, trained, tmp_path):
+    detector, val, truth = trained / 'epoch_1.pth', shapes / 'val', shapes / 'annotations' / 'instances_val.json'
+    run_tool(monkeypatch, 'test', CONFIG, detector, '--work-dir', tmp_path / 'test', '--out', tmp_path / 'test.pkl',
+             *options(shapes))  # fmt: skip
+    # A config of COCO's classes: those of the checkpoint are taken.
+    coco80 = [f'model.roi_head.{head}_head.num_classes=80' for head in ('bbox', 'mask')]
+    run_tool(monkeypatch, 'predict', CONFIG, detector, val, '--score', 0, '--batch-size', 12, '--no-pictures',
+             '--out', tmp_path / 'out', '--cfg-options', *coco80)  # fmt: skip
+
+    images, predicted = results(tmp_path / 'out')
+    assert [category['name'] for category in images['categories']] == ['circle', 'square', 'triangle', 'star']
+    names = {image['id']: image['file_name'] for image in images['images']}
+    for result in pickle.loads((tmp_path / 'test.pkl').read_bytes()):
+        name, expected = Path(result['img_path']).name, result['pred_instances']
+        ours = [entry for entry in predicted if names[entry['image_id']] == name]
+        x, y, w, h = np.array([entry['bbox'] for entry in ours]).T
+        np.testing.assert_allclose(np.stack([x, y, x + w, y + h], axis=1), expected['bboxes'], atol=1e-3)
+        np.testing.assert_allclose([entry['score'] for entry in ours], expected['scores'], atol=1e-5)
+        assert [entry['category_id'] - 1 for entry in ours] == expected['labels'].tolist()
+        for entry, rle in zip(ours, expected['masks'], strict=True):
+            assert (mask_utils.decode(entry['segmentation']) != mask_utils.decode(rle)).sum() <= 2
+    (reported,) = (json.loads(path.read_text()) for path in (tmp_path / 'test').glob('*/*.json'))
+    both = COCO(str(tmp_path / 'out' / 'images.json')).loadRes(str(tmp_path / 'out' / 'predictions.json'))
+    assert len(both.anns) == len(predicted) and len(both.imgs) == 12
+    ids = {image['file_name']: image['id'] for image in COCO(str(truth)).dataset['images']}
+    boxes = [dict(entry, image_id=ids[names[entry['image_id']]]) for entry in predicted]
+    masks = [{key: value for key, value in entry.items() if key != 'bbox'} for entry in boxes]
+    assert_ap_is_that_of_pycocotools(reported, truth, bbox=boxes, segm=masks)
+
+
+def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shapes, tmp_path):
+    """Five frames of rising brightness, with a colour that shows whether red and blue are exchanged."""
+    for i, folder in enumerate(('a', 'b'), start=1):
+        (tmp_path / folder).mkdir()
+        shutil.copy(shapes / 'val' / f'{i:06}.png', tmp_path / folder / 'same.png')
+    clip = tmp_path / 'clip.avi'
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*'MJPG'), 12, (96, 80))
+    for i in range(5):
+        writer.write(np.full((80, 96, 3), (10, 20, 50 + 40 * i), np.uint8))
+    writer.release()
+
+    out = tmp_path / 'out'
+    args = [tmp_path / 'a', f'{tmp_path}/b/*.png', clip, tmp_path / 'b' / 'same.png', '--batch-size', 3]
+    run_tool(monkeypatch, 'predict', trained / 'xcit_spec_shapes.py', nothing, *args, '--out', out)
+    images, predicted = results(out)
+    assert predicted == [] and [category['name'] for category in images['categories']][:2] == ['circle', 'square']
+    assert [(image['id'], image['file_name'], image.get('frame_id')) for image in images['images']] == [
+        (1, 'a/same.png', None),
+        (2, 'b/same.png', None),
+        *((3 + i, 'clip.avi', i) for i in range(5)),
+    ]
+    assert [(image['width'], image['height']) for image in images['images'][1:3]] == [(128, 128), (96, 80)]
+    for name in ('a/same.png', 'b/same.png'):  # where nothing is drawn, they come back as they were
+        difference = cv2.absdiff(cv2.imread(str(tmp_path / name)), cv2.imread(str(out / name)))
+        assert difference.mean() < 3
+    video = cv2.VideoCapture(str(out / 'clip.avi'))
+    assert video.get(cv2.CAP_PROP_FPS) == 12
+    for i in range(5):
+        assert video.read()[1].mean(axis=(0, 1)) == pytest.approx([10, 20, 50 + 40 * i], abs=6)
+    assert not video.read()[0]
+
+    drawn = tmp_path / 'drawn'
+    run_tool(monkeypatch, 'predict', CONFIG, trained / 'epoch_1.pth', tmp_path / 'a', '--score', 0.1, '--out', drawn)
+    scores = [entry['score'] for entry in results(drawn)[1]]
+    assert scores and min(scores) >= 0.1
+    difference = cv2.absdiff(cv2.imread(str(tmp_path / 'a' / 'same.png')), cv2.imread(str(drawn / 'same.png')))
+    assert difference.mean() > 10
+
+
+def test_damaged_image_does_not_cost_the_others(monkeypatch, trained, shapes, tmp_path):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    good = shapes / 'val' / '000001.png'
+    (folder / '1.png').write_bytes(good.read_bytes()[:2000])
+    shutil.copy(good, folder / '2.png')
+    args = [CONFIG, trained / 'epoch_1.pth', folder, '--score', 0, '--out', tmp_path / 'out', '--no-pictures']
+    assert f'1 of 2 inputs could not be decoded, first {folder / "1.png"}' in complaint(monkeypatch, 'predict', *args)
+    images, predicted = results(tmp_path / 'out')
+    assert [image['file_name'] for image in images['images']] == ['2.png'] and predicted
+
+
+def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):
+    detector, image = trained / 'epoch_1.pth', shapes / 'val' / '000001.png'
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'notes.txt').write_text('text')
+    (tmp_path / 'text.png').write_text('text')
+    (tmp_path / 'text.mp4').write_text('text')
+    out = tmp_path / 'out'
+    for args, says in (
+        (['absent.py', detector, image], 'config absent.py: no such file'),
+        ([CONFIG, 'absent.pth', image], 'checkpoint absent.pth: no such file'),
+        ([CONFIG, tmp_path / 'notes.txt', image], 'not a checkpoint'),
+        ([CONFIG, detector, image, 'absent.png'], 'absent.png: no such file or folder'),
+        ([CONFIG, detector, tmp_path / 'empty'], 'no images'),
+        ([CONFIG, detector, f'{tmp_path}/*.jpg'], 'matches no images'),
+        ([CONFIG, detector, tmp_path / 'notes.txt'], 'neither an image'),
+        ([CONFIG, detector, image, tmp_path / 'text.png'], 'text.png: not an image that OpenCV can read'),
+        ([CONFIG, detector, tmp_path / 'text.mp4'], 'text.mp4: not a video that OpenCV can read'),
+        ([CONFIG, detector, image, '--score', 30], '--score must be from 0 to 1'),
+        ([CONFIG, detector, image, '--device', 'abacus'], '--device abacus: '),
+        ([CONFIG, detector, image, '--out', tmp_path], 'is there already and not an empty folder'),
+        (
+            [CONFIG, detector, image, '--cfg-options', 'model.backbone.conditioning.lam=2.0'],
+            'made with conditioning',
+        ),
+        (
+            [CONFIG, detector, image, '--cfg-options', 'model.rpn_head.anchor_generator.scales=[4,8]'],
+            'does not fit the configured model',
+        ),
+        ([ROOT / 'configs' / '_base_' / 'coco_3x.py', detector, image], 'has no model'),
+    ):
+        assert says in complaint(monkeypatch, 'predict', '--out', out, *args)
+    assert not out.exists()
+
+
+def test_from_python(trained, shapes, tmp_path):
+    """The lines in the command's docstring, as they stand there."""
+    demo = tmp_path / 'work_dirs' / 'demo'
+    demo.mkdir(parents=True)
+    shutil.copy(trained / 'xcit_spec_shapes.py', demo)
+    shutil.copy(trained / 'epoch_1.pth', demo / 'epoch_3.pth')
+    shutil.copy(shapes / 'val' / '000001.png', tmp_path / 'image.png')
+    lines = [line.strip() for line in predict.__doc__.splitlines()]
+    first = lines.index('import spec_mmdet')
+    code = [*lines[first : first + 3], 'import json; print(json.dumps(results["predictions"]))']
+    run = subprocess.run([sys.executable, '-c', '\n'.join(code)], cwd=tmp_path, check=True, capture_output=True)
+    (found,) = json.loads(run.stdout.splitlines()[-1])
+    assert found['scores'] and found.keys() == {'labels', 'scores', 'bboxes', 'masks'}
+    assert 'do not match' not in run.stderr.decode() + run.stdout.decode()
+    assert (tmp_path / 'out' / 'vis' / 'image.png').is_file()

@@ -1,0 +1,314 @@
+"""The command line tools, in process: training, testing, resuming, and what they say of unusable inputs."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+
+from spec_mmdet.checkpoints.reading import load
+
+FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
+DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+
+
+def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path):
+    out = tmp_path / 'results.pkl'
+    monkeypatch.chdir(tmp_path)
+    args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', 'work', '--out', out, '--show-dir', 'pictures']
+    run_tool(monkeypatch, 'test', *args, *options(shapes))
+    (reported,) = (json.loads(path.read_text()) for path in (tmp_path / 'work').glob('*/*.json'))
+    assert len(list((tmp_path / 'pictures').glob('*.png'))) == 12
+
+    ann_file = shapes / 'annotations' / 'instances_val.json'
+    boxes, masks = [], []
+    for result in pickle.loads(out.read_bytes()):
+        found = result['pred_instances']
+        for (x0, y0, x1, y1), score, label, rle in zip(*(found[k] for k in ('bboxes', 'scores', 'labels', 'masks'))):
+            entry = dict(image_id=result['img_id'], category_id=int(label) + 1, score=float(score))
+            boxes.append(dict(entry, bbox=[float(v) for v in (x0, y0, x1 - x0, y1 - y0)]))
+            masks.append(dict(entry, segmentation=rle))
+    assert_ap_is_that_of_pycocotools(reported, ann_file, bbox=boxes, segm=masks)
+
+
+def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, tmp_path):
+    # Resumed, a better checkpoint would take the place of the best one in the work directory of all tests.
+    two_epochs = [*options(shapes), 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.save_best=None', *FEW]
+    run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth', *two_epochs)
+    before, after = (load(p) for p in (trained / 'epoch_1.pth', tmp_path / 'epoch_2.pth'))
+    assert (before['meta']['iter'], after['meta']['iter']) == (40, 42)
+    steps = {state['step'].item() for state in after['optimizer']['state'].values()}
+    assert steps == {42}
+    for key, value in before['state_dict'].items():
+        if 'correction' in key:
+            assert torch.equal(value, after['state_dict'][key])
+    assert not torch.equal(
+        before['state_dict']['neck.fpn_convs.0.conv.weight'], after['state_dict']['neck.fpn_convs.0.conv.weight']
+    )
+
+
+def test_training_leaves_what_one_follows_it_by(trained):
+    assert [path.name for path in trained.glob('best_*.pth')] == ['best_coco_segm_mAP_epoch_1.pth']
+    assert list(trained.glob('*/vis_data/events.out.tfevents.*'))
+    (log,) = trained.glob('*/*.log')
+    text = log.read_text()
+    assert 'System environment:' in text and "type='SpecXCiT'" in text and ' eta: ' in text
+
+
+def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
+    readme = (ROOT / 'README.md').read_text()
+    documented = ['optim_wrapper.accumulative_counts=4', 'default_hooks.ema.type=EMAHook']
+    assert all(option in readme for option in documented)
+    settings = [*documented, 'default_hooks.ema.momentum=0.5', 'train_dataloader.dataset.indices=32']
+    run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *settings)
+    saved = load(tmp_path / 'epoch_1.pth')
+    assert saved['meta']['iter'] == 8
+    assert {state['step'].item() for state in saved['optimizer']['state'].values()} == {2}
+    key = 'neck.fpn_convs.0.conv.weight'
+    assert not torch.equal(saved['state_dict'][key], saved['ema_state_dict'][f'module.{key}'])
+    for key, value in saved['state_dict'].items():
+        if 'correction' in key:
+            assert torch.equal(value, saved['ema_state_dict'][f'module.{key}'])
+
+
+def test_exhausted_memory(monkeypatch, shapes, tmp_path):
+    enormous = 'model.rpn_head.feat_channels=10000000000'
+    says = complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), enormous)
+    assert 'out of memory (' in says and 'train_dataloader.batch_size=1' in says
+
+
+def sigma_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Extreme singular values of the demo's projections and of them with lambda = 1, by layer and role."""
+    sigma = {}
+    for key, weight in load(checkpoint)['state_dict'].items():
+        if key.endswith('attn.qkv.weight'):
+            for role, W in zip('QKV', weight.double().chunk(3)):
+                both = torch.linalg.svdvals(torch.stack([W, W + torch.eye(len(W))]))
+                sigma[f'{key.removeprefix("backbone.").removesuffix(".weight")}.{role}'] = both[:, [-1, 0]]
+    assert len(sigma) == 18
+    return sigma
+
+
+def test_training_writes_condition_numbers(trained):
+    (log,) = trained.glob('*/vis_data/scalars.json')
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [entry for entry in entries if 'conditioning/seconds' in entry]
+    assert [entry['step'] for entry in entries] == [1, 20, 40]
+    last = entries[-1]
+    for name, ((low, high), (conditioned_low, conditioned_high)) in sigma_of(trained / 'epoch_1.pth').items():
+        for figure, value in dict(
+            sigma_min=low,
+            sigma_max=high,
+            kappa=high / low,
+            conditioned_sigma_min=conditioned_low,
+            conditioned_sigma_max=conditioned_high,
+            conditioned_kappa=conditioned_high / conditioned_low,
+        ).items():
+            assert last[f'conditioning/{name}/{figure}'] == pytest.approx(value.item(), rel=1e-4)
+    for i in range(6):
+        low, high, kappa = (last[f'conditioning/blocks.{i}.attn.J/{f}'] for f in ('sigma_min', 'sigma_max', 'kappa'))
+        assert 0 < low < high and kappa == pytest.approx(high / low)
+
+
+def test_analyze_conditioning(monkeypatch, shapes, trained, tmp_path, capsys):
+    backbone_alone = tmp_path / 'backbone.pth'
+    weights = load(trained / 'epoch_1.pth')['state_dict']
+    torch.save(
+        {k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}, backbone_alone
+    )
+    sigma = sigma_of(trained / 'epoch_1.pth')
+    tables = []
+    for path in (trained / 'epoch_1.pth', backbone_alone):
+        out = tmp_path / path.stem
+        args = [CONFIG, path, '--images', shapes / 'val', '--max-images', 2, '--out', out]
+        run_tool(monkeypatch, 'analyze_conditioning', *args)
+        assert (out / 'conditioning.png').stat().st_size > 10_000
+        projections, jacobians = (
+            list(csv.DictReader((out / f'{name}.csv').open())) for name in ('projections', 'jacobians')
+        )
+        for row in projections:
+            (low, high), (conditioned_low, conditioned_high) = sigma[f'{row["name"]}.{row["role"]}']
+            assert float(row['sigma_min']) == pytest.approx(low.item(), rel=1e-6)
+            assert float(row['kappa']) == pytest.approx((high / low).item(), rel=1e-6)
+            assert float(row['conditioned_kappa']) == pytest.approx((conditioned_high / conditioned_low).item())
+        assert len(projections) == 18
+        assert len(jacobians) == 12 and len({row['image'] for row in jacobians}) == 2
+        tables.append(capsys.readouterr().out.split('wrote')[0])
+    assert tables[0] == tables[1]
+    assert 'kappa(W+C)' in tables[0] and 'Jacobian of' in tables[0] and ' all\n' in tables[0]
+
+
+def test_analyze_conditioning_of_attention_that_is_not_ours(monkeypatch, tmp_path, capsys):
+    config = tmp_path / 'swin.py'
+    config.write_text(
+        "_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\nmodel = dict(backbone=dict(init_cfg=None))\n"
+    )
+    picture = tmp_path / 'picture.png'
+    cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    run_tool(monkeypatch, 'analyze_conditioning', config, '--images', tmp_path, '--out', tmp_path / 'out')
+    printed = capsys.readouterr().out
+    assert printed.count('w_msa.qkv') == 3 * 12
+    assert 'known for XCA layers alone' in printed
+
+
+def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
+    detector = trained / 'epoch_1.pth'
+    for args, says in (
+        (['absent.py'], 'config absent.py: no such file'),
+        ([CONFIG, 'absent.pth'], 'checkpoint absent.pth: no such file'),
+        ([CONFIG, detector, '--cfg-options', 'model.backbone.conditioning.lam=2.0'], 'made with conditioning'),
+        (
+            [CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'],
+            'is of another XCiT',
+        ),
+        ([CONFIG, '--images', tmp_path], 'no folder with images'),
+        ([CONFIG, '--images', tmp_path / 'absent'], 'no folder with images'),
+        ([CONFIG, '--max-images', '0'], 'at least 1'),
+        ([ROOT / 'configs' / '_base_' / 'coco_3x.py'], 'no model with a backbone'),
+    ):
+        assert says in complaint(monkeypatch, 'analyze_conditioning', *args, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_tta(monkeypatch, shapes, trained, tmp_path):
+    run_tool(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', '--tta', '--work-dir', tmp_path, *options(shapes))
+    (reported,) = (json.loads(path.read_text()) for path in tmp_path.glob('*/*.json'))
+    assert reported['coco/segm_mAP_50'] > 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def test_several_processes(shapes, tmp_path):
+    # MMEngine selects a CUDA device in every process; on a machine without one that alone has to be left out.
+    (tmp_path / 'sitecustomize.py').write_text('import torch\ntorch.cuda.set_device = lambda device: None\n')
+    env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}', PYTHON=sys.executable, OMP_NUM_THREADS='1')
+    env |= dict(PORT=str(free_port()), CUDA_VISIBLE_DEVICES='')
+    work = tmp_path / 'work'
+    on_cpu = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU]
+    train = [ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', work, *options(shapes), *on_cpu, *FEW]
+    subprocess.run(train, check=True, env=env, stdout=subprocess.DEVNULL)
+    assert load(work / 'epoch_1.pth')['meta']['iter'] == 1  # eight images, two processes, four images each
+
+    test = [ROOT / 'tools' / 'dist_test.sh', CONFIG, work / 'epoch_1.pth', '2', '--work-dir', work / 'test']
+    test += ['--report', work / 'report']
+    subprocess.run([*test, *options(shapes), *on_cpu], check=True, env=env, stdout=subprocess.DEVNULL)
+    # As text: MMEngine lets every process write this file, so that it can end in a remnant of another's.
+    (reported,) = (path.read_text() for path in (work / 'test').glob('*/*.json'))
+    assert '"coco/segm_mAP"' in reported
+    assert (work / 'report' / 'index.html').is_file()
+
+
+@pytest.fixture
+def broken_shapes(shapes, tmp_path):
+    """A copy of the data set that a test may spoil."""
+    subprocess.run(['cp', '-r', shapes, tmp_path / 'broken'], check=True)
+    return tmp_path / 'broken'
+
+
+def spoil_json(edit, split='train'):
+    def spoil(root):
+        path = root / 'annotations' / f'instances_{split}.json'
+        coco = json.loads(path.read_text())
+        edit(coco)
+        path.write_text(json.dumps(coco))
+
+    return spoil
+
+
+def without_val(root):
+    shutil.rmtree(root / 'val')
+    (root / 'annotations/instances_val.json').unlink()
+
+
+def val_twice(root):
+    shutil.copytree(root / 'val', root / 'val2017')
+    shutil.copy(root / 'annotations/instances_val.json', root / 'annotations/instances_val2017.json')
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'says'),
+    [
+        (lambda root: (root / 'annotations').rename(root / 'elsewhere'), 'images in train lack their annotation file'),
+        (lambda root: (root / 'val').rename(root / 'elsewhere'), 'instances_val.json lacks its images'),
+        (without_val, 'lacks annotations/instances_val*.json and the folder val*'),
+        (val_twice, 'several data sets for val (val, val2017)'),
+        (lambda root: (root / 'annotations/instances_train.json').write_text('<html>'), 'not JSON'),
+        (lambda root: (root / 'annotations/instances_train.json').write_text('[1]'), 'no list of "images"'),
+        (spoil_json(lambda coco: coco.pop('annotations')), 'no list of "annotations"'),
+        (spoil_json(lambda coco: coco['annotations'][0].pop('bbox')), 'one of its "annotations" has no bbox'),
+        (spoil_json(lambda coco: coco['images'].clear()), 'lists no images'),
+        (spoil_json(lambda coco: coco['categories'][0].pop('name')), 'one of its "categories" has no name'),
+        (spoil_json(lambda coco: coco['categories'].clear()), 'lists no categories'),
+        (spoil_json(lambda coco: coco['categories'][0].update(name='star')), 'several of its categories have the name'),
+        (spoil_json(lambda coco: coco['categories'].reverse(), 'val'), 'not the 4 classes trained for (they are in an'),
+        (spoil_json(lambda coco: coco['categories'].pop(), 'val'), 'instances_val.json: its categories are not the 4'),
+        (
+            spoil_json(lambda coco: coco['categories'][0].update(name='ring')),
+            '(it lacks ring and it has circle besides',
+        ),
+        (lambda root: (root / 'train/000003.png').unlink(), 'lacks 1 of the 160 images, first 000003.png'),
+    ],
+)
+def test_unusable_data(monkeypatch, broken_shapes, tmp_path, spoil, says):
+    spoil(broken_shapes)
+    assert says in complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path / 'work', *options(broken_shapes))
+    assert not (tmp_path / 'work').exists()
+
+
+def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tmp_path):
+    spoil_json(lambda coco: coco['categories'].reverse(), 'val')(broken_shapes)
+    spoil_json(lambda coco: coco['categories'].reverse())(broken_shapes)
+    work = ['--work-dir', tmp_path / 'work', *options(broken_shapes)]
+    says = 'not the 4 classes trained for (they are in another order)'
+    assert says in complaint(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', *work)
+    assert says in complaint(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
+
+    converted = tmp_path / 'converted.pth'
+    run_tool(monkeypatch, 'convert_checkpoint', trained / 'epoch_1.pth', converted, '--detector', CONFIG)
+    assert load(converted)['meta']['dataset_meta'] == dict(classes=['circle', 'square', 'triangle', 'star'])
+
+
+def test_images_without_annotations_can_be_predicted_for_submission(monkeypatch, broken_shapes, trained, tmp_path):
+    spoil_json(lambda coco: coco.pop('annotations'), 'val')(broken_shapes)
+    args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', tmp_path / 'work', *options(broken_shapes)]
+    assert 'no list of "annotations"' in complaint(monkeypatch, 'test', *args)
+    out = tmp_path / 'submission'
+    run_tool(monkeypatch, 'test', *args, 'test_evaluator.format_only=True', f'test_evaluator.outfile_prefix={out}')
+    assert json.loads((tmp_path / 'submission.segm.json').read_text())
+
+
+def test_unusable_config_and_checkpoint(monkeypatch, shapes, trained, tmp_path):
+    assert 'config absent.py: no such file' in complaint(monkeypatch, 'train', 'absent.py')
+    assert 'config absent.py: no such file' in complaint(monkeypatch, 'test', 'absent.py', 'absent.pth')
+    text = tmp_path / 'text.pth'
+    text.write_text('not a checkpoint')
+    no_weights = tmp_path / 'epochs.pth'
+    torch.save(dict(epoch=3), no_weights)
+    for path, says in (('absent.pth', 'no such file'), (text, 'not a checkpoint'), (no_weights, 'holds no weights')):
+        assert says in complaint(monkeypatch, 'test', CONFIG, path, '--work-dir', tmp_path, *options(shapes))
+        assert says in complaint(
+            monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', path, *options(shapes)
+        )
+    pretrained = ['model.backbone.init_cfg.type=Pretrained', f'model.backbone.init_cfg.checkpoint={text}']
+    args = [CONFIG, '--work-dir', tmp_path, *options(shapes), *pretrained]
+    assert 'not a checkpoint' in complaint(monkeypatch, 'train', *args)
+    for option, says in (
+        ('model.backbone.conditioning.lam=2.0', 'made with conditioning'),
+        ('model.rpn_head.anchor_generator.scales=[4,8]', 'does not fit the configured model'),
+    ):
+        args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', tmp_path, *options(shapes), option]
+        assert says in complaint(monkeypatch, 'test', *args)

@@ -1,0 +1,148 @@
+"""The fast evaluator has every figure of pycocotools."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from mmdet.registry import METRICS
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import spec_mmdet.evaluation.metrics
+from spec_mmdet import InputError
+from spec_mmdet.evaluation.metrics import fast_evaluation
+
+ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class's first detection alone, where it is right
+
+
+def evaluated(evaluator, truth: dict, found: list[dict], kind: str, **params):
+    coco = COCO()
+    coco.dataset = copy.deepcopy(truth)
+    coco.createIndex()
+    other = dict(bbox='segmentation', segm='bbox')[kind]
+    evaluation = evaluator(coco, coco.loadRes([{k: v for k, v in d.items() if k != other} for d in found]), kind)
+    for name, value in params.items():
+        setattr(evaluation.params, name, value)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def require_equal(truth: dict, found: list[dict], kind: str, **params) -> np.ndarray:
+    """Compare all figures of the two evaluators and return the 12 numbers."""
+    theirs, ours = (evaluated(e, truth, found, kind, **params) for e in (COCOeval, fast_evaluation))
+    assert np.array_equal(theirs.eval['recall'], ours.eval['recall'])
+    assert np.array_equal(theirs.eval['scores'], ours.eval['scores'])
+    precision = theirs.eval['precision']
+    assert np.array_equal(np.where(precision == ALONE, 1, precision), ours.eval['precision'])
+    assert np.abs(theirs.stats - ours.stats).max() < 2 * np.spacing(1)
+    if not (precision == ALONE).any():
+        assert np.array_equal(theirs.stats, ours.stats)
+    return theirs.stats
+
+
+def polygon(box: list[float]) -> list[list[float]]:
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x + w / 3, y + h]]
+
+
+def rle(box: list[float]) -> dict:
+    code = mask_utils.frPyObjects(polygon(box), 64, 64)[0]
+    return dict(code, counts=code['counts'].decode())
+
+
+def scene(rng: np.random.Generator, per_image: int) -> tuple[dict, list[dict]]:
+    """Six images with crowds, objects of every area, empty images, classes without objects, and tied scores."""
+    annotations, found = [], []
+
+    def rectangle() -> list[float]:
+        return [*rng.uniform(0, 50, 2), *rng.uniform(1, 40, 2) * rng.choice([0.2, 1, 3])]
+
+    for image_id in range(1, 7):
+        for _ in range(rng.integers(6)):
+            box, crowd = rectangle(), int(rng.random() < 0.2)
+            annotation = dict(image_id=image_id, category_id=int(rng.integers(1, 4)), iscrowd=crowd, bbox=box)
+            annotation.update(id=len(annotations) + 1, area=box[2] * box[3] * rng.choice([1, 50, 300]))
+            annotations.append(dict(annotation, segmentation=rle(box) if crowd else polygon(box)))
+        for _ in range(rng.integers(per_image) if rng.random() < 0.8 else 0):
+            box, category = rectangle(), int(rng.integers(1, 4))
+            if annotations and rng.random() < 0.7:
+                near = annotations[rng.integers(len(annotations))]
+                category = near['category_id']
+                box = (np.array(near['bbox']) + rng.normal(0, rng.choice([0, 1, 4]), 4)).clip(0.5).tolist()
+            score = round(rng.random(), int(rng.choice([1, 9])))
+            found.append(dict(image_id=image_id, category_id=category, score=score, bbox=box, segmentation=rle(box)))
+    images = [dict(id=i, height=64, width=64, file_name='') for i in range(1, 7)]
+    return dict(
+        images=images, annotations=annotations, categories=[dict(id=c, name=str(c)) for c in range(1, 5)]
+    ), found
+
+
+@pytest.mark.parametrize('per_image', [12, 130])
+def test_random_detections(per_image):
+    rng = np.random.default_rng(per_image)
+    for _ in range(8):
+        truth, found = scene(rng, per_image)
+        for kind in ('bbox', 'segm'):
+            require_equal(truth, found, kind)
+            require_equal(truth, found, kind, maxDets=[100, 300, 1000])  # as MMDetection has it
+    require_equal(truth, found, 'bbox', maxDets=[100, 300, 1000], useCats=0)  # as for proposals
+
+
+def perturbed(coco: COCO) -> list[dict]:
+    """The objects of two images in three as detections, moved a little, some twice, with coarse scores."""
+    rng = np.random.default_rng(0)
+    found = []
+    for annotation in coco.dataset['annotations']:
+        if annotation['image_id'] % 3:
+            image, code = coco.imgs[annotation['image_id']], coco.annToRLE(annotation)
+            mask = np.roll(mask_utils.decode(code), rng.integers(-3, 4, 2), axis=(0, 1))
+            for _ in range(rng.integers(1, 3)):
+                box = np.array(annotation['bbox']) * np.exp(rng.normal(0, 0.05, 4))
+                code = mask_utils.encode(np.asfortranarray(mask))
+                found.append(
+                    dict(
+                        image_id=image['id'],
+                        category_id=annotation['category_id'],
+                        score=round(rng.random(), 2),
+                        bbox=box.tolist(),
+                        segmentation=dict(code, counts=code['counts'].decode()),
+                    )
+                )
+    return found
+
+
+def test_coco(coco_mini):
+    coco = COCO(str(coco_mini / 'annotations' / 'instances_val2017.json'))
+    for kind in ('bbox', 'segm'):
+        assert 0.1 < require_equal(coco.dataset, perturbed(coco), kind)[0] < 0.9
+
+
+def test_fast_coco_metric_reports_what_coco_metric_reports(tmp_path):
+    truth, found = scene(np.random.default_rng(1), 30)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    reported = []
+    for kind in ('CocoMetric', 'FastCocoMetric'):
+        cfg = dict(type=kind, ann_file=str(tmp_path / 'truth.json'), metric=['bbox', 'segm'], classwise=True)
+        metric = METRICS.build(cfg)
+        metric.dataset_meta = dict(classes=('1', '2', '3', '4'))
+        metric.results = []
+        for image_id in range(1, 7):
+            own = [d for d in found if d['image_id'] == image_id]
+            boxes = np.array([d['bbox'] for d in own]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            result = dict(img_id=image_id, bboxes=boxes, scores=np.array([d['score'] for d in own]))
+            result.update(labels=[d['category_id'] - 1 for d in own], masks=[dict(d['segmentation']) for d in own])
+            metric.results.append((dict(width=64, height=64, img_id=image_id), result))
+        reported.append(metric.compute_metrics(metric.results))
+    assert reported[0]['bbox_mAP'] > 0.01
+    np.testing.assert_equal(reported[1], reported[0])
+
+
+def test_without_faster_coco_eval(monkeypatch):
+    monkeypatch.setattr(spec_mmdet.evaluation.metrics, 'find_spec', lambda name: None)
+    with pytest.raises(InputError, match='pip install faster-coco-eval'):
+        METRICS.build(dict(type='FastCocoMetric'))

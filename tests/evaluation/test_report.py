@@ -1,0 +1,197 @@
+"""The report of an evaluation: its figures are those of pycocotools, and a browser shows all of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, complaint, run_tool
+from mmengine.config import Config
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from spec_mmdet.data import shapes
+from spec_mmdet.data.folders import set_classes
+from spec_mmdet.evaluation import report
+
+CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
+NAMES = ('circle', 'square', 'triangle', 'star')
+
+
+def detections(coco: COCO, rng: np.random.Generator) -> list[dict]:
+    """Objects moved, mistaken, found twice or not at all, and boxes on nothing."""
+    found = []
+    for annotation in coco.dataset['annotations']:
+        code = mask_utils.encode(np.asfortranarray(coco.annToMask(annotation)))
+        code = dict(code, counts=code['counts'].decode())
+        for _ in range(rng.integers(3)):
+            box = np.array(annotation['bbox']) + rng.normal(0, 2, 4)
+            category = annotation['category_id'] if rng.random() < 0.7 else int(rng.integers(1, 4))
+            entry = dict(image_id=annotation['image_id'], category_id=category, score=round(rng.random(), 3))
+            found.append(dict(entry, bbox=box.clip(1).tolist(), segmentation=code))
+    return found
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Images with a crowd, one without any object, and a class without any."""
+    shapes.write_split(tmp_path, 'val', 30, 96, np.random.default_rng(3))
+    path = tmp_path / 'annotations' / 'instances_val.json'
+    coco = json.loads(path.read_text())
+    coco['annotations'] = [a for a in coco['annotations'] if a['image_id'] != 2 and a['category_id'] != 4]
+    assert any(a['iscrowd'] for a in coco['annotations'])
+    path.write_text(json.dumps(coco))
+    return tmp_path
+
+
+def settings(root: Path) -> dict:
+    return {
+        'test_dataloader.dataset.data_root': f'{root}/',
+        'test_evaluator.ann_file': str(root / 'annotations' / 'instances_val.json'),
+    }
+
+
+def write_report(root: Path, found: list[dict]) -> str:
+    """The page for these detections."""
+    folder = root / 'report'
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(settings(root))
+    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
+    report.prepare(folder, cfg)
+    prefix = cfg.test_evaluator.outfile_prefix
+    folder.mkdir()
+    for kind in ('bbox', 'segm'):
+        Path(f'{prefix}.{kind}.json').write_text(json.dumps(found))
+    report.write(folder, cfg, 'epoch_<3>.pth', 'python tools/test.py --report "a & b"')
+    return (folder / 'index.html').read_text('utf-8')
+
+
+def table(page: str, name: str) -> list[list[str]]:
+    (content,) = re.findall(f'<table id="{name}">(.*?)</table>', page, re.DOTALL)
+    rows = [re.findall('<td>(.*?)</td>', row) for row in re.findall('<tr>(.*?)</tr>', content, re.DOTALL)]
+    return [row for row in rows if row]
+
+
+def pycocotools(coco: COCO, found: list[dict], kind: str, **params) -> COCOeval:
+    other = dict(bbox='segmentation', segm='bbox')[kind]
+    evaluation = COCOeval(coco, coco.loadRes([{k: v for k, v in d.items() if k != other} for d in found]), kind)
+    for name, value in params.items():
+        setattr(evaluation.params, name, value)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    if not params:
+        evaluation.summarize()
+    return evaluation
+
+
+def printed(value: float) -> str:
+    return '–' if value == -1 else f'{value:.3f}'
+
+
+def mean(precision: np.ndarray) -> float:
+    return precision[precision > -1].mean() if (precision > -1).any() else -1
+
+
+def test_figures_are_those_of_pycocotools(data):
+    path = str(data / 'annotations' / 'instances_val.json')
+    found = detections(COCO(path), np.random.default_rng(0))
+    page = write_report(data, found)
+
+    boxes, masks = (pycocotools(COCO(path), found, kind) for kind in ('bbox', 'segm'))
+    assert 0.1 < boxes.stats[0] < 0.9
+    assert table(page, 'stats') == [['Boxes', *map(printed, boxes.stats)], ['Masks', *map(printed, masks.stats)]]
+    objects = [a for a in COCO(path).dataset['annotations'] if not a['iscrowd']]
+    expected = []
+    for i, name in enumerate(NAMES):
+        by_box, by_mask = (e.eval['precision'][:, :, i, 0, -1] for e in (boxes, masks))
+        figures = [printed(mean(figure)) for figure in (by_box, by_mask, by_box[0])]
+        expected.append([name, *figures, str(sum(a['category_id'] == i + 1 for a in objects))])
+    assert table(page, 'classes') == expected
+    assert expected[3] == ['star', '–', '–', '–', '0']
+
+    # Again for the detections with a score alone, which is what counts as found, missed and false positive.
+    sure = [d for d in found if d['score'] >= report.MIN_SCORE]
+    alone = pycocotools(COCO(path), sure, 'bbox', iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
+    entries = [e for e in alone.evalImgs if e]
+    hits = sum(int(((e['dtMatches'] > 0) & ~e['dtIgnore']).sum()) for e in entries)
+    false = sum(int(((e['dtMatches'] == 0) & ~e['dtIgnore']).sum()) for e in entries)
+    assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page and f'{false} false positives' in page
+    outcome_of = report.outcomes(boxes)
+    assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
+    matrix = report.confusion_matrix(boxes, outcome_of)
+    assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
+    assert 'epoch_&lt;3&gt;.pth' in page and 'a &amp; b' in page
+
+
+def test_confusions_by_hand(tmp_path):
+    """A circle taken for a square, a square found twice, a circle missed, a triangle on nothing."""
+    box = dict(a=[0, 0, 10, 10], b=[20, 0, 10, 10], c=[40, 0, 10, 10], nothing=[60, 60, 10, 10])
+    objects = ((1, 1, 'a'), (2, 2, 'b'), (3, 1, 'c'))
+    truth = [dict(id=i, image_id=1, category_id=c, bbox=box[b], area=100, iscrowd=0) for i, c, b in objects]
+    coco = COCO()
+    coco.dataset = dict(images=[dict(id=1)], annotations=truth, categories=[dict(id=c, name=str(c)) for c in (1, 2, 3)])
+    coco.createIndex()
+    found = ((2, 'a', 0.9), (2, 'b', 0.9), (2, 'b', 0.8), (3, 'nothing', 0.7), (1, 'c', 0.2))
+    found = [dict(image_id=1, category_id=c, bbox=box[b], score=score) for c, b, score in found]
+    evaluation = pycocotools(coco, found, 'bbox')
+    matrix = report.confusion_matrix(evaluation, report.outcomes(evaluation))
+    assert matrix.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]
+
+
+CHECK = """
+<script>addEventListener('load', () => {
+  const images = [...document.images], root = document.documentElement;
+  root.dataset.images = images.length + ' ' + images.filter(image => image.complete && image.naturalWidth > 0).length;
+  root.dataset.fits = root.scrollWidth <= innerWidth;
+})</script></body>"""
+
+
+def test_in_a_browser(data, tmp_path):
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None:
+        pytest.skip('no chromium or google-chrome to look at the page with')
+    path = str(data / 'annotations' / 'instances_val.json')
+    found = detections(COCO(path), np.random.default_rng(0))
+    checked = tmp_path / 'checked.html'
+    checked.write_text(write_report(data, found).replace('</body>', CHECK), 'utf-8')
+    for size in ('1366,768', '1440,900'):
+        command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={size}', '--dump-dom']
+        command += ['--virtual-time-budget=5000', f'--user-data-dir={tmp_path / "profile"}', checked.as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert f'data-images="{2 + report.WORST} {2 + report.WORST}"' in shown
+        assert 'data-fits="true"' in shown
+    assert table(shown, 'stats')[0] == ['Boxes', *map(printed, pycocotools(COCO(path), found, 'bbox').stats)]
+
+
+def test_the_command(monkeypatch, data, tmp_path):
+    """With an untrained detector that finds nothing."""
+    import torch
+    from mmdet.registry import MODELS
+
+    cfg = Config.fromfile(CONFIG)
+    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
+    checkpoint = tmp_path / 'untrained.pth'
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), checkpoint)
+    options = dict(settings(data), **{'model.test_cfg.rcnn.score_thr': 1.1})
+    options = [f'{key}={value}' for key, value in options.items()]
+    args = [CONFIG, checkpoint, '--work-dir', tmp_path / 'work', '--cfg-options', *options]
+    folder = tmp_path / 'a' / 'report'
+    for _ in range(2):  # the second replaces the first
+        run_tool(monkeypatch, 'test', *args, '--report', folder)
+        page = (folder / 'index.html').read_text('utf-8')
+        assert table(page, 'stats')[0][1:4] == ['0.000'] * 3 and '<b>0 of ' in page
+        assert f'tools/test.py {CONFIG} {checkpoint} --work-dir' in page and f'--report {folder}' in page
+
+    (data / 'val' / 'index.html').write_text("somebody's")
+    for other in (data / 'val', checkpoint):
+        assert 'other than a report' in complaint(monkeypatch, 'test', *args, '--report', other)
+    for option in ('test_evaluator.format_only=True', 'test_evaluator.metric=segm'):
+        assert "the metric 'bbox'" in complaint(monkeypatch, 'test', *args, option, '--report', tmp_path / 'new')
+    assert 'needs a CocoMetric' in complaint(
+        monkeypatch, 'test', *args, 'test_evaluator.type=VOCMetric', '--report', tmp_path / 'new'
+    )
+    assert not (tmp_path / 'new').exists()

@@ -1,0 +1,60 @@
+"""The Jacobians that the instruments report, against autograd's, of whole layers in a running backbone."""
+
+import pytest
+import torch
+from torch.func import functional_call, jacrev
+
+from spec_mmdet import SpecXCiT
+from spec_mmdet.models.jacobians import jacobian_spectra
+
+ARCH = dict(dim=16, depth=6, num_heads=2)
+
+
+@pytest.mark.parametrize('conditioning', [None, dict(type='identity', lam=2.0), dict(type='svd')])
+def test_layer_jacobians_equal_autograds(conditioning):
+    model = SpecXCiT(ARCH, 16, conditioning)
+    for name, parameter in model.named_parameters():
+        if 'attn' in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    image = torch.randn(1, 3, 80, 96)  # 30 tokens
+    spectra = jacobian_spectra(model, image)
+    assert [s.name for s in spectra] == [f'blocks.{i}.attn' for i in range(6)]
+    one_head = jacobian_spectra(model, image, heads=1)
+
+    model = model.double().eval()
+    for block, spectrum, sample in zip(model.blocks, spectra, one_head, strict=True):
+        attention = block.attn
+        inputs = []
+        handle = attention.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            model(image.double())
+        handle.remove()
+        parameters = {k: p.detach() for k, p in attention.named_parameters()}
+        parameters |= {'proj.weight': torch.eye(16).double(), 'proj.bias': torch.zeros(16).double()}
+
+        def forward(weight, bias, attention=attention, parameters=parameters, x=inputs[0]):
+            parameters = {**parameters, 'qkv.weight': weight, 'qkv.bias': bias}
+            return functional_call(attention, parameters, (x,))[0]
+
+        by_weight, by_bias = jacrev(forward, argnums=(0, 1))(parameters['qkv.weight'], parameters['qkv.bias'])
+        J = torch.cat([by_weight.flatten(2), by_bias], dim=2)  # tokens, channels, weights and biases
+        tokens = torch.cat([inputs[0][0], torch.ones(30, 1).double()], 1)
+        rank = int(torch.linalg.matrix_rank(tokens))
+        assert rank == 16  # of 17: LayerNorm's output adds up to nothing
+        for found, rows, heads in ((spectrum, J, 2), (sample, J[:, :8], 1)):
+            sigma = torch.linalg.svdvals(rows.flatten(0, 1))
+            assert len(found.heads) == heads
+            assert found.num_heads == 2
+            assert found.sigma_max == pytest.approx(sigma[0].item(), rel=1e-6)
+            assert found.sigma_min == pytest.approx(sigma[rank * 8 * heads - 1].item(), rel=1e-5)
+            assert found.kappa == found.sigma_max / found.sigma_min
+
+
+def test_the_model_is_left_as_it_was():
+    model = SpecXCiT(ARCH, 16, dict(type='identity'))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    jacobian_spectra(model, torch.randn(1, 3, 64, 64))
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) and value.dtype == before[key].dtype

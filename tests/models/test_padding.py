@@ -1,0 +1,74 @@
+"""What an image is batched with must not change its features, where the padding is known."""
+
+import pytest
+import torch
+from conftest import ROOT
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+
+from spec_mmdet import SpecXCiT
+from spec_mmdet.models.attention import xca_gram, xca_plain
+
+ARCH = dict(dim=32, depth=6, num_heads=4)
+SIZES = [(70, 101), (96, 64), (41, 130)]
+
+
+def preprocessor(**changes):
+    config = dict(type='MaskedDataPreprocessor', mean=[0.0] * 3, std=[1.0] * 3, pad_size_divisor=32)
+    return MODELS.build(config | changes)
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@pytest.mark.parametrize('patch_size', [8, 16])
+@pytest.mark.parametrize('conditioning', [None, dict(type='identity', lam=3.0)])
+def test_features_are_those_of_the_image_alone(form, patch_size, conditioning):
+    model = SpecXCiT(ARCH, patch_size, conditioning).double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not name.endswith('lam'):
+            tensor.copy_(torch.rand_like(tensor) + 0.5 if 'var' in name else 0.3 * torch.randn_like(tensor))
+    for block in model.blocks:
+        block.attn.gram_from = 0 if form == 'gram' else 1000
+    images = [torch.randint(256, (3, *size)) for size in SIZES]
+    inputs = preprocessor()(dict(inputs=images, data_samples=None))['inputs'].double()
+    assert inputs.shape == (3, 4, 96, 160)
+    with torch.no_grad():
+        masked, unmasked = model.taps(inputs), model.taps(inputs[:, :3])
+        for i, image in enumerate(images):
+            for tap, told, untold in zip(model.taps(image[None].double()), masked, unmasked, strict=True):
+                h, w = tap.shape[-2:]
+                torch.testing.assert_close(told[i, :, :h, :w], tap[0], rtol=0, atol=1e-10)
+                assert not told[i, :, h:].any() and not told[i, :, :, w:].any()
+                assert (untold[i, :, :h, :w] - tap[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('form', [xca_plain, xca_gram])
+def test_padding_gets_no_gradient_through_the_attention(form):
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 9, 1, dtype=torch.float64)
+    mask[0, 5:] = 0
+    weights = [torch.randn(*shape, dtype=torch.float64) for shape in ((24, 8), (24,), (8, 8), (8,), (2, 1, 1))]
+    y = form(x, *weights, mask)
+    torch.testing.assert_close(y[:1, :5], form(x[:1, :5], *weights))
+    (by_x,) = torch.autograd.grad(y[0, :5].sum(), x)
+    assert not by_x[0, 5:].any() and by_x[0, :5].all()
+
+
+def test_batch_augmentations_are_refused():
+    with pytest.raises(ValueError, match='batch_augments'):
+        preprocessor(batch_augments=[dict(type='BatchFixedSizePad', size=(128, 128))])
+
+
+def test_a_masked_detector_trains(coco_mini):
+    """The option, on real images of different sizes: a loss, and gradients for the whole backbone."""
+    cfg = Config.fromfile(ROOT / 'configs' / 'xcit_spec_overfit.py')
+    cfg.merge_from_dict({'model.data_preprocessor.type': 'MaskedDataPreprocessor'})
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(data_root=str(coco_mini), ann_file='annotations/instances_train2017.json', indices=4)
+    dataset.data_prefix = dict(img='train2017/')
+    dataset = DATASETS.build(dataset)
+    model = MODELS.build(cfg.model)
+    data = model.data_preprocessor(pseudo_collate([dataset[i] for i in range(2)]), True)
+    losses = model(**data, mode='loss')
+    model.parse_losses(losses)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.backbone.blocks.parameters())

@@ -1,0 +1,226 @@
+"""The backbone against timm's XCiT with the same weights, and what a detector asks of it."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmdet.registry import MODELS
+from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from spec_mmdet import InputError, SpecXCiT
+from spec_mmdet.conditioning import identity_correction, svd_correction
+from spec_mmdet.models import xcit
+
+TINY = dict(dim=32, depth=6, num_heads=4)
+CONDITIONINGS = [None, dict(type='identity', lam=10.0), dict(type='svd')]
+
+
+def randomized(model):
+    """Weights away from their initial values, so that a permuted or forgotten one shows."""
+    for name, tensor in model.named_parameters():
+        tensor.data.add_(torch.randn_like(tensor) * (0.3 if 'temperature' in name or 'gamma' in name else 0.05))
+    for name, buffer in model.named_buffers():
+        if 'running' in name:
+            buffer.uniform_(0.5, 1.5)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+@pytest.mark.parametrize('patch_size', [8, 16])
+def test_taps_equal_timm(patch_size, conditioning):
+    theirs = randomized(timm.create_model(f'xcit_nano_12_p{patch_size}_224', pretrained=False))
+    weights = {
+        k.replace('pos_embed.', 'pos_embeder.'): v.clone()
+        for k, v in theirs.state_dict().items()
+        if not k.startswith(('cls_', 'norm', 'head'))
+    }
+    ours = SpecXCiT('nano_12', patch_size).double().eval()
+    assert not ours.load_state_dict(weights, strict=False).unexpected_keys
+    if conditioning:
+        # Our correction is computed from the weights; theirs is added to W here, by the formulas.
+        conditioned = SpecXCiT('nano_12', patch_size, conditioning).double().eval()
+        for i, block in enumerate(theirs.blocks):
+            W = block.attn.qkv.weight.data.unflatten(0, (3, -1))
+            C = identity_correction(W, 10.0) if conditioning['type'] == 'identity' else svd_correction(W)
+            W += C
+            weights[f'blocks.{i}.attn.correction.' + ('lam' if conditioning['type'] == 'identity' else 'C')] = (
+                torch.tensor(10.0) if conditioning['type'] == 'identity' else C.flatten(0, 1)
+            )
+        assert not conditioned.load_state_dict(weights, strict=False).unexpected_keys
+        plain, ours = ours, conditioned
+    image = torch.randn(2, 3, 72, 100, dtype=torch.float64)
+    with torch.no_grad():
+        taps = ours.taps(image)
+        expected = theirs.forward_intermediates(image, indices=[3, 5, 7, 11], intermediates_only=True)
+        for ours_i, theirs_i in zip(taps, expected):
+            assert (ours_i - theirs_i).norm() / theirs_i.norm() < 1e-10
+        if conditioning:
+            assert (plain.taps(image)[-1] - taps[-1]).norm() / taps[-1].norm() > 1e-3
+
+
+def test_an_mlp_of_many_tokens_at_a_time_is_that_of_all():
+    mlp, x, gamma = xcit.MLP(8).double(), torch.randn(2, 9000, 8, dtype=torch.float64), torch.randn(8).double()
+    with torch.no_grad():
+        expected = gamma * mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))
+        torch.testing.assert_close(mlp(x, gamma), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('patch_size', [8, 16])
+def test_levels_are_the_rescaled_taps(patch_size):
+    model = randomized(SpecXCiT(TINY, patch_size))
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    taps, levels = model.taps(image), model(image)
+    for level, stride in zip(levels, (4, 8, 16, 32)):
+        assert level.shape == (1, 32, 64 // stride, 96 // stride)
+    pool = torch.nn.functional.max_pool2d
+    if patch_size == 16:
+        assert torch.equal(levels[2], taps[2])
+        assert torch.equal(levels[3], pool(taps[3], 2))
+    else:
+        assert torch.equal(levels[1], taps[1])
+        assert torch.equal(levels[2], pool(taps[2], 2))
+        assert torch.equal(levels[3], pool(taps[3], 4))
+
+
+@settings(max_examples=25)
+@given(st.integers(32, 90), st.integers(32, 90), st.sampled_from([8, 16]))
+def test_any_image_size(height, width, patch_size):
+    model = SpecXCiT(TINY, patch_size).eval()
+    with torch.no_grad():
+        levels = model(torch.randn(1, 3, height, width))
+    for level, stride in zip(levels, (4, 8, 16, 32)):
+        for side, pixels in zip(level.shape[2:], (height, width)):
+            # Strides below the patch size repeat whole patches; those above it leave out the last, partial one.
+            assert pixels // stride <= side <= (pixels // patch_size + 1) * max(patch_size // stride, 1)
+        assert level.isfinite().all()
+
+
+def test_an_image_below_the_coarsest_stride_is_refused():
+    with pytest.raises(ValueError, match='at least 32 pixels'):
+        SpecXCiT(TINY)(torch.zeros(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize('arch', xcit.ARCHS)
+def test_default_taps_end_the_stages(arch):
+    with torch.device('meta'):
+        model = SpecXCiT(arch)
+    assert model.out_indices == ((3, 5, 7, 11) if arch.endswith('12') else (7, 11, 15, 23))
+    assert model.blocks[0].attn.qkv.weight.shape == (3 * xcit.ARCHS[arch]['dim'], xcit.ARCHS[arch]['dim'])
+
+
+def test_position_features_are_computed_once_per_shape(monkeypatch):
+    model = SpecXCiT(TINY).eval()
+    xcit.fourier_features.cache_clear()
+    for _ in range(3):
+        model(torch.randn(2, 3, 64, 64))
+    assert xcit.fourier_features.cache_info().misses == 1
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_checkpointing_changes_nothing_but_memory(conditioning):
+    plain = SpecXCiT(TINY, conditioning=conditioning).double()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.with_cp = True
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for model in (plain, checkpointed):
+        sum(level.square().mean() for level in model(image)).backward()
+    for (name, ours), theirs in zip(plain.named_parameters(), checkpointed.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for (name, ours), theirs in zip(plain.named_buffers(), checkpointed.buffers()):
+        if 'num_batches_tracked' not in name:
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize('stages', [-1, 0, 2, 4])
+def test_frozen_stages(stages):
+    model = SpecXCiT(TINY, frozen_stages=stages).train()
+    frozen_blocks = {-1: 0, 0: 0, 2: 3, 4: 6}[stages]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sum(level.mean() for level in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, parameter in model.named_parameters():
+        frozen = is_frozen(name, stages, frozen_blocks)
+        assert (parameter.grad is None) == frozen, name
+    for name, buffer in model.named_buffers():
+        if 'running_mean' in name:
+            assert torch.equal(buffer, before[name]) == is_frozen(name, stages, frozen_blocks), name
+
+
+def is_frozen(name, stages, frozen_blocks):
+    if name.startswith(('patch_embed', 'pos_embeder')):
+        return stages >= 0
+    return name.startswith('blocks.') and int(name.split('.')[1]) < frozen_blocks
+
+
+def test_correction_is_no_parameter_and_in_the_state_dict():
+    for conditioning, record in (CONDITIONINGS[1], 'lam'), (CONDITIONINGS[2], 'C'):
+        model = SpecXCiT(TINY, conditioning=conditioning)
+        assert not [name for name, _ in model.named_parameters() if 'correction' in name]
+        recorded = [key for key in model.state_dict() if 'correction' in key]
+        assert recorded == [f'blocks.{i}.attn.correction.{record}' for i in range(6)]
+        twin = SpecXCiT(TINY, conditioning=conditioning)
+        twin.load_state_dict(model.state_dict())
+        image = torch.randn(1, 3, 64, 64)
+        assert torch.equal(model.eval()(image)[0], twin.eval()(image)[0])
+
+
+@pytest.mark.parametrize('load', [torch.nn.Module.load_state_dict, mmengine_load_state_dict])
+@pytest.mark.parametrize('saved', range(4))
+@pytest.mark.parametrize('configured', range(4))
+def test_another_conditioning_is_refused(saved, configured, load):
+    choices = [*CONDITIONINGS, dict(type='identity', lam=2.0)]
+    weights = SpecXCiT(TINY, conditioning=choices[saved]).state_dict()
+    model = torch.nn.ModuleDict(dict(backbone=SpecXCiT(TINY, conditioning=choices[configured])))
+    weights = {f'backbone.{k}': v for k, v in weights.items()}
+    if saved == configured:
+        load(model, weights, strict=False)
+    else:
+        with pytest.raises(InputError, match='made with conditioning='):
+            load(model, weights, strict=False)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(arch='small_13'),
+        dict(arch=dict(dim=32, depth=6)),
+        dict(arch=dict(dim=36, depth=6, num_heads=4)),
+        dict(patch_size=4),
+        dict(out_indices=(0, 1, 2)),
+        dict(out_indices=(0, 2, 1, 3)),
+        dict(out_indices=(0, 1, 2, 6)),
+        dict(frozen_stages=5),
+        dict(conditioning=dict(type='polar')),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(ValueError):
+        SpecXCiT(**{'arch': TINY, **wrong})
+
+
+def test_registered_and_initialised_from_a_checkpoint(tmp_path):
+    torch.save(SpecXCiT(TINY).state_dict(), tmp_path / 'backbone.pth')
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth'))
+    model = MODELS.build(dict(type='SpecXCiT', arch=TINY, norm_cfg=dict(type='SyncBN'), init_cfg=pretrained))
+    model.init_weights()
+    for key, value in torch.load(tmp_path / 'backbone.pth').items():
+        assert torch.equal(model.state_dict()[key], value)
+    assert isinstance(model.blocks[0].local_mp.bn, torch.nn.SyncBatchNorm)
+
+
+def test_compiled_blocks_compute_the_same_with_few_compilations():
+    counter = CompileCounterWithBackend('aot_eager')
+    model = SpecXCiT(TINY, compile=dict(dynamic=True, backend=counter)).double()
+    plain = SpecXCiT(TINY).double()
+    plain.load_state_dict(model.state_dict())
+    for size in (64, 96, 128, 160, 192, 224, 256):
+        image = torch.randn(1, 3, size, size + 32, dtype=torch.float64)
+        for ours, theirs in zip(model(image), plain(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    compilations = counter.frame_count
+    sum(f.sum() for f in model(torch.randn(1, 3, 320, 288, dtype=torch.float64))).backward()
+    assert counter.frame_count == compilations <= 12  # of six blocks on seven sizes
+    assert all(p.grad is not None for p in model.blocks.parameters())
