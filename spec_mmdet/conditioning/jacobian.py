@@ -199,7 +199,8 @@ def xca_singular_values(
         temperature: the head's.
 
     Returns:
-        sigma_min and sigma_max. The former is 0 where A is singular to working precision.
+        sigma_min and sigma_max. The former has a relative error of up to about 1e-16 kappa(A)^2, and is 0 where A is
+        singular to working precision.
     """
     tolerance = max(X.shape) * torch.finfo(X.dtype).eps
     X, W_Q, W_K, W_V = (M.detach().double() for M in (X, W_Q, W_K, W_V))

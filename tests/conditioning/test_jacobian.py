@@ -90,7 +90,11 @@ def test_xca_singular_values_equal_those_of_the_whole_jacobian(N, D, k, log_scal
     sigma = torch.linalg.svdvals(torch.cat(xca_jacobian(X, *W, 1.5), 1))
     sigma_min, sigma_max = xca_singular_values(X, *W, 1.5)
     assert sigma_max == pytest.approx(sigma[0].item(), rel=1e-6)
-    assert sigma_min == pytest.approx(sigma[rank * k - 1].item(), rel=1e-5, abs=1e-13 * sigma_max)
+    # Its inverse is squared on the way.
+    Q, K = (torch.nn.functional.normalize(X @ M, dim=0) for M in W[:2])
+    kappa = condition_number((1.5 * Q.T @ K).softmax(dim=1)).item()
+    rel = max(1e-5, torch.finfo(torch.float64).eps * kappa**2)
+    assert sigma_min == pytest.approx(sigma[rank * k - 1].item(), rel=rel, abs=1e-13 * sigma_max)
 
 
 def draws(count):

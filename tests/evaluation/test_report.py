@@ -184,7 +184,7 @@ def test_the_command(monkeypatch, data, tmp_path):
         run_tool(monkeypatch, 'test', *args, '--report', folder)
         page = (folder / 'index.html').read_text('utf-8')
         assert table(page, 'stats')[0][1:4] == ['0.000'] * 3 and '<b>0 of ' in page
-        assert f'tools/test.py {CONFIG} {checkpoint} --work-dir' in page and f'--report {folder}' in page
+        assert f'spec-mmdet test {CONFIG} {checkpoint} --work-dir' in page and f'--report {folder}' in page
 
     (data / 'val' / 'index.html').write_text("somebody's")
     for other in (data / 'val', checkpoint):
