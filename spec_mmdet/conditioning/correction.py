@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .rows import Stack
 
 
 def condition_number(W: Tensor, rank: int | None = None) -> Tensor:
@@ -77,6 +78,7 @@ class Correction(nn.Module):
         per_head: correct each head's D / heads rows as a matrix of their own, not each projection as a whole.
         blocks: how many projections are stacked along the first dimension; each is corrected by itself.
         heads: the attention's heads, for the per-head form.
+        stack: where the projections are in ``weight``, if not one below the other; in the place of blocks and heads.
 
     Raises:
         ValueError: on an unknown type, a ``lam`` that is not positive, one given to the 'svd' form, or rows that
@@ -91,8 +93,12 @@ class Correction(nn.Module):
         per_head: bool = False,
         blocks: int = 3,
         heads: int = 1,
+        stack: Stack | None = None,
     ) -> None:
         super().__init__()
+        self.stack = stack
+        if stack is not None:
+            weight, blocks, heads = stack.take(weight), len(stack.roles), stack.heads or 1
         self.split = (blocks, heads, -1) if per_head else (blocks, -1)
         if len(weight) % (blocks * heads if per_head else blocks):
             raise ValueError(
@@ -113,11 +119,15 @@ class Correction(nn.Module):
             raise ValueError(f"conditioning: type must be 'identity' or 'svd', got {type!r}")
 
     def forward(self, W: Tensor) -> Tensor:
-        """W + C, shape (blocks * D, k)."""
+        """W + C, in the shape of W."""
+        if self.stack is not None:
+            return W + self.correction(W)
         return (W.unflatten(0, self.split) + self._blocks(W)).flatten(0, -2)
 
     def correction(self, W: Tensor) -> Tensor:
-        """C, shape (blocks * D, k), in the dtype and on the device of W, of which the identity form takes no more."""
+        """C, in the shape of W, its dtype and on its device, of which the identity form takes no more."""
+        if self.stack is not None:
+            return self.stack.put(self._blocks(self.stack.take(W)).flatten(0, -2), W)
         return self._blocks(W).flatten(0, -2)
 
     def _blocks(self, W: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import InputError
 from .correction import Correction
+from .rows import Stack
 
 # How the modules of timm, transformers, diffusers and mmdet name the linear layers that hold the projections.
 _LAYOUTS = (
@@ -26,55 +27,75 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Projection:
-    """A weight of an attention module that holds query, key or value projections, stacked along its rows.
+    """Query, key or value projections of one shape that an attention module holds in one weight.
 
     Attributes:
         name: where it is in the model, for instance 'blocks.0.attn.qkv'.
-        roles: which projections are stacked in it, in order: 'QKV', 'KV', 'Q', 'K' or 'V'.
+        stack: which projections they are, and which rows of the weight they take.
         attention: the attention module.
         module: the module that owns the weight: a linear layer, or the attention module itself.
         tensor: the weight's name in it.
     """
 
     name: str
-    roles: str
+    stack: Stack
     attention: nn.Module
     module: nn.Module
     tensor: str = 'weight'
 
     @property
+    def roles(self) -> str:
+        """Which projections they are: 'QKV', 'KV', 'Q', 'K' or 'V', for instance."""
+        return self.stack.roles
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads each of the projections has, where that is known."""
+        return self.stack.heads
+
+    @property
     def correction(self) -> Correction | None:
         """What is added to the weight, if it is conditioned."""
-        if parametrize.is_parametrized(self.module, self.tensor):
-            for parametrization in self.module.parametrizations[self.tensor]:
-                if isinstance(parametrization, Correction):
-                    return parametrization
+        for correction in corrections(self.module, self.tensor):
+            if correction.stack in (None, self.stack):
+                return correction
         own = getattr(self.attention, 'correction', None)
         return own if isinstance(own, Correction) else None
 
     @property
+    def weight(self) -> Tensor:
+        """The trained weight without its correction, as its module stores it."""
+        if parametrize.is_parametrized(self.module, self.tensor):
+            return self.module.parametrizations[self.tensor].original
+        return getattr(self.module, self.tensor)
+
+    @property
     def W(self) -> Tensor:
         """The trained weight, without its correction, shape (projections, D, k), in torch's layout (rows: outputs)."""
-        if parametrize.is_parametrized(self.module, self.tensor):
-            weight = self.module.parametrizations[self.tensor].original
-        else:
-            weight = getattr(self.module, self.tensor)
-        return weight.detach().unflatten(0, (len(self.roles), -1))
+        return self._blocks(self.weight.detach())
 
     @property
     def W_plus_C(self) -> Tensor | None:
         """W + C, shape of W; None where there is no correction."""
-        if self.correction is None:
-            return None
-        return self.correction(self.W.flatten(0, 1)).unflatten(0, (len(self.roles), -1))
+        return None if self.correction is None else self._blocks(self.correction(self.weight.detach()))
 
-    @property
-    def heads(self) -> int | None:
-        """The attention's number of heads, where it says so."""
-        for name in ('num_heads', 'num_attention_heads', 'heads'):
-            if isinstance(getattr(self.attention, name, None), int):
-                return getattr(self.attention, name)
-        return None
+    def make_correction(self, type: str = 'identity', lam: float | None = None, per_head: bool = False) -> Correction:
+        """The correction that these projections would get, for the weight as its module stores it.
+
+        Raises:
+            ValueError: on arguments that :class:`Correction` refuses.
+        """
+        return Correction(self.weight, type, lam, per_head, stack=self.stack)
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        return self.stack.take(weight).unflatten(0, (len(self.roles), -1))
+
+
+def corrections(module: nn.Module, tensor: str) -> list[Correction]:
+    """The corrections that parametrize a module's tensor."""
+    if not parametrize.is_parametrized(module, tensor):
+        return []
+    return [part for part in module.parametrizations[tensor] if isinstance(part, Correction)]
 
 
 def projections(model: nn.Module) -> Iterator[Projection]:
@@ -84,13 +105,14 @@ def projections(model: nn.Module) -> Iterator[Projection]:
         InputError: where a stacked projection cannot be told into query, key and value.
     """
     for name, module in model.named_modules():
+        heads = _heads(module)
         if isinstance(module, nn.MultiheadAttention):
             if module._qkv_same_embed_dim:
-                yield Projection(f'{name}.in_proj'.lstrip('.'), 'QKV', module, module, 'in_proj_weight')
+                yield Projection(f'{name}.in_proj'.lstrip('.'), Stack('QKV', heads), module, module, 'in_proj_weight')
             else:
                 for role in 'qkv':
                     path = f'{name}.{role}_proj'.lstrip('.')
-                    yield Projection(path, role.upper(), module, module, f'{role}_proj_weight')
+                    yield Projection(path, Stack(role.upper(), heads), module, module, f'{role}_proj_weight')
             continue
         linear = {child: part for child, part in module.named_children() if isinstance(part, nn.Linear)}
         for layout in _LAYOUTS:
@@ -101,5 +123,12 @@ def projections(model: nn.Module) -> Iterator[Projection]:
                 # timm's MaxViT orders the rows of its qkv by head first.
                 if len(roles) > 1 and (linear[child].out_features % len(roles) or getattr(module, 'head_first', False)):
                     raise InputError(f'{path}: its rows are not {", then ".join(roles)}; such a layer is not supported')
-                yield Projection(path, roles, module, linear[child])
+                yield Projection(path, Stack(roles, heads), module, linear[child])
             break
+
+
+def _heads(attention: nn.Module) -> int | None:
+    for name in ('num_heads', 'num_attention_heads', 'heads'):
+        if isinstance(getattr(attention, name, None), int):
+            return getattr(attention, name)
+    return None

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
-from .correction import Correction
 from .projections import projections
 from .spectra import Report, spectra
 
@@ -59,8 +58,7 @@ def condition(
             raise InputError(f'condition: {projection.name} has a parametrization of another kind already')
         if per_head and projection.heads is None:
             raise InputError(f'condition: {projection.name} does not say how many heads it has; leave out per_head')
-        weight, heads = getattr(projection.module, projection.tensor), projection.heads or 1
-        corrections.append(Correction(weight, type, lam, per_head, blocks=len(projection.roles), heads=heads))
+        corrections.append(projection.make_correction(type, lam, per_head))
     for projection, correction in zip(found, corrections):
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
     report = spectra(found)
@@ -87,6 +85,5 @@ def fold(model: nn.Module) -> None:
         if parametrize.is_parametrized(projection.module, projection.tensor):
             parametrize.remove_parametrizations(projection.module, projection.tensor)
         else:
-            weight = getattr(projection.module, projection.tensor)
-            weight.data = projection.correction(weight.data)
+            projection.weight.data = projection.correction(projection.weight.data)
             projection.attention.correction = None

@@ -1,0 +1,111 @@
+"""Which rows of a weight are the query, key and value projections: where they lie, and how a user can say it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Projections of one shape that lie in one weight.
+
+    Attributes:
+        roles: which they are, for instance 'QKV', 'KV' or 'Q'.
+        heads: how many heads each of them has; None where that is not known.
+        index: the rows of the weight that they take, projection by projection and head by head; None for all of them
+            in the order in which they are stored.
+        transposed: whether the weight is stored with its rows as the last dimension, as transformers' Conv1D stores it.
+    """
+
+    roles: str
+    heads: int | None = None
+    index: tuple[int, ...] | None = None
+    transposed: bool = False
+
+    def take(self, weight: Tensor) -> Tensor:
+        """The projections one below the other, shape (projections * D, k), out of a weight as its layer stores it."""
+        rows = weight.flatten(1)  # a 1 x 1 convolution's, too
+        rows = rows.mT if self.transposed else rows
+        return rows if self.index is None else rows[torch.tensor(self.index, device=weight.device)]
+
+    def put(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`take`: a tensor stored as ``weight`` is, with zeros where other rows are."""
+        if self.index is not None:
+            outputs = weight.shape[-1 if self.transposed else 0]
+            index = torch.tensor(self.index, device=weight.device)
+            rows = rows.new_zeros(outputs, rows.shape[1]).index_copy(0, index, rows)
+        return (rows.mT if self.transposed else rows).reshape(weight.shape)
+
+
+# A layout: the blocks of rows of a weight, in order; each the role 'Q', 'K' or 'V', or '-' for rows that are none of
+# these, and the number of rows. Each block is one head's.
+Layout = tuple[tuple[str, int], ...]
+
+
+def parse_layout(text: str) -> Layout:
+    """Read a layout as a user writes it.
+
+    A block of rows is a role (q, k, v, or - for rows that are none of them) and its number of rows; a number before it
+    repeats it, as it does a group in parentheses. Each block is one head's. For instance, with two heads:
+
+        '2q32 2k32 2v32'     all of Q, then all of K, then all of V: as timm's ViT has them
+        '2(q16 k16 v64)'     head by head: as GPT-NeoX and TinyViT have them
+        '2(4q64 k64 v64)'    eight heads of queries that share two of keys and values
+        '2(q64 -64)'         each head's queries and then a gate
+
+    Raises:
+        InputError: if that is not how it is written.
+    """
+    blocks: list[tuple[str, int]] = []
+    rest = text.strip()
+    while rest:
+        item = re.match(r'(\d*)(?:([qkv-])(\d+)(?=\s|$)|\()', rest, re.IGNORECASE)
+        if item is None:
+            raise InputError(f"layout {text!r} cannot be read at {rest!r}; write for instance '8q32 8k32 8v32'")
+        times, end = int(item[1] or 1), item.end()
+        if item[2]:
+            inner: Layout = ((item[2].upper(), int(item[3])),)
+        else:
+            depth = 1
+            while depth and end < len(rest):
+                depth += {'(': 1, ')': -1}.get(rest[end], 0)
+                end += 1
+            if depth:
+                raise InputError(f'layout {text!r}: a parenthesis is not closed')
+            inner = parse_layout(rest[item.end() : end - 1])
+        blocks += times * inner
+        rest = rest[end:].strip()
+    return tuple(blocks)
+
+
+def stacks(layout: Layout, transposed: bool = False) -> list[Stack]:
+    """The projections of a layout, those of one shape stacked together in the order Q, K, V.
+
+    Raises:
+        InputError: if one role's blocks have different numbers of rows.
+    """
+    rows: dict[str, list[range]] = {}
+    start = 0
+    for role, count in layout:
+        rows.setdefault(role, []).append(range(start, start + count))
+        start += count
+    rows.pop('-', None)
+    by_shape: dict[tuple[int, int], str] = {}
+    for role in sorted(rows, key='QKV'.index):
+        if len({len(block) for block in rows[role]}) > 1:
+            raise InputError(f'the heads of {role} have different numbers of rows: {[len(b) for b in rows[role]]}')
+        shape = len(rows[role]), len(rows[role][0])
+        by_shape[shape] = by_shape.get(shape, '') + role
+    found = []
+    for (heads, _), roles in by_shape.items():
+        index: tuple[int, ...] | None = tuple(row for role in roles for block in rows[role] for row in block)
+        if index == tuple(range(start)):
+            index = None
+        found.append(Stack(roles, heads, index, transposed))
+    return found
