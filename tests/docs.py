@@ -1,12 +1,14 @@
-"""Run every command of the README as it is written, in a fresh clone of HEAD with a fresh environment.
+"""Run every command of the README and of docs/ as it is written, in a fresh clone of HEAD with a fresh environment.
 
     python tests/docs.py [--list] [--only TEXT]
 
-Run by `make docs-test`; needs no packages. Commands are the lines of the README's ```shell blocks, its ```python
-blocks, and what its text has in backticks that begins like a command. They run in the README's order, each by itself
-from the clone's root, without a GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is
-there twice runs once. The tables below say what is put in for placeholders, what is appended for brevity and what is
-left out; an entry of theirs that fits nothing in the README is an error. Logs go to work_dirs/docs_test.
+Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ that it links to, in the order
+of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with `_base_` is
+a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that begins like a
+command. They run in the pages' order, each by itself from the clone's root, without a GPU and with the COCO data in
+COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is put in for
+placeholders, what is appended for brevity and what is left out; an entry of theirs that fits nothing in the pages is an
+error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -23,17 +25,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / 'work_dirs' / 'docs_test'
 COCO = Path(os.environ.get('COCO_MINI', ROOT.parent / 'shared' / 'coco_mini'))
 TIMEOUT = 20 * 60  # seconds a command may take
+CONFIG = 'my_detector.py'  # where a page's config is saved
 
-# How text in backticks begins that is a command; options and the names of files are none.
-INLINE = ('python tools/', 'make ', 'tools/dist_train.sh ', 'tools/dist_test.sh ', 'pip ', 'mkdir ')
+# How text in backticks begins that is a command; options and the names of files and of commands are none.
+INLINE = re.compile(
+    r'(python tools/|python -m spec_mmdet |tools/dist_(train|test)\.sh |torchrun |make |pip |mkdir )'
+    r'|spec-mmdet (--|\S+ \S)'
+)
 
-# The keys of the next three tables are commands, or what commands begin with, up to the end of a word.
+# The keys of the next three tables are commands, or what commands begin with, up to the end of a word: as spec-mmdet
+# has them, with the names of configs, whether the page says so or has the files of tools/ and configs/.
 SKIPPED = {
     'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
     'make docs-test': 'is this',
@@ -41,7 +49,7 @@ SKIPPED = {
     'make test-onedl': 'CI runs it',
     'make clean': 'would remove the environment that the other commands need',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
-    'python tools/overfit.py': 'takes 700 iterations; what it runs is tools/train.py and tools/test.py',
+    'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',
 }
 
 # What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
@@ -72,24 +80,27 @@ LAST_EPOCH = 'for last in work_dirs/*/last_checkpoint; do cp "$(cat $last)" $(di
 APPENDED = {
     'pip uninstall': '--yes',
     'pip install --force-reinstall': "&& python -c 'import spec_mmdet, mmdet.apis'",
-    'python tools/train.py configs/xcit_spec_maskrcnn.py': f'{TRAIN}2 && {LAST_EPOCH}',
+    "pip install 'dist": '&& cd made && spec-mmdet flops xcit_spec_maskrcnn',
+    'spec-mmdet train': f'{TRAIN}2 && {LAST_EPOCH}',
     # SyncBN has no form for CPUs, and these processes talk through gloo.
     'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU}',
-    'python tools/test.py': f'--cfg-options {EVALUATE}',
+    'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU}',
+    'spec-mmdet test': f'--cfg-options {EVALUATE}',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
-    'python tools/analyze_conditioning.py': '--max-images 1',
-    'python tools/benchmark.py': '--rounds 1 --sizes 64x64',
-    'python tools/benchmark_evaluator.py': '--images 200',
+    'spec-mmdet analyze': '--max-images 1',
+    'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
+    'spec-mmdet benchmark-evaluator': '--images 200',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
 
-# Those that set up an environment of one's own, in the order of the README; True: begin with a new one.
+# Those that set up an environment of one's own, in the order of the pages; True: begin with a new one.
 OWN = {
     "pip install -e '.[mmdet]'": True,
     "pip install -e '.[onedl]'": True,
     'pip install -e .': False,
     'pip uninstall opencv-python': False,
     'pip install --force-reinstall': False,
+    "pip install 'dist": True,
 }
 
 # What a placeholder stands for, wherever it is a word of its own, the more particular first; relative paths are the
@@ -113,11 +124,13 @@ torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.p
 
 # With --only, what is in a command (as it is run) and the command that has to run before it.
 NEEDS = {
-    'configs/xcit_spec_maskrcnn.py': 'mkdir -p data',
-    'work_dirs/xcit_spec_maskrcnn/': 'python tools/train.py configs/xcit_spec_maskrcnn.py',
+    'xcit_spec_maskrcnn': 'mkdir -p data',
+    'work_dirs/xcit_spec_maskrcnn/': 'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr',
     'work_dirs/demo/': 'make demo',
-    'data/mine': 'python tools/prepare_coco.py IMAGES',
-    'work_dirs/mine/': 'python tools/train.py configs/xcit_spec_maskrcnn.py --data',
+    'data/mine': 'spec-mmdet prepare IMAGES',
+    'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
+    'train my_detector.py': "_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'",
+    'dist/spec_mmdet': 'pip wheel',
     'pip install -e .': "pip install -e '.[onedl]'",
     'opencv-python': "pip install -e '.[onedl]'",
 }
@@ -126,17 +139,36 @@ NEEDS = {
 SEVERAL_ON_CPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
 
 
+# What the files of tools/ call the command that they run.
+TOOLS = {tool.name: re.search(r"run\('(.+)'\)", tool.read_text())[1] for tool in (ROOT / 'tools').glob('*.py')}
+
+
+def as_command(text: str) -> str:
+    """Text with spec-mmdet and the names of configs in it, whichever way it has them."""
+    text = re.sub(r'python tools/(\w+\.py)', lambda match: f'spec-mmdet {TOOLS[match[1]]}', text)
+    return re.sub(r'(?<![\w/])configs/(\w+)\.py', r'\1', text)
+
+
 def begins(text: str, key: str) -> bool:
-    return re.match(re.escape(key) + r'(?![\w-])', text) is not None
+    return re.match(re.escape(key) + r'(?![\w-])', as_command(text)) is not None
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command as the README has it, without its comment, and the line of the README that it begins on."""
+    """A command as a page has it, without its comment, and the line of the page that it begins on."""
 
+    page: str
     line: int
     text: str
     python: bool = False
+
+    @property
+    def config(self) -> bool:
+        return self.python and self.text.startswith('_base_')
+
+    @property
+    def where(self) -> str:
+        return f'{self.page}:{self.line}'
 
     @property
     def title(self) -> str:
@@ -144,7 +176,8 @@ class Command:
 
     @property
     def log(self) -> Path:
-        return LOGS / f'{self.line:03}_{re.sub("[^a-zA-Z0-9]+", "_", self.title)[:60].strip("_")}.log'
+        name = f'{Path(self.page).stem}_{self.line:03}_{self.title}'
+        return LOGS / f'{re.sub("[^a-zA-Z0-9]+", "_", name)[:80].strip("_")}.log'
 
     @property
     def skipped(self) -> str:
@@ -161,35 +194,49 @@ class Command:
         text = self.text
         for name, value in PLACEHOLDERS.items():
             text = re.sub(placeholder(name), lambda match, value=value: value, text)
-        return ' '.join([text, *(value for key, value in APPENDED.items() if begins(text, key))])
+        for key, value in APPENDED.items():
+            if begins(self.text, key):
+                text += ' ' + (value.removeprefix('--cfg-options ') if '--cfg-options' in text else value)
+        return text
 
 
 def placeholder(name: str) -> str:
     return rf'(?<![\w/]){re.escape(name)}(?!\w)'
 
 
-def read_commands(readme: str) -> list[Command]:
-    """The commands of a README, in its order, each once."""
+def read_pages() -> dict[str, str]:
+    """The README and the pages of docs/, by name, in the order in which the README links to them."""
+    readme = (ROOT / 'README.md').read_text()
+    linked = list(dict.fromkeys(re.findall(r'\]\((docs/[\w-]+\.md)', readme)))
+    forgotten = {f'docs/{page.name}' for page in (ROOT / 'docs').glob('*.md')} - {*linked}
+    if forgotten:
+        sys.exit(f'error: the README does not link to {", ".join(sorted(forgotten))}')
+    return {'README.md': readme, **{page: (ROOT / page).read_text() for page in linked}}
+
+
+def read_commands(pages: dict[str, str]) -> list[Command]:
+    """The commands of pages, in their order, each once."""
     commands: dict[str, Command] = {}
 
-    def add(offset: int, text: str, python: bool = False) -> None:
-        commands.setdefault(text, Command(readme.count('\n', 0, offset) + 1, text, python))
+    def add(page: str, offset: int, text: str, python: bool = False) -> None:
+        commands.setdefault(text, Command(page, pages[page].count('\n', 0, offset) + 1, text, python))
 
-    for match in re.finditer(r'^```(\w*)\n(.*?)^```$|`([^`]+)`', readme, re.MULTILINE | re.DOTALL):
-        language, block, inline = match.groups()
-        if inline:
-            text = ' '.join(inline.replace('\\|', '|').split())
-            if text.startswith(INLINE):
-                add(match.start(), text)
-        elif language == 'python':
-            add(match.start(2), block.rstrip(), python=True)
-        elif language == 'shell':
-            for line in re.finditer(r'(?:.*\\\n)*.+', block):
-                text = re.sub(r'(^|\s+)#\s.*', '', line.group().replace('\\\n', '')).strip()
-                if text:
-                    add(match.start(2) + line.start(), text)
-        elif language != 'text':
-            sys.exit(f'error: README.md has a block of {language!r}; use shell, python or, for what is not run, text')
+    for page, content in pages.items():
+        for match in re.finditer(r'^```(\w*)\n(.*?)^```$|`([^`]+)`', content, re.MULTILINE | re.DOTALL):
+            language, block, inline = match.groups()
+            if inline:
+                text = ' '.join(inline.replace('\\|', '|').split())
+                if INLINE.match(text):
+                    add(page, match.start(), text)
+            elif language == 'python':
+                add(page, match.start(2), block.rstrip(), python=True)
+            elif language == 'shell':
+                for line in re.finditer(r'(?:.*\\\n)*.+', block):
+                    text = re.sub(r'(^|\s+)#\s.*', '', line.group().replace('\\\n', '')).strip()
+                    if text:
+                        add(page, match.start(2) + line.start(), text)
+            elif language != 'text':
+                sys.exit(f'error: {page} has a block of {language!r}; use shell, python or, for what is not run, text')
     return list(commands.values())
 
 
@@ -203,16 +250,16 @@ def idle_entries(commands: list[Command]) -> list[str]:
         f'PLACEHOLDERS[{key!r}]' for key in PLACEHOLDERS if not any(re.search(placeholder(key), c.text) for c in run)
     ]
     for key, needed in NEEDS.items():
-        if not any(key in c.run_as for c in run) or not any(begins(c.text, needed) for c in run):
+        if not any(key in as_command(c.run_as) for c in run) or not any(begins(c.text, needed) for c in run):
             idle.append(f'NEEDS[{key!r}]')
     return idle
 
 
 def choose(commands: list[Command], text: str) -> list[Command]:
-    """The commands that contain a text, with those that they need."""
-    chosen = [command for command in commands if text in command.text]
+    """The commands that contain a text, or whose place does, with those that they need."""
+    chosen = [command for command in commands if text in f'{command.where} {command.text}']
     for command in chosen:  # which grows
-        needed = [value for key, value in NEEDS.items() if key in command.run_as and not command.skipped]
+        needed = [value for key, value in NEEDS.items() if key in as_command(command.run_as) and not command.skipped]
         makers = [c for c in commands if not c.skipped and any(begins(c.text, value) for value in needed)]
         chosen += [c for c in makers if c not in chosen]
     return [command for command in commands if command in chosen]
@@ -254,17 +301,20 @@ class Clone:
                     process.wait()
 
     def set_up(self, log: Path) -> bool:
-        """The environment that `make demo` begins with, and the files that the README's commands find."""
+        """The environment that `make demo` begins with, and the files that the pages' commands find."""
         return self.run(['make', '.venv/mmdet'], log) and self.run(['python', '-c', MADE], log)
 
     def execute(self, command: Command, log: Path) -> bool:
-        """Run a command of the README."""
+        """Run a command of a page."""
         if any(new and begins(command.text, key) for key, new in OWN.items()):
             shutil.rmtree(self.root / 'own', ignore_errors=True)
             if not self.run([sys.executable, '-m', 'venv', 'own'], log):
                 return False
+        if command.config:
+            (self.root / CONFIG).write_text(command.text + '\n')
+            return self.run(['spec-mmdet', 'flops', CONFIG], log)
         arguments = ['python', '-c'] if command.python else ['bash', '-euo', 'pipefail', '-c']
-        several = command.text.startswith('tools/dist_')
+        several = command.text.startswith(('tools/dist_', 'torchrun '))
         return self.run([*arguments, command.run_as], log, 'own' if command.own else '.venv', several)
 
 
@@ -274,7 +324,7 @@ def git(*arguments: str) -> str:
 
 def report(where: str, title: str, work: Callable[[Path], bool], log: Path) -> bool:
     """Do some work and print a line about it; where it fails, also the end of its log."""
-    print(f'{where:14}{title} ... ', end='', flush=True)
+    print(f'{where:28}{title} ... ', end='', flush=True)
     start = time.time()
     good = work(log)
     print(f'{"ok" if good else "FAILED"}, {time.time() - start:.0f} s', flush=True)
@@ -289,22 +339,22 @@ def main() -> None:
     parser.add_argument('--only', default='', metavar='TEXT', help='those that contain this text, and what they need')
     args = parser.parse_args()
 
-    every = read_commands(git('show', 'HEAD:README.md'))
+    every = read_commands(read_pages())
     idle = idle_entries(every)
     if idle:
-        sys.exit(f'error: in tests/docs.py, nothing in the README is as in {", ".join(idle)}')
+        sys.exit(f'error: in tests/docs.py, nothing in the pages is as in {", ".join(idle)}')
     commands = choose(every, args.only)
     if not commands:
-        sys.exit(f'error: no command of the README contains {args.only!r}')
+        sys.exit(f'error: no command of the pages contains {args.only!r}')
     if args.list:
         for command in commands:
-            print(f'README.md:{command.line:<4}', command.title if command.python else command.run_as,
+            print(f'{command.where:28}', command.title if command.python else command.run_as,
                   f'(skipped: {command.skipped})' if command.skipped else '')  # fmt: skip
         return
     if not (COCO / 'annotations').is_dir():
         sys.exit(f'error: no COCO data at {COCO}; set COCO_MINI to a folder in the layout of COCO 2017')
     if git('status', '--porcelain', '--untracked-files=no'):
-        print('note: what is not committed is not tested')
+        print('note: the commands are those of the pages as they are here, and run on what is committed')
 
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
@@ -314,12 +364,11 @@ def main() -> None:
         if not report('', 'the environment', clone.set_up, LOGS / '000_environment.log'):
             sys.exit(1)
         for command in commands:
-            where = f'README.md:{command.line}'
             if command.skipped:
-                print(f'{where:14}{command.title} ... skipped ({command.skipped})')
+                print(f'{command.where:28}{command.title} ... skipped ({command.skipped})')
                 continue
             run += 1
-            if not report(where, command.title, lambda log, command=command: clone.execute(command, log), command.log):
+            if not report(command.where, command.title, partial(clone.execute, command), command.log):
                 failed.append(command)
     skipped = len(commands) - run
     print(f'{run - len(failed)} ok, {len(failed)} failed, {skipped} skipped, in {(time.time() - start) / 60:.0f} min')

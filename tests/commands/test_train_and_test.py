@@ -66,9 +66,9 @@ def test_training_leaves_what_one_follows_it_by(trained):
 
 
 def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
-    readme = (ROOT / 'README.md').read_text()
+    page = (ROOT / 'docs' / 'training.md').read_text()
     documented = ['optim_wrapper.accumulative_counts=4', 'default_hooks.ema.type=EMAHook']
-    assert all(option in readme for option in documented)
+    assert all(option in page for option in documented)
     settings = [*documented, 'default_hooks.ema.momentum=0.5', 'train_dataloader.dataset.indices=32']
     run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *settings)
     saved = load(tmp_path / 'epoch_1.pth')
