@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
+import hashlib
+import os
 import pickle
+import re
+import shutil
+import tempfile
+import urllib.request
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_loaders
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, naming
+from .records import STAND_INS, rebuild
+
+# Seconds that a server may be silent.
+PATIENCE = 60
+
+# In the place of the config in a checkpoint, which MMEngine's DetInferencer would run where it is given none.
+NO_CONFIG = 'raise ValueError("the config inside of a checkpoint is code, and is not run: name a config, too")'
 
 
-def _history_buffer_method(owner: type, name: str):
-    """Stand in for getattr, which MMEngine's pickled HistoryBuffer uses to name its own four statistics."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
-        return getattr(HistoryBuffer, name)
-    raise pickle.UnpicklingError(f'getattr({owner}, {name!r}) is not a statistic of HistoryBuffer')
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """What every torch.load happens in: no code of the file is run, whoever calls it, with whatever arguments."""
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(name)
+    os.environ[name] = '1'
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-# What checkpoints hold beside tensors and plain containers: MMEngine's the histories of its logged scalars, XCiT's the
-# arguments of its training script. None of these runs code of the file's choosing.
-_SAFE_GLOBALS = [
-    argparse.Namespace,
-    HistoryBuffer,
-    (_history_buffer_method, 'builtins.getattr'),
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-    *(
-        (function, f'{module}.multiarray.{function.__name__}')
-        for module in ('numpy.core', 'numpy._core')  # as NumPy 1 and NumPy 2 write it
-        for function in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0])
-    ),
-]
+def as_data(content: object) -> object:
+    """What torch.load returned, with data for its records and without the texts that MMEngine would run as Python."""
+    content = rebuild(content)
+    meta, hub = (content.get(key) for key in ('meta', 'message_hub')) if isinstance(content, dict) else (None, None)
+    if isinstance(meta, dict):
+        meta.pop('config', None)  # when it resumes
+        if 'cfg' in meta:
+            meta['cfg'] = NO_CONFIG
+    info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    if isinstance(info, dict):
+        info.pop('cfg', None)
+    return content
+
+
+def local_file(path: str | Path) -> Path:
+    """A file, or the copy of what an http(s) address holds: downloaded once, and kept where PyTorch keeps such files.
+
+    Raises:
+        InputError: if there is no such file, or the address gives none.
+    """
+    if '://' not in str(path):
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise InputError(f'checkpoint {path}: no such file')
+        return path
+    address = str(path)
+    # Files at two addresses may have the same name.
+    name = f'{hashlib.sha256(address.encode()).hexdigest()[:8]}-{Path(urllib.request.url2pathname(address)).name}'
+    copy = Path(torch.hub.get_dir()) / 'checkpoints' / name.partition('?')[0]
+    if copy.is_file():
+        print(f'checkpoint {address}: the copy that was downloaded before, {copy}')
+        return copy
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            urllib.request.urlopen(address, timeout=PATIENCE) as answer,
+            tempfile.NamedTemporaryFile(dir=copy.parent) as aside,
+        ):
+            shutil.copyfileobj(answer, aside)
+            aside.flush()
+            if answer.length:
+                raise OSError(f'it ends {answer.length} bytes too early')
+            os.link(aside.name, copy)
+    except FileExistsError:
+        pass  # another process was as fast
+    except (OSError, ValueError) as error:
+        raise InputError(f'checkpoint {address}: could not be downloaded ({error})') from error
+    return copy
 
 
 def load(
@@ -51,6 +103,8 @@ def load(
 ) -> object:
     """Read a checkpoint: tensors, plain containers and a few harmless records, never code.
 
+    The text of a config in it is code, too: MMEngine runs it. It is left out.
+
     Args:
         path: a file written by ``torch.save``, or one of safetensors if its name ends so; or an address.
         map_location: as for ``torch.load``.
@@ -60,37 +114,69 @@ def load(
     Raises:
         InputError: if the file does not exist, is not a checkpoint, is damaged, or would need code to be run.
     """
-    if '://' in str(path):
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return CheckpointLoader.load_checkpoint(str(path), map_location)
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f'checkpoint {path}: no such file')
+    if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
+        return CheckpointLoader.load_checkpoint(str(path), map_location)
+    with naming(f'checkpoint {path}'):
+        return _load(local_file(path), map_location, mmap, trust_pickle)
+
+
+def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust_pickle: bool) -> object:
     try:
         if path.suffix == '.safetensors':
             return load_file(path, str(map_location or 'cpu'))
-        mmap = mmap and zipfile.is_zipfile(path)  # PyTorch wrote another format before 1.6
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location=map_location, weights_only=not trust_pickle, mmap=mmap)
+        is_zip = zipfile.is_zipfile(path)  # PyTorch wrote another format before 1.6
+        if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            # PyTorch never compresses; what is compressed may be of any size once it is not.
+            raise InputError('not a checkpoint written by torch.save: it is compressed')
+        if trust_pickle:
+            return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap and is_zip)
+        with weights_only():
+            return as_data(torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip))
+    except InputError:
+        raise
     except SafetensorError as error:
-        raise InputError(f'checkpoint {path}: not a safetensors file, or damaged ({error})') from error
+        raise InputError(f'not a safetensors file, or damaged ({error})') from error
+    except RecursionError as error:
+        raise InputError('not a checkpoint: it is nested too deeply') from error
     except pickle.UnpicklingError as error:
-        if 'Unsupported global' in str(error) or 'was not an allowed global' in str(error):
-            what = str(error).split('GLOBAL ', 1)[-1].split(' was not', 1)[0]
+        refused = re.search(r'GLOBAL (\S+)', str(error))
+        if refused:
             raise InputError(
-                f'checkpoint {path}: holds {what}, which only running code from the file could read; it was not run. '
-                'Save it again with nothing but tensors and plain containers in it, or, if you trust whoever made it, '
-                'convert it with spec-mmdet convert --trust-pickle.'
+                f'holds {refused[1]}, which only running code from the file could read; it was not run. Save it again '
+                'with nothing but tensors and plain containers in it, or, if you trust whoever made it, convert it '
+                'with spec-mmdet convert --trust-pickle.'
             ) from error
-        raise InputError(f'checkpoint {path}: not a checkpoint written by torch.save, or damaged') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f'checkpoint {path}: not a checkpoint written by torch.save, or damaged ({error})') from error
+        raise InputError('not a checkpoint written by torch.save, or damaged') from error
+    except Exception as error:  # whatever an unpickler stumbles over in bytes that were not written by a pickler
+        reason = str(error).partition('\n')[0][:200]
+        raise InputError(f'not a checkpoint written by torch.save, or damaged ({reason})') from error
 
 
-@CheckpointLoader.register_scheme(prefixes='', force=True)
-def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
-    """MMEngine's loader for files: its own cannot read its own checkpoints with weights_only, or reads without it."""
+@CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
+def load_from_here(filename: str, map_location: str | torch.device | None = None) -> object:
+    """MMEngine's loader for files and addresses: its own run code, or cannot read what MMEngine has written itself."""
     return load(filename, map_location)
+
+
+def safely(loader: Callable) -> Callable:
+    """One of MMEngine's loaders of named weights, which call torch.load or load by address, under the same rules."""
+
+    @functools.wraps(loader)
+    def load_safely(filename: str, map_location: str | torch.device | None = None) -> object:
+        with weights_only():
+            return as_data(loader(filename, map_location))
+
+    return load_safely
+
+
+for _prefixes, _loader in (
+    (('open-mmlab://', 'openmmlab://'), mmengine_loaders.load_from_openmmlab),
+    (('modelzoo://', 'torchvision://'), mmengine_loaders.load_from_torchvision),
+    ('mmcls://', mmengine_loaders.load_from_mmcls),
+    ('pavi://', mmengine_loaders.load_from_pavi),
+    ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), mmengine_loaders.load_from_ceph),
+):
+    CheckpointLoader.register_scheme(_prefixes, safely(_loader), force=True)
 
 
 def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
@@ -104,16 +190,39 @@ def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
         InputError: if there are none.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 
+def require_training_state(checkpoint: object, name: str) -> None:
+    """Refuse a checkpoint that a training cannot go on from, with all that MMEngine takes from one.
+
+    Args:
+        checkpoint: what :func:`load` returned.
+        name: what to call it in the message.
+
+    Raises:
+        InputError: where it lacks something, as one of weights alone does.
+    """
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    meta, hub = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ('meta', 'message_hub'))
+    lacking = [key for key in ('epoch', 'iter') if type(meta.get(key)) is not int or meta[key] < 0]
+    lacking += [key for key in ('log_scalars', 'runtime_info', 'resumed_keys') if not isinstance(hub.get(key), dict)]
+    lacking += [key for key in ('optimizer',) if not isinstance(content.get(key), dict)]
+    lacking += [key for key in ('param_schedulers',) if not isinstance(content.get(key), list | dict)]
+    if lacking:
+        raise InputError(f'{name}: no training can be resumed from it, it lacks {", ".join(lacking)}; to start a new '
+                         'one from its weights: --cfg-options load_from=FILE')  # fmt: skip
+
+
 def classes_of(checkpoint: object) -> list[str] | None:
     """The names of the classes that MMEngine's training wrote into a checkpoint; None where there are none."""
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    classes = ((meta or {}).get('dataset_meta') or {}).get('classes')
-    return list(classes) if classes else None
+    found = checkpoint
+    for key in ('meta', 'dataset_meta', 'classes'):
+        found = found.get(key) if isinstance(found, dict) else None
+    named = isinstance(found, list | tuple) and found and all(isinstance(name, str) for name in found)
+    return list(found) if named else None
 
 
 def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:

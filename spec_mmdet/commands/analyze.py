@@ -67,7 +67,7 @@ def draw(report: Report, jacobians: dict[str, list[JacobianSpectrum]], path: Pat
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('analyze', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', type=Path, nargs='?', help='in any layout of XCiT')
+    options.add_argument('checkpoint', nargs='?', help='in any layout of XCiT; a file, or an http(s) address')
     options.add_argument('--images', type=Path, help='a folder of images, for the Jacobians')
     options.add_argument('--max-images', type=int, default=4, help='how many of them to use (default: 4)')
     options.add_argument('--heads', type=int, help='heads per layer whose Jacobian is computed (default: all, or one'

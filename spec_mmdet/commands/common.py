@@ -17,7 +17,7 @@ from mmdet.registry import RUNNERS
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import classes_of, load, state_dict_of
+from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
 from ..configs import find_config
 from ..data.checks import check_inputs
 from ..data.folders import set_classes, use_folder
@@ -105,16 +105,20 @@ def is_first_process() -> bool:
     return int(os.environ.get('RANK', 0)) == 0
 
 
-def read_classes(path: str) -> list[str] | None:
-    """The classes of a detector's checkpoint, if it says; None for one that is elsewhere.
+def read_classes(path: str, resume: bool = False) -> list[str] | None:
+    """The classes of a detector's checkpoint, if it says.
+
+    Args:
+        path: a file, or an address.
+        resume: whether a training is to go on from it.
 
     Raises:
-        InputError: if it cannot be read, or is no detector's.
+        InputError: if it cannot be read, or is no detector's, or has not what a training needs.
     """
-    if '://' in path:
-        return None
     content = load(path, mmap=True)
     state_dict_of(content, f'checkpoint {path}')
+    if resume:
+        require_training_state(content, f'checkpoint {path}')
     return classes_of(content)
 
 

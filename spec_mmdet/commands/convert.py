@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints import layouts
-from ..checkpoints.reading import classes_of, load, mismatches
+from ..checkpoints.reading import classes_of, load, local_file, mismatches
 from ..conditioning import describe_conditioning
 from ..configs import find_config
 from ..data.folders import set_classes
@@ -64,7 +64,7 @@ def line(title: str, names: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('convert', __doc__)
-    options.add_argument('source', type=Path)
+    options.add_argument('source', help='a file, or an http(s) address')
     options.add_argument('destination', type=Path, help='a .pth or .safetensors file to write')
     options.add_argument(
         '--key', help=f'what the weights are under (default: the first of {", ".join(layouts.WRAPPERS)})'
@@ -84,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     MMLogger.get_current_instance().setLevel('ERROR')
 
-    source, destination, name = args.source, args.destination, f'checkpoint {args.source}'
+    destination, name = args.destination, f'checkpoint {args.source}'
     if destination.suffix not in ('.pth', '.safetensors'):
         raise InputError(f'{destination}: the name must end in .pth or .safetensors')
-    if destination.exists() and source.exists() and destination.samefile(source):
+    source = local_file(args.source)
+    if destination.exists() and destination.samefile(source):
         raise InputError(f'{destination}: the source would be overwritten')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):
         raise InputError('--lam belongs to --conditioning identity or --condition identity')
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     conditioning = describe_conditioning(backbone)
     record = dict(
-        source=source.name,
+        source=args.source if '://' in args.source else source.name,
         sha256=sha256(source),
         layout=found.layout,
         key=found.wrapper,

@@ -108,7 +108,7 @@ def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('export', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', type=Path, help='in any layout of XCiT')
+    options.add_argument('checkpoint', help='in any layout of XCiT; a file, or an http(s) address')
     options.add_argument('out', type=Path, help='the .onnx file to write')
     args = options.parse_args(argv)
 
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         channels='RGB' if preprocessor.get('bgr_to_rgb') else 'BGR',
         strides=STRIDES,
         conditioning=describe_conditioning(backbone.state_dict()),
-        checkpoint=args.checkpoint.name,
+        checkpoint=Path(args.checkpoint).name,
     )
     torch.manual_seed(0)
     images = [torch.randn(shape) for shape in CHECKED]

@@ -166,7 +166,7 @@ class Pictures:
             self.video.release()
 
 
-def load_inferencer(cfg: Config, checkpoint: Path, device: str | None) -> DetInferencer:
+def load_inferencer(cfg: Config, checkpoint: str, device: str | None) -> DetInferencer:
     """MMDetection's inferencer with all of a checkpoint's weights and with its classes; changes ``cfg``.
 
     Raises:
@@ -177,7 +177,7 @@ def load_inferencer(cfg: Config, checkpoint: Path, device: str | None) -> DetInf
     weights = state_dict_of(content, name)
     classes = classes_of(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's has none
     set_classes(cfg, classes)
-    inferencer = DetInferencer(cfg, str(checkpoint), device, show_progress=False)
+    inferencer = DetInferencer(cfg, checkpoint, device, show_progress=False)
     faults = mismatches(inferencer.model, weights)
     if faults:
         raise InputError(f'{name} does not fit the configured model: {faults}')
@@ -201,7 +201,7 @@ def coco_results(prediction: dict, image_id: int) -> Iterator[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('predict', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', type=Path)
+    options.add_argument('checkpoint', help='a file, or an http(s) address')
     options.add_argument('inputs', nargs='+', metavar='INPUT', help='an image, a folder, a quoted glob or a video')
     options.add_argument('--out', type=Path, help='a folder that is empty or not there (default: a new one in '
                         'work_dirs/predictions)')  # fmt: skip
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     root = Path(os.path.commonpath([path.parent for path in paths]))
     about = dict(
-        info=dict(folder=str(root), config=str(args.config), checkpoint=str(args.checkpoint), score=args.score),
+        info=dict(folder=str(root), config=str(args.config), checkpoint=args.checkpoint, score=args.score),
         categories=[dict(id=i, name=name) for i, name in enumerate(inferencer.model.dataset_meta['classes'], start=1)],
     )
     damaged: list[Path] = []

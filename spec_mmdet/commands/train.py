@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     classes = None
     if args.resume not in (None, 'auto'):
-        classes = read_classes(args.resume)
+        classes = read_classes(args.resume, resume=True)
     if cfg.get('load_from'):
         read_classes(cfg.load_from)  # a new training may start from a detector of other classes
     fit_to_data(cfg, ('train', 'val'), classes)

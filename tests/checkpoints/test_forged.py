@@ -1,0 +1,193 @@
+"""No forged checkpoint runs code or crashes, whatever it comes in by; good ones are read from addresses, too."""
+
+import contextlib
+import functools
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, options, run_tool
+from forged import write_forged
+from mmdet.apis import DetInferencer, init_detector
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+
+from spec_mmdet import InputError
+from spec_mmdet.checkpoints import reading
+from spec_mmdet.checkpoints.reading import load
+
+
+def good_checkpoint() -> dict:
+    hub = dict(log_scalars={'train/loss': HistoryBuffer([1.0], [1])}, runtime_info=dict(iter=3), resumed_keys={})
+    meta = dict(epoch=1, iter=3, cfg='a = 1')
+    return dict(meta=meta, message_hub=hub, state_dict=torch.nn.Linear(2, 2).state_dict())
+
+
+def test_forged_files_are_refused_or_harmless(tmp_path):
+    trace = tmp_path / 'trace'
+    forged = write_forged(tmp_path, good_checkpoint(), trace)
+    harmless = []
+    for name, path in forged.items():
+        for read in (load, functools.partial(load, mmap=True), CheckpointLoader.load_checkpoint):
+            try:
+                content = read(str(path))
+            except InputError as error:
+                assert str(path) in str(error) and '\n' not in str(error), name
+            else:
+                harmless.append(name)
+                assert str(trace) not in repr(content), name
+        assert not trace.exists(), name
+    assert len(forged) >= 30
+    assert {name for name in harmless if not name.startswith('config ')} == {
+        'methods of a dict replaced',  # put back
+        'a storage larger than its record',  # mapped, it ends with the file
+    }
+
+
+@pytest.fixture(scope='module')
+def forged_detectors(trained, tmp_path_factory):
+    """Forged checkpoints of the shapes' detector, and the trace that their code would leave."""
+    folder = tmp_path_factory.mktemp('forged')
+    return write_forged(folder, load(trained / 'epoch_1.pth'), folder / 'trace'), folder / 'trace'
+
+
+def entries(monkeypatch, shapes: Path, work: Path) -> dict:
+    """Every way by which a checkpoint comes in, as functions of its path."""
+
+    def train(*extra):
+        few = ['train_dataloader.dataset.indices=4', 'default_hooks.checkpoint.interval=9', 'val_cfg=None']
+        few += ['val_dataloader=None', 'val_evaluator=None', 'train_cfg.max_epochs=1']
+        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'train', *options(shapes), *few, *extra)
+
+    def resume(path):
+        # All of the file's training is done already: what is tried is reading it.
+        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'resume', '--resume', path, *options(shapes))
+
+    init_cfg = 'model.backbone.init_cfg'
+    image = shapes / 'val' / '000001.png'
+    test = ['--work-dir', work / 'test', *options(shapes), 'test_dataloader.dataset.indices=2']
+    return {
+        'train --resume': resume,
+        'load_from': lambda path: train(f'load_from={path}'),
+        'init_cfg': lambda path: train(f'{init_cfg}.type=Pretrained', f'{init_cfg}.checkpoint={path}'),
+        'test': lambda path: run_tool(monkeypatch, 'test', CONFIG, path, *test),
+        'predict': lambda path: run_tool(
+            monkeypatch, 'predict', CONFIG, path, image, '--out', work / path.stem, '--device', 'cpu'
+        ),
+        'export': lambda path: run_tool(monkeypatch, 'export', CONFIG, path, work / f'{path.stem}.onnx'),
+        'convert': lambda path: run_tool(monkeypatch, 'convert_checkpoint', path, work / f'{path.stem}.safetensors'),
+        'analyze': lambda path: run_tool(monkeypatch, 'analyze_conditioning', CONFIG, path, '--out', work / 'analyze'),
+        'DetInferencer with a config': lambda path: DetInferencer(str(CONFIG), str(path), 'cpu'),
+        'DetInferencer without': lambda path: DetInferencer(None, str(path), 'cpu'),
+        'init_detector': lambda path: init_detector(str(CONFIG), str(path), device='cpu'),
+    }
+
+
+# The whole product is what `make torture` tries.
+SOME = ['os.system', 'objects as a history', 'config of the resumed run', 'config in the meta']
+SOME += ['config in the message hub']
+
+
+def try_entry(enter, path: Path) -> str:
+    """What comes of a checkpoint: '' where it is taken, else the error's one line; anything else is raised."""
+    try:
+        enter(path)
+    except InputError as error:
+        return str(error)
+    except ValueError as error:
+        if 'the config inside of a checkpoint is code' not in str(error):
+            raise
+        return str(error)
+    except SystemExit as ended:
+        assert str(ended.code).startswith('error: ') and '\n' not in str(ended.code)
+        return str(ended.code)
+    return ''
+
+
+def test_no_entry_runs_code(monkeypatch, shapes, forged_detectors, tmp_path):
+    forged, trace = forged_detectors
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    for name, enter in entries(monkeypatch, shapes, tmp_path).items():
+        for what in SOME:
+            if what.startswith('config ') and name in ('export', 'load_from', 'init_cfg', 'convert', 'analyze'):
+                continue  # they have nothing to do with it, and would go on to work
+            says = try_entry(enter, forged[what])
+            assert not trace.exists(), (name, what)
+            refused = not what.startswith('config ') or name == 'DetInferencer without'
+            assert bool(says) == refused or name == 'train --resume', (name, what, says)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder that is served at an address, and where downloads are kept."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    (tmp_path / 'served' / 'other').mkdir(parents=True)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'served')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield tmp_path / 'served', f'http://127.0.0.1:{serving.server_port}'
+        serving.shutdown()
+        thread.join()
+
+
+def test_addresses_are_read_by_the_same_rules(server, tmp_path):
+    folder, address = server
+    trace = tmp_path / 'trace'
+    good = good_checkpoint()
+    torch.save(good, folder / 'epoch_1.pth')
+    torch.save(dict(w=torch.ones(1)), folder / 'other' / 'epoch_1.pth')
+    for read in (load, CheckpointLoader.load_checkpoint):
+        content = read(f'{address}/epoch_1.pth')
+        assert torch.equal(content['state_dict']['weight'], good['state_dict']['weight'])
+        assert list(read(f'{address}/other/epoch_1.pth')) == ['w']  # not the one of the same name
+        with pytest.raises(InputError, match=r'absent.pth: could not be downloaded \(HTTP Error 404'):
+            read(f'{address}/absent.pth')
+        with pytest.raises(InputError, match='could not be downloaded'):
+            read('http://127.0.0.1:1/epoch_1.pth')
+    for name, path in write_forged(folder, good, trace).items():
+        with contextlib.suppress(InputError):
+            CheckpointLoader.load_checkpoint(f'{address}/{path.name}')
+        assert not trace.exists(), name
+
+
+def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path, monkeypatch):
+    folder, address = server
+    (folder / 'long.pth').write_bytes(bytes(1000))
+    send = http.server.SimpleHTTPRequestHandler.copyfile
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'copyfile', lambda self, source, out: out.write(b'short'))
+    with pytest.raises(InputError, match='too early'):
+        load(f'{address}/long.pth')
+    assert not list((tmp_path / 'hub' / 'checkpoints').iterdir())
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'copyfile', send)
+    with pytest.raises(InputError, match='not a checkpoint'):
+        load(f'{address}/long.pth')
+
+
+def test_commands_take_addresses(monkeypatch, server, shapes, trained, tmp_path):
+    folder, address = server
+    (folder / 'epoch_1.pth').write_bytes((trained / 'epoch_1.pth').read_bytes())
+    path = f'{address}/epoch_1.pth'
+    out = tmp_path / 'out'
+    args = [shapes / 'val' / '000001.png', '--out', out, '--no-pictures', '--device', 'cpu']
+    run_tool(monkeypatch, 'predict', CONFIG, path, *args)
+    assert (out / 'predictions.json').is_file()
+    run_tool(monkeypatch, 'convert_checkpoint', path, tmp_path / 'converted.pth')
+    assert load(tmp_path / 'converted.pth')['meta']['converted']['source'] == path
+
+
+def test_other_loaders_of_mmengine_are_under_the_same_rules(monkeypatch, tmp_path):
+    trace = tmp_path / 'trace'
+    forged = write_forged(tmp_path, good_checkpoint(), trace)
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    unsafe = reading.safely(lambda filename, map_location: torch.load(filename, map_location, weights_only=False))
+    for name, path in forged.items():
+        with contextlib.suppress(Exception):  # in their own words
+            unsafe(path)
+        assert not trace.exists(), name
+    assert set(CheckpointLoader._schemes) == {
+        *('', 'http://', 'https://', 'pavi://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'modelzoo://'),
+        *('torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
+    }
