@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
 from .correction import Correction
-from .rows import Stack
-
-# How the modules of timm, transformers, diffusers and mmdet name the linear layers that hold the projections.
-_LAYOUTS = (
-    {'qkv': 'QKV'},
-    {'to_qkv': 'QKV'},
-    {'q': 'Q', 'k': 'K', 'v': 'V'},
-    {'q': 'Q', 'kv': 'KV'},
-    {'wq': 'Q', 'wk': 'K', 'wv': 'V'},
-    {'query': 'Q', 'key': 'K', 'value': 'V'},
-    {'q_proj': 'Q', 'k_proj': 'K', 'v_proj': 'V'},
-    {'to_q': 'Q', 'to_k': 'K', 'to_v': 'V'},
-)
+from .coverage import overlooked
+from .names import NamedLayer, named_projections
+from .probe import Finding, Heads, Layer, find_out
+from .rows import Stack, parse_layout, stacks
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,8 @@ class Projection:
     """Query, key or value projections of one shape that an attention module holds in one weight.
 
     Attributes:
-        name: where it is in the model, for instance 'blocks.0.attn.qkv'.
+        name: where it is in the model, for instance 'blocks.0.attn.qkv'; followed by the roles, for instance [V], where
+            the weight holds projections of other shapes beside these.
         stack: which projections they are, and which rows of the weight they take.
         attention: the attention module.
         module: the module that owns the weight: a linear layer, or the attention module itself.
@@ -98,37 +93,231 @@ def corrections(module: nn.Module, tensor: str) -> list[Correction]:
     return [part for part in module.parametrizations[tensor] if isinstance(part, Correction)]
 
 
+@dataclass
+class Found:
+    """What attention a model has.
+
+    Attributes:
+        projections: those whose rows are known.
+        refused: layers that hold projections, but whose rows could not be told, and what to do about it.
+        overlooked: what looks like attention and has no layers that could be taken, and what it looks like.
+    """
+
+    projections: list[Projection]
+    refused: dict[str, str]
+    overlooked: dict[str, str]
+
+    def require_whole(self) -> None:
+        """Refuse a model of whose attention a part could not be taken.
+
+        Raises:
+            InputError: naming all of that part.
+        """
+        if self.refused:
+            name, why = next(iter(self.refused.items()))
+            others = f' ({len(self.refused) - 1} more like it)' if len(self.refused) > 1 else ''
+            raise InputError(f'{name}: {why}, or partial=True to leave it as it is{others}')
+        if self.overlooked:
+            listed = '; '.join(f'{name} {why}' for name, why in self.overlooked.items())
+            raise InputError(
+                f'condition: {len(self.overlooked)} modules look like attention and would be left as they are: '
+                f'{listed}. Pass partial=True to condition the {len(self.projections)} projections that were found'
+            )
+
+
 def projections(model: nn.Module) -> Iterator[Projection]:
     """Find the query, key and value projections in a model, by the names that attention modules give them.
 
     Raises:
-        InputError: where a stacked projection cannot be told into query, key and value.
+        InputError: where it cannot be told which rows of a layer they are.
     """
+    found = find(model)
+    for name, why in found.refused.items():
+        raise InputError(f'{name}: {why}')
+    yield from found.projections
+
+
+def find(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Found:
+    """Find the query, key and value projections in a model, and what looks like attention beside them.
+
+    Layers are found by the names that attention modules give them. Which of their rows are queries, keys and values is
+    taken from ``layout``, from what the module says of its heads, or from an experiment (:mod:`.probe`).
+
+    Args:
+        model: any; left as it is.
+        layout: for layers by their name in the model, in which * stands for anything, the rows that they hold, as
+            :func:`.rows.parse_layout` reads it.
+        example: an input of the model, whose attention gets its own inputs from it in the experiment: a tensor, a
+            tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        InputError: if a layout cannot be read, does not fit its layer or names none.
+    """
+    layout = dict(layout or {})
+    unused = set(layout)
+    found = Found([], {}, {})
+    taken: set[nn.Module] = set()
+    known: dict[tuple, Finding | None] = {}
+    inputs = _record(model, example) if example is not None else {}
     for name, module in model.named_modules():
-        heads = _heads(module)
         if isinstance(module, nn.MultiheadAttention):
-            if module._qkv_same_embed_dim:
-                yield Projection(f'{name}.in_proj'.lstrip('.'), Stack('QKV', heads), module, module, 'in_proj_weight')
-            else:
-                for role in 'qkv':
-                    path = f'{name}.{role}_proj'.lstrip('.')
-                    yield Projection(path, Stack(role.upper(), heads), module, module, f'{role}_proj_weight')
+            taken.add(module)
+            found.projections += _of_multihead_attention(name, module)
             continue
-        linear = {child: part for child, part in module.named_children() if isinstance(part, nn.Linear)}
-        for layout in _LAYOUTS:
-            if not layout.keys() <= linear.keys():
+        for group in named_projections(module)[0]:
+            taken.add(module)
+            paths = [f'{name}.{layer.path}'.lstrip('.') for layer in group]
+            stated = _stated(paths, group, layout, unused)
+            stacks_of = _conditioned(module, group) or stated or _by_attributes(module, group)
+            others = [p for p, x in zip(paths, group) if not stacks_of and parametrize.is_parametrized(x.module)]
+            if others:
+                found.refused[others[0]] = 'it has a parametrization of another kind already'
                 continue
-            for child, roles in layout.items():
-                path = f'{name}.{child}'.lstrip('.')
-                # timm's MaxViT orders the rows of its qkv by head first.
-                if len(roles) > 1 and (linear[child].out_features % len(roles) or getattr(module, 'head_first', False)):
-                    raise InputError(f'{path}: its rows are not {", then ".join(roles)}; such a layer is not supported')
-                yield Projection(path, Stack(roles, heads), module, linear[child])
-            break
+            if not stacks_of:
+                stacks_of = _by_experiment(module, group, inputs.get(name), known)
+            if not stacks_of:
+                fused = [f'{path} {layer.shape[0]} x {layer.shape[1]}' for path, layer in zip(paths, group)]
+                found.refused[paths[0]] = (
+                    f'it could not be told which rows of {", ".join(fused)} are queries, keys and values. '
+                    f"Pass layout={{'{_pattern(paths[0])}': '8q64 8k64 8v64'}} with the numbers of heads and rows that "
+                    'they have (see spec_mmdet.conditioning.rows.parse_layout), or example= with an input of the model'
+                )
+                continue
+            for path, layer, stack_list in zip(paths, group, stacks_of):
+                for stack in stack_list:
+                    part = f'[{stack.roles}]' if len(stack_list) > 1 else ''
+                    found.projections.append(Projection(path + part, stack, module, layer.module))
+    if unused:
+        raise InputError(f'layout: no layer is called {", ".join(sorted(unused))}')
+    found.overlooked = overlooked(model, taken)
+    return found
 
 
-def _heads(attention: nn.Module) -> int | None:
-    for name in ('num_heads', 'num_attention_heads', 'heads'):
-        if isinstance(getattr(attention, name, None), int):
-            return getattr(attention, name)
+def _of_multihead_attention(name: str, module: nn.MultiheadAttention) -> Iterator[Projection]:
+    if module._qkv_same_embed_dim:
+        path = f'{name}.in_proj'.lstrip('.')
+        yield Projection(path, Stack('QKV', module.num_heads), module, module, 'in_proj_weight')
+        return
+    for role in 'qkv':
+        path = f'{name}.{role}_proj'.lstrip('.')
+        yield Projection(path, Stack(role.upper(), module.num_heads), module, module, f'{role}_proj_weight')
+
+
+def _pattern(path: str) -> str:
+    """All layers called like this one, whatever block they are in."""
+    return re.sub(r'(^|\.)\d+(?=\.)', r'\1*', path)
+
+
+def _stated(paths: list[str], group: list[NamedLayer], layout: dict[str, str], unused: set[str]) -> list | None:
+    """What the user says of these layers."""
+    texts = [next((key for key in layout if fnmatch.fnmatchcase(path, key)), None) for path in paths]
+    if not any(texts):
+        return None
+    unused -= set(texts)
+    result = []
+    for path, layer, key in zip(paths, group, texts):
+        if key is None:
+            raise InputError(f'layout: it says nothing of {path}, which belongs with {", ".join(paths)}')
+        parsed = parse_layout(layout[key])
+        roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
+        if rows != layer.shape[0] or roles != set(layer.roles):
+            raise InputError(
+                f'layout: {path} has {layer.shape[0]} rows of {", ".join(layer.roles)}, but {layout[key]!r} are {rows} '
+                f'of {", ".join(sorted(roles, key="QKV".index))}'
+            )
+        result.append(stacks(parsed, layer.transposed))
+    return result
+
+
+def _conditioned(attention: nn.Module, group: list[NamedLayer]) -> list | None:
+    """What the layers' corrections know."""
+    own = getattr(attention, 'correction', None)
+    if isinstance(own, Correction):
+        return [[Stack(layer.roles, _count(attention, _HEADS))] for layer in group]
+    result = [[c.stack for c in corrections(layer.module, 'weight') if c.stack] for layer in group]
+    return result if all(result) else None
+
+
+_HEADS = ('num_heads', 'num_attention_heads', 'heads', 'n_heads', 'n_head', 'nhead', 'num_query_heads')
+_KEY_HEADS = ('num_key_value_heads', 'num_kv_heads', 'n_kv_heads', 'kv_heads')
+_WIDTHS = (
+    'head_dim',
+    'attention_head_size',
+    'head_size',
+    'dim_head',
+    'dim_per_head',
+    'key_dim',
+    'qk_head_dim',
+    'd_head',
+)
+
+
+def _count(attention: nn.Module, names: tuple[str, ...]) -> int | None:
+    """What the attention, or else its configuration, says under one of these names."""
+    for holder in (attention, getattr(attention, 'config', None)):
+        for name in names:
+            if type(getattr(holder, name, None)) is int:
+                return getattr(holder, name)
     return None
+
+
+def _by_attributes(attention: nn.Module, group: list[NamedLayer]) -> list | None:
+    """Layers that hold one projection each, where the heads that the attention says it has fit their rows."""
+    if len(group) < 3:
+        return None
+    Q, K, V = (layer.shape[0] for layer in group)
+    H, G = _count(attention, _HEADS), _count(attention, _KEY_HEADS)
+    widths = [w for name in _WIDTHS if type(w := getattr(attention, name, None)) is int and w > 0]
+    for d in [*widths, *([Q // H] if H else [])]:
+        h, g = Q // d, K // d
+        fits = h * d == Q and g * d == K and H in (None, h) and (G in (None, g) or Q == K)
+        if fits and h % g == 0 and V % g == 0:
+            return [[Stack(x.roles, n, None, x.transposed)] for x, n in zip(group, (h, g, g))]
+    if Q == K:
+        return [[Stack(layer.roles, None, None, layer.transposed)] for layer in group]
+    return None
+
+
+def _by_experiment(attention: nn.Module, group: list[NamedLayer], recorded: list | None, known: dict) -> list | None:
+    heads = Heads(_count(attention, _HEADS), _count(attention, _KEY_HEADS))
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in attention.named_parameters())
+    key = type(attention), heads, shapes  # the blocks of a model have the same attention
+    if known.get(key) is None:
+        layers = [Layer(f'{layer.path}.weight', layer.roles, *layer.shape, layer.transposed) for layer in group]
+        known[key] = find_out(attention, layers, heads, recorded)
+    finding = known[key]
+    if finding is None:
+        return None
+    result = [stacks(layout, layer.transposed) for layout, layer in zip(finding.layouts, group)]
+    if finding.heads and heads.queries:
+        return result
+    return [[replace(stack, heads=None) for stack in stack_list] for stack_list in result]
+
+
+def _record(model: nn.Module, example: object) -> dict[str, list]:
+    """The inputs that each module with projections gets when the model is run on an example."""
+    inputs: dict[str, list] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if named_projections(module)[0]:
+
+            def remember(module, args, kwargs, name=name):
+                inputs.setdefault(name, [(args, kwargs)])
+
+            handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(example, dict):
+                model(**example)
+            else:
+                model(*(example if isinstance(example, tuple) else (example,)))
+    except Exception as error:
+        raise InputError(f'example: the model does not run on it: {error}') from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return inputs

@@ -40,7 +40,15 @@ class Spectrum:
 
 
 class Report(list[Spectrum]):
-    """The spectra of a model's projections; printed, a table."""
+    """The spectra of a model's projections; printed, a table.
+
+    Attributes:
+        left_out: what looks like attention and was not taken, and why.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: dict[str, str] = {}
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self] + [10])
@@ -49,6 +57,8 @@ class Report(list[Spectrum]):
             after = '-' if row.conditioned_kappa is None else f'{row.conditioned_kappa:.4g}'
             figures = f'{row.sigma_min:>10.3g}{row.sigma_max:>10.3g}{row.kappa:>10.4g}{after:>12}'
             lines.append(f'{row.name:{width}} {row.role:3}{figures}')
+        if self.left_out:
+            lines += ['left out:', *(f'{name}: {why}' for name, why in self.left_out.items())]
         return '\n'.join(lines)
 
     def unhelpful(self) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
-from .projections import projections
+from .projections import find, projections
 from .spectra import Report, spectra
 
 
@@ -18,6 +18,9 @@ def condition(
     lam: float | None = None,
     per_head: bool = False,
     keep_function: bool = False,
+    layout: dict[str, str] | None = None,
+    example: object = None,
+    partial: bool = False,
 ) -> Report:
     """Condition the attention of a model that exists already: each query, key and value projection becomes W + C.
 
@@ -35,19 +38,29 @@ def condition(
         lam: lambda of the identity form; 10 if not given, as in the paper.
         per_head: correct each head's rows as a matrix of their own, not each projection as a whole.
         keep_function: keep the function of weights that were trained without the correction.
+        layout: which rows of a layer are queries, keys and values, where that cannot be found out: for layers by their
+            name, in which * stands for anything, for instance ``{'blocks.*.attn.qkv': '2(q16 k16 v64)'}``; see
+            :func:`~.rows.parse_layout`.
+        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword arguments), for finding that
+            out in attention that does not run on made-up inputs.
+        partial: condition a part of the model's attention, where the rest could not be taken. The report lists it.
 
     Returns:
         What was conditioned, with the condition numbers; print it for a table.
 
     Raises:
-        InputError: if the model has no projections that could be found, one of them is conditioned or parametrized
-            already, or its heads are not known and ``per_head`` asks for them. The model is then unchanged.
+        InputError: if the model has no projections that could be found, or not all of its attention could be taken and
+            ``partial`` was not asked for; if one of them is conditioned or parametrized already or shares its weight
+            with another layer, or its heads are not known and ``per_head`` asks for them. The model is then unchanged.
         ValueError: on arguments that :class:`Correction` refuses.
 
     Warns:
         UserWarning: if the corrections make the condition number of a projection no better.
     """
-    found = list(projections(model))
+    attention = find(model, layout, example)
+    if not partial:
+        attention.require_whole()
+    found = attention.projections
     if not found:
         raise InputError('condition: found no query, key and value projections in this model')
     corrections = []
@@ -62,6 +75,7 @@ def condition(
     for projection, correction in zip(found, corrections):
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
     report = spectra(found)
+    report.left_out = attention.refused | attention.overlooked
     if report.unhelpful():
         warnings.warn(report.unhelpful(), stacklevel=2)
     if keep_function:
