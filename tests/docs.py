@@ -1,6 +1,6 @@
 """Run every command of the README and of docs/ as it is written, in a fresh clone of HEAD with a fresh environment.
 
-    python tests/docs.py [--list] [--only TEXT]
+    python tests/docs.py [--list] [--only TEXT ...]
 
 Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ that it links to, in the order
 of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with `_base_` is
@@ -255,9 +255,9 @@ def idle_entries(commands: list[Command]) -> list[str]:
     return idle
 
 
-def choose(commands: list[Command], text: str) -> list[Command]:
-    """The commands that contain a text, or whose place does, with those that they need."""
-    chosen = [command for command in commands if text in f'{command.where} {command.text}']
+def choose(commands: list[Command], texts: list[str]) -> list[Command]:
+    """The commands that contain one of some texts, or whose place does, with those that they need."""
+    chosen = [command for command in commands if any(text in f'{command.where} {command.text}' for text in texts)]
     for command in chosen:  # which grows
         needed = [value for key, value in NEEDS.items() if key in as_command(command.run_as) and not command.skipped]
         makers = [c for c in commands if not c.skipped and any(begins(c.text, value) for value in needed)]
@@ -336,7 +336,8 @@ def report(where: str, title: str, work: Callable[[Path], bool], log: Path) -> b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--list', action='store_true', help='show the commands as they would be run')
-    parser.add_argument('--only', default='', metavar='TEXT', help='those that contain this text, and what they need')
+    parser.add_argument('--only', nargs='+', default=[''], metavar='TEXT',
+                        help='those that contain one of these, or whose page does, and what they need')  # fmt: skip
     args = parser.parse_args()
 
     every = read_commands(read_pages())
@@ -345,7 +346,7 @@ def main() -> None:
         sys.exit(f'error: in tests/docs.py, nothing in the pages is as in {", ".join(idle)}')
     commands = choose(every, args.only)
     if not commands:
-        sys.exit(f'error: no command of the pages contains {args.only!r}')
+        sys.exit(f'error: no command of the pages contains {" or ".join(args.only)}')
     if args.list:
         for command in commands:
             print(f'{command.where:28}', command.title if command.python else command.run_as,
