@@ -2,13 +2,12 @@
 
 ``import spec_mmdet`` runs this, and so does every start of Python in an environment where this package is installed
 (spec_mmdet.pth), so that MMDetection's own scripts find the operators too, whatever is imported first. Nothing of mmcv,
-torch or this package is imported by it: it is one more place to look for ``mmcv._ext``, after all others, so that a
-compiled one always comes first.
+torch or this package is imported by it, nor anything else that takes milliseconds: it is one more place to look for
+``mmcv._ext``, after all others, so that a compiled one always comes first.
 """
 
+import os
 import sys
-from importlib.util import spec_from_file_location
-from pathlib import Path
 
 
 class OperatorFinder:
@@ -20,7 +19,9 @@ class OperatorFinder:
     def find_spec(cls, name, path=None, target=None):
         """The module's spec: the file ops.py, which needs nothing else of this package."""
         if name == cls.serves:
-            return spec_from_file_location(name, Path(__file__).with_name('ops.py'))
+            from importlib.util import spec_from_file_location
+
+            return spec_from_file_location(name, os.path.join(os.path.dirname(__file__), 'ops.py'))
         return None
 
 
