@@ -22,7 +22,9 @@ if find_spec('mmdet') is not None:
     from .models.padding import MaskedDataPreprocessor
     from .models.tta import MaskTTAModel
     from .models.xcit import SpecXCiT
-    from .training.hooks import CheckpointGuard, ConditioningHook
+    from .training.hooks import CheckpointGuard, ConditioningHook, ScheduleGuard
+    from .training.optim import LayerDecayConstructor
+    from .training.schedule import WarmUpLR
 
     __all__ += ['CheckpointGuard', 'ConditioningHook', 'FastCocoMetric', 'MaskTTAModel', 'MaskedDataPreprocessor']
-    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'find_config']
+    __all__ += ['LayerDecayConstructor', 'ScheduleGuard', 'SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']

@@ -80,7 +80,7 @@ def test_optimiser():
 
 
 def test_twins_differ_in_conditioning_alone():
-    assert len(TWINS) == 8
+    assert len(TWINS) == 9
     for spec, plain in TWINS.items():
         spec, plain = load(spec).to_dict(), load(plain).to_dict()
         assert spec['model']['backbone'].pop('conditioning') == dict(type='identity', lam=10.0)

@@ -8,25 +8,29 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmdet.registry import RUNNERS
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
 from ..configs import find_config
 from ..data.checks import check_inputs
-from ..data.folders import set_classes, use_folder
+from ..data.fitting import has_masks, set_classes, state_classes_once, use_masks_as_the_model
+from ..data.folders import use_folder
 from ..errors import InputError, some
+from .options import CfgOptions, Parser, fault_of_config, merge, settle
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """What every command runs in: an InputError becomes one line on stderr and exit status 1; no pickle is trusted."""
+    """What every command runs in: one line on stderr and exit status 1 for an InputError, or a config that cannot be
+    built; no pickle is trusted.
+    """
     # MMEngine's use of pkg_resources is nothing that its user could put right.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     # Whatever scheme a checkpoint is loaded by.
@@ -35,14 +39,18 @@ def command_line() -> Iterator[None]:
         yield
     except InputError as error:
         sys.exit(f'error: {error}')
+    except Exception as error:
+        if (fault := fault_of_config(error)) is None:
+            raise
+        sys.exit(f'error: {fault}')
     except KeyboardInterrupt:
         sys.exit(130)  # as shells have it for a command that Ctrl-C ended
 
 
-def parser(command: str, doc: str) -> argparse.ArgumentParser:
+def parser(command: str, doc: str) -> Parser:
     """A command's parser, described by the first line of its module's docstring and the rest of it."""
     first, _, rest = doc.partition('\n')
-    return argparse.ArgumentParser(
+    return Parser(
         f'spec-mmdet {command}',
         description=first,
         epilog=rest.strip('\n'),
@@ -53,7 +61,7 @@ def parser(command: str, doc: str) -> argparse.ArgumentParser:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that takes a config."""
     parser.add_argument('config', help='a config file, or the name of one that spec_mmdet ships')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings to change in'
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='settings to change in'
                         ' the config; lists as KEY="[a,b]" or KEY=a,b')  # fmt: skip
 
 
@@ -64,7 +72,8 @@ def load_config(args: argparse.Namespace) -> Config:
         InputError: if there is no such file.
     """
     cfg = Config.fromfile(find_config(args.config))
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge(cfg, args.cfg_options)
+    settle(cfg)
     return cfg
 
 
@@ -82,19 +91,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_run_config(args: argparse.Namespace, splits: Sequence[str]) -> Config:
+def load_run_config(
+    args: argparse.Namespace, splits: Sequence[str], change: Callable[[Config], None] | None = None
+) -> Config:
     """The config of a run: file, data folder, options, launcher and work directory, in MMDetection's precedence.
 
     Args:
         args: the command line, with the options of :func:`add_run_options`.
         splits: the loops that --data is for, of 'train', 'val' and 'test'.
+        change: what a command's own options change of the config; --cfg-options come after it.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
     cfg = Config.fromfile(path)
     if args.data:
         use_folder(cfg, args.data, splits)
-    cfg.merge_from_dict(args.cfg_options or {})
+    if change:
+        change(cfg)
+    merge(cfg, args.cfg_options)
+    settle(cfg)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
     return cfg
@@ -130,13 +145,16 @@ def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None
         loops: the parts that the run uses, of 'train', 'val' and 'test', what names the classes first.
         classes: what they must be, if that is known.
     """
+    stated = state_classes_once(cfg)
+    if use_masks_as_the_model(cfg) and is_first_process() and not has_masks(cfg.get('model')):
+        print('a detector without a mask head: masks are neither loaded nor measured')
     if is_first_process():  # one process of several is enough to find fault
         classes = check_inputs(cfg, loops, classes)
         print(f'{len(classes)} classes: {some(classes)}' if classes else 'classes: those of the config')
     elif classes is None:
         classes = check_inputs(cfg, loops[:1])
     if classes:
-        set_classes(cfg, classes)
+        set_classes(cfg, classes, "metainfo.classes of the config's data sets" if stated else 'the data')
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -29,7 +29,7 @@ from ..checkpoints import layouts
 from ..checkpoints.reading import classes_of, load, local_file, mismatches
 from ..conditioning import describe_conditioning
 from ..configs import find_config
-from ..data.folders import set_classes
+from ..data.fitting import set_classes
 from ..errors import InputError, naming
 from .common import parser
 

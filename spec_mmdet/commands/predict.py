@@ -40,7 +40,7 @@ from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import classes_of, load, mismatches, state_dict_of
-from ..data.folders import configured_classes, set_classes
+from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError
 from .common import add_config, load_config, parser
 

@@ -2,31 +2,74 @@
 
     spec-mmdet train xcit_spec_maskrcnn --data FOLDER --auto-scale-lr
 
-The options are those of MMDetection's own script, and --data.
+The options are those of MMDetection's own script, --data, and those of the schedule: --preset, --epochs, --batch-size,
+--image-size and --lr reach every place of the config that they concern, and --cfg-options come after them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from ..configs import CONFIGS
 from ..errors import InputError
+from ..training.schedule import set_epochs, set_image_size
 from .common import add_run_options, build_runner, fit_to_data, load_run_config, parser, read_classes, running
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('train', __doc__)
     add_run_options(options)
+    options.add_argument('--preset', choices=sorted(path.stem for path in (CONFIGS / 'presets').glob('*.py')),
+                         help='a schedule in the place of the config\'s: finetune, for pretrained weights')  # fmt: skip
+    options.add_argument('--epochs', type=positive(int), metavar='N', help='train so long, warm-up and drops of the '
+                         'learning rate with it')  # fmt: skip
+    options.add_argument('--batch-size', type=positive(int), metavar='N', help='images a step, on each device')
+    options.add_argument('--image-size', type=positive(int), metavar='N', help='the shorter side of a test image in '
+                         'pixels; the sizes and crops of training go with it')  # fmt: skip
+    options.add_argument('--lr', type=positive(float), metavar='RATE', help='the learning rate')
     options.add_argument('--amp', action='store_true', help='train in mixed precision')
     options.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the images a step')
     options.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                          help='go on from a checkpoint (default: the last one in the work directory)')  # fmt: skip
-    return options.parse_args(argv)
+    args = options.parse_args(argv)
+    if args.lr and args.auto_scale_lr:
+        raise InputError('--lr says the learning rate, which --auto-scale-lr would change: leave one of them out')
+    return args
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """A number above 0, for argparse."""
+
+    def number(text: str) -> float:
+        if not 0 < kind(text) < float('inf'):
+            raise ValueError
+        return kind(text)
+
+    return number
+
+
+def set_schedule(cfg: Config, args: argparse.Namespace) -> None:
+    """What the options of the schedule say, wherever the config has it; changes ``cfg``.
+
+    Raises:
+        InputError: if the config has no place for one of them.
+    """
+    if args.preset:
+        cfg.merge_from_dict(Config.fromfile(CONFIGS / 'presets' / f'{args.preset}.py').to_dict())
+    if args.epochs:
+        set_epochs(cfg, args.epochs)
+    if args.image_size:
+        set_image_size(cfg, args.image_size)
+    if args.batch_size:
+        cfg.train_dataloader.batch_size = args.batch_size
+    if args.lr:
+        cfg.optim_wrapper.optimizer.lr = args.lr
 
 
 def set_precision(cfg: Config, amp: bool) -> None:
@@ -54,7 +97,7 @@ def scale_learning_rate(cfg: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    cfg = load_run_config(args, splits=('train', 'val', 'test'))
+    cfg = load_run_config(args, ('train', 'val', 'test'), lambda cfg: set_schedule(cfg, args))
 
     classes = None
     if args.resume not in (None, 'auto'):

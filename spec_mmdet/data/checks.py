@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ..errors import InputError, some
-from .folders import coco_datasets, evaluators
+from .fitting import coco_datasets, evaluators, has_masks
 
 TOLERANCE = 2.0  # pixels: tools round, and COCO's own boxes and polygons touch the border
 EXIF_ORIENTATION = 0x0112
@@ -273,13 +273,16 @@ def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequenc
     )
 
 
-def check_dataset(dataset: dict, annotated: bool = True, classes: Sequence[str] | None = None) -> list[str] | None:
+def check_dataset(
+    dataset: dict, annotated: bool = True, classes: Sequence[str] | None = None, masks: bool = False
+) -> list[str] | None:
     """Check that a CocoDataset's annotations, images and classes are there and agree.
 
     Args:
         dataset: its config.
         annotated: whether annotations are needed.
         classes: what its categories must be, if that is known.
+        masks: whether masks are needed.
 
     Returns:
         Its classes in the file's order: all of its categories, or those that the config names;
@@ -288,6 +291,11 @@ def check_dataset(dataset: dict, annotated: bool = True, classes: Sequence[str] 
     Raises:
         InputError: if not.
     """
+    if not isinstance(dataset['ann_file'], str):
+        raise InputError(
+            f'ann_file {dataset["ann_file"]} in the config: a CocoDataset has one annotation file. For several, make '
+            "the data set dict(type='ConcatDataset', datasets=[dict(type='CocoDataset', ...), ...])"
+        )
     root = Path(dataset.get('data_root') or '')
     ann_file, folder = root / dataset['ann_file'], root / dataset['data_prefix']['img']
     if '://' in str(dataset.get('data_root')) + dataset['ann_file']:
@@ -302,6 +310,12 @@ def check_dataset(dataset: dict, annotated: bool = True, classes: Sequence[str] 
         raise InputError(f'annotation file {ann_file}: lists no images')
     if absent:
         raise InputError(f'image folder {folder}: lacks {len(absent)} of the {len(names)} images, first {absent[0]}')
+
+    if masks and annotated and not any(annotation.get('segmentation') for annotation in coco['annotations']):
+        raise InputError(
+            f'annotation file {ann_file}: its objects have boxes alone, no masks ("segmentation"), which this detector '
+            'learns from. Take one that finds boxes: spec-mmdet train xcit_spec_fasterrcnn'
+        )
 
     categories = [category['name'] for category in coco['categories']]
     named = (dataset.get('metainfo') or {}).get('classes')
@@ -335,6 +349,6 @@ def check_inputs(cfg: Config, loops: Sequence[str], classes: Sequence[str] | Non
         for dataset in coco_datasets(cfg.get(f'{loop}_dataloader')):
             source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix')}
             if source not in checked:
-                classes = check_dataset(dataset, annotated, classes) or classes
+                classes = check_dataset(dataset, annotated, classes, has_masks(cfg.get('model'))) or classes
                 checked.append(source)
     return classes

@@ -1,14 +1,14 @@
-"""Fitting a config to a data set in COCO's layout: the folder is named, the classes come from the annotation file."""
+"""Data sets' folders: where an annotation file and its images are, and pointing a config at them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from ..errors import InputError
+from .fitting import coco_datasets, evaluators
 
 
 def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
@@ -78,53 +78,3 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         for evaluator in evaluators(cfg, loop):
             if 'ann_file' in evaluator:
                 evaluator['ann_file'] = str(ann_file)
-
-
-def coco_datasets(node: object) -> Iterator[dict]:
-    """Every CocoDataset in (a part of) a config, also inside wrappers."""
-    if isinstance(node, dict):
-        if node.get('type') == 'CocoDataset':
-            yield node
-        for child in node.values():
-            yield from coco_datasets(child)
-    elif isinstance(node, (list, tuple)):
-        for child in node:
-            yield from coco_datasets(child)
-
-
-def configured_classes(dataset: dict) -> list[str]:
-    """The names of the classes that a CocoDataset's config, or else its type, has."""
-    classes = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset['type']).METAINFO['classes']
-    return [classes] if isinstance(classes, str) else list(classes)
-
-
-def evaluators(cfg: Config, loop: str) -> list[dict]:
-    """The configs of a loop's evaluators, of which there may be none, one or several."""
-    found = cfg.get(f'{loop}_evaluator') or []
-    return found if isinstance(found, list) else [found]
-
-
-def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Have a config's data sets and the heads of its model know these classes, in this order; changes ``cfg``.
-
-    Heads are those whose ``num_classes`` is the number of classes that the config's data sets had so far: others, of
-    proposals without a class, keep theirs.
-    """
-    before = {len(configured_classes(dataset)) for dataset in coco_datasets(cfg._cfg_dict)}
-
-    def set_heads(node: object) -> None:
-        if isinstance(node, dict):
-            if node.get('num_classes') in before:
-                node['num_classes'] = len(classes)
-            for child in node.values():
-                set_heads(child)
-        elif isinstance(node, (list, tuple)):
-            for child in node:
-                set_heads(child)
-
-    set_heads(cfg.get('model'))
-    metainfo = dict(classes=tuple(classes))
-    if len(classes) > 80:
-        metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
-    for dataset in coco_datasets(cfg._cfg_dict):
-        dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}

@@ -25,7 +25,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data.folders import coco_datasets, configured_classes, evaluators
+from ..data.fitting import coco_datasets, configured_classes, evaluators
 from ..errors import InputError
 
 WORST = 8  # how many images are drawn

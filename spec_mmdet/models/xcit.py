@@ -251,12 +251,16 @@ class SpecXCiT(BaseModule):
         if set(arch) | {'eta'} != {'dim', 'depth', 'num_heads', 'eta'}:
             raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
         dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
+        if depth < 4:
+            raise ValueError(
+                f'SpecXCiT: features are taken after four blocks, so depth must be at least 4, got {depth}'
+            )
         if dim % num_heads or dim % 8:
             raise ValueError(f'SpecXCiT: dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}')
         if patch_size not in (8, 16):
             raise ValueError(f'SpecXCiT: patch_size must be 8 or 16, got {patch_size}')
         if out_indices is None:
-            out_indices = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)
+            out_indices = (depth // 3 - 1, depth // 2 - 1, max(2 * depth // 3 - 1, depth // 2), depth - 1)
         if (
             len(out_indices) != 4
             or list(out_indices) != sorted(set(out_indices))

@@ -1,4 +1,4 @@
-"""What watches a run: that its checkpoint fits the model, and the condition numbers as training goes on."""
+"""What watches a run: that its checkpoint and its schedule fit, and the condition numbers as training goes on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import time
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim.scheduler.param_scheduler import (
+    ConstantParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+)
 from mmengine.runner import Runner
 from torch import nn
 
@@ -15,6 +20,9 @@ from ..checkpoints.reading import mismatches, state_dict_of
 from ..conditioning import measure, require_same_conditioning
 from ..errors import InputError, naming
 from ..models.jacobians import jacobian_spectra
+from ..models.xcit import SpecXCiT
+
+LITTLE_DATA = 10_000  # images; detectors have been trained from random weights on that many, hardly on fewer
 
 
 def unwrapped(runner: Runner) -> nn.Module:
@@ -45,6 +53,79 @@ class CheckpointGuard(Hook):
         faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}')
+
+
+@HOOKS.register_module()
+class ScheduleGuard(Hook):
+    """Say so where a schedule cannot teach much: it does not fit the data's size, or it begins at random weights."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare the schedule with the number of iterations, and that of the images with the weights.
+
+        Raises:
+            InputError: if the backbone is frozen, all or in part, at random weights.
+        """
+        for doubt in doubts_of_schedule(runner):
+            runner.logger.warning(f'{doubt}; train --epochs N fits the whole schedule to N epochs, and --preset '
+                                  'finetune is for pretrained weights')  # fmt: skip
+        backbone = unwrapped(runner).backbone
+        if not isinstance(backbone, SpecXCiT) or backbone.init_cfg or runner._load_from or runner._resume:
+            return
+        if backbone.frozen_stages >= 0:
+            raise InputError(
+                f'the backbone is to start from random weights and to keep some of them (frozen_stages '
+                f'{backbone.frozen_stages}): {where_weights_are(runner.cfg.model.backbone)}. Or add --cfg-options '
+                'model.backbone.frozen_stages=-1'
+            )
+        images = len(runner.train_dataloader.dataset)
+        if images < LITTLE_DATA:
+            runner.logger.warning(f'the backbone starts from random weights, and {images} images are few to learn it '
+                                  f'from: {where_weights_are(runner.cfg.model.backbone)}')  # fmt: skip
+
+
+def doubts_of_schedule(runner: Runner) -> list[str]:
+    """What of a runner's schedule does not fit the number of its iterations."""
+    total, epoch = runner.train_loop.max_iters, len(runner.train_dataloader)
+    found = runner.param_schedulers or []
+    found = [s for group in found.values() for s in group] if isinstance(found, dict) else found
+    warm_up, drops = 0, []
+    for scheduler in found:
+        unit = epoch if scheduler.by_epoch else 1
+        if isinstance(scheduler, LinearParamScheduler | ConstantParamScheduler) and scheduler.begin == 0:
+            warm_up = max(warm_up, scheduler.end * unit)
+        if isinstance(scheduler, MultiStepParamScheduler):
+            drops += [step * unit for step in scheduler.milestones]
+    doubts = []
+    if warm_up > total:
+        doubts.append(f'the warm-up takes {warm_up} iterations and the training {total}: the learning rate stays low')
+    elif drops and warm_up > min(drops):
+        doubts.append(f'the learning rate drops at iteration {min(drops)}, before its warm-up ends at {warm_up}')
+    if drops and max(drops) >= total:
+        doubts.append(f'the learning rate is to drop at iteration {max(drops)}, and the training ends at {total}')
+    for hook in runner.hooks:
+        momentum = hook.ema_cfg.get('momentum', 0.0002) if isinstance(hook, EMAHook) else 1
+        if 2 / momentum > total:
+            doubts.append(f'the moving average of the weights remembers {1 / momentum:.0f} iterations of the {total} '
+                          f'that there are: set its momentum to {min(1, 10 / total):.2g} or so')  # fmt: skip
+    return doubts
+
+
+def where_weights_are(backbone: dict) -> str:
+    """What to write to start from the published weights of a backbone, by its config; nothing is downloaded."""
+    name = f'xcit_{backbone.get("arch", "small_12")}_p{backbone.get("patch_size", 16)}'
+    conditioned = (
+        ', made from it by spec-mmdet convert FILE OUT --condition ...' if backbone.get('conditioning') else ''
+    )
+    published = (
+        f" (XCiT's authors publish {name}_224.pth, {name}_224_dist.pth and {name}_384_dist.pth; timm has them as "
+        f'{name}_224.fb_in1k and so on)'
+        if isinstance(backbone.get('arch', ''), str)
+        else ''
+    )
+    return (
+        'pretrained ones are taken by --cfg-options model.backbone.init_cfg.type=Pretrained '
+        f'model.backbone.init_cfg.checkpoint=FILE{conditioned}{published}'
+    )
 
 
 @HOOKS.register_module()

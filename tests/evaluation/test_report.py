@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.data import shapes
-from spec_mmdet.data.folders import set_classes
+from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'

@@ -1,0 +1,158 @@
+"""Having a config agree with its data and with itself: the classes are stated once, and masks follow from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+
+from ..errors import InputError, some
+
+LOOPS = ('train', 'val', 'test')
+NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # of proposals, which have no class, and of other classes (stuff)
+MASK_HEADS = ('mask_head', 'panoptic_head')
+
+
+def coco_datasets(node: object) -> Iterator[dict]:
+    """Every CocoDataset in (a part of) a config, also inside wrappers."""
+    for _, found in walk(node):
+        if found.get('type') == 'CocoDataset':
+            yield found
+
+
+def evaluators(cfg: Config, loop: str) -> list[dict]:
+    """The configs of a loop's evaluators, of which there may be none, one or several."""
+    found = cfg.get(f'{loop}_evaluator') or []
+    return found if isinstance(found, list) else [found]
+
+
+def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
+    """Every dict in (a part of) a config with its name, as --cfg-options has it; those outside first."""
+    if isinstance(node, dict):
+        yield name, node
+        for key, child in node.items():
+            yield from walk(child, f'{name}.{key}' if name else str(key))
+    elif isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            yield from walk(child, f'{name}.{i}' if name else str(i))
+
+
+def classes_in(metainfo: dict | None) -> list[str]:
+    """The classes that a data set's metainfo in a config states: a list, one name, or a file with a name a line."""
+    classes = (metainfo or {}).get('classes') or []
+    if isinstance(classes, str):
+        return Path(classes).read_text(encoding='utf-8').splitlines() if Path(classes).is_file() else [classes]
+    return list(classes)
+
+
+def configured_classes(dataset: dict) -> list[str]:
+    """The names of the classes that a CocoDataset's config, or else its type, has."""
+    return classes_in(dataset.get('metainfo')) or list(DATASETS.get(dataset['type']).METAINFO['classes'])
+
+
+def state_classes_once(cfg: Config) -> list[str]:
+    """Have all data sets of a config know the classes that the metainfo of one of them states; changes ``cfg``.
+
+    Returns:
+        These classes; none where no metainfo states any, and the annotation files tell.
+
+    Raises:
+        InputError: if two data sets state different ones, or one states them by a name that nothing reads.
+    """
+    stated: dict[str, list[str]] = {}
+    for loop in LOOPS:
+        for name, dataset in walk(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader'):
+            if dataset.get('type') != 'CocoDataset':
+                continue
+            metainfo = dataset.get('metainfo') or {}
+            if 'CLASSES' in metainfo:
+                raise InputError(f'{name}.metainfo.CLASSES in the config: MMDetection reads it as classes since 3.0')
+            if classes := classes_in(metainfo):
+                stated[f'{name}.metainfo.classes'] = classes
+    if not stated:
+        return []
+    (first, classes), *others = stated.items()
+    for name, other in others:
+        if set(other) != set(classes):
+            raise InputError(
+                f'{name} is ({some(other)}) and {first} is ({some(classes)}) in the config: give both the same classes'
+            )
+    for dataset in coco_datasets(cfg._cfg_dict):
+        dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
+    return classes
+
+
+def class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
+    """What is as wide as there are classes: all in a model's heads that has num_classes, with its name."""
+    for name, node in walk(model or {}, 'model'):
+        keys = name.split('.')
+        if 'num_classes' in node and any('head' in key for key in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
+            yield name, node
+
+
+def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -> None:
+    """Have a config's data sets and the heads of its model know these classes, in this order; changes ``cfg``.
+
+    Args:
+        cfg: the whole config.
+        classes: their names.
+        source: where they come from, for an error's message.
+
+    Raises:
+        InputError: if a head was given a number of classes by hand: one that is neither theirs, nor COCO's, which
+            configs inherit, nor that of the classes which the config's data sets had so far.
+    """
+    inherited = {len(configured_classes(dataset)) for dataset in coco_datasets(cfg._cfg_dict)}
+    inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
+    for name, head in class_heads(cfg.get('model')):
+        if head['num_classes'] not in inherited:
+            raise InputError(
+                f'{name}.num_classes is {head["num_classes"]} in the config, but {source} has {len(classes)} classes '
+                f'({some(classes)}): leave num_classes out, it is set by the data'
+            )
+        head['num_classes'] = len(classes)
+    metainfo = dict(classes=tuple(classes))
+    if len(classes) > 80:
+        metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
+    for dataset in coco_datasets(cfg._cfg_dict):
+        dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}
+
+
+def has_masks(model: dict | None) -> bool:
+    """Whether a detector, by its config, finds masks and so learns from them."""
+    for _, node in walk(model or {}):
+        if any(isinstance(node.get(key), (dict, list)) and node[key] for key in MASK_HEADS):
+            return True
+        if str(node.get('type', '')).startswith('RTMDetIns'):  # whose head of boxes finds masks, too
+            return True
+    return False
+
+
+def use_masks_as_the_model(cfg: Config) -> bool:
+    """Have a config load masks to learn from if its model finds them, and else nowhere; changes ``cfg``.
+
+    A model without them is measured by its boxes, and so is its best checkpoint chosen.
+
+    Returns:
+        Whether anything was changed.
+    """
+    before = cfg.to_dict()
+    masks = has_masks(cfg.get('model'))
+    for loop in LOOPS:
+        for _, transform in walk(cfg.get(f'{loop}_dataloader')):
+            if transform.get('type') == 'LoadAnnotations' and (loop == 'train' or not masks):
+                transform['with_mask'] = masks
+        for evaluator in evaluators(cfg, loop):
+            metrics = evaluator.get('metric')
+            if metrics and not masks:
+                metrics = [metrics] if isinstance(metrics, str) else metrics
+                evaluator['metric'] = [metric for metric in metrics if metric != 'segm'] or ['bbox']
+    if not masks:
+        for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]:
+            for key in ('save_best', 'monitor'):  # of checkpoints, of early stopping
+                if isinstance((hook or {}).get(key), str):
+                    hook[key] = hook[key].replace('segm_', 'bbox_')
+    return cfg.to_dict() != before

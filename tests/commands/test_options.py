@@ -1,0 +1,154 @@
+"""Every option has an effect, or is refused in one line that says what to write."""
+
+import json
+import logging
+
+import pytest
+from conftest import CONFIG, complaint, options, run_tool
+from mmengine.config import Config
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.commands import test as testing
+from spec_mmdet.commands.options import merge, settle
+from spec_mmdet.errors import InputError
+
+FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
+
+
+@pytest.mark.parametrize(
+    ('key', 'says'),
+    [
+        ('max_epochs', '--epochs or train_cfg.max_epochs'),
+        ('train_pipeline', 'say train_dataloader.dataset.pipeline'),
+        ('data_root', 'say --data'),
+        ('seed', 'say randomness.seed'),
+        ('train_cfg.max_epoch', 'is train_cfg.max_epochs meant?'),
+        ('model.backbon.arch', 'is model.backbone meant?'),
+        ('model.backbone.with_pc', 'is model.backbone.with_cp meant?'),
+        ('model.roi_head.bbox_head.num_class', 'is model.roi_head.bbox_head.num_classes meant?'),
+        ('model.test_cfg.rcnn.max_per_image', 'is model.test_cfg.rcnn.max_per_img meant?'),
+        ('train_dataloader.batchsize', 'is train_dataloader.batch_size meant?'),
+        ('train_dataloader.dataset.indexes', 'is train_dataloader.dataset.indices meant?'),
+        ('train_dataloader.dataset.metainfo.clases', 'metainfo.classes meant?'),
+        ('randomness.sed', 'is randomness.seed meant?'),
+        ('optim_wrapper.optimizer.learning_rate', 'nothing reads learning_rate in optim_wrapper.optimizer'),
+        ('param_scheduler.2.end', 'param_scheduler is a list of 2'),
+        ('model.backbone.patch_size.high', 'model.backbone.patch_size is 8 in the config, not a dict'),
+        ('entirely_unknown', 'nothing reads entirely_unknown in the config'),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(key, says):
+    cfg = Config.fromfile(CONFIG)
+    before = cfg.to_dict()
+    with pytest.raises(InputError) as refused:
+        merge(cfg, {key: 1})
+    assert says in str(refused.value) and f'--cfg-options {key}: ' in str(refused.value)
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'train_cfg.max_epochs': 1},
+        {'train_cfg.val_interval': 2},
+        {'model.backbone.with_cp': True},
+        {'model.backbone.init_cfg.type': 'Pretrained', 'model.backbone.init_cfg.checkpoint': 'file.pth'},
+        {'model.test_cfg.rcnn.nms.type': 'soft_nms', 'model.test_cfg.rcnn.nms.min_score': 0.01},
+        {'optim_wrapper.accumulative_counts': 4},
+        {'optim_wrapper.optimizer.type': 'SGD', 'optim_wrapper.optimizer.momentum': 0.9},
+        {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.momentum': 0.5},
+        {'train_dataloader.drop_last': True},
+        {'train_dataloader.dataset.indices': 8},
+        {'train_dataloader.dataset.metainfo.classes': ('circle',)},
+        {'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': 'out'},
+        {'custom_hooks.1.interval': 5},
+        {'load_from': 'file.pth'},
+        {'env_cfg.dist_cfg.backend': 'gloo'},
+        {'model_wrapper_cfg.type': 'MMDistributedDataParallel', 'model_wrapper_cfg.device_ids': None},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_key_that_is_read_is_taken(settings):
+    cfg = Config.fromfile(CONFIG)
+    merge(cfg, settings)
+    for key, value in settings.items():
+        node = cfg
+        for part in key.split('.'):
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        assert node == value
+
+
+def test_cfg_options_may_come_before_the_config(monkeypatch, shapes, tmp_path):
+    for argv in (
+        ['--cfg-options', 'a.b=1', 'c=[2,3]', 'config.py', 'checkpoint.pth', '--tta'],
+        ['config.py', '--cfg-options', 'a.b=1', '--tta', '--cfg-options', 'c=[2,3]', 'checkpoint.pth'],
+    ):
+        args = testing.parse(argv)
+        assert (args.config, args.checkpoint, args.tta) == ('config.py', 'checkpoint.pth', True)
+        assert args.cfg_options == {'a.b': 1, 'c': [2, 3]}
+    for wrong in ('c=[2,(3]', 'word'):
+        with pytest.raises(SystemExit) as ended:
+            testing.parse(['config.py', 'checkpoint.pth', '--cfg-options', wrong])
+        assert ended.value.code == 2
+
+
+def test_settings_follow_from_those_that_they_depend_on(capsys):
+    cfg = Config.fromfile(CONFIG)
+    merge(cfg, {'train_dataloader.persistent_workers': True, 'model.backbone.arch.dim': 64})
+    settle(cfg)
+    assert not cfg.train_dataloader.get('persistent_workers') and cfg.model.neck.in_channels == [64] * 4
+    told = capsys.readouterr().err
+    assert 'no worker to be persistent' in told and "[64, 64, 64, 64], the backbone's" in told
+
+
+@pytest.mark.parametrize(
+    ('settings', 'says'),
+    [
+        (['model.backbone.arch.depth=3'], 'depth must be at least 4, got 3'),
+        (['model.backbone.arch.num_heads=5'], 'dim must be a multiple of 8 and of num_heads'),
+        (['model.backbone.type=SpecXCit'], 'there is no SpecXCit in the model registry; is SpecXCiT meant?'),
+        (['train_dataloader.dataset.type=CocoDatasets'], 'is CocoDataset meant?'),
+        (['optim_wrapper.optimizer.type=SGD'], "unexpected keyword argument 'betas'"),
+        (["visualizer.vis_backends=[{'type':'ClearMLVisBackend'}]"], None),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_one_line(monkeypatch, shapes, tmp_path, settings, says):
+    if says is None:  # a tracker that is not installed
+        tracker = tmp_path / 'tracker.py'
+        tracker.write_text(f"_base_ = '{CONFIG}'\nvisualizer = dict(vis_backends=[dict(type='ClearMLVisBackend')])\n")
+        args = [tracker, '--work-dir', tmp_path / 'work', *options(shapes)]
+        assert 'pip install clearml' in complaint(monkeypatch, 'train', *args)
+        return
+    args = [CONFIG, '--work-dir', tmp_path / 'work', *options(shapes), *settings]
+    assert says in complaint(monkeypatch, 'train', *args)
+
+
+def test_a_fault_of_the_program_stays_a_traceback(monkeypatch, shapes, tmp_path):
+    def faulty(self, dim, *args):
+        return {}['absent']
+
+    monkeypatch.setattr('spec_mmdet.models.xcit.Block.__init__', faulty)
+    monkeypatch.setitem(globals(), '__name__', 'spec_mmdet.faulty')
+    with pytest.raises(KeyError, match='absent'):
+        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes))
+
+
+def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
+    """Two steps of a model of the least depth, each option seen in what is left behind."""
+    few = ['--cfg-options', 'model.backbone.arch.depth=4', *FEW]
+    sizes = ['--epochs', 2, '--batch-size', 8, '--image-size', 64, '--lr', 3e-4]
+    with caplog.at_level(logging.WARNING):
+        run_tool(monkeypatch, 'train', CONFIG, '--data', shapes, '--work-dir', tmp_path, *sizes, *few)
+    cfg = Config.fromfile(tmp_path / CONFIG.name)
+    assert cfg.train_dataloader.batch_size == 8 and cfg.optim_wrapper.optimizer.lr == 3e-4
+    assert cfg.train_dataloader.dataset.pipeline[2].scale == cfg.test_dataloader.dataset.pipeline[1].scale == (64, 64)
+    assert load(tmp_path / 'epoch_2.pth')['meta']['iter'] == 2
+    (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
+    assert any('coco/segm_mAP' in json.loads(line) for line in scalars.read_text().splitlines())
+    (log,) = (path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'starts from random weights, and 8 images are few' in log
+    says = complaint(monkeypatch, 'train', CONFIG, '--data', shapes, '--lr', 1, '--auto-scale-lr')
+    assert 'leave one of them out' in says
+    finetune = ['--work-dir', tmp_path / 'other', '--preset', 'finetune', *few]
+    says = complaint(monkeypatch, 'train', CONFIG, '--data', shapes, *finetune)
+    assert 'frozen_stages' in says and 'model.backbone.init_cfg.checkpoint=FILE' in says
