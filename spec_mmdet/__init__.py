@@ -18,7 +18,10 @@ startup.provide_operators()
 if find_spec('mmdet') is not None:
     from .checkpoints.pretrained import StrictPretrainedInit
     from .configs import find_config
-    from .evaluation.metrics import FastCocoMetric
+    from .data.images import LoadImageFromFile
+    from .data.reading import CocoDataset
+    from .evaluation.drawing import PictureHook
+    from .evaluation.metrics import CocoMetric, FastCocoMetric
     from .models.padding import MaskedDataPreprocessor
     from .models.tta import MaskTTAModel
     from .models.xcit import SpecXCiT
@@ -26,5 +29,6 @@ if find_spec('mmdet') is not None:
     from .training.optim import LayerDecayConstructor
     from .training.schedule import WarmUpLR
 
-    __all__ += ['CheckpointGuard', 'ConditioningHook', 'FastCocoMetric', 'MaskTTAModel', 'MaskedDataPreprocessor']
-    __all__ += ['LayerDecayConstructor', 'ScheduleGuard', 'SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']
+    __all__ += ['CheckpointGuard', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'FastCocoMetric']
+    __all__ += ['LayerDecayConstructor', 'LoadImageFromFile', 'MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook']
+    __all__ += ['ScheduleGuard', 'SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']

@@ -83,6 +83,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', type=Path, metavar='FOLDER', help="a folder in COCO's layout: annotations/"
                         'instances_train*.json and instances_val*.json beside the folders train* and val* of their '
                         'images (default: what the config names)')  # fmt: skip
+    parser.add_argument('--no-check', action='store_true', help='do not look at annotations and images one by one '
+                        'before the start')  # fmt: skip
     parser.add_argument('--work-dir', help='where to write logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='what has started this process as one of several')  # fmt: skip
@@ -137,22 +139,23 @@ def read_classes(path: str, resume: bool = False) -> list[str] | None:
     return classes_of(content)
 
 
-def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None) -> None:
+def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
     """Check the data that a run will read, and have its config know the classes; changes ``cfg``.
 
     Args:
         cfg: the whole config.
         loops: the parts that the run uses, of 'train', 'val' and 'test', what names the classes first.
         classes: what they must be, if that is known.
+        thorough: whether to look at annotations and images one by one.
     """
     stated = state_classes_once(cfg)
     if use_masks_as_the_model(cfg) and is_first_process() and not has_masks(cfg.get('model')):
         print('a detector without a mask head: masks are neither loaded nor measured')
     if is_first_process():  # one process of several is enough to find fault
-        classes = check_inputs(cfg, loops, classes)
+        classes = check_inputs(cfg, loops, classes, thorough)
         print(f'{len(classes)} classes: {some(classes)}' if classes else 'classes: those of the config')
     elif classes is None:
-        classes = check_inputs(cfg, loops[:1])
+        classes = check_inputs(cfg, loops[:1], thorough=False)
     if classes:
         set_classes(cfg, classes, "metainfo.classes of the config's data sets" if stated else 'the data')
 
@@ -175,9 +178,11 @@ def run_command(*command: str | Path) -> None:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """What a run happens in: says what to do when memory runs out, and lets go of the other processes at its end."""
+    """What a run happens in: its errors are a line each, and it lets go of the other processes at its end."""
     try:
         yield
+    except InputError as error:  # of a process that loads data, it holds that one's traceback
+        raise InputError(str(error).rpartition('InputError: ')[2].strip()) from error
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and 'DefaultCPUAllocator' not in str(error):
             raise

@@ -40,8 +40,10 @@ from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import classes_of, load, mismatches, state_dict_of
+from ..data import images
 from ..data.fitting import configured_classes, set_classes
-from ..errors import InputError
+from ..errors import InputError, some
+from ..evaluation.drawing import names_drawn
 from .common import add_config, load_config, parser
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
@@ -53,22 +55,26 @@ def is_video(path: Path) -> bool:
 
 
 def find_inputs(names: list[str]) -> list[Path]:
-    """The images and videos that inputs name, each once, as absolute paths.
+    """The images and videos that inputs name, each once, as absolute paths; hidden files of folders are passed over.
 
     Raises:
-        InputError: where one is absent, holds nothing, or cannot be read. Of an image only the header is looked at.
+        InputError: where one is absent, holds nothing, or cannot be read. Of an image only the header is looked at, and
+            nothing of what a folder or a glob holds.
     """
     paths: dict[Path, None] = {}
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
             found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGES)
+            hidden = [entry.name for entry in found if entry.name.startswith('.')]
+            found = [entry for entry in found if entry.name not in hidden]
+            if hidden:
+                print(f'{name}: passed over hidden files: {some(hidden)}')
             if not found:
                 raise InputError(f'{name}: no images ({", ".join(IMAGES)}) in this folder')
         elif path.exists():
             found = [path]
-            if not (path.suffix.lower() in IMAGES or is_video(path)):
-                raise InputError(f'{name}: neither an image ({", ".join(IMAGES)}) nor a video ({", ".join(VIDEOS)})')
+            require_readable(path, name)
         elif glob.has_magic(name):
             found = map(Path, sorted(glob.glob(str(path), recursive=True)))
             found = [entry for entry in found if entry.suffix.lower() in (*IMAGES, *VIDEOS)]
@@ -77,11 +83,16 @@ def find_inputs(names: list[str]) -> list[Path]:
         else:
             raise InputError(f'{name}: no such file or folder')
         paths.update(dict.fromkeys(Path(os.path.abspath(entry)) for entry in found))
-    for path in paths:
-        readable = cv2.VideoCapture(str(path)).isOpened() if is_video(path) else cv2.haveImageReader(str(path))
-        if not readable:
-            raise InputError(f'{path}: not {"a video" if is_video(path) else "an image"} that OpenCV can read')
     return list(paths)
+
+
+def require_readable(path: Path, name: str) -> None:
+    """Refuse a file that is no image and no video by its name or by how it begins."""
+    if not (path.suffix.lower() in IMAGES or is_video(path)):
+        raise InputError(f'{name}: neither an image ({", ".join(IMAGES)}) nor a video ({", ".join(VIDEOS)})')
+    readable = cv2.VideoCapture(str(path)).isOpened() if is_video(path) else cv2.haveImageReader(str(path))
+    if not readable:
+        raise InputError(f'{name}: not {"a video" if is_video(path) else "an image"} that OpenCV can read')
 
 
 def count_frames(path: Path) -> int:
@@ -92,28 +103,28 @@ def count_frames(path: Path) -> int:
 def decode(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
     """The frames of a video with their numbers, from 0, or the one image of a file, as (H, W, 3), BGR.
 
-    Nothing is yielded of a file that is damaged.
+    Raises:
+        InputError: saying what kind of files it is one of; that a video breaks off is not told.
     """
     if not is_video(path):
-        image = cv2.imread(str(path))
-        if image is not None:
-            yield None, image
+        yield None, images.read(path)
         return
     video, frame_id = cv2.VideoCapture(str(path)), 0
     while (frame := video.read()[1]) is not None:
         yield frame_id, frame
         frame_id += 1
+    if not frame_id:
+        raise InputError('videos without a picture that can be decoded')
 
 
-def stream(paths: list[Path], damaged: list[Path]) -> Iterator[tuple[Path, int | None, np.ndarray]]:
-    """What :func:`decode` yields of each file, with its path; files of which that is nothing go to ``damaged``."""
+def stream(paths: list[Path], damaged: dict[str, list[Path]]) -> Iterator[tuple[Path, int | None, np.ndarray]]:
+    """What :func:`decode` yields of each file, with its path; others go to ``damaged``, by what they are."""
     for path in paths:
-        nothing = True
-        for frame_id, image in decode(path):
-            nothing = False
-            yield path, frame_id, image
-        if nothing:
-            damaged.append(path)
+        try:
+            for frame_id, image in decode(path):
+                yield path, frame_id, image
+        except InputError as error:
+            damaged.setdefault(str(error), []).append(path)
 
 
 def in_batches(items: Iterator, size: int) -> Iterator[list]:
@@ -238,17 +249,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         info=dict(folder=str(root), config=str(args.config), checkpoint=args.checkpoint, score=args.score),
         categories=[dict(id=i, name=name) for i, name in enumerate(inferencer.model.dataset_meta['classes'], start=1)],
     )
-    damaged: list[Path] = []
+    damaged: dict[str, list[Path]] = {}
     total = -(-sum(map(count_frames, paths)) // args.batch_size)
     batches = track(in_batches(stream(paths, damaged), args.batch_size), 'predicting', total)
     pictures, image_id = Pictures(), 0
     with (
         json_list(out / 'predictions.json') as add_result,
+        names_drawn(() if args.no_pictures else inferencer.model.dataset_meta['classes']),
         json_list(out / 'images.json', json.dumps(about)[:-1] + ', "images": [', ']}') as add_image,
     ):
         for batch in batches:
-            images = [image for _, _, image in batch]
-            found = inferencer(images, len(batch), return_datasamples=True, no_save_vis=True)['predictions']
+            inputs = [image for _, _, image in batch]
+            found = inferencer(inputs, len(batch), return_datasamples=True, no_save_vis=True)['predictions']
             for (path, frame_id, image), sample in zip(batch, found):
                 image_id += 1
                 name = path.relative_to(root)
@@ -264,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     pictures.write(visualizer.get_image()[..., ::-1], path, frame_id, out / name)
     pictures.close()
     print(f'{image_id} pictures; wrote {out}')
+    for kind, files in damaged.items():
+        print(f'passed over {len(files)} {kind}:', *files, sep='\n  ')
     if damaged:
-        raise InputError(f'{len(damaged)} of {len(paths)} inputs could not be decoded, first {damaged[0]}; the results '
-                         'of the others are written')  # fmt: skip
+        count, first = sum(map(len, damaged.values())), next(iter(damaged.values()))[0]
+        raise InputError(f'{count} of {len(paths)} inputs could not be decoded, first {first}; the results of the '
+                         'others are written')  # fmt: skip

@@ -1,37 +1,59 @@
 """Check a data set in COCO's layout before training on it, take a part of it, or split what a labelling tool wrote.
 
     spec-mmdet prepare FOLDER                                       # annotations/, train*/ and val*/
+    spec-mmdet prepare FOLDER --drop --out DIR                      # without what is faulty
     spec-mmdet prepare FOLDER --subset 0.1 --out DIR                # a tenth of each split
     spec-mmdet prepare IMAGES --annotations FILE --val 0.2 --out DIR
 
 The first reads every annotation and decodes every image. Errors are what would stop or spoil a training, warnings what
-may be meant so. The other two check likewise what they take, and write DIR only where there is no error. The same seed
-takes the same images.
+may be meant so; all of them go to a file. The others check likewise what they take, and write DIR only where there is
+no error, or, with --drop, without the images and objects that have one. The same seed takes the same images.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data.checks import Findings, check_annotations, check_categories, check_contents, check_images, read_coco
+from ..data.checks import check_annotations, check_categories, check_contents, without_faults
+from ..data.findings import Findings, Place
 from ..data.folders import find_split
-from ..errors import InputError
+from ..data.images import check_images
+from ..data.reading import read_coco
+from ..errors import InputError, naming
 from .common import parser
 
 
-def print_counts(splits: dict[str, dict]) -> None:
+@dataclass
+class Split:
+    """An annotation file's content, where it is from, and the folder of its images."""
+
+    name: str  # train, val, or all of what is still to be split
+    coco: dict
+    ann_file: Path
+    images: Path
+    is_part: bool = False  # of the annotation file
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return f'{self.ann_file.name}, {self.name}' if self.is_part else self.ann_file.name
+
+
+def print_counts(splits: list[Split]) -> None:
     """A table: how many images there are, and how many objects of each class, split by split."""
     counts = []
-    for coco in splits.values():
-        names = {category['id']: category['name'] for category in coco['categories']}
-        counts.append(Counter(names.get(annotation['category_id']) for annotation in coco['annotations']))
-    rows = [('', *splits), ('images', *(len(coco['images']) for coco in splits.values()))]
+    for split in splits:
+        names = {category['id']: category['name'] for category in split.coco['categories']}
+        counts.append(Counter(names.get(annotation['category_id']) for annotation in split.coco['annotations']))
+    rows = [('', *(split.name for split in splits)), ('images', *(len(split.coco['images']) for split in splits))]
     rows += [(name, *(count[name] for count in counts)) for name in names.values()]
     width = max(len(row[0]) for row in rows)
     for name, *columns in rows:
@@ -39,9 +61,9 @@ def print_counts(splits: dict[str, dict]) -> None:
 
 
 def part_of(coco: dict, images: list[dict]) -> dict:
-    """An annotation file's content for these of its images alone; everything else in it is kept."""
-    chosen = {image['id'] for image in images}
-    annotations = [annotation for annotation in coco['annotations'] if annotation['image_id'] in chosen]
+    """An annotation file's content without its other images and what lies in them; everything else in it is kept."""
+    left_out = {image['id'] for image in coco['images']} - {image['id'] for image in images}
+    annotations = [annotation for annotation in coco['annotations'] if annotation['image_id'] not in left_out]
     return {**coco, 'images': images, 'annotations': annotations}
 
 
@@ -72,10 +94,83 @@ def count_or_fraction(text: str) -> float:
     return value
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def find_splits(folder: Path, found: Findings) -> list[Split]:
+    """The splits of a folder in COCO's layout, whose categories must be the same."""
+    splits: list[Split] = []
+    for name in ('train', 'val'):
+        if paths := find_split(folder, name):
+            split = Split(name, read_coco(paths[0], found=found), *paths)
+            splits.append(split)
+            names = [[category['name'] for category in s.coco['categories']] for s in (split, splits[0])]
+            check_categories(paths[0], *names)
+    if not splits:
+        raise InputError(f'{folder}: neither annotations/instances_train*.json nor annotations/instances_val*.json')
+    return splits
+
+
+def split_off(whole: Split, amount: float, seed: int) -> list[Split]:
+    """Two splits, of which the one for validation has so many images."""
+    images = whole.coco['images']
+    val = draw(images, amount, seed)
+    chosen = {image['id'] for image in val}
+    train = [image for image in images if image['id'] not in chosen]
+    if not train:
+        raise InputError(f'{whole.ann_file}: has {len(val)} images, of which --val leaves none for training')
+    parts = dict(train=train, val=val)
+    return [replace(whole, name=name, is_part=True, coco=part_of(whole.coco, part)) for name, part in parts.items()]
+
+
+def check(splits: list[Split], found: Findings) -> dict[Path, bytes]:
+    """Look at every annotation and every image; returns a digest of each whole image."""
+    digests: dict[Path, bytes] = {}
+    for split in splits:
+        check_annotations(split.coco, split.ann_file.name, found)
+        digests |= check_images(enumerate(split.coco['images']), split.images, split.ann_file.name, found)
+    return digests
+
+
+def drop(splits: list[Split], found: Findings) -> list[Split]:
+    """The splits without what has an error, which is no error of theirs any more."""
+    sound = []
+    for split in splits:
+        sound.append(replace(split, coco=without_faults(split.coco, split.ann_file.name, found)))
+        images, annotations = (len(split.coco[key]) - len(sound[-1].coco[key]) for key in ('images', 'annotations'))
+        print(f'left out of {split.ann_file.name}: {images} images, {annotations} annotations')
+    found.drop_errors()
+    return sound
+
+
+def check_splits(splits: list[Split], digests: dict[Path, bytes], found: Findings) -> None:
+    """Check that there is something to learn from and to measure by, and that the two are not the same."""
+    learnt = set()
+    for split in splits:
+        check_contents(split.coco, split.title, found, training=split.name == 'train')
+        for image in split.coco['images']:
+            digest = digests.get(split.images / image['file_name'])
+            if split.name == 'train':
+                learnt.add(digest)
+            elif digest and digest in learnt:
+                place = Place(split.title, image['file_name'])
+                found.warnings['images for validation that are trained on'].append(place)
+
+
+def conclude(splits: list[Split], found: Findings, folder: Path, listing: Path) -> None:
+    """Print what was found, write it whole, and stop if there is an error in it."""
+    print_counts(splits)
+    found.print()
+    if any(found.rows()):
+        found.write(listing)
+        print(f'\nall of them: {listing}')
+    print()
+    with naming(f'{folder}: not ready for training'):
+        found.require_none(f'All are listed in {listing}; --drop --out DIR leaves what has one out')
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('prepare', __doc__)
     options.add_argument('folder', type=Path, help="in COCO's layout; with --annotations, where the images are")
     options.add_argument('--out', type=Path, metavar='DIR', help='a new folder to write, in the same layout')
+    options.add_argument('--drop', action='store_true', help='leave images and objects with an error out of DIR')
     options.add_argument(
         '--subset', type=count_or_fraction, help='take so many images of each split, or a fraction below 1'
     )
@@ -83,65 +178,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--val', type=count_or_fraction, help='how many of its images are for validation, or a '
                         'fraction (default: 0.2)')  # fmt: skip
     options.add_argument('--seed', type=int, default=0, help='of the random choice of images')
+    options.add_argument('--findings', type=Path, metavar='FILE', help='a CSV file for all that is found (default: '
+                        'work_dirs/prepare/FOLDER.csv)')  # fmt: skip
     args = options.parse_args(argv)
-
-    folder, out = args.folder, args.out
-    if not folder.is_dir():
-        raise InputError(f'{folder}: no such folder')
-    if (args.subset is not None) + (args.annotations is not None) != (out is not None):
-        raise InputError('--out DIR goes with one of --subset and --annotations')
+    if not args.folder.is_dir():
+        raise InputError(f'{args.folder}: no such folder')
+    if args.subset is not None and args.annotations is not None:
+        raise InputError('--subset and --annotations do not go together')
+    if bool(args.drop or args.subset or args.annotations) != (args.out is not None):
+        raise InputError('--out DIR goes with one of --subset, --annotations and --drop')
     if args.val and not args.annotations:
         raise InputError('--val goes with --annotations')
-    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f'--out {out}: is there already')
+    if args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise InputError(f'--out {args.out}: is there already')
+    args.findings = args.findings or Path('work_dirs/prepare') / f'{args.folder.resolve().name}.csv'
+    return args
 
-    splits: dict[str, tuple[dict, Path]] = {}  # content of the annotation file, image folder
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    folder, out = args.folder, args.out
     found = Findings()
     if args.annotations:
-        coco = read_coco(args.annotations)
-        check_annotations(coco, args.annotations.name, found)
-        val = draw(coco['images'], args.val or 0.2, args.seed)
-        chosen = {image['id'] for image in val}
-        splits['train'] = part_of(coco, [image for image in coco['images'] if image['id'] not in chosen]), folder
-        splits['val'] = part_of(coco, val), folder
-        if not splits['train'][0]['images']:
-            raise InputError(f'{args.annotations}: has {len(val)} images, of which --val leaves none for training')
+        splits = [Split('all', read_coco(args.annotations, found=found), args.annotations, folder)]
     else:
-        classes = None
-        for split in ('train', 'val'):
-            if paths := find_split(folder, split):
-                coco, name = read_coco(paths[0]), paths[0].name
-                names = [category['name'] for category in coco['categories']]
-                classes = classes or names
-                check_categories(paths[0], names, classes)
-                check_annotations(coco, name, found)
-                if args.subset:
-                    coco = part_of(coco, draw(coco['images'], args.subset, args.seed))
-                splits[split] = coco, paths[1]
-        if not splits:
-            raise InputError(f'{folder}: neither annotations/instances_train*.json nor annotations/instances_val*.json')
+        splits = find_splits(folder, found)
+    if args.subset:
+        for split in splits:
+            split.coco = part_of(split.coco, draw(split.coco['images'], args.subset, args.seed))
+    digests = check(splits, found)
+    if found.errors and args.drop:
+        splits = drop(splits, found)
+    if not found.errors:
+        if args.annotations:
+            splits = split_off(splits[0], args.val or 0.2, args.seed)
+        check_splits(splits, digests, found)
+    conclude(splits, found, folder, args.findings)
 
-    digests = {}
-    for split, (coco, images) in splits.items():
-        check_contents(coco, split, found)
-        digests[split] = check_images(coco, images, split, found)
-    for digest, name in digests.get('val', {}).items():
-        if digest in digests.get('train', {}):
-            found.warnings['images for validation that are trained on'].append(f'{name} in val')
-    print_counts({split: coco for split, (coco, _) in splits.items()})
-    found.print()
-    print()
-    if found.errors:
-        raise InputError(f'{folder}: not ready for training; the errors listed above are to be put right')
-    if 'val' not in splits:
+    names = [split.name for split in splits]
+    if 'val' not in names:
         raise InputError(
             f'{folder}: not ready for training; it lacks images for validation (--annotations splits some off)'
         )
     if out:
-        for split, (coco, images) in splits.items():
-            write_split(out, split if args.annotations else images.name, coco, images)
+        for split in splits:
+            write_split(out, split.name if args.annotations else split.images.name, split.coco, split.images)
         print(f'wrote {out}')
-    if 'train' in splits:
+    if 'train' in names:
         print(f'ready for training: spec-mmdet train CONFIG --data {out or folder}')
     else:
         print(

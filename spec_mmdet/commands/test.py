@@ -19,8 +19,10 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
+from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError
 from ..evaluation import report
+from ..evaluation.drawing import names_drawn
 from .common import (
     add_run_options,
     build_runner,
@@ -77,17 +79,19 @@ def augment(cfg: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cfg = load_run_config(args, splits=('test',))
-    fit_to_data(cfg, ('test',), read_classes(args.checkpoint))
+    fit_to_data(cfg, ('test',), read_classes(args.checkpoint), not args.no_check)
     cfg.load_from = args.checkpoint
     if args.report and is_first_process():
         report.prepare(args.report, cfg)
     if args.show or args.show_dir:
         trigger_visualization_hook(cfg, args)
+        cfg.default_hooks.visualization.type = 'PictureHook'
     if args.tta:
         augment(cfg)
 
     setup_cache_size_limit_of_dynamo()
-    with running():
+    datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
+    with running(), names_drawn(name for dataset in datasets for name in configured_classes(dataset)):
         runner = build_runner(cfg)
         if args.out:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))

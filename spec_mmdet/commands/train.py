@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = read_classes(args.resume, resume=True)
     if cfg.get('load_from'):
         read_classes(cfg.load_from)  # a new training may start from a detector of other classes
-    fit_to_data(cfg, ('train', 'val'), classes)
+    fit_to_data(cfg, ('train', 'val'), classes, not args.no_check)
 
     set_precision(cfg, args.amp)
     if args.auto_scale_lr:

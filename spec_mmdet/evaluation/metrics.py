@@ -1,21 +1,87 @@
-"""COCO's evaluation by faster-coco-eval: the figures of pycocotools in a fraction of the time."""
+"""COCO's evaluation of detections in data sets with any ids, by pycocotools or, in a fraction of the time, in C++."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from unittest.mock import patch
 
-from mmdet.evaluation import CocoMetric
+from mmdet.evaluation import CocoMetric as MMDetCocoMetric
 from mmdet.evaluation.metrics import coco_metric
 from mmdet.registry import METRICS
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.reading import AnnotationFile
 from ..errors import InputError
 
 
+def numbers(ids: Iterable[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
+    """Whole numbers for ids: themselves where the evaluators hold all of them, or else 1 to n, in their order.
+
+    They go through NumPy's int64 and float64; an annotation's id of 0 stands for no match; and MMDetection takes the
+    figures of the classes, which are in ascending order of the ids, for those in the order of the file.
+    """
+    ids = list(ids)
+    plain = all(type(index) is int and least <= index < 2**53 for index in ids)
+    if plain and not (ascending and ids != sorted(ids)):
+        return {index: index for index in ids}
+    return {index: number for number, index in enumerate(ids, start=1)}
+
+
+class Numbered:
+    """A mixin for pycocotools' ``COCOeval``, for ids that it cannot hold: it works on :func:`numbers` in their place.
+
+    Its parameters are to be set in the data set's own ids; they and all that it computes are numbers after
+    ``evaluate``, as are the ids in its ``cocoGt`` and ``cocoDt``.
+    """
+
+    def __init__(self, truth: COCO | None, found: COCO | None, kind: str, **kwargs) -> None:
+        if truth is None:
+            super().__init__(None, None, kind, **kwargs)
+            return
+        self.images = numbers(image['id'] for image in truth.dataset['images'])
+        self.categories = numbers((category['id'] for category in truth.dataset['categories']), ascending=True)
+        super().__init__(self.numbered(truth), self.numbered(found), kind, **kwargs)
+        self.params.imgIds, self.params.catIds = list(self.images), list(self.categories)
+
+    def numbered(self, coco: COCO) -> COCO:
+        """The same with numbers for ids; itself where they are."""
+        objects = coco.dataset['annotations']
+        annotations = numbers((annotation['id'] for annotation in objects), least=1)
+        if all(index is number for ids in (self.images, self.categories, annotations) for index, number in ids.items()):
+            return coco
+        result = COCO()
+        result.dataset = {
+            **coco.dataset,
+            'images': [{**image, 'id': self.images[image['id']]} for image in coco.dataset['images']],
+            'categories': [{**c, 'id': self.categories[c['id']]} for c in coco.dataset['categories']],
+            'annotations': [
+                {
+                    **annotation,
+                    'id': annotations[annotation['id']],
+                    'image_id': self.images[annotation['image_id']],
+                    'category_id': self.categories[annotation['category_id']],
+                }
+                for annotation in objects
+            ],
+        }
+        result.createIndex()
+        return result
+
+    def evaluate(self) -> None:
+        """COCOeval's, on numbers."""
+        self.params.imgIds = [self.images[index] for index in self.params.imgIds]
+        self.params.catIds = [self.categories[index] for index in self.params.catIds]
+        super().evaluate()
+
+
+class Evaluation(Numbered, COCOeval):
+    """pycocotools' COCOeval for any ids."""
+
+
 def fast_evaluation(truth: COCO | None, found: COCO | None, kind: str) -> COCOeval:
-    """What ``COCOeval(truth, found, kind)`` is, in C++, for 'bbox' and 'segm'; it does not fill ``evalImgs``.
+    """What ``Evaluation(truth, found, kind)`` is, in C++, for 'bbox' and 'segm'; it does not fill ``evalImgs``.
 
     Recalls and scores equal those of pycocotools to the last bit. So do the precisions but one: where a class's best
     precision is that of its first detection alone, pycocotools has 1 / (1 + 2**-52) and this has 1, so that an AP can
@@ -28,26 +94,42 @@ def fast_evaluation(truth: COCO | None, found: COCO | None, kind: str) -> COCOev
         raise InputError('FastCocoMetric needs faster-coco-eval, which is not installed: pip install faster-coco-eval')
     from faster_coco_eval import COCOeval_faster
 
-    class Evaluation(COCOeval_faster):
+    class FastEvaluation(Numbered, COCOeval_faster):
         # Its own takes AP at the last of maxDets, pycocotools' at 100.
         summarize = COCOeval.summarize
 
-    return Evaluation(truth, found, kind, extra_calc=False)
+    return FastEvaluation(truth, found, kind, extra_calc=False)
+
+
+@METRICS.register_module(force=True)
+class CocoMetric(MMDetCocoMetric):
+    """MMDetection's CocoMetric, under its name, for annotation files with any ids, in any encoding.
+
+    What it writes (``outfile_prefix``) has the annotation file's own ids.
+    """
+
+    evaluation = staticmethod(Evaluation)
+
+    def __init__(self, *args, **kwargs) -> None:
+        with patch.object(coco_metric, 'COCO', AnnotationFile):
+            super().__init__(*args, **kwargs)
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """CocoMetric's metrics of its results."""
+        with patch.multiple(coco_metric, COCO=AnnotationFile, COCOeval=self.evaluation):
+            return super().compute_metrics(results)
 
 
 @METRICS.register_module()
 class FastCocoMetric(CocoMetric):
-    """MMDetection's CocoMetric, with the same arguments, by :func:`fast_evaluation`.
+    """CocoMetric, with the same arguments, by :func:`fast_evaluation`.
 
     Raises:
         InputError: if faster-coco-eval is not installed.
     """
 
+    evaluation = staticmethod(fast_evaluation)
+
     def __init__(self, *args, **kwargs) -> None:
         fast_evaluation(None, None, 'bbox')  # complains before the detector runs, not after
         super().__init__(*args, **kwargs)
-
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """CocoMetric's metrics of its results."""
-        with patch.object(coco_metric, 'COCOeval', fast_evaluation):
-            return super().compute_metrics(results)

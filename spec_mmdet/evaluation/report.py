@@ -26,7 +26,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..data.fitting import coco_datasets, configured_classes, evaluators
+from ..data.reading import AnnotationFile
 from ..errors import InputError
+from .drawing import names_drawn
+from .metrics import Evaluation
 
 WORST = 8  # how many images are drawn
 MIN_SCORE = 0.3  # a detection below this counts in the curves and AP alone
@@ -91,8 +94,8 @@ def coco_evaluator(cfg: Config) -> dict:
     raise InputError('--report: needs a CocoMetric in test_evaluator')
 
 
-def evaluate(coco: COCO, detections: Path, kind: str, categories: list[int]) -> COCOeval:
-    """Evaluate detections by pycocotools' own rules.
+def evaluate(coco: COCO, detections: Path, kind: str, categories: list[int | str]) -> COCOeval:
+    """Evaluate detections by pycocotools' own rules; the ids in the result are numbers (see :class:`Evaluation`).
 
     Args:
         coco: the truth.
@@ -110,7 +113,7 @@ def evaluate(coco: COCO, detections: Path, kind: str, categories: list[int]) -> 
         found = COCO()
         found.dataset = dict(coco.dataset, annotations=[])
         found.createIndex()
-    evaluation = COCOeval(coco, found, kind)
+    evaluation = Evaluation(coco, found, kind)
     evaluation.params.catIds = categories
     evaluation.evaluate()
     evaluation.accumulate()
@@ -292,6 +295,29 @@ def draw_image(image: np.ndarray, evaluation: COCOeval, outcome: Outcome) -> Fig
     return figure
 
 
+def draw_worst(dataset: dict, evaluations: dict[str, COCOeval], outcome_of: dict[int, Outcome]) -> list[dict]:
+    """The images with the most mistakes, as they go into the page.
+
+    Args:
+        dataset: the config of the data set, which says where they are.
+        evaluations: by boxes first.
+        outcome_of: their outcomes by boxes.
+    """
+    errors = {image_id: len(o.missed) + len(o.false) for image_id, o in outcome_of.items()}
+    worst = sorted((i for i in errors if errors[i]), key=lambda i: -errors[i])[:WORST]
+    pictures = []
+    for image_id in worst:
+        name = evaluations['Boxes'].cocoGt.imgs[image_id]['file_name']
+        image = mmcv.imread(
+            str(Path(dataset.get('data_root') or '', dataset.data_prefix.img, name)), channel_order='rgb'
+        )
+        outcome = outcome_of[image_id]
+        figure = draw_image(image, list(evaluations.values())[-1], outcome)
+        counts = f'{len(outcome.missed)} missed, {len(outcome.false)} false, {len(outcome.found)} found'
+        pictures.append(dict(embedded(figure, 'jpeg'), name=name, counts=counts))
+    return pictures
+
+
 def shown(value: float) -> str:
     """A figure as it is printed; a dash for pycocotools' -1, which says that there is nothing to measure."""
     return f'{value:.3f}' if value > -1 else '–'
@@ -312,7 +338,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
     kinds = {'Boxes': 'bbox', 'Masks': 'segm'} if 'segm' in metrics else {'Boxes': 'bbox'}
     with redirect_stdout(io.StringIO()):
         with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
-            coco = COCO(str(path))
+            coco = AnnotationFile(str(path))
         categories = coco.getCatIds(catNms=configured_classes(dataset))
         evaluations = {
             name: evaluate(coco, Path(f'{evaluator.outfile_prefix}.{kind}.json'), kind, categories)
@@ -320,23 +346,14 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
         }
     boxes = evaluations['Boxes']
     outcome_of = outcomes(boxes)
+    coco = boxes.cocoGt
     names = [coco.cats[category]['name'] for category in boxes.params.catIds]
     matrix = confusion_matrix(boxes, outcome_of)
     found, missed, false = (sum(len(getattr(o, k)) for o in outcome_of.values()) for k in ('found', 'missed', 'false'))
 
-    errors = {image_id: len(o.missed) + len(o.false) for image_id, o in outcome_of.items()}
-    worst = sorted((i for i in errors if errors[i]), key=lambda i: -errors[i])[:WORST]
-    pictures = []
-    for image_id in worst:
-        name = coco.imgs[image_id]['file_name']
-        image = mmcv.imread(
-            str(Path(dataset.get('data_root') or '', dataset.data_prefix.img, name)), channel_order='rgb'
-        )
-        outcome = outcome_of[image_id]
-        figure = draw_image(image, list(evaluations.values())[-1], outcome)
-        counts = f'{len(outcome.missed)} missed, {len(outcome.false)} false, {len(outcome.found)} found'
-        pictures.append(dict(embedded(figure, 'jpeg'), name=name, counts=counts))
-
+    with names_drawn(names):
+        pictures = draw_worst(dataset, evaluations, outcome_of)
+        curves, confusion = embedded(draw_curves(evaluations)), embedded(draw_confusion(matrix, names))
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else get_device()
     page = jinja2.Template(Path(__file__).with_name('report.html').read_text('utf-8'), autoescape=True).render(
@@ -353,8 +370,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
         false_positives=false,
         min_score=MIN_SCORE,
         min_iou=MIN_IOU,
-        curves=embedded(draw_curves(evaluations)),
-        confusion=embedded(draw_confusion(matrix, names)),
+        curves=curves,
+        confusion=confusion,
         mistaken=sorted(mistaken, key=lambda m: -m[0])[:10],
         classes=[
             (

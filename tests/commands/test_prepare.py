@@ -246,7 +246,10 @@ DEFECTS = {
     'annotation twice': (edit(lambda coco: coco['annotations'].append(coco['annotations'][0])), 'several annotations'),
     'image twice': (edit(lambda coco: coco['images'].append(coco['images'][0])), 'ids that several images have'),
     'way out': (edit(lambda coco: coco['images'][0].update(file_name='../x.png')), 'lead out of the image folder'),
-    'no objects': (edit(lambda coco: coco['annotations'].clear(), 'val'), 'splits without an object; first: val'),
+    'no objects': (
+        edit(lambda coco: coco['annotations'].clear(), 'val'),
+        'splits without an object to measure by; first: none of 0 annotations in instances_val.json',
+    ),
 }
 
 
@@ -295,7 +298,7 @@ DOUBTS = {
     'same image in both': (twin('train', 'val'), 'images for validation that are trained on'),
     'class without objects': (
         edit(lambda coco: [annotation.update(category_id=17) for annotation in coco['annotations']]),
-        'classes without an object; first: nut in train',
+        'classes without an object; first: nut in instances_train.json',
     ),
     'image without objects': (
         edit(lambda coco: coco['images'].append(dict(coco['images'][0], id=99))),
@@ -344,8 +347,9 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
         assert says in complaint(monkeypatch, 'prepare_coco', *args)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     assert 'not the 2 classes trained for (they are in another order)' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
-    assert 'one of its "images" has the width \'96\'' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert 'number 1 of its "images", id 1, has the width \'96\'' in complaint(monkeypatch, 'prepare_coco', spoilt)
     shutil.rmtree(spoilt / 'annotations')
     assert 'lack their annotation file' in complaint(monkeypatch, 'prepare_coco', spoilt)
     assert not (tmp_path / 'out').exists()

@@ -1,0 +1,104 @@
+"""What the checks of a data set find: counted by kind, located, and written to a file whole."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was found.
+
+    Attributes:
+        file: the annotation file, or the folder of its images.
+        image: the name of the image, if it is about one.
+        annotation: the annotation's id, if it is about one.
+        detail: what else there is to say.
+    """
+
+    file: str
+    image: str = ''
+    annotation: int | str = ''
+    detail: str = ''
+
+    def __str__(self) -> str:
+        thing = f'annotation {self.annotation}' * (self.annotation != '')
+        thing += ' of ' * bool(thing and self.image) + self.image
+        if not thing:
+            return f'{self.detail} in {self.file}' if self.detail else self.file
+        return f'{thing} in {self.file}' + f' ({self.detail})' * bool(self.detail)
+
+
+@dataclass
+class Findings:
+    """What is wrong, by kind.
+
+    Errors would stop or spoil a training; what is dropped is left out for an error that it has; warnings may be meant
+    so; notes are for the record.
+
+    Attributes:
+        faulty_images: positions in the list of images, by annotation file, of those that have an error.
+        faulty_annotations: the same of annotations.
+    """
+
+    errors: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    dropped: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    warnings: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    faulty_images: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    faulty_annotations: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def levels(self) -> dict[str, dict[str, list[Place]]]:
+        """What is wrong of each level, by the title of the level."""
+        levels = {'errors, to be put right': self.errors, 'left out, for their errors': self.dropped}
+        return levels | {'warnings': self.warnings, 'notes': self.notes}
+
+    def drop_errors(self) -> None:
+        """Count what are errors so far as dropped."""
+        self.dropped, self.errors = self.errors, defaultdict(list)
+
+    def print(self) -> None:
+        """A line for each kind: how many cases, and where the first is."""
+        for title, kinds in self.levels().items():
+            if kinds:
+                print(f'\n{title}:')
+            for kind, places in kinds.items():
+                print(f'{len(places):>8}  {kind}; first: {places[0]}')
+
+    def rows(self) -> Iterator[tuple]:
+        """Each case: level, kind, and the fields of its place."""
+        for title, kinds in self.levels().items():
+            for kind, places in kinds.items():
+                for place in places:
+                    yield title.partition(',')[0], kind, place.file, place.image, place.annotation, place.detail
+
+    def write(self, path: Path) -> None:
+        """All of them as CSV."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
+            writer.writerows(self.rows())
+
+    def first_error(self) -> str:
+        """The first error as one line, and how many there are; '' where there is none."""
+        if not self.errors:
+            return ''
+        kind, places = next(iter(self.errors.items()))
+        count = sum(map(len, self.errors.values()))
+        return f'{places[0]}: {kind}' + f'; {count} errors in all' * (count > 1)
+
+    def require_none(self, advice: str) -> None:
+        """Refuse to go on where there are errors.
+
+        Raises:
+            InputError: one line with the first of them and the advice.
+        """
+        if self.errors:
+            raise InputError(f'{self.first_error()}. {advice}')

@@ -1,0 +1,99 @@
+"""Data sets with one thing out of order each: what prepare, train and test make of them, in one process."""
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import mmengine.config.config
+import pytest
+import torch
+from conftest import ROOT, complaint, run_tool
+from mmengine.config import Config
+
+from spec_mmdet.checkpoints.reading import load
+
+FOLDER = Path(os.environ.get('SPEC_CASES', ROOT.parent / 'shared' / 'cases'))
+CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
+TINY = {
+    'train_dataloader.batch_size': 4,
+    'train_dataloader.dataset.indices': 8,  # two steps
+    'train_cfg.max_epochs': 1,
+    'train_cfg.val_interval': 9,
+    'param_scheduler.0.end': 1,
+    'param_scheduler.1.end': 1,
+    'model.backbone.arch': dict(dim=16, depth=4, num_heads=2),
+    'model.backbone.out_indices': [0, 1, 2, 3],
+    'model.neck.in_channels': [16] * 4,
+    'default_hooks.logger.interval': 1,
+    'visualizer.vis_backends': [],
+}
+
+
+def cases() -> dict:
+    """The changes of a clean data set, by name, with what each must give, and whether there is a generator at all."""
+    path = FOLDER / 'make_cases.py'
+    if not path.is_file():
+        return {}
+    spec = importlib.util.spec_from_file_location('make_cases', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {name: (expect, change, module.write) for name, (expect, change) in module.CASES.items()}
+
+
+CASES = cases()
+"""Of what is in order, what is not learnt from alike: a picture is grey."""
+OTHER_PIXELS = ('image_grey',)
+
+
+def digest_of(checkpoint: Path) -> str:
+    weights = load(checkpoint)['state_dict']
+    return hashlib.sha256(b''.join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+
+
+@pytest.fixture(scope='module')
+def clean(tmp_path_factory) -> Iterator[Path]:
+    """The clean set, trained on."""
+    if not CASES:
+        pytest.skip(f'no cases at {FOLDER}; set SPEC_CASES')
+    root = tmp_path_factory.mktemp('clean')
+    CASES['clean'][2](root / 'data')
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(TINY)
+    cfg.dump(root / 'tiny.py')
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # MMEngine has the text of its configs formatted again and again, which takes longer than all else here.
+        monkeypatch.setattr(mmengine.config.config, 'FormatCode', lambda text, **style: (text, True))
+        run_tool(monkeypatch, 'train', root / 'tiny.py', '--data', root / 'data', '--work-dir', root / 'work')
+        yield root / 'work' / 'epoch_1.pth'
+
+
+@pytest.mark.skipif(not CASES, reason=f'no cases at {FOLDER}; set SPEC_CASES')
+@pytest.mark.parametrize('name', CASES)
+def test_a_case(monkeypatch, clean, tmp_path, capfd, name):
+    expect, change, write = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    data, config = tmp_path / 'data', clean.parent.parent / 'tiny.py'
+    train = ['train', config, '--data', data, '--work-dir', tmp_path / 'work']
+    test = ['test', config, clean, '--data', data, '--work-dir', tmp_path / 'test']
+    prepare = ['prepare_coco', data]
+    write(data, change)
+    if expect == 'refused':
+        for command in (prepare, train, test):
+            line = complaint(monkeypatch, *command)
+            assert re.search(r'instances_(train|val)\.json|00\d\.png', line), line
+            assert 'Traceback' not in capfd.readouterr().err
+        assert not (tmp_path / 'work').exists() and not (tmp_path / 'test').exists()
+        return
+    test[2] = tmp_path / 'work' / 'epoch_1.pth'
+    for command in (prepare, train, test):
+        run_tool(monkeypatch, *command)
+        printed = capfd.readouterr()
+        assert 'Traceback' not in printed.out + printed.err and '\nerrors' not in printed.out
+        warnings = printed.out.partition('\nwarnings:\n')[2].partition('\n\n')[0]
+        assert bool(re.match(r' *[1-9]\d* ', warnings)) == (expect == 'warned'), printed.out
+    if expect == 'ready' and name not in OTHER_PIXELS:
+        assert digest_of(test[2]) == digest_of(clean)
+    assert torch.isfinite(load(test[2])['state_dict']['neck.fpn_convs.0.conv.weight']).all()

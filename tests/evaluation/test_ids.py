@@ -1,0 +1,104 @@
+"""Whatever the ids of a data set are, its figures are those under ids from 1 on: in both metrics and in the report."""
+
+import copy
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from mmdet.registry import METRICS
+from test_metrics import evaluated, scene
+
+from spec_mmdet.evaluation import report
+from spec_mmdet.evaluation.metrics import Evaluation
+
+CLASSES = ('1', '2', '3', '4')
+
+
+def hashed(index: int) -> int:
+    return int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=8).digest(), 'big') | 1 << 63
+
+
+def mixed(index: int) -> int | str:
+    return f'number {index}' if index % 2 else -index
+
+
+IDS = {  # of images, annotations and categories, by those from 1 on
+    'plain': (lambda i: i, lambda i: i, lambda i: i),
+    'image ids above 2^63': (hashed, lambda i: i, lambda i: i),
+    'image ids of text': (lambda i: f'{9 - i}', lambda i: i, lambda i: i),
+    'mixed image ids': (mixed, lambda i: i, lambda i: i),
+    'annotation ids from 0': (lambda i: i, lambda i: i - 1, lambda i: i),
+    'annotation ids of text': (lambda i: i, str, lambda i: i),
+    'annotation ids above 2^53': (lambda i: i, lambda i: 2**53 + i, lambda i: i),
+    'annotation ids above 2^64': (lambda i: i, lambda i: 2**64 + i, lambda i: i),
+    'negative annotation ids': (lambda i: i, lambda i: -i, lambda i: i),
+    'category ids from 0': (lambda i: i, lambda i: i, lambda i: i - 1),
+    'category ids of text': (lambda i: i, lambda i: i, lambda i: f'c{i}'),
+    'category ids that descend': (lambda i: i, lambda i: i, lambda i: 9 - i),
+    'all of them': (hashed, lambda i: f'{i}', mixed),
+}
+
+
+def renumbered(entries: list[dict], image, annotation, category) -> list[dict]:
+    entries = copy.deepcopy(entries)
+    for entry in entries:
+        for key, change in (('image_id', image), ('category_id', category), ('id', annotation)):
+            if key in entry:
+                entry[key] = change(entry[key])
+    return entries
+
+
+@pytest.mark.parametrize('name', IDS)
+def test_figures_do_not_depend_on_ids(tmp_path, name):
+    image, annotation, category = IDS[name]
+    truth, found = scene(np.random.default_rng(1), 30)
+    expected = {kind: evaluated(Evaluation, truth, found, kind) for kind in ('bbox', 'segm')}
+    assert 0.01 < expected['bbox'].stats[0] < 0.9
+    other = dict(
+        images=[{**entry, 'id': image(entry['id']), 'file_name': 'x.png'} for entry in truth['images']],
+        categories=[{**entry, 'id': category(entry['id'])} for entry in truth['categories']],
+        annotations=renumbered(truth['annotations'], image, annotation, category),
+    )
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(other))
+
+    figures = {}
+    for kind in ('CocoMetric', 'FastCocoMetric'):
+        out = str(tmp_path / kind)
+        cfg = dict(type=kind, ann_file=str(path), metric=['bbox', 'segm'], classwise=True, outfile_prefix=out)
+        metric = METRICS.build(cfg | dict(proposal_nums=(1, 10, 100)))
+        metric.dataset_meta = dict(classes=CLASSES)
+        results = []
+        for entry in other['images']:
+            own = [d for d in found if image(d['image_id']) == entry['id']]
+            boxes = np.array([d['bbox'] for d in own]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            result = dict(img_id=entry['id'], bboxes=boxes, scores=np.array([d['score'] for d in own]))
+            result.update(labels=[d['category_id'] - 1 for d in own], masks=[dict(d['segmentation']) for d in own])
+            results.append((dict(width=64, height=64, img_id=entry['id']), result))
+        figures[kind] = metric.compute_metrics(results)
+        for box_or_mask, evaluation in expected.items():
+            for i, item in enumerate(('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')):
+                assert figures[kind][f'{box_or_mask}_{item}'] == round(float(evaluation.stats[i]), 3)
+        for i, label in enumerate(CLASSES):  # the masks' come last
+            ap = report.average_precision(expected['segm'], i)
+            assert round(figures[kind][f'{label}_precision'], 3) == pytest.approx(round(ap, 3) if ap > -1 else np.nan,
+                                                                                  nan_ok=True)  # fmt: skip
+        # What is written out has the ids of the file.
+        written = json.loads((tmp_path / f'{kind}.bbox.json').read_text())
+        assert {d['image_id'] for d in written} <= {entry['id'] for entry in other['images']}
+        assert {d['category_id'] for d in written} <= {entry['id'] for entry in other['categories']}
+
+    coco = report.AnnotationFile(str(path))
+    for kind in ('bbox', 'segm'):
+        categories = coco.getCatIds(catNms=CLASSES)
+        evaluation = report.evaluate(coco, tmp_path / f'CocoMetric.{kind}.json', kind, categories)
+        assert np.array_equal(evaluation.stats, expected[kind].stats)
+        outcome = report.outcomes(evaluation)
+        known = report.outcomes(expected[kind])
+        for part in ('found', 'false', 'missed', 'crowd'):
+            counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
+            assert counts[0] == counts[1]
+        matrix = report.confusion_matrix(evaluation, outcome)
+        assert np.array_equal(matrix, report.confusion_matrix(expected[kind], known))
