@@ -236,9 +236,9 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
 def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoint:
     """Find out what a checkpoint is, and translate it.
 
-    Known are classifiers and backbones of the reference implementation, of timm and of mmpretrain, plain or
-    conditioned by :func:`~spec_mmdet.conditioning.condition`; DINO's teachers and students; detectors and backbones of
-    the reference and of this project.
+    Known are classifiers and backbones of the reference implementation, of timm and of mmpretrain, plain or with a
+    :class:`~spec_mmdet.conditioning.Correction` as the parametrization of their projections; DINO's teachers and
+    students; detectors and backbones of the reference and of this project.
 
     Args:
         checkpoint: what :func:`~spec_mmdet.checkpoints.reading.load` returned.
@@ -309,7 +309,7 @@ def condition(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict
 
 
 def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """A SpecXCiT's state dict in the names of 'reference' or 'timm', its corrections as `condition` names them there.
+    """A SpecXCiT's state dict in the names of 'reference' or 'timm', its corrections as parametrizations there.
 
     The reference's names are SpecXCiT's own, fpn1 to fpn4 included; timm's model has no such layers, they are left out.
     """

@@ -9,9 +9,10 @@ because the condition number of its Jacobian is bounded by those of the projecti
 C is set once, gets no gradient and no weight decay; W goes on training. This package needs torch alone,
 and scipy for :mod:`.jacobian`.
 
-:func:`condition` puts the method on attention that exists already, :func:`fold` takes it off again for inference, and
-:func:`measure` shows what it does. SpecXCiT's attention holds the same :class:`Correction` itself, under the name
-``correction``, so that its weights keep the names that XCiT's checkpoints have.
+:func:`condition` puts the method on attention that exists already: W + C becomes the weight, and
+:meth:`Corrections.keep_fixed` keeps C out of the optimiser's sight. SpecXCiT's attention holds W and a
+:class:`Correction` apart, under the names that XCiT's checkpoints have, which :func:`fold` ends for inference.
+:func:`measure` shows what it does.
 """
 
 from .correction import (
@@ -22,17 +23,21 @@ from .correction import (
     require_same_conditioning,
     svd_correction,
 )
+from .fixed import Corrections
+from .initialisation import conditioned_initialisation
 from .projections import Projection, projections
 from .spectra import Report, Spectrum, measure
 from .surgery import condition, fold
 
 __all__ = [
     'Correction',
+    'Corrections',
     'Projection',
     'Report',
     'Spectrum',
     'condition',
     'condition_number',
+    'conditioned_initialisation',
     'describe_conditioning',
     'fold',
     'identity_correction',

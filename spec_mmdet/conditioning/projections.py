@@ -82,6 +82,13 @@ class Projection:
         """
         return Correction(self.weight, type, lam, per_head, stack=self.stack)
 
+    @torch.no_grad()
+    def replace(self, W: Tensor) -> None:
+        """Put other values in the place of W, and leave the weight's other rows as they are."""
+        weight, rows = self.weight, W.flatten(0, 1)
+        own = self.stack.put(torch.ones_like(rows), weight).bool()
+        weight.copy_(self.stack.put(rows, weight).where(own, weight))
+
     def _blocks(self, weight: Tensor) -> Tensor:
         return self.stack.take(weight).unflatten(0, (len(self.roles), -1))
 
@@ -232,9 +239,10 @@ def _stated(paths: list[str], group: list[NamedLayer], layout: dict[str, str], u
 def _conditioned(attention: nn.Module, group: list[NamedLayer]) -> list | None:
     """What the layers' corrections know."""
     own = getattr(attention, 'correction', None)
+    whole = [Stack(layer.roles, _count(attention, _HEADS)) for layer in group]
     if isinstance(own, Correction):
-        return [[Stack(layer.roles, _count(attention, _HEADS))] for layer in group]
-    result = [[c.stack for c in corrections(layer.module, 'weight') if c.stack] for layer in group]
+        return [[stack] for stack in whole]
+    result = [[c.stack or all_rows for c in corrections(x.module, 'weight')] for x, all_rows in zip(group, whole)]
     return result if all(result) else None
 
 

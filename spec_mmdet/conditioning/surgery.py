@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
-from .projections import find, projections
-from .spectra import Report, spectra
+from .effects import is_trained
+from .fixed import Corrected, Corrections
+from .initialisation import conditioned_initialisation
+from .projections import Projection, find, projections
+from .spectra import Report, sigma_max_is_below
 
 
 def condition(
@@ -24,20 +28,27 @@ def condition(
 ) -> Report:
     """Condition the attention of a model that exists already: each query, key and value projection becomes W + C.
 
-    The corrections are parametrizations (torch.nn.utils.parametrize): the modules' own code stays as it is, and the
-    optimiser trains W alone, under the name ``<layer>.parametrizations.weight.original``. Make the optimiser after
-    this call. Recognised are torch.nn.MultiheadAttention and the layers named as timm's and transformers' are.
+    W + C becomes the weight itself: the model stays a plain one, for whatever saves, loads, shards, merges or exports
+    it. What is left to do is to keep C from the optimiser, whose weight decay would pull W + C towards 0:
 
-    Weights trained without a correction compute something else with it. ``keep_function`` takes them over: W is
-    replaced by W - C, so that W - C + C is what it was. The condition number of what the model computes with is then
-    the old one too, for a start; only what training and weight decay do to it from there on differs.
+        report = condition(model)
+        optimizer = torch.optim.AdamW(model.parameters(), ...)
+        report.corrections.keep_fixed(optimizer)
+
+    Recognised are torch.nn.MultiheadAttention and the layers named as timm's and transformers' are.
 
     Args:
         model: changed in place.
-        type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5).
+        type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5), fixed corrections; or 'initialisation', their authors'
+            later method (arXiv 2609.07086), which puts other weights in the place of W and keeps nothing of them: see
+            :func:`~.initialisation.conditioned_initialisation`.
         lam: lambda of the identity form; 10 if not given, as in the paper.
-        per_head: correct each head's rows as a matrix of their own, not each projection as a whole.
-        keep_function: keep the function of weights that were trained without the correction.
+        per_head: correct each head's rows as a matrix of their own, not each projection as a whole. The readers of the
+            paper take it so ("rectangular" identities, its W of D x d being one head's), and so do its authors in
+            their next one; the whole projection is this project's form.
+        keep_function: leave the weights as they are, and take them for W + C. So the function of weights that were
+            trained without a correction is kept, and a training is resumed. What C changes then is where weight decay
+            pulls them.
         layout: which rows of a layer are queries, keys and values, where that cannot be found out: for layers by their
             name, in which * stands for anything, for instance ``{'blocks.*.attn.qkv': '2(q16 k16 v64)'}``; see
             :func:`~.rows.parse_layout`.
@@ -46,49 +57,114 @@ def condition(
         partial: condition a part of the model's attention, where the rest could not be taken. The report lists it.
 
     Returns:
-        What was conditioned, with the condition numbers; print it for a table.
+        What was conditioned; print it for the condition numbers and for what else there is to say.
 
     Raises:
         InputError: if the model has no projections that could be found, or not all of its attention could be taken and
-            ``partial`` was not asked for; if one of them is conditioned or parametrized already or shares its weight
-            with another layer, or its heads are not known and ``per_head`` asks for them. The model is then unchanged.
-        ValueError: on arguments that :class:`Correction` refuses.
+            ``partial`` was not asked for; if one of them is conditioned or parametrized already, shares its weight with
+            another layer, has no values (on the meta device), is sharded or quantised; or if its heads are not known
+            and are asked for. The model is then unchanged.
+        ValueError: on arguments that :class:`~.correction.Correction` refuses, or that 'initialisation' has no use for.
 
     Warns:
-        UserWarning: if the corrections make the condition number of a projection no better.
+        UserWarning: if lambda is not above sigma_max of a projection, and if the weights have been trained and now
+            compute something else.
     """
+    if type == 'initialisation' and (lam is not None or per_head or keep_function):
+        raise ValueError("conditioning: 'initialisation' goes by heads, and has no lam, per_head or keep_function")
     attention = find(model, layout, example)
     if not partial:
         attention.require_whole()
     found = attention.projections
     if not found:
         raise InputError('condition: found no query, key and value projections in this model')
-    corrections = []
+    corrections = Corrections()
+    owners: dict[int, Projection] = {}
     for projection in found:
-        if projection.correction is not None:
-            raise InputError(f'condition: {projection.name} is conditioned already; fold(model) takes that into W')
-        if parametrize.is_parametrized(projection.module, projection.tensor):
-            raise InputError(f'condition: {projection.name} has a parametrization of another kind already')
-        if per_head and projection.heads is None:
-            raise InputError(f'condition: {projection.name} does not say how many heads it has; leave out per_head')
-        corrections.append(projection.make_correction(type, lam, per_head))
-    for projection, correction in zip(found, corrections):
-        parametrize.register_parametrization(projection.module, projection.tensor, correction)
-    report = spectra(found)
+        _require_plain(projection)
+        owner = owners.setdefault(id(projection.weight), projection)
+        if owner.module is not projection.module:
+            raise InputError(f'condition: {projection.name} shares the weight of {owner.name}: not supported')
+        if (per_head or type == 'initialisation') and projection.heads is None:
+            asked_by = 'per_head' if per_head else "type='initialisation'"
+            raise InputError(f'condition: {projection.name} does not say how many heads it has, as {asked_by} needs')
+        if type != 'initialisation':
+            correction = projection.make_correction(type, lam, per_head)
+            corrections[projection.name] = Corrected(projection.module, projection.tensor, correction)
+    report = Report(found, corrections, by_head=type == 'initialisation')
     report.left_out = attention.refused | attention.overlooked
-    if report.unhelpful():
-        warnings.warn(report.unhelpful(), stacklevel=2)
-    if keep_function:
-        for projection, correction in zip(found, corrections):
-            original = projection.module.parametrizations[projection.tensor].original
-            original.data -= correction.correction(original)
+    if not keep_function:
+        report.notes = [*_harm(model), *(_too_small(found, corrections) if type == 'identity' else [])]
+    with torch.no_grad():
+        if type == 'initialisation':
+            for projection in found:
+                projection.replace(conditioned_initialisation(projection.W, projection.roles, projection.heads))
+        elif not keep_function:
+            for corrected in corrections.values():
+                corrected.weight.add_(corrected.C)
+    if corrections:
+        report.notes.append('the weights are W + C now; corrections.keep_fixed(optimizer) keeps C out of weight decay')
     return report
 
 
-def fold(model: nn.Module) -> None:
-    """Replace every conditioned W by W + C and leave no trace of the correction: for inference and export.
+def _require_plain(projection: Projection) -> None:
+    """Refuse a weight that no correction could be added to.
 
-    The output stays the same, the cost is that of plain attention, and the state dict is a plain model's.
+    Raises:
+        InputError: saying why.
+    """
+    if projection.correction is not None:
+        raise InputError(f'condition: {projection.name} is conditioned already; fold(model) takes that into W')
+    if parametrize.is_parametrized(projection.module, projection.tensor):
+        raise InputError(f'condition: {projection.name} has a parametrization of another kind already')
+    weight = projection.weight
+    if weight.is_meta:
+        raise InputError(f'condition: {projection.name} is on the meta device and has no values; load or initialise it')
+    if hasattr(weight, 'placements'):
+        raise InputError(f'condition: {projection.name} is sharded; call condition before fully_shard')
+    if not weight.is_floating_point():
+        raise InputError(f'condition: {projection.name} is quantised ({weight.dtype}); condition the model before that')
+
+
+def _harm(model: nn.Module) -> list[str]:
+    """Say, and warn, that trained weights do something else now."""
+    trained = is_trained(model)
+    if trained is False:
+        return []
+    told = 'these weights have been trained' if trained else 'whether these weights have been trained cannot be told'
+    if_so = 'they' if trained else 'if so, they'
+    note = f'{told}; {if_so} compute something else now. keep_function=True leaves them as they are'
+    if trained:
+        warnings.warn(note, stacklevel=3)
+    return [note]
+
+
+def _too_small(found: list[Projection], corrections: Corrections) -> list[str]:
+    """Say, and warn, of which matrices lambda is not above sigma_max: there Theorem 3.8 promises nothing."""
+    too_large, total = [], 0
+    for projection in found:
+        correction = corrections[projection.name].correction
+        W, lam = projection.W.flatten(0, 1).unflatten(0, correction.split), correction.lam.max().item()
+        below = sigma_max_is_below(W, lam).flatten()
+        too_large += [(projection.name, matrix) for matrix in W.flatten(0, -3)[~below]]
+        total += len(below)
+    if not too_large:
+        return []
+    name, W = too_large[0]
+    note = (
+        f'lam = {lam:g} is not above sigma_max of {len(too_large)} of {total} matrices, and can make their condition '
+        f'numbers worse; for instance {name}, with sigma_max {torch.linalg.matrix_norm(W.float(), 2):.3g}'
+    )
+    warnings.warn(note, stacklevel=3)
+    return [note]
+
+
+def fold(model: nn.Module) -> None:
+    """Replace every W that is kept beside its correction by W + C, and leave no trace of it: for inference and export.
+
+    Such are SpecXCiT's attention and any weight with a :class:`~.correction.Correction` as its parametrization. The
+    output stays the same, the cost is that of plain attention, and the state dict is a plain model's. What
+    :func:`condition` has conditioned is so already.
 
     Args:
         model: changed in place; one without corrections is left as it is.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from ..conditioning import Correction
+from ..conditioning import Correction, conditioned_initialisation
 
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
 
@@ -173,8 +173,9 @@ class XCA(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads; each owns C / num_heads channels.
-        conditioning: None, or the arguments of :class:`~spec_mmdet.conditioning.Correction`, applied to each of the
-            C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction).
+        conditioning: None; or the arguments of :class:`~spec_mmdet.conditioning.Correction`, applied to each of the
+            C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction); or
+            ``dict(type='initialisation')``, which changes the initial weights alone.
     """
 
     # Tokens per channel from which the Gram form is taken: with fewer, its C x C matrices cost more than it saves.
@@ -188,6 +189,12 @@ class XCA(nn.Module):
         for layer in (self.qkv, self.proj):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        if conditioning is not None and conditioning.get('type') == 'initialisation':
+            if len(conditioning) > 1:
+                raise ValueError(f"conditioning: 'initialisation' has no other arguments, got {conditioning}")
+            made = conditioned_initialisation(self.qkv.weight.unflatten(0, (3, dim)), 'QKV', num_heads)
+            self.qkv.weight.data = made.flatten(0, 1)
+            conditioning = None
         # After the initialisation, because the exact correction depends on the weights.
         self.correction = None if conditioning is None else Correction(self.qkv.weight, **conditioning, heads=num_heads)
 

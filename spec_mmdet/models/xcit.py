@@ -213,7 +213,8 @@ class SpecXCiT(BaseModule):
         conditioning: None for plain XCiT, ``dict(type='identity', lam=10.0)`` or ``dict(type='svd')``, with
             ``per_head=True`` if each head is to be corrected by itself; see
             :class:`~spec_mmdet.conditioning.Correction`. It belongs to the weights: a state dict made with another
-            conditioning than this one is refused.
+            conditioning than this one is refused. ``dict(type='initialisation')`` only begins with other weights
+            (arXiv 2609.07086), and is plain XCiT's from then on.
         norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.
         drop_path_rate: stochastic depth, the same in every block.
         out_indices: the four blocks after which features are taken; by default the ends of the first, second and

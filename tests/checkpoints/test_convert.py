@@ -19,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models.xcit import Xcit
 from torch import nn
+from torch.nn.utils import parametrize
 
 from spec_mmdet import InputError, SpecXCiT
 from spec_mmdet.checkpoints.layouts import recognise
 from spec_mmdet.checkpoints.pretrained import load_backbone
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.conditioning import condition
+from spec_mmdet.conditioning import projections
 
 CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='svd')]
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -56,11 +57,18 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
+def correct(model: nn.Module, **conditioning) -> None:
+    """W and C apart in a model of others: the corrections as parametrizations of its layers."""
+    for projection in list(projections(model)):
+        correction = projection.make_correction(**conditioning)
+        parametrize.register_parametrization(projection.module, projection.tensor, correction)
+
+
 def timm_model(patch_size: int = 16, conditioning: dict | None = None, **dims) -> nn.Module:
     dims = dict(embed_dim=32, depth=6, num_heads=4) | dims
     model = randomise(Xcit(patch_size=patch_size, eta=1.0, tokens_norm=True, num_classes=7, **dims))
     if conditioning:
-        condition(model, **conditioning)
+        correct(model, **conditioning)
     return model
 
 
@@ -111,9 +119,9 @@ def test_features_are_the_source_models_own(tmp_path, layout, patch_size, condit
     model = timm_model(patch_size)
     if conditioning and layout == 'reference':
         # As a reference-style model would be: without the class attention, whose layers are fused there.
-        condition(model.blocks, **conditioning)
+        correct(model.blocks, **conditioning)
     elif conditioning:
-        condition(model, **conditioning)
+        correct(model, **conditioning)
     expected = block_outputs(model, model.blocks)
     source = tmp_path / f'source{layout.removeprefix("timm ") if layout != "reference" else ".pth"}'
     if layout == 'timm .safetensors':
@@ -139,7 +147,7 @@ def test_features_are_mmpretrains_own(tmp_path, patch_size, conditioning):
     classifier.backbone, classifier.head = model, nn.Module()
     classifier.head.layers = nn.Sequential(OrderedDict(head=nn.Linear(32, 7)))
     if conditioning:
-        condition(classifier, **conditioning)
+        correct(classifier, **conditioning)
     expected = block_outputs(model, model.xca_layers)
     torch.save(dict(state_dict=classifier.state_dict(), meta=dict(epoch=3)), tmp_path / 'source.pth')
     convert(tmp_path / 'source.pth', tmp_path / 'converted.pth')

@@ -1,0 +1,33 @@
+"""Conditioned initialisation (arXiv 2609.07086): well-conditioned weights to start from, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def conditioned_initialisation(W: Tensor, roles: str, heads: int) -> Tensor:
+    """Initial projections of which each head's matrix has condition number 1: spectral conditioning's successor.
+
+    Each head's Q and K are independent random semi-orthogonal matrices, each head's V is the rectangular identity.
+    (With the identity for Q and K, too, each token would attend to itself alone, as under a large lambda: see
+    :mod:`.effects`.) From there on the weights are plain: nothing is added to them, and nothing is kept.
+
+    Args:
+        W: the projections in torch's layout, shape (len(roles), heads * d, k), of which only the shape counts.
+        roles: what they are, in order: 'QKV' or 'K', for instance.
+        heads: how many heads each of them has.
+
+    Returns:
+        Their initial values, shape, dtype and device of W, without gradient.
+
+    Raises:
+        ValueError: on rows that the heads do not divide.
+    """
+    if W.shape[1] % heads:
+        raise ValueError(f'conditioning: {W.shape[1]} rows are not {heads} heads')
+    made = torch.empty(len(roles), heads, W.shape[1] // heads, W.shape[2], device=W.device)
+    for role, projection in zip(roles, made):
+        for head in projection:
+            nn.init.eye_(head) if role == 'V' else nn.init.orthogonal_(head)
+    return made.flatten(1, 2).to(W.dtype)
