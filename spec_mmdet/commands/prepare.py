@@ -1,9 +1,12 @@
-"""Check a data set in COCO's layout before training on it, take a part of it, or split what a labelling tool wrote.
+"""Check a data set before training on it, split it, take a part of it, or write it in COCO's layout.
 
     spec-mmdet prepare FOLDER                                       # annotations/, train*/ and val*/
+    spec-mmdet prepare FOLDER --val 0.2 --out DIR                   # what a labelling tool wrote, see below
     spec-mmdet prepare FOLDER --drop --out DIR                      # without what is faulty
     spec-mmdet prepare FOLDER --subset 0.1 --out DIR                # a tenth of each split
     spec-mmdet prepare IMAGES --annotations FILE --val 0.2 --out DIR
+
+FOLDER may also be an export of Roboflow, CVAT or Label Studio, or be in the format of YOLO, Pascal VOC or LabelMe.
 
 The first reads every annotation and decodes every image. Errors are what would stop or spoil a training, warnings what
 may be meant so; all of them go to a file. The others check likewise what they take, and write DIR only where there is
@@ -24,9 +27,11 @@ from pathlib import Path
 
 from ..data.checks import check_annotations, check_categories, check_contents, without_faults
 from ..data.findings import Findings, Place
-from ..data.folders import find_split
+from ..data.folders import find_split, find_whole, pairs_of, relocate
+from ..data.formats import WHOLE, read_folder
 from ..data.images import check_images
 from ..data.reading import read_coco
+from ..data.splits import draw_for_validation
 from ..errors import InputError, naming
 from .common import parser
 
@@ -40,6 +45,7 @@ class Split:
     ann_file: Path
     images: Path
     is_part: bool = False  # of the annotation file
+    is_foreign: bool = False  # in a layout or format that training does not read
 
     @property
     def title(self) -> str:
@@ -95,8 +101,10 @@ def count_or_fraction(text: str) -> float:
 
 
 def find_splits(folder: Path, found: Findings) -> list[Split]:
-    """The splits of a folder in COCO's layout, whose categories must be the same."""
-    splits: list[Split] = []
+    """The splits of a folder, whose categories must be the same, or the one that is still to be split."""
+    splits = other_splits(folder, found)
+    if splits:
+        return splits
     for name in ('train', 'val'):
         if paths := find_split(folder, name):
             split = Split(name, read_coco(paths[0], found=found), *paths)
@@ -104,16 +112,36 @@ def find_splits(folder: Path, found: Findings) -> list[Split]:
             names = [[category['name'] for category in s.coco['categories']] for s in (split, splits[0])]
             check_categories(paths[0], *names)
     if not splits:
-        raise InputError(f'{folder}: neither annotations/instances_train*.json nor annotations/instances_val*.json')
+        raise InputError(
+            f'{folder}: neither annotations/instances_train*.json nor annotations/instances_val*.json, nor labels of '
+            'YOLO, Pascal VOC or LabelMe'
+        )
     return splits
+
+
+def other_splits(folder: Path, found: Findings) -> list[Split]:
+    """The splits of a folder that is neither in COCO's layout nor in Roboflow's; none of one that is."""
+    if any(any(pairs_of(folder, name)) for name in ('train', 'val')):
+        return []
+    if whole := find_whole(folder):
+        coco = read_coco(whole[0], found=found)
+        print(f'one file of annotations: {whole[0]}, of the images in {whole[1]}')
+        if moved := relocate(coco, whole[1]):
+            print(f'{moved} images are found there by their names without folders')
+        return [Split(WHOLE, coco, *whole, is_foreign=True)]
+    if read := read_folder(folder):
+        kind, parts = read
+        print(f'{folder}: in the format of {kind}')
+        return [Split(name, coco, folder / kind, images, is_foreign=True) for name, (coco, images) in parts.items()]
+    return []
 
 
 def split_off(whole: Split, amount: float, seed: int) -> list[Split]:
     """Two splits, of which the one for validation has so many images."""
     images = whole.coco['images']
-    val = draw(images, amount, seed)
-    chosen = {image['id'] for image in val}
-    train = [image for image in images if image['id'] not in chosen]
+    count = min(len(images), max(1, round(amount * len(images) if amount < 1 else amount)))
+    chosen = draw_for_validation(whole.coco, count, seed)
+    val, train = ([image for image in images if (image['id'] in chosen) == side] for side in (True, False))
     if not train:
         raise InputError(f'{whole.ann_file}: has {len(val)} images, of which --val leaves none for training')
     parts = dict(train=train, val=val)
@@ -168,7 +196,8 @@ def conclude(splits: list[Split], found: Findings, folder: Path, listing: Path) 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('prepare', __doc__)
-    options.add_argument('folder', type=Path, help="in COCO's layout; with --annotations, where the images are")
+    options.add_argument('folder', type=Path, help="in COCO's layout or another one; with --annotations, where the "
+                         'images are')  # fmt: skip
     options.add_argument('--out', type=Path, metavar='DIR', help='a new folder to write, in the same layout')
     options.add_argument('--drop', action='store_true', help='leave images and objects with an error out of DIR')
     options.add_argument(
@@ -185,10 +214,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f'{args.folder}: no such folder')
     if args.subset is not None and args.annotations is not None:
         raise InputError('--subset and --annotations do not go together')
-    if bool(args.drop or args.subset or args.annotations) != (args.out is not None):
-        raise InputError('--out DIR goes with one of --subset, --annotations and --drop')
-    if args.val and not args.annotations:
-        raise InputError('--val goes with --annotations')
+    if (args.drop or args.subset or args.annotations or args.val) and not args.out:
+        raise InputError('--out DIR says where to write what --subset, --annotations, --val or --drop leave')
     if args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f'--out {args.out}: is there already')
     args.findings = args.findings or Path('work_dirs/prepare') / f'{args.folder.resolve().name}.csv'
@@ -200,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, out = args.folder, args.out
     found = Findings()
     if args.annotations:
-        splits = [Split('all', read_coco(args.annotations, found=found), args.annotations, folder)]
+        splits = [Split(WHOLE, read_coco(args.annotations, found=found), args.annotations, folder)]
     else:
         splits = find_splits(folder, found)
     if args.subset:
@@ -209,8 +236,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     digests = check(splits, found)
     if found.errors and args.drop:
         splits = drop(splits, found)
+    whole = splits[0].name == WHOLE or bool(args.val)
+    if args.val and len(splits) > 1:
+        raise InputError(f'{folder}: has images for validation already, without --val')
     if not found.errors:
-        if args.annotations:
+        if whole:
             splits = split_off(splits[0], args.val or 0.2, args.seed)
         check_splits(splits, digests, found)
     conclude(splits, found, folder, args.findings)
@@ -218,12 +248,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [split.name for split in splits]
     if 'val' not in names:
         raise InputError(
-            f'{folder}: not ready for training; it lacks images for validation (--annotations splits some off)'
+            f'{folder}: not ready for training; it lacks images for validation (--val 0.2 --out DIR splits some off)'
         )
     if out:
         for split in splits:
-            write_split(out, split.name if args.annotations else split.images.name, split.coco, split.images)
+            as_it_was = split.images.name.startswith(split.name) and not whole  # train2017
+            write_split(out, split.images.name if as_it_was else split.name, split.coco, split.images)
         print(f'wrote {out}')
+    elif splits[0].is_foreign:
+        print(f"in order, but training reads COCO's layout: spec-mmdet prepare {folder} --out DIR writes it")
+        return
     if 'train' in names:
         print(f'ready for training: spec-mmdet train CONFIG --data {out or folder}')
     else:

@@ -337,9 +337,9 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     for args, says in (
         ([tmp_path / 'absent'], 'no such folder'),
         ([images], 'neither annotations/instances_train*.json nor'),
-        ([good, '--subset', 3], '--out DIR goes with one of'),
-        ([good, '--out', tmp_path / 'out'], '--out DIR goes with one of'),
-        ([good, '--subset', 3, '--val', 3, '--out', tmp_path / 'out'], '--val goes with --annotations'),
+        ([good, '--subset', 3], '--out DIR says where'),
+        ([good, '--val', 3], '--out DIR says where'),
+        ([good, '--val', 3, '--out', tmp_path / 'out'], 'has images for validation already'),
         ([good, '--subset', 3, '--out', spoilt], 'is there already'),
         ([images, '--annotations', images / 'absent.json', '--out', tmp_path / 'out'], 'no such file'),
         ([images, '--annotations', ann_file, '--val', 40, '--out', tmp_path / 'out'], 'leaves none for training'),
