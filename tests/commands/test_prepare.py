@@ -349,7 +349,7 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     assert 'not the 2 classes trained for (they are in another order)' in complaint(monkeypatch, 'prepare_coco', spoilt)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
-    assert 'number 1 of its "images", id 1, has the width \'96\'' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert "has the width '96'" in complaint(monkeypatch, 'prepare_coco', spoilt)
     shutil.rmtree(spoilt / 'annotations')
     assert 'lack their annotation file' in complaint(monkeypatch, 'prepare_coco', spoilt)
     assert not (tmp_path / 'out').exists()
