@@ -25,10 +25,11 @@ if find_spec('mmdet') is not None:
     from .models.padding import MaskedDataPreprocessor
     from .models.tta import MaskTTAModel
     from .models.xcit import SpecXCiT
-    from .training.hooks import CheckpointGuard, ConditioningHook, ScheduleGuard
+    from .training.hooks import CheckpointGuard, CheckpointHook, ConditioningHook, ScheduleGuard
     from .training.optim import LayerDecayConstructor
     from .training.schedule import WarmUpLR
 
-    __all__ += ['CheckpointGuard', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'FastCocoMetric']
-    __all__ += ['LayerDecayConstructor', 'LoadImageFromFile', 'MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook']
-    __all__ += ['ScheduleGuard', 'SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']
+    __all__ += ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric']
+    __all__ += ['ConditioningHook', 'FastCocoMetric', 'LayerDecayConstructor', 'LoadImageFromFile']
+    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook', 'ScheduleGuard']
+    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']

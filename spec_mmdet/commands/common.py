@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import locale
 import os
 import subprocess
 import sys
@@ -33,6 +34,9 @@ def command_line() -> Iterator[None]:
     """
     # MMEngine's use of pkg_resources is nothing that its user could put right.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
+        # Names of files and classes would stop the run, in MMEngine's logs if nowhere else.
+        os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
     # Whatever scheme a checkpoint is loaded by.
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     try:

@@ -49,8 +49,9 @@ class Split:
 
     @property
     def title(self) -> str:
-        """What to call it."""
-        return f'{self.ann_file.name}, {self.name}' if self.is_part else self.ann_file.name
+        """What to call it: Roboflow's annotation files all have the same name."""
+        name = '/'.join(self.ann_file.parts[-2:])
+        return f'{name}, {self.name}' if self.is_part else name
 
 
 def print_counts(splits: list[Split]) -> None:
@@ -152,8 +153,8 @@ def check(splits: list[Split], found: Findings) -> dict[Path, bytes]:
     """Look at every annotation and every image; returns a digest of each whole image."""
     digests: dict[Path, bytes] = {}
     for split in splits:
-        check_annotations(split.coco, split.ann_file.name, found)
-        digests |= check_images(enumerate(split.coco['images']), split.images, split.ann_file.name, found)
+        check_annotations(split.coco, split.title, found)
+        digests |= check_images(enumerate(split.coco['images']), split.images, split.title, found)
     return digests
 
 
@@ -161,9 +162,9 @@ def drop(splits: list[Split], found: Findings) -> list[Split]:
     """The splits without what has an error, which is no error of theirs any more."""
     sound = []
     for split in splits:
-        sound.append(replace(split, coco=without_faults(split.coco, split.ann_file.name, found)))
+        sound.append(replace(split, coco=without_faults(split.coco, split.title, found)))
         images, annotations = (len(split.coco[key]) - len(sound[-1].coco[key]) for key in ('images', 'annotations'))
-        print(f'left out of {split.ann_file.name}: {images} images, {annotations} annotations')
+        print(f'left out of {split.title}: {images} images, {annotations} annotations')
     found.drop_errors()
     return sound
 

@@ -20,7 +20,7 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
 from ..data.fitting import coco_datasets, configured_classes
-from ..errors import InputError
+from ..errors import InputError, some
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
 from .common import (
@@ -76,6 +76,17 @@ def augment(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
+def require_measured(metrics: dict[str, float]) -> None:
+    """Refuse figures that say nothing.
+
+    Raises:
+        InputError: where an AP is the -1 by which pycocotools says that there is no object to measure by.
+    """
+    nothing = [name for name, value in metrics.items() if name.endswith('_mAP') and value == -1]
+    if nothing:
+        raise InputError(f'{some(nothing)} is -1: there is no object to measure by (crowds do not count)')
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cfg = load_run_config(args, splits=('test',))
@@ -95,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(cfg)
         if args.out:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
-        runner.test()
+        metrics = runner.test()
         del runner
+    require_measured(metrics)
     if args.report and is_first_process():
         command = shlex.join(['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)])
         report.write(args.report, cfg, args.checkpoint, command)

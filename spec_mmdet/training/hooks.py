@@ -6,6 +6,7 @@ import time
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim.scheduler.param_scheduler import (
@@ -53,6 +54,19 @@ class CheckpointGuard(Hook):
         faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}')
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's CheckpointHook, under its name, to which no checkpoint that finds nothing is the best one so far."""
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Keep the best checkpoint; one of an AP of 0, or of the -1 that says there is nothing to measure, is none."""
+        useless = [key for key, value in metrics.items() if key.startswith('coco/') and not value > 0]
+        wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
+        for key in wanted:
+            runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
+        super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
 
 
 @HOOKS.register_module()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
@@ -103,16 +104,30 @@ def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shap
     assert difference.mean() > 10
 
 
-def test_damaged_image_does_not_cost_the_others(monkeypatch, trained, shapes, tmp_path):
+def test_damaged_images_do_not_cost_the_others(monkeypatch, trained, shapes, tmp_path, capsys):
     folder = tmp_path / 'images'
     folder.mkdir()
     good = shapes / 'val' / '000001.png'
     (folder / '1.png').write_bytes(good.read_bytes()[:2000])
     shutil.copy(good, folder / '2.png')
-    args = [CONFIG, trained / 'epoch_1.pth', folder, '--score', 0, '--out', tmp_path / 'out', '--no-pictures']
-    assert f'1 of 2 inputs could not be decoded, first {folder / "1.png"}' in complaint(monkeypatch, 'predict', *args)
-    images, predicted = results(tmp_path / 'out')
-    assert [image['file_name'] for image in images['images']] == ['2.png'] and predicted
+    Image.open(good).save(folder / '3.jpg', quality=95)
+    (folder / '3.jpg').write_bytes((folder / '3.jpg').read_bytes()[:-200])
+    (folder / '4.png').write_bytes(b'')
+    (folder / '5.png').mkdir()
+    (folder / '6.png').write_text('text')
+    (folder / '._2.png').write_bytes(b'\0\5\x16\7')
+    cv2.imwrite(str(folder / '7.png'), cv2.imread(str(good), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
+    for inputs in (folder, f'{folder}/*.*'):
+        out = tmp_path / f'out{inputs == folder}'
+        args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures']
+        refusal = complaint(monkeypatch, 'predict', *args)
+        assert f'5 of 7 inputs could not be decoded, first {folder / "1.png"}' in refusal
+        images, predicted = results(out)
+        assert [image['file_name'] for image in images['images']] == ['2.png', '7.png'] and predicted
+        printed = capsys.readouterr().out
+        assert all(f'  {folder / name}\n' in printed for name in ('1.png', '3.jpg', '4.png', '5.png', '6.png'))
+        assert '7.png: images of more than 8 bits' in printed
+        assert ('hidden files: ._2.png' in printed) == (inputs == folder)
 
 
 def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):

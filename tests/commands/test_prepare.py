@@ -1,5 +1,6 @@
 """From a labelling tool's file to a trained detector with no file edited, and what is said of faulty data."""
 
+import csv
 import json
 import pickle
 import shutil
@@ -248,7 +249,7 @@ DEFECTS = {
     'way out': (edit(lambda coco: coco['images'][0].update(file_name='../x.png')), 'lead out of the image folder'),
     'no objects': (
         edit(lambda coco: coco['annotations'].clear(), 'val'),
-        'splits without an object to measure by; first: none of 0 annotations in instances_val.json',
+        'splits without an object to measure by; first: none of 0 annotations in annotations/instances_val.json',
     ),
 }
 
@@ -272,6 +273,34 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     out = spoilt.parent / 'out'
     assert 'not ready' in complaint(monkeypatch, 'prepare_coco', spoilt, '--subset', 100, '--out', out)
     assert not out.exists()
+
+
+def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, capsys):
+    replace_image(truncated)(spoilt)
+    edit(lambda coco: coco['annotations'][-2].update(bbox=[-50, 0, 10, 10]))(spoilt)
+    edit(lambda coco: coco['annotations'][-1].pop('bbox'))(spoilt)
+    edit(lambda coco: coco['annotations'][9].update(area=0), 'val')(spoilt)
+    train, val = (
+        json.loads((spoilt / f'annotations/instances_{split}.json').read_text()) for split in ('train', 'val')
+    )
+    listing, out = tmp_path / 'all.csv', tmp_path / 'out'
+    line = complaint(monkeypatch, 'prepare_coco', spoilt, '--findings', listing)
+    assert '4 errors in all' in line and str(listing) in line and 'instances_train.json' in line
+
+    run_tool(monkeypatch, 'prepare_coco', spoilt, '--drop', '--out', out, '--findings', listing)
+    rows = [row for row in csv.DictReader(listing.open(encoding='utf-8')) if row['level'] == 'left out']
+    assert len(rows) == 4
+    assert [row['annotation'] for row in rows if 'area' in row['kind']] == [str(val['annotations'][9]['id'])]
+    assert [row['image'] for row in rows if 'decoded' in row['kind']] == [first_image(spoilt).name]
+    left = [json.loads((out / f'annotations/instances_{split}.json').read_text()) for split in ('train', 'val')]
+    gone = train['images'][0]['id']
+    assert left[0]['images'] == train['images'][1:] and left[1]['images'] == val['images']
+    assert left[0]['annotations'] == [a for a in train['annotations'][:-2] if a['image_id'] != gone]
+    assert left[1]['annotations'] == val['annotations'][:9] + val['annotations'][10:]
+    assert not (out / 'train' / first_image(spoilt).name).exists()
+    capsys.readouterr()
+    run_tool(monkeypatch, 'prepare_coco', out)
+    assert 'ready for training' in capsys.readouterr().out
 
 
 def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, capsys):
@@ -298,7 +327,7 @@ DOUBTS = {
     'same image in both': (twin('train', 'val'), 'images for validation that are trained on'),
     'class without objects': (
         edit(lambda coco: [annotation.update(category_id=17) for annotation in coco['annotations']]),
-        'classes without an object; first: nut in instances_train.json',
+        'classes without an object; first: nut in annotations/instances_train.json',
     ),
     'image without objects': (
         edit(lambda coco: coco['images'].append(dict(coco['images'][0], id=99))),

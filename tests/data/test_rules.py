@@ -1,0 +1,155 @@
+"""The rules by an independent truth: pycocotools' own masks, and MMDetection's own data set."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mmdet.registry import DATASETS
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from spec_mmdet.data.checks import check_annotations
+from spec_mmdet.data.findings import Findings
+from spec_mmdet.data.rules import (
+    compare_mask_and_box,
+    fault_of_mask,
+    rasterised,
+    runs_of_rle,
+    why_image_not_learnt,
+    why_not_learnt,
+)
+
+SIZE = (60, 40)  # width, height
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_runs_are_those_of_pycocotools(height, width, share, seed):
+    mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+    code = mask_utils.encode(np.asfortranarray(mask))
+    code['counts'] = code['counts'].decode()
+    runs = runs_of_rle(code['counts'])
+    decoded = np.concatenate([np.full(run, i % 2) for i, run in enumerate(runs)])
+    assert np.array_equal(decoded.reshape(width, height).T, mask)
+    assert (fault_of_mask(code, width, height) == '') == mask.any()
+    listed = dict(size=[height, width], counts=runs.tolist())
+    assert fault_of_mask(listed, width, height) == fault_of_mask(code, width, height)
+    broken = dict(code, counts=code['counts'][:-1])
+    assert fault_of_mask(broken, width, height)
+
+
+def test_no_garbage_passes_for_rle():
+    """What does pass, pycocotools decodes to a mask of as many pixels as its runs say."""
+    draw = random.Random(0)
+    for _ in range(5000):
+        text = ''.join(chr(draw.randint(33, 126)) for _ in range(draw.randint(0, 9)))
+        code = dict(size=[SIZE[1], SIZE[0]], counts=text)
+        if not fault_of_mask(code, *SIZE):
+            assert mask_utils.decode(code).sum() == runs_of_rle(text)[1::2].sum() > 0
+
+
+@pytest.mark.parametrize(
+    'mask',
+    [
+        [],
+        {},
+        'text',
+        [[]],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, '6']],
+        [[1, 2, 3, 4, 5, float('inf')]],
+        [[1, 2, 3, 4, 5, 10**400]],
+        [[1, 2, 3, 4, 5, 1e300]],
+        [[1e300, 2, -1e300, 4, 5, 6]],
+        [[1, 2, 3, 4, 5, 6], None],
+        [1, 2, 3, 4, 5, 6],
+        dict(size=[40, 60], counts=None),
+        dict(size=[60, 40], counts=[100, 2300]),
+        dict(size=[40.0, 60.0], counts=[100, 2300]),
+        dict(size=None, counts=[100, 2300]),
+        dict(size=[40, 60], counts=[]),
+        dict(size=[40, 60], counts=[2400]),
+        dict(size=[40, 60], counts=[100.5, 2299.5]),
+        dict(size=[40, 60], counts=[-100, 2500]),
+        dict(size=[40, 60], counts=[100, 2**32 + 2300]),
+        dict(size=[40, 60], counts=[100, float('nan')]),
+        dict(size=[40, 60], counts=['100', 2300]),
+        dict(size=[40, 60], counts='ö'),
+        dict(size=[40, 60], counts=''),
+        dict(size=[40, 60], counts='oooooooooooo'),
+        dict(size=[40, 60], counts='o'),
+    ],
+    ids=str,
+)
+def test_faulty_masks(mask):
+    assert fault_of_mask(mask, *SIZE)
+
+
+def square(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+@pytest.mark.parametrize(
+    ('mask', 'box', 'fault', 'doubt'),
+    [
+        (square(10, 10, 20, 20), [10, 10, 20, 20], '', ''),
+        (square(11, 9, 20, 20), [10, 10, 20, 20], '', ''),
+        (square(5, 5, 10, 10), [10, 10, 20, 20], 'outside of their boxes', ''),
+        (square(40, 10, 10, 10), [10, 10, 20, 20], 'outside of their boxes', ''),
+        (square(10, 10, 20, 20), [10, 10, 30, 30], 'boxes that are corners', ''),
+        (square(10, 10, 8, 8), [10, 10, 30, 28], '', 'less than half'),
+        (square(0.1, 0.1, 0.3, 0.3), [10, 10, 30, 28], 'cover no pixel', ''),
+        ([[3, 3, 20, 20, 37, 37]], [3, 3, 34, 34], 'cover no pixel', ''),
+        ([[3, 3, 3, 3, 3, 3]], [3, 3, 1, 1], '', 'cover no pixel'),
+        (square(30, 20, 0.5, 2), [30, 20, 1, 2], '', ''),
+    ],
+    ids=range(10),
+)
+def test_masks_against_boxes(mask, box, fault, doubt):
+    for same in (mask, rasterised(mask, *SIZE)):
+        if not (mask_utils.area(rasterised(mask, *SIZE)) == 0 and same is not mask):  # refused as an empty RLE
+            found = compare_mask_and_box(same, box, *SIZE)
+            assert fault in found[0] and doubt in found[1] and bool(found[0]) == bool(fault), (found, same)
+
+
+def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
+    """Objects of every kind in images of every kind, against what its data set hands to training."""
+    draw = random.Random(1)
+    images = [dict(id=i, file_name=f'{i}.png', width=60, height=draw.choice((20, 40))) for i in range(40)]
+    annotations = []
+    for i in range(160):
+        w, h = draw.choice((0.5, 5)), draw.choice((0.5, 5))
+        flags = dict(iscrowd=int(draw.random() < 0.2), area=w * h if min(w, h) >= 1 else 0)
+        flags |= dict(ignore=1) if draw.random() < 0.1 else {}
+        box = dict(id=i, image_id=draw.randrange(25), category_id=draw.randrange(2), bbox=[5, 5, w, h], **flags)
+        annotations.append(box)
+    coco = dict(images=images, annotations=annotations, categories=[dict(id=i, name=f'{i}') for i in range(2)])
+    path = tmp_path / 'a.json'
+    path.write_text(json.dumps(coco))
+    for filter_cfg in ({}, dict(filter_empty_gt=True), dict(min_size=32), dict(filter_empty_gt=True, min_size=32)):
+        cfg = dict(type='CocoDataset', ann_file=str(path), data_prefix=dict(img=''), filter_cfg=filter_cfg, pipeline=[])
+        dataset = DATASETS.build(cfg | dict(metainfo=dict(classes=('1',))))
+        theirs = {}
+        for i in range(len(dataset)):
+            info = dataset.get_data_info(i)
+            theirs[info['img_id']] = sum(not instance['ignore_flag'] for instance in info['instances'])
+        taken = [a for a in annotations if a['category_id'] == 1]
+        with_objects = {a['image_id'] for a in taken}
+        ours = {i['id']: 0 for i in images if not why_image_not_learnt(i, i['id'] in with_objects, filter_cfg)}
+        for annotation in taken:
+            if annotation['image_id'] in ours and not why_not_learnt(annotation):
+                ours[annotation['image_id']] += 1
+        assert ours == theirs
+
+
+def test_coco_is_without_fault(coco_mini):
+    for split in ('train2017', 'val2017'):
+        coco = COCO(str(coco_mini / 'annotations' / f'instances_{split}.json')).dataset
+        found = Findings()
+        check_annotations(coco, split, found, masks=True)
+        assert not found.errors
+        assert [kind for kind in found.warnings if 'crowd' not in kind and 'narrower' not in kind] == []
