@@ -2,7 +2,7 @@
 # make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
-# make docs-test    every command of the README as written, in a fresh clone and a fresh environment
+# make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV ?= .venv
