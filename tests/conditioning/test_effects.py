@@ -150,3 +150,14 @@ def test_conditioned_initialisation_of_the_backbone():
     plain.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match='no other arguments'):
         SpecXCiT(arch, conditioning=dict(type='initialisation', lam=1.0))
+
+
+def test_the_table_is_computed_when_it_is_asked_for(monkeypatch):
+    asked = []
+    original = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, 'svdvals', lambda W: asked.append(W) or original(W))
+    monkeypatch.setattr(torch.linalg, 'svd', None)
+    report = condition(timm.create_model('vit_tiny_patch16_224', depth=2))
+    assert not asked
+    assert len(str(report).splitlines()) == 9 and len(asked) == 4  # W and W + C of two layers
+    assert report[0].conditioned_kappa < report[0].kappa and len(asked) == 4
