@@ -21,7 +21,13 @@ from mmengine.runner import Runner
 from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
 from ..configs import find_config
 from ..data.checks import check_inputs
-from ..data.fitting import has_masks, set_classes, state_classes_once, use_masks_as_the_model
+from ..data.fitting import (
+    has_masks,
+    require_one_annotation_file,
+    set_classes,
+    state_classes_once,
+    use_masks_as_the_model,
+)
 from ..data.folders import use_folder
 from ..errors import InputError, some
 from .options import CfgOptions, Parser, fault_of_config, merge, settle
@@ -153,6 +159,7 @@ def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None
         thorough: whether to look at annotations and images one by one.
     """
     stated = state_classes_once(cfg)
+    require_one_annotation_file(cfg, loops)
     if use_masks_as_the_model(cfg) and is_first_process() and not has_masks(cfg.get('model')):
         print('a detector without a mask head: masks are neither loaded nor measured')
     if is_first_process():  # one process of several is enough to find fault

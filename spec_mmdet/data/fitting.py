@@ -85,6 +85,25 @@ def state_classes_once(cfg: Config) -> list[str]:
     return classes
 
 
+def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
+    """Check that each loop's evaluators read the annotation file of its data set.
+
+    Raises:
+        InputError: if one reads another file that is there; its images would not be those that are predicted on.
+    """
+    for loop in loops:
+        datasets = list(coco_datasets(cfg.get(f'{loop}_dataloader')))
+        for evaluator in evaluators(cfg, loop) if len(datasets) == 1 else ():
+            measured, predicted = evaluator.get('ann_file'), datasets[0].get('ann_file')
+            if isinstance(measured, str) and isinstance(predicted, str):
+                files = Path(measured), Path(datasets[0].get('data_root') or '', predicted)
+                if all(path.is_file() for path in files) and not files[0].samefile(files[1]):
+                    raise InputError(
+                        f'{loop}_evaluator.ann_file is {files[0]} and {loop}_dataloader.dataset.ann_file is {files[1]} '
+                        'in the config: give both the same file'
+                    )
+
+
 def class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
     """What is as wide as there are classes: all in a model's heads that has num_classes, with its name."""
     for name, node in walk(model or {}, 'model'):

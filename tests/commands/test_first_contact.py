@@ -208,6 +208,22 @@ def test_classes_as_one_name_or_a_file_of_names(monkeypatch, source, configs, tm
     assert len(load('work/epoch_1.pth')['meta']['dataset_meta']['classes']) == number
 
 
+def test_what_is_measured_is_what_is_predicted_on(monkeypatch, source, configs, tmp_path):
+    roboflow(source, tmp_path / 'export')
+    other = tmp_path / 'export/train/_annotations.coco.json'
+    setting = ['--cfg-options', f'val_evaluator.ann_file={other}']
+    says = complaint(monkeypatch, 'train', configs / 'mask.py', '--data', tmp_path / 'export', *setting)
+    assert f'val_evaluator.ann_file is {other} and val_dataloader.dataset.ann_file is ' in says
+
+
+def test_metainfo_in_the_spelling_of_before_is_named(monkeypatch, source, configs, tmp_path):
+    roboflow(source, tmp_path / 'export')
+    lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(metainfo=dict(CLASSES=('circle',))))\n"
+    (configs / 'before.py').write_text(lines)
+    says = complaint(monkeypatch, 'train', configs / 'before.py', '--data', tmp_path / 'export')
+    assert 'train_dataloader.dataset.metainfo.CLASSES' in says
+
+
 def test_an_annotation_file_is_one(monkeypatch, source, configs, tmp_path):
     roboflow(source, tmp_path / 'export')
     lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(ann_file=['a.json', 'b.json']))\n"
