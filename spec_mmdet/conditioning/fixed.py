@@ -74,7 +74,8 @@ class Corrections(dict[str, Corrected]):
             raise InputError(f'keep_fixed: {type(optimizer).__name__} is no torch.optim.Optimizer')
         if not self._trained_by(optimizer):
             raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
-        if any(isinstance(hook, _TakeOut) for hook in optimizer._optimizer_step_pre_hooks.values()):
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(hook, _TakeOut) and hook.corrections is self for hook in hooks):
             raise InputError('keep_fixed: was called for this optimiser before')
         take_out = _TakeOut(self, len(self._trained_by(optimizer)))
         optimizer.register_step_pre_hook(take_out)

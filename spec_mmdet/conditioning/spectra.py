@@ -137,17 +137,21 @@ class Report(Sequence[Spectrum]):
         See :func:`~.effects.keys_left`. Attention that normalises queries and keys is left out.
         """
         layers: dict[nn.Module, dict[str, tuple[Tensor, ...]]] = {}
+        heads: dict[nn.Module, int | None] = {}
         for projection in self._found:
             _, W, W_plus_C = self._pair(projection)
-            conditioned = W_plus_C is not None or self._by_head
-            if conditioned and projection.heads and not normalises(projection.attention):
-                of = layers.setdefault(projection.attention, {'heads': projection.heads})
-                of |= {role: ws for role, *ws in zip(projection.roles, *(M for M in (W_plus_C, W) if M is not None))}
-        left = [
-            [keys_left(W_Q, W_K, of['heads'], tokens) for W_Q, W_K in zip(of['Q'], of['K'])]
-            for of in layers.values()
-            if 'Q' in of and 'K' in of
-        ]
+            if (W_plus_C is not None or self._by_head) and not normalises(projection.attention):
+                by_role = zip(projection.roles, *(M for M in (W_plus_C, W) if M is not None))
+                layers.setdefault(projection.attention, {}).update({role: matrices for role, *matrices in by_role})
+                if 'Q' in projection.roles:
+                    heads[projection.attention] = projection.heads
+        left = []
+        for attention, of in layers.items():
+            if 'Q' in of and 'K' in of and heads[attention]:
+                d = len(of['Q'][0]) // heads[attention]
+                if len(of['K'][0]) % d == 0:  # or something else than Q K^T comes first
+                    pairs = zip(of['Q'], of['K'])
+                    left.append([keys_left(W_Q, W_K, heads[attention], tokens) for W_Q, W_K in pairs])
         if not left:
             return ''
         after, *before = (median(column) for column in zip(*left))

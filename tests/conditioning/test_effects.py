@@ -100,6 +100,9 @@ def test_attention_that_normalises_is_left_out():
 
 
 def test_keys_shared_by_several_queries():
+    size = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaModel(transformers.LlamaConfig(intermediate_size=64, **size))
+    assert 'median of 2 layers' in condition(model, type='initialisation').saturation()
     W_Q, W_K = torch.randn(32, 16), torch.randn(8, 16)
     assert keys_left(W_Q, W_K, 8) == pytest.approx(
         keys_left(W_Q, W_K.view(2, 4, 16).repeat_interleave(4, 0).flatten(0, 1), 8)
