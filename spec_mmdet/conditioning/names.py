@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 _ROLE = re.compile(
     r'(?P<before>|.*_|w|linear|lin)'
-    r'(?P<role>query_key_value|queries_keys_values|key_value|query_key|qkv|kv|qk|queries|query|q|keys|key|k|values|value|v)'
+    r'(?P<role>query_key_value|queries_keys_values|keys?_values?|query_key|qkv|kv|qk|queries|query|q|keys|key|k|values|value|v)'
     r'(?P<after>|_.*|proj|lin|linear)',
     re.IGNORECASE,
 )
@@ -93,12 +93,12 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
         return False
 
 
-def named_projections(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[str]]:
+def named_projections(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
     """The layers of a module that by their names are projections.
 
     Returns:
-        Groups of layers that together hold one query, key and value projection, and the names of what is left over:
-        layers called like a projection that make no such group.
+        Groups of layers that together hold one query, key and value projection; and what is left over, layers called
+        like a projection that make no such group.
     """
     children = dict(attention.named_children())
     groups: dict[str, list[NamedLayer]] = {}
@@ -119,5 +119,5 @@ def named_projections(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
         for group in groups.values()
         if sorted(''.join(layer.roles for layer in group)) == ['K', 'Q', 'V']
     ]
-    taken = {layer.path for group in complete for layer in group}
-    return complete, [x.path for group in groups.values() for x in group if x.path not in taken]
+    taken = [layer for group in complete for layer in group]
+    return complete, [layer for group in groups.values() for layer in group if layer not in taken]

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .examples import Call
 from .rows import Layout, Stack
+
+_POSITIONS = re.compile('rel_|_rel|pos')
 
 # Relative to the largest gradient, what counts as none. The zeros are exact but for sums taken in another order.
 _NONE = 1e-9
@@ -54,37 +57,38 @@ class Finding:
     heads: bool
 
 
-def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, recorded: list | None = None) -> Finding | None:
+def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call | None = None) -> Finding | None:
     """Find the layouts of the layers that the attention's own behaviour bears out.
 
     Args:
         attention: left as it is; a copy is run.
         layers: those of one query, key and value.
         heads: what the module says of its heads.
-        recorded: inputs that it got in its model, each as (args, kwargs); if None, some are made up.
+        call: what it got in its model, in double precision; if None, some inputs are made up.
 
     Returns:
         None where the module does not run alone on the inputs, or none of the layouts that were thought of holds.
     """
-    beliefs = list(_beliefs(attention, layers, heads))
+    beliefs = list(itertools.islice(_beliefs(attention, layers, heads), 200))
     try:
         copied = copy.deepcopy(attention)
         if any(parameter.is_meta for parameter in copied.parameters()):
             copied.to_empty(device='cpu')  # its values do not matter
+        experiment = _Experiment(copied, layers)
     except Exception:  # a module may hold anything
         return None
-    inputs = recorded if recorded is not None else _made_up_inputs(attention, layers)
-    for args, kwargs in inputs:
+    for inputs in [_with_random_tokens(call, layers)] if call else _made_up_calls(attention, layers):
         try:
-            experiment = _Experiment(copied, layers, args, kwargs)
+            experiment.begin(inputs)
         except Exception:  # these are not the inputs that it takes
             continue
         without_heads = None
         for belief in beliefs:
             if experiment.bears_out(belief):
+                layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(belief, layers))
                 if experiment.bears_out_heads(belief):
-                    return Finding(belief, True)
-                without_heads = without_heads or Finding(belief, False)
+                    return Finding(layouts, True)
+                without_heads = without_heads or Finding(layouts, False)
         return without_heads
     return None
 
@@ -92,16 +96,17 @@ def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, recorded: 
 class _Experiment:
     """A copy of an attention module, random and in double precision, whose projections can be put at zero."""
 
-    def __init__(self, attention: nn.Module, layers: list[Layer], args: tuple, kwargs: dict) -> None:
+    def __init__(self, attention: nn.Module, layers: list[Layer]) -> None:
         self.attention, self.layers = attention, layers
         attention.cpu().double()
         attention.eval()
-        self.args, self.kwargs = args, kwargs
         generator = torch.Generator().manual_seed(0)
         self.parameters = {}
         for name, parameter in self.attention.named_parameters(remove_duplicate=False):
             value = torch.zeros_like(parameter)
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and _POSITIONS.search(name):
+                pass  # relative positions can be keys of their own
+            elif parameter.ndim > 1:
                 value.normal_(generator=generator).div_(math.sqrt(parameter[0].numel()))
             elif not name.endswith('bias'):
                 value.uniform_(0.5, 1.5, generator=generator)
@@ -114,9 +119,16 @@ class _Experiment:
             [torch.randn(x.outputs, min(x.inputs, 8), generator=generator).double() / 8**0.5 for x in layers]
             for _ in range(2)
         )
+
+    def begin(self, call: Call) -> None:
+        """Try these inputs from here on: whatever the module raises on them is raised."""
+        self.args, self.kwargs = call
         self.cotangent: Tensor | None = None
-        self.plain = self._gradients(self.rows)
-        self.largest = max(grad.abs().max().item() for grad in self.plain)
+        self.signs = [1]
+        self.largest = max(grad.abs().max().item() for grad in self._gradients(self.rows))
+        if not self._depends().all():
+            self.signs = [1, -1]  # a ReLU behind the attention may have left nothing of some values
+        self.matters = self._depends()
         # With all at zero softmax attention averages the values, so that on these alone the output depends.
         self.at_zero = self._differ(self._gradients([torch.zeros_like(x) for x in self.rows]))
 
@@ -138,10 +150,25 @@ class _Experiment:
         found = torch.autograd.grad((out * self.cotangent).sum(), leaves, allow_unused=True)
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
 
-    def _depends(self, zero: list[Tensor]) -> Tensor:
-        """For all layers' rows one after the other: does the output depend on them, with others at zero?"""
-        rows = [x.masked_fill(at[:, None], 0) for x, at in zip(self.rows, zero)]
-        return self._differ(self._gradients(rows))
+    def _depends(self, zero: list[Tensor] | None = None, change: list[Tensor] | None = None) -> Tensor:
+        """For all layers' rows one after the other: does the output depend on them?
+
+        Args:
+            zero: for each layer, which rows are put at zero.
+            change: for each layer, which rows are put at other values; asked for is then whether that changes how the
+                output depends on them.
+        """
+        found = torch.zeros(sum(len(rows) for rows in self.rows), dtype=torch.bool)
+        for sign in self.signs:
+            rows = [sign * x for x in self.rows]
+            if zero is not None:
+                rows = [x.masked_fill(at[:, None], 0) for x, at in zip(rows, zero)]
+            gradients = self._gradients(rows)
+            if change is not None:
+                rows = [torch.where(at[:, None], other, x) for x, other, at in zip(rows, self.others, change)]
+                gradients = [after - before for after, before in zip(self._gradients(rows), gradients)]
+            found |= self._differ(gradients)
+        return found
 
     def _differ(self, gradients: list[Tensor]) -> Tensor:
         return torch.cat([grad.abs().amax(1) for grad in gradients]) > _NONE * self.largest
@@ -151,20 +178,18 @@ class _Experiment:
         role, _ = _spread(belief)
         whole, split = torch.cat(role), [role_ == 1 for role_ in role]
         Q, K, V, other = (whole == i for i in range(4))
-        if not self._differ(self.plain)[~other].all():
+        if not self.matters[~other].all():
             return False
         if self.at_zero.any() and not torch.equal(self.at_zero[~other], V[~other]):
             return False
         without_K = self._depends(split)
-        if without_K[Q].any() or not without_K[V | other].all():
+        if without_K[Q].any() or not without_K[other].all():
             return False
         without_V = self._depends([role_ == 2 for role_ in role])
         if without_V[Q | K].any():
             return False
         # The values take part through the attention's weights: rows that do not are another branch's.
-        changed = [torch.where((x <= 1)[:, None], b, a) for x, a, b in zip(role, self.rows, self.others)]
-        change = [after - before for after, before in zip(self._gradients(changed), self.plain)]
-        return bool(self._differ(change)[V].all())
+        return bool(self._depends(change=[x <= 1 for x in role])[V].all())
 
     def bears_out_heads(self, belief: tuple[Layout, ...]) -> bool:
         """Whether the rows of each believed head belong together, given that the roles are borne out."""
@@ -209,6 +234,14 @@ def _beliefs(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterato
                 yield belief
 
 
+def _in_the_order_of_its_name(layout: Layout, layer: Layer) -> Layout:
+    """The roles as the model's code calls them, where DaViT's channel attention uses them in another way."""
+    blocks = [(role, list(group)) for role, group in itertools.groupby(layout, key=lambda block: block[0])]
+    if len(blocks) == len(layer.roles) and len({tuple(size for _, size in group) for _, group in blocks}) == 1:
+        return tuple((role, size) for role, (_, group) in zip(layer.roles, blocks) for _, size in group)
+    return layout
+
+
 # Of each role, the number of heads and the rows of one.
 Sizes = dict[str, tuple[int, int]]
 
@@ -217,11 +250,13 @@ def _sizes(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterator[
     """Numbers and sizes of heads that the attention could have, from what it says in its attributes."""
     outputs = sum(layer.outputs for layer in layers)
     numbers = sorted({x for x in vars(attention).values() if type(x) is int and 0 < x <= outputs})
-    H = heads.queries or 1
-    for G in dict.fromkeys([heads.keys or H, H, 1]):
+    said = [heads.queries] if heads.queries else [1, *(outputs // (3 * n) for n in numbers if outputs % (3 * n) == 0)]
+    for H, G in dict.fromkeys((h, g) for h in said for g in (heads.keys or h, h, 1)):
         if H % G:
             continue
-        widths = dict.fromkeys([outputs // (H + 2 * G), *(n for x in numbers for n in (x, x // H, x // G) if n)])
+        alone = [x.outputs // {'Q': H, 'K': G, 'V': G}[x.roles] for x in layers if len(x.roles) == 1]
+        said_widths = [n for x in numbers for n in (x, x // H, x // G)]
+        widths = [n for n in dict.fromkeys([outputs // (H + 2 * G), *alone, *said_widths]) if n]
         for d in widths:
             for v in dict.fromkeys([d, (outputs - (H + G) * d) // G, *widths]):
                 if v > 0:
@@ -234,8 +269,8 @@ def _orders(layer: Layer, sizes: Sizes) -> list[Layout]:
     """The orders in which a layer could hold its projections' heads: role by role, head by head, and in between."""
     counts = [sizes[role][0] for role in layer.roles]
     rest = layer.outputs - sum(sizes[role][0] * sizes[role][1] for role in layer.roles)
-    # The rows that are left over are a gate's, which are known beside queries alone.
-    if rest < 0 or rest and (layer.roles != 'Q' or rest % counts[0]):
+    # The rows that are left over are a gate's, one for each row or each head of queries.
+    if rest < 0 or rest and (layer.roles != 'Q' or rest not in (counts[0], layer.outputs // 2)):
         return []
     orders = []
     common = math.gcd(*counts)
@@ -255,7 +290,7 @@ _WITHOUT = re.compile(r'mask|bias|past|cache|layer_idx|output_attentions|head_|d
 _OTHER_TOKENS = re.compile(r'key|value|kv|context|encoder|memory|residual|^y$|hidden_states|query')
 
 
-def _made_up_inputs(attention: nn.Module, layers: list[Layer]) -> Iterator[tuple[tuple, dict]]:
+def _made_up_calls(attention: nn.Module, layers: list[Layer]) -> Iterator[Call]:
     """Inputs that a module of this kind could take: random tokens in several shapes, with what else it asks for."""
     generator = torch.Generator().manual_seed(2)
     width = layers[0].inputs
@@ -291,6 +326,19 @@ def _made_up_inputs(attention: nn.Module, layers: list[Layer]) -> Iterator[tuple
                 yield (torch.randn(shape, generator=generator, dtype=torch.float64),), kwargs
 
 
+def _with_random_tokens(call: Call, layers: list[Layer]) -> Call:
+    """A recorded call with other tokens: a fresh model's can be so alike or so small that nothing shows."""
+    generator = torch.Generator().manual_seed(2)
+    widths = {layer.inputs for layer in layers}
+
+    def other(x: object) -> object:
+        tokens = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and widths & {x.shape[-1], x.shape[1]}
+        return torch.randn(x.shape, generator=generator).to(x) if tokens else x
+
+    args, kwargs = call
+    return tree_map(other, args), {k: v if 'position' in k else tree_map(other, v) for k, v in kwargs.items()}
+
+
 def _as_double(value):
     return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
@@ -299,14 +347,19 @@ def _grids(attention: nn.Module) -> Iterator[tuple[int, int]]:
     """Heights and widths of tokens: what the module is made for, where it says so, or a few of its own choice."""
     found = []
     for name, value in vars(attention).items():
-        if re.search('window|resolution|feat_size|input_size|patch|grid|seq', name):
+        if re.search('window|resolution|feat_size|input_size|patch|grid', name):
             value = (value, value) if type(value) is int else value
             if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(x) is int and x > 0 for x in value):
                 found.append(tuple(value))
-    yield from dict.fromkeys([*found, (3, 3), (4, 4)])
+    for _, tensor in itertools.chain(attention.named_buffers(), attention.named_parameters()):
+        side = math.isqrt(tensor.shape[-1]) if tensor.ndim > 1 else 0
+        if side > 1 and tensor.shape[-1] == tensor.shape[-2] == side**2:  # a bias between all pairs of tokens
+            found.append((side, side))
+    small = [(h, w) for h, w in found if h * w <= 1024]
+    yield from dict.fromkeys([*small, (3, 3), (4, 4)])
 
 
 def _rotary_widths(attention: nn.Module) -> list[int]:
     """The widths that rotary position embeddings could have."""
-    numbers = {x for x in vars(attention).values() if type(x) is int and x > 1}
-    return sorted({n for x in numbers for n in (x, x // 2, x // 4) if 1 < n <= 512}, reverse=True)
+    said = {x for name, x in vars(attention).items() if type(x) is int and re.search('head_|rot|rope', name)}
+    return sorted({n for x in said for n in (x, x // 2, x // 4) if 1 < n <= 512}, reverse=True)[:8]

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
 from .correction import Correction
 from .coverage import overlooked
+from .examples import Call, record, usual_example
 from .names import NamedLayer, named_projections
 from .probe import Finding, Heads, Layer, find_out
 from .rows import Stack, parse_layout, stacks
@@ -165,7 +165,7 @@ def find(model: nn.Module, layout: dict[str, str] | None = None, example: object
     found = Found([], {}, {})
     taken: set[nn.Module] = set()
     known: dict[tuple, Finding | None] = {}
-    inputs = _record(model, example) if example is not None else {}
+    calls = None if example is None else record(model, example)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             taken.add(module)
@@ -181,14 +181,12 @@ def find(model: nn.Module, layout: dict[str, str] | None = None, example: object
                 found.refused[others[0]] = 'it has a parametrization of another kind already'
                 continue
             if not stacks_of:
-                stacks_of = _by_experiment(module, group, inputs.get(name), known)
+                stacks_of = _by_experiment(module, group, calls and calls.get(name), known)
+            if not stacks_of and calls is None:
+                calls = _usual_calls(model)
+                stacks_of = _by_experiment(module, group, calls.get(name), known)
             if not stacks_of:
-                fused = [f'{path} {layer.shape[0]} x {layer.shape[1]}' for path, layer in zip(paths, group)]
-                found.refused[paths[0]] = (
-                    f'it could not be told which rows of {", ".join(fused)} are queries, keys and values. '
-                    f"Pass layout={{'{_pattern(paths[0])}': '8q64 8k64 8v64'}} with the numbers of heads and rows that "
-                    'they have (see spec_mmdet.conditioning.rows.parse_layout), or example= with an input of the model'
-                )
+                found.refused |= dict.fromkeys(paths, _unknown(paths, group))
                 continue
             for path, layer, stack_list in zip(paths, group, stacks_of):
                 for stack in stack_list:
@@ -198,6 +196,15 @@ def find(model: nn.Module, layout: dict[str, str] | None = None, example: object
         raise InputError(f'layout: no layer is called {", ".join(sorted(unused))}')
     found.overlooked = overlooked(model, taken)
     return found
+
+
+def _unknown(paths: list[str], group: list[NamedLayer]) -> str:
+    rows = ', '.join(f'{path} ({layer.shape[0]} x {layer.shape[1]})' for path, layer in zip(paths, group))
+    return (
+        f'it could not be told which rows of {rows} are queries, keys and values. Pass layout= with the heads and rows '
+        f"that they have, for instance {{'{_pattern(paths[0])}': '8q64 8k64 8v64'}} (see parse_layout in "
+        'spec_mmdet.conditioning.rows), or example= with an input of the model'
+    )
 
 
 def _of_multihead_attention(name: str, module: nn.MultiheadAttention) -> Iterator[Projection]:
@@ -286,46 +293,25 @@ def _by_attributes(attention: nn.Module, group: list[NamedLayer]) -> list | None
     return None
 
 
-def _by_experiment(attention: nn.Module, group: list[NamedLayer], recorded: list | None, known: dict) -> list | None:
+def _usual_calls(model: nn.Module) -> dict[str, Call]:
+    example = usual_example(model)
+    try:
+        return {} if example is None else record(model, example)
+    except InputError:  # it was but a guess
+        return {}
+
+
+def _by_experiment(attention: nn.Module, group: list[NamedLayer], call: Call | None, known: dict) -> list | None:
     heads = Heads(_count(attention, _HEADS), _count(attention, _KEY_HEADS))
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in attention.named_parameters())
     key = type(attention), heads, shapes  # the blocks of a model have the same attention
     if known.get(key) is None:
         layers = [Layer(f'{layer.path}.weight', layer.roles, *layer.shape, layer.transposed) for layer in group]
-        known[key] = find_out(attention, layers, heads, recorded)
+        known[key] = find_out(attention, layers, heads, call)
     finding = known[key]
     if finding is None:
         return None
     result = [stacks(layout, layer.transposed) for layout, layer in zip(finding.layouts, group)]
-    if finding.heads and heads.queries:
-        return result
-    return [[replace(stack, heads=None) for stack in stack_list] for stack_list in result]
-
-
-def _record(model: nn.Module, example: object) -> dict[str, list]:
-    """The inputs that each module with projections gets when the model is run on an example."""
-    inputs: dict[str, list] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if named_projections(module)[0]:
-
-            def remember(module, args, kwargs, name=name):
-                inputs.setdefault(name, [(args, kwargs)])
-
-            handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(example, dict):
-                model(**example)
-            else:
-                model(*(example if isinstance(example, tuple) else (example,)))
-    except Exception as error:
-        raise InputError(f'example: the model does not run on it: {error}') from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return inputs
+    # That there is one head is what was assumed where nothing is known.
+    known_heads = finding.heads and (heads.queries or any(stack.heads > 1 for found in result for stack in found))
+    return result if known_heads else [[replace(stack, heads=None) for stack in found] for found in result]
