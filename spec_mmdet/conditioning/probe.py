@@ -85,7 +85,9 @@ def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call
         without_heads = None
         for belief in beliefs:
             if experiment.bears_out(belief):
-                layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(belief, layers))
+                layouts = belief
+                if not experiment.at_zero.any():
+                    layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(belief, layers))
                 if experiment.bears_out_heads(belief):
                     return Finding(layouts, True)
                 without_heads = without_heads or Finding(layouts, False)
@@ -235,7 +237,7 @@ def _beliefs(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterato
 
 
 def _in_the_order_of_its_name(layout: Layout, layer: Layer) -> Layout:
-    """The roles as the model's code calls them, where DaViT's channel attention uses them in another way."""
+    """The roles as the name has them, where none of the three stands out as the values: in linear attention."""
     blocks = [(role, list(group)) for role, group in itertools.groupby(layout, key=lambda block: block[0])]
     if len(blocks) == len(layer.roles) and len({tuple(size for _, size in group) for _, group in blocks}) == 1:
         return tuple((role, size) for role, (_, group) in zip(layer.roles, blocks) for _, size in group)
