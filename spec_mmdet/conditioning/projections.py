@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -132,13 +133,13 @@ class Found:
             )
 
 
-def projections(model: nn.Module) -> Iterator[Projection]:
-    """Find the query, key and value projections in a model, by the names that attention modules give them.
+def projections(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Iterator[Projection]:
+    """The query, key and value projections of a model, as :func:`find` finds them.
 
     Raises:
         InputError: where it cannot be told which rows of a layer they are.
     """
-    found = find(model)
+    found = find(model, layout, example)
     for name, why in found.refused.items():
         raise InputError(f'{name}: {why}')
     yield from found.projections

@@ -163,7 +163,7 @@ class Report(Sequence[Spectrum]):
         )
 
 
-def measure(model: nn.Module) -> Report:
+def measure(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Report:
     """The extreme singular values and condition numbers of every query, key and value projection of a model.
 
     Each projection is taken as a whole, all heads together, for a single head's rows are well conditioned from the
@@ -172,8 +172,10 @@ def measure(model: nn.Module) -> Report:
     Args:
         model: any model whose attention :func:`projections` finds. Weights that :func:`~.surgery.condition` has
             conditioned are W + C themselves: W and C apart are in the report that it returned.
+        layout: as :func:`~.surgery.condition` takes it.
+        example: as :func:`~.surgery.condition` takes it.
     """
-    return Report(list(projections(model)))
+    return Report(list(projections(model, layout, example)))
 
 
 @torch.no_grad()
