@@ -210,12 +210,10 @@ def examine(name: str) -> Verdict:
 def _classes(model, listed: dict[str, str]) -> str:
     """The classes of listed attention, or those that own a listed layer."""
     classes = set()
-    for path, why in listed.items():
-        module = model.get_submodule(path)
-        while '(' not in why and 'att' not in type(module).__name__.lower() and path:
+    for path in listed:
+        while not list(model.get_submodule(path).children()) or 'Norm' in type(model.get_submodule(path)).__name__:
             path = path.rpartition('.')[0]
-            module = model.get_submodule(path)
-        classes.add(type(module).__name__)
+        classes.add(type(model.get_submodule(path)).__name__)
     return ', '.join(sorted(classes))
 
 
