@@ -87,6 +87,7 @@ def check_object(annotation: dict, image: dict, with_mask: bool) -> tuple[str, s
         return '', ''  # an error of the image's
     box, mask = annotation['bbox'], annotation.get('segmentation')
     fault = rules.fault_of_box(box, *size) or rules.fault_of_area(annotation['area'], box)
+    fault = fault or rules.fault_of_crowd(annotation['iscrowd'])
     if not fault and with_mask:
         missing = 'objects without a mask ("segmentation"), which Mask R-CNN learns from'
         fault = rules.fault_of_mask(mask, *size) if mask else missing
@@ -129,7 +130,7 @@ def check_contents(
         used = [a for a in taken if not rules.why_not_learnt(a) and a['image_id'] not in left_out]
     else:
         used = [a for a in taken if rules.is_measured(a)]
-    if not used:
+    if not any(min(annotation['bbox'][2:]) >= 1 for annotation in used):
         what = 'learn from' if training else 'measure by'
         found.errors[f'splits without an object to {what}'].append(
             Place(name, detail=f'none of {len(taken)} annotations')
@@ -185,7 +186,7 @@ def check_files(coco: dict, folder: Path) -> None:
 
     def size(name: str) -> int | None:
         path = folder / name
-        return path.stat().st_size if path.is_file() else None
+        return path.stat().st_size if os.path.isfile(path) else None  # False for a name that no file can have
 
     sizes |= {name: size(name) for name in names if name not in sizes}
     for kind, faulty in (

@@ -21,7 +21,9 @@ from ..errors import InputError
 from .findings import Findings, Place
 
 EXIF_ORIENTATION = 0x0112
-ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}  # of a whole JPEG and PNG, by how they begin
+JPEG, SCAN = b'\xff\xd8', b'\xff\xda'  # how one begins, and its picture in it
+ENDS = {JPEG: b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}  # of a whole JPEG and PNG, by how they begin
+DAMAGED = 'images that cannot be decoded to their end'
 DEEP = 'images of more than 8 bits a channel, of which only the upper 8 are seen'
 Image.MAX_IMAGE_PIXELS = None  # large images are expected here
 
@@ -43,7 +45,7 @@ def decode(content: bytes) -> np.ndarray:
     except Exception:  # a damaged file can make the decoders raise anything
         image = None
     if image is None:
-        raise InputError('images that cannot be decoded to their end')
+        raise InputError(DAMAGED)
     return image
 
 
@@ -72,6 +74,8 @@ def require_whole(content: bytes) -> tuple[bool, tuple[int, int]]:
     Raises:
         InputError: if it does not reach to its end.
     """
+    if content.startswith(JPEG) and ENDS[JPEG] not in content[content.rfind(SCAN) :]:
+        raise InputError(DAMAGED)  # Pillow takes what follows for the rest of the picture
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
@@ -79,12 +83,12 @@ def require_whole(content: bytes) -> tuple[bool, tuple[int, int]]:
     except UnidentifiedImageError:  # of a kind that Pillow does not know; OpenCV may
         return False, (0, 0)
     except Exception as error:
-        raise InputError('images that cannot be decoded to their end') from error
+        raise InputError(DAMAGED) from error
 
 
 def is_deep(content: bytes) -> bool:
     """Whether OpenCV drops the lower bits of an image to show it in 8 bits a channel."""
-    if content.startswith(b'\xff\xd8'):  # JPEG, all of 8 bits
+    if content.startswith(JPEG):  # all of 8 bits
         return False
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     return image is not None and image.dtype != np.uint8
@@ -102,7 +106,7 @@ def check_image(path: Path, height: float, width: float) -> tuple[str, list[str]
     try:
         content = path.read_bytes()
     except (OSError, ValueError):
-        return 'images that are folders' if path.is_dir() else 'images that are not there', [], b''
+        return 'images that are folders' if os.path.isdir(path) else 'images that are not there', [], b''
     try:
         turned, before = require_whole(content)
         size = decode(content).shape[:2]

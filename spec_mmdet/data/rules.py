@@ -112,6 +112,11 @@ def fault_of_area(area: object, box: Sequence[float]) -> str:
     return f'objects whose "area" is not above 0, {LEFT_OUT}'
 
 
+def fault_of_crowd(iscrowd: object) -> str:
+    """What is wrong with an object's "iscrowd"; '' where nothing is."""
+    return '' if iscrowd in (0, 1) else 'objects whose "iscrowd" is neither 0 nor 1'
+
+
 def fault_of_polygons(polygons: list, width: float, height: float) -> str:
     for polygon in polygons:
         if not is_finite(polygon):

@@ -44,8 +44,8 @@ def cases() -> dict:
 
 
 CASES = cases()
-"""Of what is in order, what is not learnt from alike: a picture is grey."""
-OTHER_PIXELS = ('image_grey',)
+OTHER_PIXELS = ('image_grey',)  # in order, but not learnt from alike
+DRAWN = ('class_names_with_dollar', 'class_names_not_latin', 'file_names_not_latin', 'equal_names_in_two_folders')
 
 
 def digest_of(checkpoint: Path) -> str:
@@ -88,6 +88,9 @@ def test_a_case(monkeypatch, clean, tmp_path, capfd, name):
         assert not (tmp_path / 'work').exists() and not (tmp_path / 'test').exists()
         return
     test[2] = tmp_path / 'work' / 'epoch_1.pth'
+    if name in DRAWN:
+        test += ['--show-dir', tmp_path / 'drawn', '--report', tmp_path / 'report']
+        test += ['--cfg-options', 'model.test_cfg.rcnn.score_thr=0', 'default_hooks.visualization.score_thr=0']
     for command in (prepare, train, test):
         run_tool(monkeypatch, *command)
         printed = capfd.readouterr()
@@ -96,4 +99,8 @@ def test_a_case(monkeypatch, clean, tmp_path, capfd, name):
         assert bool(re.match(r' *[1-9]\d* ', warnings)) == (expect == 'warned'), printed.out
     if expect == 'ready' and name not in OTHER_PIXELS:
         assert digest_of(test[2]) == digest_of(clean)
+    if name in DRAWN:
+        names = {path.relative_to(data / 'val') for path in (data / 'val').rglob('*.png')}
+        assert {path.relative_to(tmp_path / 'drawn') for path in (tmp_path / 'drawn').rglob('*.png')} == names
+        assert (tmp_path / 'report' / 'index.html').is_file()
     assert torch.isfinite(load(test[2])['state_dict']['neck.fpn_convs.0.conv.weight']).all()
