@@ -29,7 +29,7 @@ class Place:
 
     def __str__(self) -> str:
         thing = f'annotation {self.annotation}' * (self.annotation != '')
-        thing += ' of ' * bool(thing and self.image) + self.image
+        thing += ' of ' * bool(thing and self.image) + f'{self.image:.120}'
         if not thing:
             return f'{self.detail} in {self.file}' if self.detail else self.file
         return f'{thing} in {self.file}' + f' ({self.detail})' * bool(self.detail)

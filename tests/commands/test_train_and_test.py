@@ -9,14 +9,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+from mmdet.registry import HOOKS
 
 from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.commands import test as testing
+from spec_mmdet.errors import InputError
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
 DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
@@ -63,6 +67,20 @@ def test_training_leaves_what_one_follows_it_by(trained):
     (log,) = trained.glob('*/*.log')
     text = log.read_text()
     assert 'System environment:' in text and "type='SpecXCiT'" in text and ' eta: ' in text
+
+
+def test_what_finds_nothing_is_not_the_best(monkeypatch, shapes, tmp_path):
+    blind = [*FEW, 'model.test_cfg.rcnn.score_thr=1.1']
+    run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *blind)
+    assert (tmp_path / 'epoch_1.pth').is_file() and not list(tmp_path.glob('best*'))
+    hook = HOOKS.build(dict(type='CheckpointHook', interval=1, save_best='coco/bbox_mAP', rule='greater'))
+    runner = Mock()
+    with patch('mmengine.hooks.CheckpointHook._save_best_checkpoint') as saved:
+        for value in (0.0, -1, float('nan'), 0.1):
+            hook.after_val_epoch(runner, {'coco/bbox_mAP': value, 'loss': 0})
+    assert [call.args[1]['coco/bbox_mAP'] for call in saved.call_args_list] == [None, None, None, 0.1]
+    with pytest.raises(InputError, match='coco/segm_mAP is -1'):
+        testing.require_measured({'coco/bbox_mAP': 0.0, 'coco/segm_mAP': -1.0, 'coco/segm_mAP_s': -1.0})
 
 
 def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
