@@ -25,11 +25,14 @@ if find_spec('mmdet') is not None:
     from .models.padding import MaskedDataPreprocessor
     from .models.tta import MaskTTAModel
     from .models.xcit import SpecXCiT
-    from .training.hooks import CheckpointGuard, CheckpointHook, ConditioningHook, ScheduleGuard
+    from .training.exact import ExactTrainLoop
+    from .training.guards import CheckpointGuard, FiniteGuard, LoaderGuard
+    from .training.hooks import ConditioningHook, ScheduleGuard
     from .training.optim import LayerDecayConstructor
+    from .training.saving import CheckpointHook
     from .training.schedule import WarmUpLR
 
-    __all__ += ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric']
-    __all__ += ['ConditioningHook', 'FastCocoMetric', 'LayerDecayConstructor', 'LoadImageFromFile']
-    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook', 'ScheduleGuard']
-    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']
+    __all__ += ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'ExactTrainLoop']
+    __all__ += ['FastCocoMetric', 'FiniteGuard', 'LayerDecayConstructor', 'LoadImageFromFile', 'LoaderGuard']
+    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook', 'ScheduleGuard', 'SpecXCiT']
+    __all__ += ['StrictPretrainedInit', 'WarmUpLR', 'find_config']

@@ -8,7 +8,13 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / 'spec_mmdet'
-GROUND = {'errors', 'ops', 'startup', 'configs'}  # modules of no layer, which themselves know errors at the most
+GROUND = {
+    'errors',
+    'files',
+    'ops',
+    'startup',
+    'configs',
+}  # modules of no layer, which themselves know errors at the most
 LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'commands')
 KNOWS = {
     'conditioning': set(),

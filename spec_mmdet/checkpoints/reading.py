@@ -209,8 +209,8 @@ def require_training_state(checkpoint: object, name: str) -> None:
     meta, hub = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ('meta', 'message_hub'))
     lacking = [key for key in ('epoch', 'iter') if type(meta.get(key)) is not int or meta[key] < 0]
     lacking += [key for key in ('log_scalars', 'runtime_info', 'resumed_keys') if not isinstance(hub.get(key), dict)]
-    lacking += [key for key in ('optimizer',) if not isinstance(content.get(key), dict)]
-    lacking += [key for key in ('param_schedulers',) if not isinstance(content.get(key), list | dict)]
+    lacking += [] if isinstance(content.get('optimizer'), dict) else ['optimizer']
+    lacking += [] if isinstance(content.get('param_schedulers', []), list | dict) else ['param_schedulers']
     if lacking:
         raise InputError(f'{name}: no training can be resumed from it, it lacks {", ".join(lacking)}; to start a new '
                          'one from its weights: --cfg-options load_from=FILE')  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import locale
+import logging
 import os
 import subprocess
 import sys
@@ -187,22 +189,54 @@ def run_command(*command: str | Path) -> None:
         raise InputError(f'this step failed: spec-mmdet {" ".join(map(str, command))}')
 
 
+# What PyTorch says when something other than the program has gone wrong, and what to say of it.
+TROUBLES = {
+    'DataLoader worker': 'a worker that loads images has died, often for want of memory or shared memory '
+    '(train_dataloader.num_workers=0 needs no shared memory)',
+    'DataLoader timed out': 'no worker has loaded images for so long: full shared memory (df /dev/shm), or a disk '
+    'that does not answer; train_dataloader.num_workers=0 needs no shared memory',
+    'Timed out waiting': 'another process has not answered within env_cfg.dist_cfg.timeout: it hangs, or has ended',
+    'Connection closed by peer': 'another process has ended',
+    'Connection reset by peer': 'another process has ended',
+}
+
+
 @contextmanager
 def running() -> Iterator[None]:
-    """What a run happens in: its errors are a line each, and it lets go of the other processes at its end."""
+    """What a run happens in: its errors are a line each, and it leaves the other processes at its end."""
+    logging.raiseExceptions = False  # a full disk is one line, not one of each of the log's
     try:
         yield
     except InputError as error:  # of a process that loads data, it holds that one's traceback
         raise InputError(str(error).rpartition('InputError: ')[2].strip()) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and 'DefaultCPUAllocator' not in str(error):
+        first = str(error).partition('\n')[0]
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'DefaultCPUAllocator' in str(error):
+            raise InputError(
+                f'out of memory ({first}). Add to --cfg-options: train_dataloader.batch_size=1 '
+                'optim_wrapper.accumulative_counts=2 (the same step from half as many images at a time) or '
+                'model.backbone.with_cp=True (activations are computed twice instead of kept). --resume goes on from '
+                'the last checkpoint.'
+            ) from error
+        for sign, meaning in TROUBLES.items():
+            if sign in str(error):
+                raise InputError(f'{meaning} ({first}). --resume goes on from the last checkpoint.') from error
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         raise InputError(
-            f'out of memory ({str(error).splitlines()[0]}). Add to --cfg-options: train_dataloader.batch_size=1 '
-            'optim_wrapper.accumulative_counts=2 (the same step from half as many images at a time) or '
-            'model.backbone.with_cp=True (activations are computed twice instead of kept). --resume goes on from the '
-            'last checkpoint.'
+            f'{error.filename or "a file of the run"}: could not be written ({error.strerror}); --resume goes on from '
+            'the last checkpoint'
         ) from error
+    except SystemExit:
+        leave_group()
+        raise
+    leave_group()
+
+
+def leave_group() -> None:
+    """Leave the group of processes, together with the others."""
     if torch.distributed.is_initialized():
         # Together, or the first process to leave can take its connections from under the others. The runner, which is
         # part of a reference cycle, would keep the group alive, and gloo's threads can abort a process that ends.

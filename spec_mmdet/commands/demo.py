@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     run_command('shapes', DATA)
     run_command('train', CONFIG, '--work-dir', WORK)
-    checkpoint = (WORK / 'last_checkpoint').read_text()
+    checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
     run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--out', WORK / 'test' / 'predictions.pkl')
 
     draw_predictions(WORK / 'test' / 'predictions.pkl', WORK / 'predictions.png')

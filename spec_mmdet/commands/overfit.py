@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..training.resume import require_no_checkpoints
 from .common import parser, run_command
 
 CONFIG = 'xcit_spec_overfit'
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     coco['images'] = [image for image in coco['images'] if image['id'] in with_objects][: args.images]
     chosen = {image['id'] for image in coco['images']}
     coco['annotations'] = [annotation for annotation in coco['annotations'] if annotation['image_id'] in chosen]
+    require_no_checkpoints(args.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     ann_file = (args.work_dir / 'annotations.json').resolve()
     ann_file.write_text(json.dumps(coco))
@@ -38,5 +40,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings += [f'{loop}_dataloader.dataset.ann_file={ann_file}', f'{loop}_dataloader.dataset.data_root=']
         settings += [f'{loop}_dataloader.dataset.data_prefix.img={(args.coco / "train2017").resolve()}/']
     run_command('train', CONFIG, *settings)
-    checkpoint = (args.work_dir / 'last_checkpoint').read_text()
+    checkpoint = args.work_dir / (args.work_dir / 'last_checkpoint').read_text()
     run_command('test', CONFIG, checkpoint, *settings)

@@ -4,6 +4,8 @@
 
 The options are those of MMDetection's own script, --data, and those of the schedule: --preset, --epochs, --batch-size,
 --image-size and --lr reach every place of the config that they concern, and --cfg-options come after them.
+SIGTERM and Ctrl-C save after the iteration that is being computed and end with status 143 or 130, a second one ends at
+once; --resume goes on exactly there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
@@ -18,8 +22,19 @@ from mmengine.device import get_device
 
 from ..configs import CONFIGS
 from ..errors import InputError
+from ..training.resume import locked, newest_whole, require_no_checkpoints
+from ..training.saving import listening
 from ..training.schedule import set_epochs, set_image_size
-from .common import add_run_options, build_runner, fit_to_data, load_run_config, parser, read_classes, running
+from .common import (
+    add_run_options,
+    build_runner,
+    fit_to_data,
+    is_first_process,
+    load_run_config,
+    parser,
+    read_classes,
+    running,
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +51,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument('--amp', action='store_true', help='train in mixed precision')
     options.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the images a step')
     options.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                         help='go on from a checkpoint (default: the last one in the work directory)')  # fmt: skip
+                         help='go on from a checkpoint (default: the newest whole one in the work '
+                         'directory; if there is none, the training starts)')  # fmt: skip
     args = options.parse_args(argv)
     if args.lr and args.auto_scale_lr:
         raise InputError('--lr says the learning rate, which --auto-scale-lr would change: leave one of them out')
@@ -99,20 +115,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cfg = load_run_config(args, ('train', 'val', 'test'), lambda cfg: set_schedule(cfg, args))
 
-    classes = None
-    if args.resume not in (None, 'auto'):
-        classes = read_classes(args.resume, resume=True)
-    if cfg.get('load_from'):
+    work = Path(cfg.work_dir)
+    if args.resume is None:
+        require_no_checkpoints(work)
+    resumed = newest_whole(work) if args.resume == 'auto' else args.resume
+    classes = read_classes(str(resumed), resume=True) if resumed else None
+    if resumed:
+        cfg.resume, cfg.load_from = True, str(resumed)
+    elif cfg.get('load_from'):
         read_classes(cfg.load_from)  # a new training may start from a detector of other classes
     fit_to_data(cfg, ('train', 'val'), classes, not args.no_check)
 
     set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         scale_learning_rate(cfg)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
 
     setup_cache_size_limit_of_dynamo()
-    with running():
+    with locked(work) if is_first_process() else nullcontext(), running(), listening():
         build_runner(cfg).train()

@@ -1,4 +1,4 @@
-"""What watches a run: that its checkpoint and its schedule fit, and the condition numbers as training goes on."""
+"""What watches a run: that its schedule fits, and the condition numbers as training goes on."""
 
 from __future__ import annotations
 
@@ -6,67 +6,21 @@ import time
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim.scheduler.param_scheduler import (
     ConstantParamScheduler,
     LinearParamScheduler,
     MultiStepParamScheduler,
 )
 from mmengine.runner import Runner
-from torch import nn
 
-from ..checkpoints.reading import mismatches, state_dict_of
-from ..conditioning import measure, require_same_conditioning
-from ..errors import InputError, naming
+from ..conditioning import measure
+from ..errors import InputError
 from ..models.jacobians import jacobian_spectra
 from ..models.xcit import SpecXCiT
+from .saving import unwrapped
 
 LITTLE_DATA = 10_000  # images; detectors have been trained from random weights on that many, hardly on fewer
-
-
-def unwrapped(runner: Runner) -> nn.Module:
-    """The runner's model, without the wrapper of distributed training."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-@HOOKS.register_module()
-class CheckpointGuard(Hook):
-    """Stop when a checkpoint does not fit the model, where MMEngine would warn and go on with random weights.
-
-    A test or a resumed training needs every weight. A new training that starts from a checkpoint (``load_from``)
-    needs the backbone's; its heads may be made for other classes.
-    """
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the checkpoint with the runner's model.
-
-        Raises:
-            InputError: where they do not fit.
-        """
-        model = unwrapped(runner)
-        name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
-        weights = state_dict_of(checkpoint, name)
-        with naming(name):
-            require_same_conditioning(weights, model.state_dict())
-        fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
-        faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
-        if faults:
-            raise InputError(f'{name} does not fit the configured model: {faults}')
-
-
-@HOOKS.register_module()
-class CheckpointHook(MMEngineCheckpointHook):
-    """MMEngine's CheckpointHook, under its name, to which no checkpoint that finds nothing is the best one so far."""
-
-    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
-        """Keep the best checkpoint; one of an AP of 0, or of the -1 that says there is nothing to measure, is none."""
-        useless = [key for key, value in metrics.items() if key.startswith('coco/') and not value > 0]
-        wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
-        for key in wanted:
-            runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
-        super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
 
 
 @HOOKS.register_module()

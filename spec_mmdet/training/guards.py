@@ -1,0 +1,125 @@
+"""What stops a run that would come to nothing: a checkpoint that does not fit, numbers that are not finite, hangs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from ..checkpoints.reading import mismatches, state_dict_of
+from ..conditioning import require_same_conditioning
+from ..errors import InputError, naming, some
+from ..files import write
+from .saving import last_good, serialized, unwrapped
+
+
+@HOOKS.register_module()
+class CheckpointGuard(Hook):
+    """Stop when a checkpoint does not fit the model, where MMEngine would warn and go on with random weights.
+
+    A test or a resumed training needs every weight. A new training that starts from a checkpoint (``load_from``)
+    needs the backbone's; its heads may be made for other classes.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint with the runner's model.
+
+        Raises:
+            InputError: where they do not fit.
+        """
+        model = unwrapped(runner)
+        name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
+        weights = state_dict_of(checkpoint, name)
+        with naming(name):
+            require_same_conditioning(weights, model.state_dict())
+        fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
+        faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
+        if faults:
+            raise InputError(f'{name} does not fit the configured model: {faults}')
+
+
+@HOOKS.register_module()
+class FiniteGuard(Hook):
+    """Stop a training whose loss or gradient is not finite, before anything of it is saved.
+
+    In mixed precision with a loss scale, a gradient that overflows is a step that is left out, and the scale is halved:
+    only a loss that is not finite so many times in a row stops the training.
+
+    Args:
+        patience: how many times.
+    """
+
+    priority = 'HIGH'  # before the checkpoint hook
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self.in_a_row = 0
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Look at this iteration's numbers.
+
+        Raises:
+            InputError: where one is not finite. It names the images and the last good checkpoint, and where the batch
+                was written.
+        """
+        optim = runner.optim_wrapper
+        figures = {name: float(value) for name, value in (outputs or {}).items()}
+        scaled = isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
+        norm = runner.message_hub.log_scalars.get('train/grad_norm')
+        if norm is not None and not scaled:
+            figures['the norm of the gradient'] = float(norm.current())
+        wrong = [f'{name} {value}' for name, value in figures.items() if not torch.tensor(value).isfinite()]
+        self.in_a_row = self.in_a_row + 1 if wrong else 0
+        if not wrong or (scaled and self.in_a_row < self.patience):
+            return
+        images = [Path(getattr(sample, 'img_path', '?')).name for sample in data_batch.get('data_samples', [])]
+        dump = Path(runner.work_dir, f'not_finite_{runner.iter + 1}_{get_rank()}.pth')
+        write(dump, serialized(dict(iter=runner.iter + 1, figures=figures, images=images, inputs=data_batch['inputs'])))
+        raise InputError(
+            f'iteration {runner.iter + 1}: not finite: {some(wrong)}; images: {", ".join(images)}. Training stopped; '
+            f'{last_good(runner)}. The batch is in {dump}. A lower learning rate or optim_wrapper.clip_grad may help.'
+        )
+
+
+class WorkerStart:
+    """How a loader's worker begins: it leaves signals to the training, and ends with it, however that ends."""
+
+    def __init__(self, then: object) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.name == 'posix' and os.uname().sysname == 'Linux':
+            set_parent_death_signal = 1
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if self.then is not None:
+            self.then(worker)
+
+
+@HOOKS.register_module()
+class LoaderGuard(Hook):
+    """Have no worker of a loader outlive its run, and none be waited for without end.
+
+    Args:
+        timeout: seconds to wait for a batch, after which the run ends with an error.
+    """
+
+    def __init__(self, timeout: float = 600) -> None:
+        self.timeout = timeout
+
+    def before_run(self, runner: Runner) -> None:
+        """Prepare the loaders of all loops."""
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            loader = getattr(loop, 'dataloader', None)
+            if isinstance(loader, DataLoader) and loader.num_workers:
+                loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+                loader.timeout = loader.timeout or self.timeout

@@ -1,0 +1,237 @@
+"""Saving that cannot lose a training: whole files, before the old ones go, when they are due or on a signal."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..checkpoints.reading import load
+from ..errors import InputError, some
+from ..files import write
+
+INTERRUPTED = 'interrupted.pth'  # what a signal leaves
+EVALUATED = 'last_evaluation'  # the last epoch whose evaluation has ended
+
+_received: list[int] = []
+
+
+def unwrapped(runner: Runner) -> nn.Module:
+    """The runner's model, without the wrapper of distributed training."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def serialized(content: object) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Have SIGTERM and SIGINT save at the next step and stop (the hook below does); a second one ends at once."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if _received:
+            os._exit(128 + number)
+        _received.append(number)
+        print(f'{signal.Signals(number).name}: saving after this iteration; once more ends at once', flush=True)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        _received.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class DurableBackend(LocalBackend):
+    """MMEngine's local files, written aside and renamed."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write(filepath, obj)
+
+
+register_backend('durable', DurableBackend, force=True)
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's CheckpointHook, under its name, that saves so that at every moment a whole checkpoint is there.
+
+    * A file is written aside, and the one that it replaces goes only afterwards; ``last_checkpoint`` likewise. It holds
+      a name without a folder, so that a work directory may be moved or copied.
+    * Weights that are not finite are an error, and nothing is saved.
+    * A checkpoint that finds nothing is never the best one.
+    * Beside the best checkpoint, its weights and classes alone: ``best_..._weights.pth``.
+    * What makes resuming exact beside MMEngine's own: how far within its epoch a checkpoint is, and gradients that are
+      being accumulated (of one process).
+    * On a signal (:func:`listening`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        kwargs.setdefault('backend_args', dict(backend='durable'))
+        super().__init__(*args, **kwargs)
+
+    def before_train(self, runner: Runner) -> None:
+        """Look for the best checkpoint here, wherever the directory was when it was saved."""
+        super().before_train(runner)
+        if getattr(self, 'best_ckpt_path', None):
+            self.best_ckpt_path = self._here(self.best_ckpt_path)
+        for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
+            self.best_ckpt_path_dict[key] = path and self._here(path)
+
+    def _here(self, path: str) -> str:
+        return os.path.join(self.out_dir, os.path.basename(path))
+
+    def _save(self, runner: Runner, name: str, meta: dict) -> None:
+        """Write a whole checkpoint, and that it is the last one."""
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+        )
+        if is_main_process():
+            write(Path(runner.work_dir, 'last_checkpoint'), name)
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated = None
+        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated = self.keep_ckpt_ids.popleft()
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self._save(runner, self.filename_tmpl.format(step), meta)
+        if is_main_process():
+            if outdated is not None and outdated != step:
+                Path(self.out_dir, self.filename_tmpl.format(outdated)).unlink(missing_ok=True)
+            Path(self.out_dir, INTERRUPTED).unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        several = getattr(self, 'best_ckpt_path_dict', {})
+        before = dict(several) or {None: getattr(self, 'best_ckpt_path', None)}
+        # MMEngine removes the old one first; what it does not know of, it leaves.
+        self.best_ckpt_path = None
+        several.update(dict.fromkeys(several))
+        super()._save_best_checkpoint(runner, metrics)
+        for key, old in before.items():
+            new = several[key] if several else self.best_ckpt_path
+            if new is None:  # no better one
+                if several:
+                    several[key] = old
+                else:
+                    self.best_ckpt_path = old
+            elif is_main_process():
+                self._write_weights(Path(new))
+                for path in (Path(old), weights_beside(Path(old))) if old and old != new else ():
+                    path.unlink(missing_ok=True)
+
+    def _write_weights(self, best: Path) -> None:
+        content = load(best)
+        meta = {key: content['meta'][key] for key in ('epoch', 'iter', 'dataset_meta') if key in content['meta']}
+        write(weights_beside(best), serialized(dict(meta=meta, state_dict=content['state_dict'])))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse weights that are not finite; add what makes resuming exact.
+
+        Raises:
+            InputError: where weights are not finite.
+        """
+        for part in ('state_dict', 'ema_state_dict'):
+            spoilt = not_finite(checkpoint.get(part, {}))
+            if spoilt:
+                raise InputError(f'the weights are not finite ({some(spoilt)}), and not saved; {last_good(runner)}')
+        meta, loop = checkpoint['meta'], runner.train_loop
+        if hasattr(loop, 'began'):
+            meta['iter_in_epoch'] = meta['iter'] - loop.began if meta['epoch'] == loop.epoch else 0
+            meta['iters_per_epoch'] = len(loop.dataloader)
+        optim = runner.optim_wrapper
+        if 'optimizer' in checkpoint and not optim.should_update() and get_world_size() == 1:
+            named = unwrapped(runner).named_parameters()
+            checkpoint['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Tell the loop where it is to go on, with the gradients that were being accumulated."""
+        if runner._resume and runner._train_loop is not None:
+            runner.train_loop.resumed_from = checkpoint['meta']
+            gradients = checkpoint.get('gradients', {})
+            for name, parameter in unwrapped(runner).named_parameters():
+                if name in gradients:
+                    parameter.grad = gradients[name].to(parameter)
+            if gradients:
+                runner.logger.info('the gradients accumulated so far were restored, whatever is said below')
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Save what is due; where a signal came, save and exit."""
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if stop := agreed_signal():
+            self._save(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter + 1))
+            self._exit(runner, stop)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Where a signal came and this epoch is saved, exit; the evaluation is made up for."""
+        saved = runner.message_hub.runtime_info.get('last_ckpt')
+        if saved and os.path.basename(saved) == self.filename_tmpl.format(runner.epoch) and (stop := agreed_signal()):
+            self._exit(runner, stop)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, and note that this epoch is evaluated.
+
+        One of an AP of 0, or of the -1 that says that there is nothing to measure, is not the best one.
+        """
+        useless = [key for key, value in metrics.items() if key.startswith('coco/') and not value > 0]
+        wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
+        for key in wanted:
+            runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
+        super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
+        if is_main_process():
+            write(Path(runner.work_dir, EVALUATED), str(runner.epoch))
+
+    def _exit(self, runner: Runner, number: int) -> None:
+        runner.logger.info(f'{signal.Signals(number).name}: {self.last_ckpt} is saved; --resume goes on from it')
+        raise SystemExit(128 + number)
+
+
+def weights_beside(best: Path) -> Path:
+    """The file of a best checkpoint's weights alone."""
+    return best.with_name(f'{best.stem}_weights.pth')
+
+
+def not_finite(weights: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
+def last_good(runner: Runner) -> str:
+    """What to go back to, in words."""
+    saved = runner.message_hub.runtime_info.get('last_ckpt')
+    return f'the last good checkpoint is {saved}' if saved else 'no checkpoint was saved before'
+
+
+def agreed_signal() -> int:
+    """The signal that one of the processes was sent, for all of them at the same iteration; 0 where none was."""
+    number = torch.tensor(_received[0] if _received else 0)
+    if get_world_size() > 1:
+        all_reduce(number, 'max')
+    return int(number)

@@ -1,0 +1,117 @@
+"""A training that is stopped and resumed ends with the weights of one that was not, bit for bit."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, run_tool
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.data.shapes import write_split
+
+
+@HOOKS.register_module()
+class SignalAt(Hook):
+    """Send this process a signal in an iteration of training, or of evaluation."""
+
+    def __init__(self, iteration: int = -1, evaluation: int = -1, number: int = signal.SIGTERM) -> None:
+        self.iteration, self.evaluation, self.number = iteration, evaluation, number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.iter + 1 == self.iteration:
+            os.kill(os.getpid(), self.number)
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.epoch == self.evaluation:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope='session')
+def few_shapes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('few')
+    for split, images in dict(train=8, val=2).items():
+        write_split(root, split, images, 64, np.random.default_rng(len(split)))
+    return root
+
+
+NO_EVALUATION = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
+DROP = 'model.backbone.drop_path_rate=0.3'
+
+
+def train(monkeypatch, data: Path, work: Path, *args, evaluate: bool = False) -> int:
+    """Three epochs of four iterations; returns the exit status."""
+    settings = ['train_dataloader.batch_size=2', 'train_cfg.max_epochs=3', 'param_scheduler.0.end=5', DROP]
+    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'custom_hooks.1.interval=1000']
+    settings += [] if evaluate else NO_EVALUATION
+    resume = ['--resume'] if '--resume' in args else []
+    settings += [arg for arg in args if arg != '--resume']
+    command = [CONFIG, '--work-dir', work, '--data', data, *resume, '--cfg-options', *settings]
+    try:
+        run_tool(monkeypatch, 'train', *command)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def assert_same(one: object, other: object, where: str = '') -> None:
+    """Bit for bit, but for what tells when and where it was written."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f'{where}.{key}')
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f'{where}.{i}')
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    contents = [load(path / 'epoch_3.pth') for path in (one, other)]
+    for key in {*contents[0], *contents[1]} - {'meta', 'message_hub'}:
+        assert_same(contents[0][key], contents[1][key], key)
+    assert contents[0]['meta']['iter'] == contents[1]['meta']['iter'] == 12
+
+
+EMA = ['default_hooks.ema.type=EMAHook', 'default_hooks.ema.momentum=0.5']
+WORKERS = ['train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True']
+CASES = {
+    'plain': [],
+    'an average of the weights': EMA,
+    'accumulation that leaves a remainder': ['optim_wrapper.accumulative_counts=3'],
+    'workers that persist': WORKERS,
+}
+TOGETHER = 'all at once'  # the others, each by itself, are what `make torture` tries
+CASES[TOGETHER] = sum(CASES.values(), [])
+
+
+@pytest.mark.parametrize('case', [TOGETHER])
+def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
+    settings = CASES[case]
+    assert train(monkeypatch, few_shapes, tmp_path / 'whole', *settings) == 0
+    stopped = tmp_path / 'stopped'
+    # Within the first epoch, where a step is half accumulated, and at the end of the second.
+    for iteration, number in ((2, signal.SIGTERM), (8, signal.SIGINT)):
+        resume = ['--resume'] if iteration > 2 else []
+        at = ['default_hooks.signal_at.type=SignalAt', f'default_hooks.signal_at.iteration={iteration}']
+        at.append(f'default_hooks.signal_at.number={int(number)}')
+        assert train(monkeypatch, few_shapes, stopped, *resume, *settings, *at) == 128 + number
+        assert load(stopped / 'interrupted.pth')['meta']['iter'] == iteration
+    assert train(monkeypatch, few_shapes, stopped, '--resume', *settings) == 0
+    assert_same_run(tmp_path / 'whole', stopped)
+    assert not (stopped / 'interrupted.pth').exists()
+    # From the end of an epoch, too, as after a kill that left nothing else; somewhere else.
+    shutil.copytree(stopped, tmp_path / 'moved')
+    (tmp_path / 'moved' / 'epoch_3.pth').unlink()
+    assert train(monkeypatch, few_shapes, tmp_path / 'moved', '--resume', *settings) == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'moved')
