@@ -2,6 +2,7 @@
 # make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
+# make torture    kills, broken writes, forged and garbled checkpoints: what is lost; some 15 minutes
 # make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -22,6 +23,9 @@ test: $(VENV)/mmdet
 
 test-onedl: $(VENV)-onedl/onedl
 	$(VENV)-onedl/bin/python -m pytest
+
+torture: $(VENV)/mmdet
+	$(VENV)/bin/python tests/torture.py
 
 docs-test:
 	$(PYTHON) tests/docs.py
@@ -54,4 +58,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures bench test test-onedl docs-test lint clean
+.PHONY: demo paper-figures bench torture test test-onedl docs-test lint clean

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError, naming
+from ..errors import InputError, naming, some
 from .records import STAND_INS, rebuild
 
 # Seconds that a server may be silent.
@@ -179,6 +179,11 @@ for _prefixes, _loader in (
     CheckpointLoader.register_scheme(_prefixes, safely(_loader), force=True)
 
 
+def not_finite(weights: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
 def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
     """The weights in a checkpoint of MMEngine, or of weights alone, without the prefix of a parallel wrapper.
 
@@ -187,11 +192,13 @@ def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
         name: what to call it in the message.
 
     Raises:
-        InputError: if there are none.
+        InputError: if there are none, or some are not finite.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
+    if spoilt := not_finite(weights):
+        raise InputError(f'{name}: its weights are not finite ({some(spoilt)}); an earlier one is to be taken')
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 

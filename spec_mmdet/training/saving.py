@@ -17,9 +17,9 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoints.reading import load
+from ..checkpoints.reading import load, not_finite
 from ..errors import InputError, some
 from ..files import write
 
@@ -216,11 +216,6 @@ class CheckpointHook(MMEngineCheckpointHook):
 def weights_beside(best: Path) -> Path:
     """The file of a best checkpoint's weights alone."""
     return best.with_name(f'{best.stem}_weights.pth')
-
-
-def not_finite(weights: dict[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity."""
-    return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
 def last_good(runner: Runner) -> str:

@@ -102,6 +102,8 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
             guard.after_load_checkpoint(mode, {**weights, 'backbone.other': torch.ones(1)})
         with pytest.raises(InputError, match='another shape'):
             guard.after_load_checkpoint(mode, {**weights, 'backbone.weight': torch.ones(3, 2)})
+        with pytest.raises(InputError, match=r'not finite .head.bias.'):
+            guard.after_load_checkpoint(mode, {**weights, 'head.bias': torch.tensor([1, torch.nan, 1])})
         with pytest.raises(InputError, match='made with conditioning'):
             guard.after_load_checkpoint(mode, {**weights, 'backbone.blocks.0.attn.correction.lam': torch.tensor(10.0)})
     for name, other_head in (('fewer', {}), ('others', {'head.weight': torch.ones(7, 2), 'head.bias': torch.ones(7)})):

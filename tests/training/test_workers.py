@@ -1,0 +1,69 @@
+"""Workers of loaders: waited for no longer than said, and gone when their training is."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import toy
+
+from spec_mmdet.commands.common import running
+from spec_mmdet.errors import InputError
+
+
+class Troubled(toy.Noise):
+    """Notes who loads, and then has trouble with the third sample."""
+
+    def __init__(self, folder: Path, trouble: str) -> None:
+        self.folder, self.trouble = folder, trouble
+
+    def __getitem__(self, index: int) -> dict:
+        (self.folder / f'worker_{os.getpid()}').touch()
+        if index == 3 and self.trouble == 'hangs':
+            time.sleep(3600)
+        if index == 3 and self.trouble == 'dies':
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def troubled(folder: Path, trouble: str, timeout: float):
+    (folder / 'seen').mkdir()
+    loader = dict(batch_size=2, num_workers=2, persistent_workers=True, dataset=Troubled(folder / 'seen', trouble))
+    loader['sampler'] = dict(type='DefaultSampler', shuffle=True)
+    hooks = [dict(type='LoaderGuard', timeout=timeout)]
+    return toy.runner(folder / 'work', train_dataloader=loader, custom_hooks=hooks)
+
+
+@pytest.mark.parametrize(('trouble', 'says'), [('hangs', 'no worker has loaded'), ('dies', 'a worker .* has died')])
+def test_trouble_ends_the_run(tmp_path, trouble, says):
+    start = time.time()
+    with pytest.raises(InputError, match=says), running():
+        troubled(tmp_path, trouble, timeout=2).train()
+    assert time.time() - start < 60
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='without /proc, who is alive is not known')
+def test_no_worker_outlives_its_training(tmp_path):
+    training = os.fork()
+    if training == 0:
+        troubled(tmp_path, 'hangs', timeout=3600).train()
+        os._exit(0)
+    seen = tmp_path / 'seen'
+    while not (seen.is_dir() and len(list(seen.iterdir())) == 2):
+        time.sleep(0.05)
+    workers = [int(path.name.removeprefix('worker_')) for path in seen.iterdir()]
+    assert all(map(alive, workers))
+    os.kill(training, signal.SIGKILL)
+    os.waitpid(training, 0)
+    until = time.time() + 10
+    while any(map(alive, workers)) and time.time() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
