@@ -6,7 +6,7 @@ import fcntl
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..checkpoints.reading import load, require_training_state, state_dict_of
@@ -87,9 +87,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             lock.seek(0)
             raise InputError(f'{folder}: another training is writing there ({lock.read() or "unknown"})') from error
-        lock.truncate(0)
-        lock.write(f'process {os.getpid()} on {os.uname().nodename}')
-        lock.flush()
         for left in folder.glob(aside_of(Path('*')).name):
             left.unlink()
+        lock.truncate(0)
+        with suppress(OSError):  # on a full disk the holder has no name
+            os.write(lock.fileno(), f'process {os.getpid()} on {os.uname().nodename}'.encode())
         yield
