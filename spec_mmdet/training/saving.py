@@ -49,7 +49,9 @@ def listening() -> Iterator[None]:
         if _received:
             os._exit(128 + number)
         _received.append(number)
-        print(f'{signal.Signals(number).name}: saving after this iteration; once more ends at once', flush=True)
+        # Not by print, in the midst of which the signal may have come.
+        says = f'{signal.Signals(number).name}: saving after this iteration; once more ends at once\n'
+        os.write(2, says.encode())
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
