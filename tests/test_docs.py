@@ -36,3 +36,10 @@ def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():
     assert listed.returncode == 0, listed.stderr
     for command in ('python tools/train.py configs/xcit_spec_maskrcnn.py', 'spec-mmdet train xcit_spec_maskrcnn'):
         assert re.search(rf'^\S+ +{re.escape(command)} ', listed.stdout, re.M)
+
+
+def test_every_module_has_its_place_on_the_page_about_the_structure():
+    page = (ROOT / 'docs' / 'architecture.md').read_text()
+    for path in (ROOT / 'spec_mmdet').glob('*/*.py'):
+        if path.parent.name != 'commands' and path.name != '__init__.py':
+            assert re.search(rf'`({path.parent.name}/)?{path.name}`', page), path
