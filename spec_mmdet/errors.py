@@ -5,7 +5,11 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """An input that cannot be used; the message says what is wrong with it and what to do."""
+    """An input that cannot be used; the message says in one line what is wrong with it and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # What it quotes of a file may hold anything, line breaks included.
+        super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in message))
 
 
 @contextmanager

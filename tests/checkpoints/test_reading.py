@@ -12,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from spec_mmdet import CheckpointGuard, InputError
-from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.checkpoints.reading import load, state_dict_of
 
 
 class Payload:
@@ -112,3 +112,9 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
         for mode in ('test', 'resume'):
             with pytest.raises(InputError, match='head.weight'):
                 guard.after_load_checkpoint(modes[mode], loaded), name
+
+
+def test_what_is_quoted_of_a_file_stays_within_the_line():
+    with pytest.raises(InputError) as refused:
+        state_dict_of({}, 'checkpoint a\nb\x1b[2K\ud800 ü')
+    assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: holds no weights')
