@@ -7,7 +7,7 @@ of the links. Commands are the lines of their ```shell blocks, their ```python b
 a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that begins like a
 command. They run in the pages' order, each by itself from the clone's root, without a GPU and with the COCO data in
 COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is put in for
-placeholders, what is appended for brevity and what is left out; an entry of theirs that fits nothing in the pages is an
+placeholders, what is put before a command or appended for brevity, and what is left out; an entry of theirs that fits nothing in the pages is an
 error. Logs go to work_dirs/docs_test.
 """
 
@@ -48,6 +48,7 @@ SKIPPED = {
     'make test': 'CI runs it',
     'make test-onedl': 'CI runs it',
     'make clean': 'would remove the environment that the other commands need',
+    'make torture': 'takes a quarter of an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
     'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',
 }
@@ -75,7 +76,18 @@ TRAIN = (
 ON_CPU = (
     'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
 )
-LAST_EPOCH = 'for last in work_dirs/*/last_checkpoint; do cp "$(cat $last)" $(dirname $last)/epoch_36.pth; done'
+LAST_EPOCH = (
+    'for last in work_dirs/*/last_checkpoint; do (cd ${last%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
+)
+
+# A training does not start in a directory that holds the checkpoints of another.
+ANEW = 'rm -rf work_dirs/xcit_spec_maskrcnn &&'
+PREPENDED = {
+    'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr': ANEW,
+    'spec-mmdet train xcit_spec_maskrcnn --data data/coco': ANEW,
+    'tools/dist_train.sh': ANEW,
+    'torchrun': ANEW,
+}
 
 APPENDED = {
     'pip uninstall': '--yes',
@@ -83,8 +95,8 @@ APPENDED = {
     "pip install 'dist": '&& cd made && spec-mmdet flops xcit_spec_maskrcnn',
     'spec-mmdet train': f'{TRAIN}2 && {LAST_EPOCH}',
     # SyncBN has no form for CPUs, and these processes talk through gloo.
-    'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU}',
-    'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU}',
+    'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
+    'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
     'spec-mmdet test': f'--cfg-options {EVALUATE}',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'spec-mmdet analyze': '--max-images 1',
@@ -190,8 +202,8 @@ class Command:
 
     @property
     def run_as(self) -> str:
-        """With the placeholders put in, and what is appended."""
-        text = self.text
+        """With the placeholders put in, and what comes before and after it."""
+        text = ' '.join([*(value for key, value in PREPENDED.items() if begins(self.text, key)), self.text])
         for name, value in PLACEHOLDERS.items():
             text = re.sub(placeholder(name), lambda match, value=value: value, text)
         for key, value in APPENDED.items():
@@ -244,7 +256,7 @@ def idle_entries(commands: list[Command]) -> list[str]:
     """The entries of the tables that fit no command."""
     run = [command for command in commands if not command.skipped]
     idle = [f'SKIPPED[{key!r}]' for key in SKIPPED if not any(begins(c.text, key) for c in commands)]
-    for name, table in dict(APPENDED=APPENDED, OWN=OWN).items():
+    for name, table in dict(PREPENDED=PREPENDED, APPENDED=APPENDED, OWN=OWN).items():
         idle += [f'{name}[{key!r}]' for key in table if not any(begins(c.text, key) for c in run)]
     idle += [
         f'PLACEHOLDERS[{key!r}]' for key in PLACEHOLDERS if not any(re.search(placeholder(key), c.text) for c in run)
