@@ -7,8 +7,8 @@ of the links. Commands are the lines of their ```shell blocks, their ```python b
 a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that begins like a
 command. They run in the pages' order, each by itself from the clone's root, without a GPU and with the COCO data in
 COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is put in for
-placeholders, what is put before a command or appended for brevity, and what is left out; an entry of theirs that fits nothing in the pages is an
-error. Logs go to work_dirs/docs_test.
+placeholders, what comes before a command or, for brevity, after it, and what is left out; an entry of theirs that fits
+nothing in the pages is an error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ TRAIN = (
 ON_CPU = (
     'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
 )
-LAST_EPOCH = (
-    'for last in work_dirs/*/last_checkpoint; do (cd ${last%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
-)
+LAST_EPOCH = 'for f in work_dirs/*/last_checkpoint; do (cd ${f%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
 
 # A training does not start in a directory that holds the checkpoints of another.
 ANEW = 'rm -rf work_dirs/xcit_spec_maskrcnn &&'
