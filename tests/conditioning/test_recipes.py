@@ -23,7 +23,8 @@ def test_a_recipe_as_it_is_written(title, tmp_path, monkeypatch):
             pytest.skip(f'{name} is not installed')
     assert 'assert_close' in RECIPES[title]
     monkeypatch.chdir(tmp_path)
-    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):  # as commands have left them
+    left_by_commands = ('LOCAL_RANK', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # which ran in this process
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', *left_by_commands):
         monkeypatch.setenv(name, '')  # to be put back to what it was
         monkeypatch.delenv(name)
     exec(compile(RECIPES[title], title, 'exec'), {'__name__': '__main__'})
