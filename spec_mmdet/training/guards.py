@@ -72,7 +72,7 @@ class FiniteGuard(Hook):
                 was written.
         """
         optim = runner.optim_wrapper
-        figures = {name: float(value) for name, value in (outputs or {}).items()}
+        figures = {name: torch.as_tensor(value).detach().item() for name, value in (outputs or {}).items()}
         scaled = isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
         norm = runner.message_hub.log_scalars.get('train/grad_norm')
         if norm is not None and not scaled:
