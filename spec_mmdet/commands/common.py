@@ -208,7 +208,7 @@ def running() -> Iterator[None]:
     try:
         yield
     except InputError as error:  # of a process that loads data, it holds that one's traceback
-        raise InputError(str(error).rpartition('InputError: ')[2].strip()) from error
+        raise InputError(str(error).rpartition('InputError: ')[2].removesuffix(r'\n')) from error
     except (RuntimeError, MemoryError) as error:
         first = str(error).partition('\n')[0]
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'DefaultCPUAllocator' in str(error):

@@ -31,6 +31,7 @@ from ..conditioning import describe_conditioning
 from ..configs import find_config
 from ..data.fitting import set_classes
 from ..errors import InputError, naming
+from ..files import written_aside
 from .common import parser
 
 
@@ -43,17 +44,12 @@ def sha256(path: Path) -> str:
 
 
 def save(weights: dict[str, Tensor], meta: dict, key: str, destination: Path) -> None:
-    """Write aside, then rename: a file of that name is complete, whatever happens."""
-    aside = destination.with_name(f'.{destination.name}.partial')
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint, whole or not at all."""
+    with written_aside(destination) as aside:
         if destination.suffix == '.safetensors':
             save_file({name: value.contiguous() for name, value in weights.items()}, aside, meta['converted'])
         else:
             torch.save({key: weights, 'meta': meta}, aside)
-        os.replace(aside, destination)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def line(title: str, names: list[str]) -> str:

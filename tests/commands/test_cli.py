@@ -9,11 +9,13 @@ import mmdet
 import pytest
 from conftest import ROOT
 from mmengine.config import Config
+from torch._utils import ExceptionWrapper
 
 from spec_mmdet import InputError, __version__, find_config
 from spec_mmdet.commands import COMMANDS, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
+from spec_mmdet.commands.common import running
 
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 
@@ -115,3 +117,13 @@ def test_mmdetections_own_script_runs_beside_it(tmp_path):
     assert ended.returncode == 0, ended.stderr
     code = 'import mmdet.apis, sys; assert "spec_mmdet" not in sys.modules; import mmcv.ops, spec_mmdet'
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+
+
+def test_an_error_of_a_process_that_loads_data_is_its_own_line_alone():
+    try:
+        raise InputError('image a.png: damaged')
+    except InputError:
+        passed_on = ExceptionWrapper(where='in DataLoader worker process 0')
+    with pytest.raises(InputError) as refused, running():
+        passed_on.reraise()
+    assert str(refused.value) == 'image a.png: damaged'
