@@ -17,11 +17,12 @@ class OperatorFinder:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        """The module's spec: the file ops.py, which needs nothing else of this package."""
+        """The module's spec: the package ops/, which needs nothing else of this one."""
         if name == cls.serves:
             from importlib.util import spec_from_file_location
 
-            return spec_from_file_location(name, os.path.join(os.path.dirname(__file__), 'ops.py'))
+            ops = os.path.join(os.path.dirname(__file__), 'ops')
+            return spec_from_file_location(name, os.path.join(ops, '__init__.py'), submodule_search_locations=[ops])
         return None
 
 

@@ -1,0 +1,266 @@
+"""Sampling at places that the network chooses: multi-scale deformable attention and deformable convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchvision.ops
+from torch import Tensor
+
+from .precision import compute, gradients, widen
+
+
+def _attend(value: Tensor, locations: Tensor, weights: Tensor, size: list[int]) -> Tensor:
+    """What one level adds to the attention.
+
+    Args:
+        value: (B, height * width, heads, d).
+        locations: (B, queries, heads, points, 2), x and y from 0 to 1 over the level's map; zeros are outside.
+        weights: (B, queries, heads, points).
+        size: height and width.
+
+    Returns:
+        (B, queries, heads * d).
+    """
+    batch, queries, heads, points = weights.shape
+    maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *size)
+    grid = 2 * locations.transpose(1, 2).flatten(0, 1) - 1
+    samples = F.grid_sample(maps, grid, align_corners=False)  # (B * heads, d, queries, points)
+    weighted = samples * weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)
+    return weighted.sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+
+
+def _levels(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Iterator[tuple]:
+    """Of each level the arguments of :func:`_attend`, the size apart, as views.
+
+    One level at a time, backward too: the samples of all at once are what takes the memory.
+    """
+    sizes = shapes.tolist()
+    parts = value.split([height * width for height, width in sizes], dim=1)
+    for level, (size, part) in enumerate(zip(sizes, parts)):
+        yield size, (part, locations[:, :, :, level], weights[:, :, :, level])
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention (arXiv 2010.04159): weighted sums of bilinear samples of several maps.
+
+    Args:
+        value: the maps, one behind the other, shape (B, keys, heads, d).
+        value_spatial_shapes: height and width of each, shape (levels, 2).
+        value_level_start_index: where each begins, shape (levels,).
+        sampling_locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1 over each map.
+        attention_weights: (B, queries, heads, levels, points).
+        im2col_step: nothing here.
+
+    Returns:
+        (B, queries, heads * d).
+    """
+    levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
+    return sum(compute(partial(_attend, size=size), *inputs) for size, inputs in levels).to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Write the gradients by maps, locations and weights into the tensors named after them, of their shapes."""
+    levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
+    outputs = _levels(grad_value, value_spatial_shapes, grad_sampling_loc, grad_attn_weight)
+    for (size, inputs), (_, parts) in zip(levels, outputs):
+        for part, gradient in zip(parts, gradients(partial(_attend, size=size), inputs, grad_output)):
+            part.copy_(gradient)
+
+
+def _deform_conv_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *settings: int
+) -> tuple[Tensor, ...]:
+    """torchvision's gradients by input, weight, offset, mask and bias."""
+    use_mask = mask is not None
+    bias = weight.new_zeros(len(weight))
+    mask = mask if use_mask else input.new_zeros(len(input), 1)
+    grad_output, input, weight, offset, mask, bias = widen(grad_output, input, weight, offset, mask, bias)
+    backward = torch.ops.torchvision._deform_conv2d_backward
+    return backward(grad_output, input, weight, offset, mask, bias, *settings, use_mask)
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write the deformable convolution (arXiv 1703.06211) into ``output``.
+
+    Args:
+        input: (B, C_in, H, W).
+        weight: (C_out, C_in / group, kH, kW).
+        offset: (B, deformable_group * kH * kW * 2, H_out, W_out), y and x of each of the kernel's places in pixels.
+        output: (B, C_out, H_out, W_out).
+        columns: nothing here, as ``ones`` and ``im2col_step``.
+        dW: the stride across, as ``dH`` is that down.
+        group: the convolution's groups.
+        deformable_group: groups of channels with offsets of their own.
+    """
+    input, weight, offset = widen(input, weight, offset)
+    settings = {'stride': (dH, dW), 'padding': (padH, padW), 'dilation': (dilationH, dilationW)}
+    output.copy_(torchvision.ops.deform_conv2d(input, offset, weight, **settings))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write the gradients by input and offset into the tensors named after them, of their shapes."""
+    settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    by_input, _, by_offset, _, _ = _deform_conv_backward(grad_output, input, weight, offset, None, *settings)
+    grad_input.copy_(by_input)
+    grad_offset.copy_(by_offset)
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Add ``scale`` times the gradient by the weight to ``grad_weight``, of the weight's shape."""
+    settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    # It does not depend on the weight's values.
+    grad_weight += scale * _deform_conv_backward(grad_output, input, grad_weight, offset, None, *settings)[1]
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write the deformable convolution with a factor for each sample (arXiv 1811.11168) into ``output``.
+
+    Args:
+        input: (B, C_in, H, W).
+        weight: (C_out, C_in / group, kernel_h, kernel_w).
+        bias: (C_out,) where ``with_bias``.
+        ones: nothing here, as ``columns``.
+        offset: (B, deformable_group * kernel_h * kernel_w * 2, H_out, W_out), y and x of each place in pixels.
+        mask: the factors, (B, deformable_group * kernel_h * kernel_w, H_out, W_out).
+        output: (B, C_out, H_out, W_out).
+        group: the convolution's groups.
+        deformable_group: groups of channels with offsets of their own.
+    """
+    input, weight, bias, offset, mask = widen(input, weight, bias, offset, mask)
+    settings = {'stride': (stride_h, stride_w), 'padding': (pad_h, pad_w), 'dilation': (dilation_h, dilation_w)}
+    output.copy_(
+        torchvision.ops.deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **settings)
+    )
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write the gradients by input, weight, bias, offset and mask into the tensors named after them."""
+    settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    computed = _deform_conv_backward(grad_output, input, weight, offset, mask, *settings)
+    for output, gradient in zip((grad_input, grad_weight, grad_offset, grad_mask), computed):
+        output.copy_(gradient)
+    if with_bias:
+        grad_bias.copy_(computed[4])

@@ -1,0 +1,104 @@
+"""The focal loss (arXiv 1708.02002) of sigmoids and of a softmax, and its derivative.
+
+Both in closed form: autograd's has no value where a well-classified example's probability rounds to 1 and gamma < 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import widen
+
+
+def _row_weights(weight: Tensor, target: Tensor) -> Tensor | float:
+    """The weight of each row's class, shape (n, 1); 1 where it has none, for which mmcv's kernels read anywhere."""
+    if not weight.numel():
+        return 1.0
+    is_class = (target >= 0) & (target < len(weight))
+    return torch.where(is_class, weight[target.where(is_class, 0)], 1)[:, None]
+
+
+def _sigmoids(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """For each logit p, log p, 1 - p, log (1 - p) and whether its class is the row's."""
+    classes = input.shape[1]
+    if target.numel() and target.max() > classes:
+        raise ValueError(f'a target of the focal loss is {target.max()}, but there are {classes} classes')
+    (x,) = widen(input)
+    is_target = target[:, None] == torch.arange(classes, device=target.device)
+    return x.sigmoid(), F.logsigmoid(x), (-x).sigmoid(), F.logsigmoid(-x), is_target
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the focal loss of each class into ``output``.
+
+    Args:
+        input: logits, shape (n, classes).
+        target: the class of each row, shape (n,); the number of classes, or -1, where it is none of them, and each is a
+            negative.
+        weight: of the classes, shape (classes,): each row counts by that of its class, once where it has none; or
+            empty.
+        output: shape (n, classes).
+        gamma: exponent that makes well-classified examples count less.
+        alpha: weight of the target, 1 - alpha of the other classes.
+
+    Raises:
+        ValueError: if there is a target above the number of classes.
+    """
+    p, log_p, q, log_q, is_target = _sigmoids(input, target)
+    loss = torch.where(is_target, -alpha * q**gamma * log_p, (alpha - 1) * p**gamma * log_q)
+    output.copy_(loss * _row_weights(weight, target))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the derivative of each loss by its logit into ``grad_input``, shape (n, classes)."""
+    p, log_p, q, log_q, is_target = _sigmoids(input, target)
+    positive = -alpha * q**gamma * (q - gamma * p * log_p)
+    negative = (alpha - 1) * p**gamma * (gamma * q * log_q - p)
+    grad_input.copy_(torch.where(is_target, positive, negative) * _row_weights(weight, target))
+
+
+def _softmax_of_target(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row p of its class, log p, and whether it has one, each of shape (n, 1)."""
+    (softmax,) = widen(softmax)
+    has_class = target[:, None] >= 0
+    p = softmax.gather(1, target[:, None].clamp(min=0))
+    return p, p.clamp(min=torch.finfo(torch.float32).tiny).log(), has_class
+
+
+def softmax_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the focal loss of each row into ``output``.
+
+    Args:
+        input: probabilities, the softmax of the logits, shape (n, classes).
+        target: the class of each row, shape (n,); below 0 where it is to be ignored, and its loss is 0.
+        weight: of the classes, shape (classes,), or empty.
+        output: shape (n,).
+        gamma: exponent that makes well-classified examples count less.
+        alpha: weight of the loss.
+    """
+    p, log_p, has_class = _softmax_of_target(input, target)
+    loss = -alpha * (1 - p) ** gamma * log_p * _row_weights(weight, target)
+    output.copy_(torch.where(has_class, loss, 0)[:, 0])
+
+
+def softmax_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the derivative of each row's loss by its logits into ``grad_input``, shape (n, classes).
+
+    ``buff``, shape (n,), is mmcv's own scratch, and is left alone.
+    """
+    p, log_p, has_class = _softmax_of_target(input, target)
+    # log p / (1 - p) tends to -1 for p to 1, where it is 0 / 0.
+    ratio = torch.where(p < 1, log_p / (1 - p), -1)
+    by_log_p = alpha * (1 - p) ** gamma * (gamma * p * ratio - 1) * _row_weights(weight, target)
+    is_target = target[:, None] == torch.arange(input.shape[1], device=target.device)
+    grad_input.copy_(torch.where(has_class, by_log_p * (is_target.to(p.dtype) - input), 0))

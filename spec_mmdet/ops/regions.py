@@ -1,0 +1,161 @@
+"""Features of regions: RoIAlign, and deformable RoI pooling."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchvision.ops
+from torch import Tensor
+
+from .precision import compute, gradients, widen
+
+
+def _check_mode(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise NotImplementedError("roi_align with pool_mode='max' is not provided by spec_mmdet: take pool_mode='avg'")
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the pooled features of each region into ``output``, shape (n, C, aligned_height, aligned_width)."""
+    _check_mode(pool_mode)
+    input, rois = widen(input, rois)
+    size = (aligned_height, aligned_width)
+    output.copy_(torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Add the gradient of the pooled features to ``grad_input``, shape (B, C, H, W)."""
+    _check_mode(pool_mode)
+    grad_output, rois = widen(grad_output, rois)
+    grad_input += torch.ops.torchvision._roi_align_backward(
+        grad_output,
+        rois,
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
+    )
+
+
+def _grid(height: int, width: int, like: Tensor) -> Tensor:
+    """x and y of the places of a grid, shape (height, width, 2)."""
+    y, x = torch.meshgrid(torch.arange(height).to(like), torch.arange(width).to(like), indexing='ij')
+    return torch.stack([x, y], dim=-1)
+
+
+def _bilinear(maps: Tensor, points: Tensor) -> Tensor:
+    """Maps, shape (C, H, W), at points, shape (..., 2), x and y in pixels; as RoIAlign, held beyond the border for a
+    pixel and 0 from there."""
+    size = points.new_tensor([maps.shape[2], maps.shape[1]])
+    inside = ((points >= -1) & (points <= size)).all(-1)
+    grid = ((2 * points + 1) / size - 1).reshape(1, 1, -1, 2)
+    samples = F.grid_sample(maps[None], grid, padding_mode='border', align_corners=False)
+    return samples.reshape(len(maps), *points.shape[:-1]) * inside
+
+
+def _pool_displaced(
+    input: Tensor, offset: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, gamma: float
+) -> Tensor:
+    """RoIAlign whose bins, ``size`` down and across, are displaced by ``gamma * offset`` times the region's extent."""
+    rois = rois.to(input.dtype)
+    corners = rois[:, 1:] * scale - 0.5
+    extent = corners[:, 2:] - corners[:, :2]
+    bins = extent / extent.new_tensor(size[::-1])
+    starts = corners[:, None, None, :2] + _grid(*size, rois) * bins[:, None, None]
+    starts = starts + gamma * extent[:, None, None] * offset.permute(0, 2, 3, 1)
+    counts = torch.full_like(bins, ratio) if ratio > 0 else bins.ceil()
+
+    output = input.new_zeros(len(rois), input.shape[1], *size)
+    # Regions of one image whose bins have equally many samples go together.
+    kinds, kind_of = torch.cat([rois[:, :1], counts], dim=1).long().unique(dim=0, return_inverse=True)
+    for kind, (image, across, down) in enumerate(kinds.tolist()):
+        if across > 0 and down > 0:
+            those = (kind_of == kind).nonzero()[:, 0]
+            within = (_grid(down, across, rois) + 0.5) / rois.new_tensor([across, down])
+            points = starts[those][:, :, :, None, None] + within * bins[those][:, None, None, None, None]
+            output[those] = _bilinear(input[image], points).mean((-2, -1)).transpose(0, 1)
+    return output
+
+
+def deform_roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Write deformable RoI pooling (arXiv 1703.06211), with bilinear samples as RoIAlign's, into ``output``.
+
+    Args:
+        input: (B, C, H, W).
+        rois: (n, 5), the image's index and x1 y1 x2 y2.
+        offset: (n, 2, pooled_height, pooled_width), the displacement across and down of each bin; or empty.
+        output: (n, C, pooled_height, pooled_width).
+        spatial_scale: size of the map over that of the image.
+        sampling_ratio: samples a bin in each direction; 0: about one a pixel.
+        gamma: what ``offset`` is a multiple of, as part of the region's width and height.
+    """
+    if offset.numel():
+        size = (pooled_height, pooled_width)
+        pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)
+        output.copy_(compute(pool, input, offset))
+    else:
+        settings = (pooled_height, pooled_width, spatial_scale, sampling_ratio, 1, True)
+        roi_align_forward(input, rois, output, offset, offset, *settings)
+
+
+def deform_roi_pool_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Write the gradients by input and offset into the tensors named after them, of their shapes."""
+    if offset.numel():
+        size = (pooled_height, pooled_width)
+        pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)
+        by_input, by_offset = gradients(pool, (input, offset), grad_output)
+        grad_input.copy_(by_input)
+        grad_offset.copy_(by_offset)
+    else:
+        settings = (pooled_height, pooled_width, spatial_scale, sampling_ratio, 1, True)
+        roi_align_backward(grad_output, rois, offset, offset, grad_input, *settings)

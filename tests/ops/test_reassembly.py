@@ -1,0 +1,63 @@
+"""CARAFE and masked convolutions, through mmcv's own functions, against plain sums."""
+
+import mmcv.ops
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmcv.ops.carafe import ext_module
+from plain import assert_same_with_gradients
+
+
+def plain_carafe(features, masks, kernel, groups, scale):
+    """Each pixel of the result by itself: its kernel times the features around the pixel it lies in."""
+    n, channels, height, width = features.shape
+    each, half = channels // groups, kernel // 2
+    masks = masks.unflatten(1, (groups, kernel, kernel))
+    rows = []
+    for y in range(height * scale):
+        for x in range(width * scale):
+            total = torch.zeros(n, channels, dtype=features.dtype)
+            for i in range(kernel):
+                for j in range(kernel):
+                    row, column = y // scale + i - half, x // scale + j - half
+                    if 0 <= row < height and 0 <= column < width:
+                        factor = masks[:, :, i, j, y, x].repeat_interleave(each, dim=1)
+                        total = total + features[:, :, row, column] * factor
+            rows.append(total)
+    return torch.stack(rows, dim=2).view(n, channels, height * scale, width * scale)
+
+
+@settings(max_examples=10)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 5]), st.integers(1, 2), st.integers(1, 2),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_carafe(height, width, kernel, groups, channels, scale):
+    features = torch.randn(2, groups * channels, height, width, dtype=torch.float64, requires_grad=True)
+    masks = torch.randn(2, groups * kernel**2, height * scale, width * scale, dtype=torch.float64, requires_grad=True)
+    arguments = (kernel, groups, scale)
+    assert_same_with_gradients(
+        lambda *inputs: mmcv.ops.carafe(*inputs, *arguments),
+        lambda *inputs: plain_carafe(*inputs, *arguments),
+        features,
+        masks,
+    )
+    output = mmcv.ops.carafe_naive(features, masks, *arguments)
+    assert torch.equal(output, mmcv.ops.carafe(features, masks, *arguments))
+    # mmcv's own class has no backward pass but on CUDA.
+    top, gradients = torch.randn_like(output), (torch.zeros_like(features), torch.zeros_like(masks))
+    ext_module.carafe_naive_backward(top, features.detach(), masks.detach(), *gradients, *arguments)
+    expected = torch.autograd.grad((plain_carafe(features, masks, *arguments) * top).sum(), (features, masks))
+    for pair in zip(gradients, expected):
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize('kernel, padding', [((3, 3), (1, 1)), ((1, 1), (0, 0)), ((3, 5), (1, 2)), ((1, 3), (0, 1))])
+def test_masked_convolution(kernel, padding):
+    conv = mmcv.ops.MaskedConv2d(3, 4, kernel, padding=padding)
+    image, mask = torch.randn(1, 3, 6, 7), torch.rand(1, 6, 7) > 0.6
+    with torch.no_grad():
+        expected = torch.nn.functional.conv2d(image, conv.weight, conv.bias, padding=padding) * mask[:, None]
+        torch.testing.assert_close(conv(image, mask), expected)
+        assert not conv(image, torch.zeros_like(mask)).any()
