@@ -89,16 +89,36 @@ def ms_deform_attn_backward(
             part.copy_(gradient)
 
 
+def _beside_the_map(offset: Tensor, kernel: torch.Size, settings: tuple[int, ...]) -> Tensor:
+    """Whether a sample lies exactly a pixel before the first row, or column, for each offset, of its shape."""
+    along = []  # of each axis the samples' places at an offset of 0, (places of the kernel, size)
+    strides, paddings, dilations = settings[:2], settings[2:4], settings[4:6]
+    for size, places, stride, padding, dilation in zip(offset.shape[2:], kernel, strides, paddings, dilations):
+        starts = torch.arange(size, device=offset.device) * stride - padding
+        along.append(starts + torch.arange(places, device=offset.device)[:, None] * dilation)
+    y, x = along[0][:, None, :, None], along[1][:, None, :]
+    by_y, by_x = offset.unflatten(1, (-1, *kernel, 2)).unbind(4)
+    return torch.stack([by_y + y == -1, by_x + x == -1], dim=4).flatten(1, 4)
+
+
 def _deform_conv_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *settings: int
-) -> tuple[Tensor, ...]:
-    """torchvision's gradients by input, weight, offset, mask and bias."""
+) -> list[Tensor]:
+    """torchvision's gradients by input, weight, offset, mask and bias.
+
+    Args:
+        settings: stride, padding and dilation, each down and across, groups and groups of offsets.
+    """
     use_mask = mask is not None
     bias = weight.new_zeros(len(weight))
     mask = mask if use_mask else input.new_zeros(len(input), 1)
     grad_output, input, weight, offset, mask, bias = widen(grad_output, input, weight, offset, mask, bias)
     backward = torch.ops.torchvision._deform_conv2d_backward
-    return backward(grad_output, input, weight, offset, mask, bias, *settings, use_mask)
+    computed = list(backward(grad_output, input, weight, offset, mask, bias, *settings, use_mask))
+    # There samples have a kink: torchvision's gradient is the slope inside, mmcv's is 0. Training begins with offsets
+    # of 0, at which padding puts the samples of all borders there.
+    computed[2] = computed[2].masked_fill(_beside_the_map(offset, weight.shape[2:], settings), 0)
+    return computed
 
 
 def deform_conv_forward(
@@ -190,6 +210,23 @@ def deform_conv_backward_parameters(
     grad_weight += scale * _deform_conv_backward(grad_output, input, grad_weight, offset, None, *settings)[1]
 
 
+def _leading(tensor: Tensor, output: Tensor) -> Tensor:
+    """What mmcv's kernels read of offsets or factors of a larger size than the output: the first numbers of each image.
+
+    They lay the output's size over the memory. DyHead convolves with the offsets of a map twice as large.
+    """
+    channels, size = tensor.shape[1], output.shape[2:]
+    if tensor.shape[2:].numel() <= size.numel():
+        return tensor
+    return tensor.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
+
+
+def _write_leading(gradient: Tensor, computed: Tensor) -> None:
+    """Write the gradient by what :func:`_leading` takes, and 0 behind it."""
+    missing = gradient[0].numel() - computed[0].numel()
+    gradient.copy_(F.pad(computed.flatten(1), [0, missing]).view_as(gradient))
+
+
 def modulated_deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -224,7 +261,7 @@ def modulated_deform_conv_forward(
         group: the convolution's groups.
         deformable_group: groups of channels with offsets of their own.
     """
-    input, weight, bias, offset, mask = widen(input, weight, bias, offset, mask)
+    input, weight, bias, offset, mask = widen(input, weight, bias, _leading(offset, output), _leading(mask, output))
     settings = {'stride': (stride_h, stride_w), 'padding': (pad_h, pad_w), 'dilation': (dilation_h, dilation_w)}
     output.copy_(
         torchvision.ops.deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **settings)
@@ -259,8 +296,12 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Write the gradients by input, weight, bias, offset and mask into the tensors named after them."""
     settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    computed = _deform_conv_backward(grad_output, input, weight, offset, mask, *settings)
-    for output, gradient in zip((grad_input, grad_weight, grad_offset, grad_mask), computed):
-        output.copy_(gradient)
+    by_input, by_weight, by_offset, by_mask, by_bias = _deform_conv_backward(
+        grad_output, input, weight, _leading(offset, grad_output), _leading(mask, grad_output), *settings
+    )
+    grad_input.copy_(by_input)
+    grad_weight.copy_(by_weight)
+    _write_leading(grad_offset, by_offset)
+    _write_leading(grad_mask, by_mask)
     if with_bias:
-        grad_bias.copy_(computed[4])
+        grad_bias.copy_(by_bias)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import widen
+from .precision import compute, gradients
 
 
-def _taps(features: Tensor, masks: Tensor, kernel_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each place of the kernel the features there and its masks, as views that multiply to the upsampled map.
+def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    """CARAFE's map as one product for each pixel of the features: (scale * scale, k * k) by (k * k, channels).
 
-    Args:
-        features: padded by half of the kernel, shape (n, groups, channels / groups, h + k - 1, w + k - 1).
-        masks: (n, groups, k * k, h, scale, w, scale).
-
-    Yields:
-        (n, groups, channels / groups, h, 1, w, 1) and (n, groups, 1, h, scale, w, scale).
+    Channels come last in it: so the windows are copied in long pieces, four times as fast as by torch's unfold.
     """
-    height, width = masks.shape[3], masks.shape[5]
-    for tap in range(kernel_size**2):
-        y, x = divmod(tap, kernel_size)
-        window = features[..., y : y + height, x : x + width]
-        yield window[..., :, None, :, None], masks[:, :, tap, None]
-
-
-def _split(
-    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
-) -> tuple[Tensor, Tensor]:
-    """Features, padded, and masks in the shapes of :func:`_taps`."""
-    features, masks = widen(features, masks)
-    height, width = features.shape[-2:]
-    padded = F.pad(features, [kernel_size // 2] * 4).unflatten(1, (group_size, -1))
-    masks = masks.unflatten(3, (width, scale_factor)).unflatten(2, (height, scale_factor))
-    return padded, masks.unflatten(1, (group_size, -1))
+    batch, channels, height, width = features.shape
+    padded = F.pad(features.permute(0, 2, 3, 1), [0, 0] + [kernel_size // 2] * 4).contiguous()
+    windows = padded.unfold(1, kernel_size, 1).unfold(2, kernel_size, 1)  # (B, h, w, channels, k, k)
+    windows = windows.unflatten(3, (group_size, -1)).permute(0, 1, 2, 3, 5, 6, 4)
+    kernels = masks.view(batch, group_size, kernel_size**2, height, scale_factor, width, scale_factor)
+    kernels = kernels.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5)
+    pixels = kernels @ windows.flatten(4, 5)  # (B, h, w, groups, scale * scale, channels / groups)
+    pixels = pixels.unflatten(4, (scale_factor, scale_factor)).permute(0, 3, 6, 1, 4, 2, 5)
+    return pixels.reshape(batch, channels, height * scale_factor, width * scale_factor)
 
 
 def carafe_naive_forward(
@@ -52,11 +40,10 @@ def carafe_naive_forward(
         group_size: number of groups of channels, each with kernels of its own.
         scale_factor: how many times larger the result is.
     """
-    padded, split = _split(features, masks, kernel_size, group_size, scale_factor)
-    total = split.new_zeros(*padded.shape[:3], *split.shape[3:])
-    for window, mask in _taps(padded, split, kernel_size):
-        total.addcmul_(window, mask)
-    output.copy_(total.view_as(output))
+    arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
+    # One by one, as what all kernels read is k * k times the features.
+    for single, mask, upsampled in zip(features.split(1), masks.split(1), output.split(1)):
+        upsampled.copy_(compute(partial(_reassemble, **arguments), single, mask))
 
 
 def carafe_naive_backward(
@@ -70,18 +57,13 @@ def carafe_naive_backward(
     scale_factor: int,
 ) -> None:
     """Write the gradients by features and masks into ``bottom_grad`` and ``mask_grad``, of their shapes."""
-    padded, split = _split(features, masks, kernel_size, group_size, scale_factor)
-    top = top_grad.to(padded.dtype).reshape(*padded.shape[:3], *split.shape[3:])
-    padded_grad, split_grad = torch.zeros_like(padded), torch.zeros_like(split)
-    places = _taps(padded, split, kernel_size)
-    gradients = _taps(padded_grad, split_grad, kernel_size)
-    for (window, mask), (window_grad, single_mask_grad) in zip(places, gradients):
-        window_grad += (top * mask).sum((-3, -1), keepdim=True)
-        single_mask_grad += (top * window).sum(2, keepdim=True)
-    border = kernel_size // 2
-    height, width = features.shape[-2:]
-    bottom_grad.copy_(padded_grad[..., border : border + height, border : border + width].flatten(1, 2))
-    mask_grad.copy_(split_grad.reshape_as(mask_grad))
+    arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
+    for top, *inputs, by_features, by_masks in zip(
+        *(tensor.split(1) for tensor in (top_grad, features, masks, bottom_grad, mask_grad))
+    ):
+        computed = gradients(partial(_reassemble, **arguments), tuple(inputs), top)
+        by_features.copy_(computed[0])
+        by_masks.copy_(computed[1])
 
 
 def carafe_forward(

@@ -147,6 +147,44 @@ def test_deformable_convolutions(kernel, stride, padding, dilation, groups, defo
         )
 
 
+def test_larger_offsets_are_read_as_mmcv_reads_them():
+    """The kernels lay the output's size over the memory of offsets and factors, image by image, as DyHead has it."""
+    input, weight = torch.randn(2, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    offset, mask = (torch.randn(2, n, 8, 10, dtype=torch.float64, requires_grad=True) for n in (18, 9))
+    assert_same_with_gradients(
+        lambda offset, mask: mmcv.ops.modulated_deform_conv2d(input, offset, mask, weight, None, 1, 1),
+        lambda offset, mask: mmcv.ops.modulated_deform_conv2d(
+            input,
+            torch.stack([image.reshape(-1)[: 18 * 20].view(18, 4, 5) for image in offset]),
+            torch.stack([image.reshape(-1)[: 9 * 20].view(9, 4, 5) for image in mask]),
+            weight,
+            None,
+            1,
+            1,
+        ),
+        offset,
+        mask,
+    )
+
+
+def test_offsets_begin_with_the_gradient_of_mmcv():
+    """At offsets of 0 each sample is at a kink: the gradient is the slope to the right, and 0 outside the map."""
+    input, weight = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(3, 2, 2, 3, dtype=torch.float64)
+    stride, padding, dilation, step = (1, 2), (1, 2), (1, 2), 1e-3
+    offset = torch.zeros(1, 12, 4, 2, dtype=torch.float64, requires_grad=True)
+    output = mmcv.ops.deform_conv2d(input, offset, weight, stride, padding, dilation)
+    weights = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), offset)
+    for index in torch.cartesian_prod(*(torch.arange(size) for size in offset.shape[1:])).tolist():
+        place, axis = divmod(index[0], 2)
+        at = index[1 + axis] * stride[axis] - padding[axis] + divmod(place, 3)[axis] * dilation[axis]
+        moved = offset.detach().clone()
+        moved[0][tuple(index)] += step
+        ahead = mmcv.ops.deform_conv2d(input, moved, weight, stride, padding, dilation)
+        slope = ((ahead - output) * weights).sum() / step
+        torch.testing.assert_close(gradient[0][tuple(index)], slope if at > -1 else torch.zeros_like(slope))
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_deformable_convolutions_of_half_inputs(dtype):
     """Computed in single precision, with and without autocast."""
