@@ -2,24 +2,26 @@
 
 Every random number is a function of the seed and of the place in the training: of the sample's in its epoch, for what
 its pipeline draws, and of the iteration's, for what the model draws. Nothing depends on what was drawn before, and no
-generator's state has to be kept.
+generator's state has to be kept. Places are counted over all processes, so that two of them draw in an iteration what
+one draws in two.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sized
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmdet.registry import LOOPS
-from mmengine.dist import broadcast, get_rank
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.dist import broadcast, get_rank, get_world_size
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..errors import InputError
-from .saving import EVALUATED
+from .saving import EVALUATED, saved_after
 
 # The two kinds of places, so that their numbers differ.
 SAMPLE, ITERATION = range(2)
@@ -57,15 +59,16 @@ class SeededDataset:
 
 
 class SeededBatches:
-    """A batch sampler whose indices come with their places, from batch ``start`` of an epoch on.
+    """A batch sampler whose indices come with their places, from batch ``start`` on.
 
     Args:
         batches: the batch sampler that gives the indices.
         seed: the run's.
+        endless: whether to begin anew at the end of an epoch.
     """
 
-    def __init__(self, batches: object, seed: int) -> None:
-        self.batches, self.seed = batches, seed
+    def __init__(self, batches: object, seed: int, endless: bool = False) -> None:
+        self.batches, self.seed, self.endless = batches, seed, endless
         self.epoch = self.start = 0
 
     @property
@@ -77,16 +80,26 @@ class SeededBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        for number, batch in enumerate(self.batches):
-            if number >= self.start:
-                yield [(index, (self.seed, get_rank(), self.epoch, number, i)) for i, index in enumerate(batch)]
+        number, rank, processes = 0, get_rank(), get_world_size()
+        for epoch in count(self.epoch):
+            if hasattr(self.sampler, 'set_epoch'):
+                self.sampler.set_epoch(epoch)
+            drawn = 0
+            for batch in self.batches:
+                if number >= self.start:
+                    places = ((drawn + i) * processes + rank for i in range(len(batch)))
+                    yield [(index, (self.seed, epoch, place)) for index, place in zip(batch, places)]
+                number += 1
+                drawn += len(batch)
+            if not self.endless:
+                return
 
 
-def seeded(loader: DataLoader, seed: int) -> DataLoader:
+def seeded(loader: DataLoader, seed: int, endless: bool = False) -> DataLoader:
     """A loader like another one, its samples drawn by their places."""
     return DataLoader(
         SeededDataset(loader.dataset),
-        batch_sampler=SeededBatches(loader.batch_sampler, seed),
+        batch_sampler=SeededBatches(loader.batch_sampler, seed, endless),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -98,34 +111,87 @@ def seeded(loader: DataLoader, seed: int) -> DataLoader:
     )
 
 
-@LOOPS.register_module()
-class ExactTrainLoop(EpochBasedTrainLoop):
-    """MMEngine's loop over epochs, which goes on within an epoch, too, and makes up for an evaluation that was killed.
+class ExactLoop:
+    """What the loops below add to MMEngine's.
 
-    Resumed on the same number of processes, with the same data and batch size, a run ends with the weights of one that
-    was never stopped, bit for bit where the arithmetic is deterministic, as on a CPU. Only gradients that are half
-    accumulated when a checkpoint is saved are kept for one process alone.
+    Resumed with the same data and steps, a run ends with the weights of one that was never stopped: bit for bit on the
+    same number of processes, where the arithmetic is deterministic, as on a CPU. An evaluation that was killed is made
+    up for.
+
+    Attributes:
+        resumed_from: the meta of the checkpoint that the run goes on from.
+    """
+
+    resumed_from: dict = {}
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """What makes a step of the optimiser the same one whatever the processes are."""
+        batch = self.dataloader.batch_sampler.batches.batch_size
+        return {
+            'images': len(self.dataloader.dataset),
+            'images an iteration': batch * get_world_size(),
+            'iterations a step': self.runner.optim_wrapper._accumulative_counts,
+        }
+
+    def _take_up(self, may_differ: tuple[str, ...] = ()) -> None:
+        """Go on with the seed of the run that is resumed, and with its steps, which an InputError says are others."""
+        theirs, ours = self.resumed_from.get('steps', {}), self.steps
+        for what in ours.keys() & theirs.keys() - set(may_differ):
+            if ours[what] != theirs[what]:
+                raise InputError(
+                    f'the checkpoint is from a training of {theirs[what]} {what}, and this one would have '
+                    f'{ours[what]}: resume with the same data, train_dataloader.batch_size times the number of '
+                    'processes, and optim_wrapper.accumulative_counts; or start a new training from its weights: '
+                    '--cfg-options load_from=FILE'
+                )
+        batches = self.dataloader.batch_sampler
+        batches.seed = self.runner.seed
+        if hasattr(batches.sampler, 'seed'):
+            batches.sampler.seed = self.runner.seed
+
+    def _is_evaluated(self) -> bool:
+        record = Path(self.runner.work_dir, EVALUATED)
+        known = torch.tensor(int(record.is_file() and record.read_text() == str(saved_after(self.runner))))
+        broadcast(known)  # as the first process sees it
+        return bool(known)
+
+    def _evaluate_if_due(self) -> None:
+        done, last = (self._epoch, self._max_epochs) if self._epoch else (self._iter, self._max_iters)
+        if self.runner.val_loop is not None and done >= self.val_begin:
+            if done % self.val_interval == 0 or done == last:
+                self.runner.val_loop.run()
+
+    def run_iter(self, *args) -> None:
+        """Train for an iteration, with its own random numbers."""
+        seed_all(ITERATION, self.runner.seed, self._iter * get_world_size() + get_rank())
+        super().run_iter(*args)
+
+
+@LOOPS.register_module('EpochBasedTrainLoop')
+class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
+    """MMEngine's loop over epochs, under its name, which goes on within an epoch, too.
 
     Attributes:
         began: the iteration at which the epoch began.
-        resumed_from: the meta of the checkpoint that the run goes on from.
     """
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         super().__init__(runner, dataloader, *args, **kwargs)
         self.dataloader = seeded(self.dataloader, runner.seed)
         self.began = 0
-        self.resumed_from: dict = {}
 
     def run(self) -> torch.nn.Module:
         """Train from where a checkpoint says that it was saved, or from the start.
 
         Raises:
-            InputError: where that is within an epoch of another number of iterations.
+            InputError: where its steps were others.
         """
-        self._find_place()
+        within = self.resumed_from.get('iter_in_epoch', 0)
+        self._take_up(may_differ=() if within else ('images',))
+        self.began = self._iter - within
         self.runner.call_hook('before_train')
-        if self._epoch and self._iter == self.began and not self._is_evaluated():
+        if self._epoch and not within and not self._is_evaluated():
             self._evaluate_if_due()
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
@@ -133,31 +199,6 @@ class ExactTrainLoop(EpochBasedTrainLoop):
             self._evaluate_if_due()
         self.runner.call_hook('after_train')
         return self.runner.model
-
-    def _find_place(self) -> None:
-        within, length = (self.resumed_from.get(key, 0) for key in ('iter_in_epoch', 'iters_per_epoch'))
-        if within and length != len(self.dataloader):
-            raise InputError(
-                f'the checkpoint is from within an epoch of {length} iterations, and this one would have '
-                f'{len(self.dataloader)}: resume with the same data, batch size and number of processes, or from a '
-                'checkpoint of the end of an epoch'
-            )
-        self.began = self._iter - within
-        batches = self.dataloader.batch_sampler
-        batches.seed = self.runner.seed  # a resumed run has the first one's
-        if hasattr(batches.sampler, 'seed'):
-            batches.sampler.seed = self.runner.seed
-
-    def _is_evaluated(self) -> bool:
-        record = Path(self.runner.work_dir, EVALUATED)
-        known = torch.tensor(int(record.is_file() and record.read_text() == str(self._epoch)))
-        broadcast(known)  # as the first process sees it
-        return bool(known)
-
-    def _evaluate_if_due(self) -> None:
-        due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
-        if self.runner.val_loop is not None and self._epoch >= self.val_begin and due:
-            self.runner.val_loop.run()
 
     def run_epoch(self) -> None:
         """Train for an epoch, or for what is left of it."""
@@ -171,7 +212,36 @@ class ExactTrainLoop(EpochBasedTrainLoop):
         self._epoch += 1
         self.began = self._iter
 
-    def run_iter(self, idx: int, data_batch: dict) -> None:
-        """Train for an iteration, with its own random numbers."""
-        seed_all(ITERATION, self.runner.seed, get_rank(), self._iter)
-        super().run_iter(idx, data_batch)
+
+@LOOPS.register_module('IterBasedTrainLoop')
+class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
+    """MMEngine's loop over iterations, under its name, which passes over what was trained on without reading it."""
+
+    def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
+        if isinstance(dataloader, dict):
+            dataloader = runner.build_dataloader(dataloader, runner.seed)
+        # MMEngine's starts the workers here, before it is known where to go on.
+        super().__init__(runner, DataLoader(dataloader.dataset), *args, **kwargs)
+        self.dataloader = seeded(dataloader, runner.seed, endless=True)
+
+    def run(self) -> torch.nn.Module:
+        """Train from where a checkpoint was saved, or from the start.
+
+        Raises:
+            InputError: where its steps were others.
+        """
+        self._take_up()
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')
+        if self._iter and not self._is_evaluated():
+            self._evaluate_if_due()
+        self.dataloader.batch_sampler.start = self._iter
+        batches = iter(self.dataloader)
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(batches))
+            self._decide_current_val_interval()
+            self._evaluate_if_due()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model

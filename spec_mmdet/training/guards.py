@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoints.reading import mismatches, state_dict_of
@@ -51,34 +53,51 @@ class CheckpointGuard(Hook):
 class FiniteGuard(Hook):
     """Stop a training whose loss or gradient is not finite, before anything of it is saved.
 
-    In mixed precision with a loss scale, a gradient that overflows is a step that is left out, and the scale is halved:
-    only a loss that is not finite so many times in a row stops the training.
+    In mixed precision with a loss scale, a gradient that overflows is a step that is left out, after which the scale is
+    lower: only so many iterations in a row of which the loss is not finite, or whose step is left out, stop it.
 
     Args:
-        patience: how many times.
+        patience: how many iterations.
     """
 
-    priority = 'HIGH'  # before the checkpoint hook
+    priority = 'HIGHEST'  # before MMEngine takes the figures from the GPU one by one
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
         self.in_a_row = 0
+        self.stepped = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Take note of the optimiser's steps; of one that is left out nothing else tells."""
+        if is_scaled(runner):
+            runner.optim_wrapper.optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, *args) -> None:
+        self.stepped = not getattr(optimizer, 'found_inf', False)  # by which a fused one leaves it out itself
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Look at this iteration's numbers.
+        """Look at this iteration's numbers, which ``outputs`` holds as plain ones afterwards.
 
         Raises:
             InputError: where one is not finite. It names the images and the last good checkpoint, and where the batch
                 was written.
         """
-        optim = runner.optim_wrapper
-        figures = {name: torch.as_tensor(value).detach().item() for name, value in (outputs or {}).items()}
-        scaled = isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
+        figures = numbers(outputs or {})
+        if outputs:
+            outputs.update(figures)
+        wrong = [f'{name} {value}' for name, value in figures.items() if not isfinite(value)]
+        scaled = is_scaled(runner)
         norm = runner.message_hub.log_scalars.get('train/grad_norm')
-        if norm is not None and not scaled:
-            figures['the norm of the gradient'] = float(norm.current())
-        wrong = [f'{name} {value}' for name, value in figures.items() if not torch.tensor(value).isfinite()]
-        self.in_a_row = self.in_a_row + 1 if wrong else 0
+        if scaled:
+            if runner.optim_wrapper.should_update() and not self.stepped:
+                wrong.append(f'the gradient, at a loss scale of {runner.optim_wrapper.loss_scaler.get_scale():g}')
+            self.stepped = False
+        elif norm is not None and not isfinite(norm.current()):
+            wrong.append(f'the norm of the gradient {norm.current()}')
+        if wrong:
+            self.in_a_row += 1
+        elif runner.optim_wrapper.should_update():
+            self.in_a_row = 0
         if not wrong or (scaled and self.in_a_row < self.patience):
             return
         images = [Path(getattr(sample, 'img_path', '?')).name for sample in data_batch.get('data_samples', [])]
@@ -88,6 +107,22 @@ class FiniteGuard(Hook):
             f'iteration {runner.iter + 1}: not finite: {some(wrong)}; images: {", ".join(images)}. Training stopped; '
             f'{last_good(runner)}. The batch is in {dump}. A lower learning rate or optim_wrapper.clip_grad may help.'
         )
+
+
+def is_scaled(runner: Runner) -> bool:
+    """Whether a runner trains in mixed precision with a loss scale."""
+    optim = runner.optim_wrapper
+    return isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
+
+
+def numbers(figures: dict[str, Tensor | float]) -> dict[str, float]:
+    """Figures as plain numbers, taken from the GPU all at once."""
+    tensors = {name: value.detach().float().reshape(()) for name, value in figures.items() if torch.is_tensor(value)}
+    if not tensors:
+        return figures
+    device = next(iter(tensors.values())).device
+    values = torch.stack([value.to(device) for value in tensors.values()]).tolist()
+    return {**figures, **dict(zip(tensors, values))}
 
 
 class WorkerStart:

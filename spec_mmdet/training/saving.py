@@ -24,7 +24,7 @@ from ..errors import InputError, some
 from ..files import write
 
 INTERRUPTED = 'interrupted.pth'  # what a signal leaves
-EVALUATED = 'last_evaluation'  # the last epoch whose evaluation has ended
+EVALUATED = 'last_evaluation'  # the last epoch (or iteration, without epochs) whose evaluation has ended
 
 _received: list[int] = []
 
@@ -81,8 +81,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     * Weights that are not finite are an error, and nothing is saved.
     * A checkpoint that finds nothing is never the best one.
     * Beside the best checkpoint, its weights and classes alone: ``best_..._weights.pth``.
-    * What makes resuming exact beside MMEngine's own: how far within its epoch a checkpoint is, and gradients that are
-      being accumulated (of one process).
+    * What makes resuming exact beside MMEngine's own: how far within its epoch a checkpoint is, what a step is made of,
+      and the gradients that are being accumulated.
     * On a signal (:func:`listening`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
     """
 
@@ -103,6 +103,8 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
         """Write a whole checkpoint, and that it is the last one."""
+        if not runner.optim_wrapper.should_update():
+            average_gradients(unwrapped(runner))
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -165,11 +167,11 @@ class CheckpointHook(MMEngineCheckpointHook):
             if spoilt:
                 raise InputError(f'the weights are not finite ({some(spoilt)}), and not saved; {last_good(runner)}')
         meta, loop = checkpoint['meta'], runner.train_loop
+        if hasattr(loop, 'steps'):
+            meta['steps'] = loop.steps
         if hasattr(loop, 'began'):
             meta['iter_in_epoch'] = meta['iter'] - loop.began if meta['epoch'] == loop.epoch else 0
-            meta['iters_per_epoch'] = len(loop.dataloader)
-        optim = runner.optim_wrapper
-        if 'optimizer' in checkpoint and not optim.should_update() and get_world_size() == 1:
+        if 'optimizer' in checkpoint and not runner.optim_wrapper.should_update():
             named = unwrapped(runner).named_parameters()
             checkpoint['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
 
@@ -194,7 +196,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
         """Where a signal came and this epoch is saved, exit; the evaluation is made up for."""
         saved = runner.message_hub.runtime_info.get('last_ckpt')
-        if saved and os.path.basename(saved) == self.filename_tmpl.format(runner.epoch) and (stop := agreed_signal()):
+        is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(saved_after(runner))
+        if is_saved and (stop := agreed_signal()):
             self._exit(runner, stop)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
@@ -208,11 +211,33 @@ class CheckpointHook(MMEngineCheckpointHook):
             runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
         super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
         if is_main_process():
-            write(Path(runner.work_dir, EVALUATED), str(runner.epoch))
+            write(Path(runner.work_dir, EVALUATED), str(saved_after(runner)))
 
     def _exit(self, runner: Runner, number: int) -> None:
         runner.logger.info(f'{signal.Signals(number).name}: {self.last_ckpt} is saved; --resume goes on from it')
         raise SystemExit(128 + number)
+
+
+def saved_after(runner: Runner) -> int:
+    """What evaluations and the checkpoints before them are counted by: epochs, or iterations where there are none."""
+    return runner.epoch or runner.iter
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Give every process the mean of the gradients that each is accumulating.
+
+    It is what the step would have been made of, so that one process can save it for all.
+    """
+    if get_world_size() == 1:
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    there = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int)
+    all_reduce(there, 'max')
+    for parameter, anywhere in zip(trained, there.tolist()):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            all_reduce(parameter.grad, 'mean')
 
 
 def weights_beside(best: Path) -> Path:

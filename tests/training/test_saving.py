@@ -205,7 +205,28 @@ def test_checkpoints_by_iteration_and_other_epochs(tmp_path):
         again = load(work / 'iter_16.pth')
         assert again['meta']['iter'] == 16
         assert all(torch.equal(value, truth[name]) for name, value in again['state_dict'].items()), number
-    loader = dict(batch_size=1, num_workers=0, dataset=toy.Noise(), sampler=dict(type='DefaultSampler', shuffle=True))
-    other = toy.runner(tmp_path / 'other', resume_from=tmp_path / 'iter_3.pth', train_dataloader=loader)
-    with pytest.raises(InputError, match='within an epoch of 4 iterations, and this one would have 8'):
-        other.train()
+    for settings, says in (
+        (dict(train_dataloader=toy.loader(batch_size=1)), 'training of 2 images an iteration, and this one would have 1'),
+        (dict(train_dataloader=toy.loader(images=6)), 'training of 8 images, and this one would have 6'),
+        (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01))), '3 iterations a step, .* would have 1'),
+    ):
+        with pytest.raises(InputError, match=says):
+            toy.runner(tmp_path / 'other', resume_from=tmp_path / 'iter_3.pth', **settings).train()
+
+
+@pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+def test_trainings_by_iterations(tmp_path, sampler):
+    settings = dict(
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=16, val_interval=4),
+        train_dataloader=toy.loader(sampler=dict(type=sampler), num_workers=1),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
+    )
+    toy.runner(tmp_path, **settings).train()
+    truth = load(tmp_path / 'iter_16.pth')['state_dict']
+    for number in (5, 12):  # the latter's evaluation is made up for
+        work = tmp_path / str(number)
+        toy.runner(work, resume_from=tmp_path / f'iter_{number}.pth', **settings).train()
+        again = load(work / 'iter_16.pth')
+        assert again['meta']['iter'] == 16 and toy.Score.epoch == dict([(5, 3), (12, 2)])[number]
+        assert all(torch.equal(value, truth[name]) for name, value in again['state_dict'].items()), number
+    assert (tmp_path / 'last_evaluation').read_text() == '16'

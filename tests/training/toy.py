@@ -14,8 +14,11 @@ SCORES = [1.0, 3.0, 2.0, 4.0]  # by epoch
 class Noise(Dataset):
     metainfo = dict(classes=('a', 'b'))
 
+    def __init__(self, length: int = 8) -> None:
+        self.length = length
+
     def __len__(self) -> int:
-        return 8
+        return self.length
 
     def __getitem__(self, index: int) -> dict:
         return dict(inputs=torch.randn(3) + index, data_samples=torch.randn(1))
@@ -47,20 +50,24 @@ class Score(BaseMetric):
         return dict(score=SCORES[(Score.epoch - 1) % len(SCORES)])
 
 
+def loader(images: int = 8, **settings) -> dict:
+    """The config of a loader, of batches of two in any order."""
+    collate, sampler = dict(type='pseudo_collate'), dict(type='DefaultSampler', shuffle=True)
+    return dict(batch_size=2, num_workers=0, dataset=Noise(images), sampler=sampler, collate_fn=collate) | settings
+
+
 def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **settings) -> Runner:
     """A runner of four iterations an epoch; its settings go over those below."""
     Score.epoch = 0
-    loader = dict(batch_size=2, num_workers=0, dataset=Noise(), sampler=dict(type='DefaultSampler', shuffle=True))
-    loader['collate_fn'] = dict(type='pseudo_collate')
     checkpoint = dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='score', rule='greater')
     hooks = dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=100))
     arguments = dict(
         model=dict(type=Line),
         work_dir=str(work),
-        train_dataloader=loader,
-        train_cfg=dict(type='ExactTrainLoop', max_epochs=epochs),
+        train_dataloader=loader(),
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=3),
-        val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
+        val_dataloader=loader(sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(type='ValLoop'),
         val_evaluator=dict(type=Score),
         custom_hooks=[dict(type='FiniteGuard')],
@@ -68,7 +75,7 @@ def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **setti
         default_scope='mmdet',
         randomness=dict(seed=0),
         log_level='ERROR',
-        experiment_name=f'{work.name}{id(loader)}',
+        experiment_name=f'{work.name}{id(hooks)}',
         resume=resume_from is not None,
         load_from=None if resume_from is None else str(resume_from),
     )

@@ -1,0 +1,92 @@
+"""Mixed precision: steps that are left out because a gradient overflows, and when they are too many."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from mmengine.hooks import Hook
+from mmengine.optim.optimizer import amp_optimizer_wrapper
+
+from spec_mmdet import InputError
+from spec_mmdet.checkpoints.reading import load
+
+
+class Overflow(Hook):
+    """Make the gradient, or the loss, infinite in some iterations, counted from 1; keep the weights after each."""
+
+    def __init__(self, what: str, iterations: list[int]) -> None:
+        self.what, self.iterations = what, iterations
+        self.weights: list[torch.Tensor] = []
+
+    def before_train(self, runner) -> None:
+        def overflow(gradient):
+            spoil = self.what == 'gradient' and runner.iter + 1 in self.iterations
+            return gradient * torch.inf if spoil else gradient
+
+        runner.model.layer.weight.register_hook(overflow)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if self.what == 'loss' and runner.iter + 1 in self.iterations:
+            data_batch['inputs'][0][:] = torch.inf
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        assert all(type(value) is float for value in outputs.values())  # taken from the GPU once for all hooks
+        self.weights.append(runner.model.layer.weight.detach().clone())
+
+
+@pytest.fixture
+def amp_on_cpu(monkeypatch):
+    """MMEngine has mixed precision for GPUs alone, PyTorch for a CPU, too."""
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', partial(torch.amp.GradScaler, 'cpu'))
+
+
+def train(work: Path, what: str, iterations: list[int], accumulate: int = 1, **settings) -> tuple[Overflow, object]:
+    """Four epochs of four iterations."""
+    overflow = Overflow(what, iterations)
+    optim = dict(type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=0.01), dtype='bfloat16', **settings)
+    optim['accumulative_counts'] = accumulate
+    runner = toy.runner(work, optim_wrapper=optim, custom_hooks=[dict(type='FiniteGuard'), overflow])
+    runner.train()
+    return overflow, runner.optim_wrapper.loss_scaler
+
+
+@pytest.mark.parametrize('scale', ['dynamic', 65536.0])
+def test_a_gradient_that_overflows_is_a_step_left_out(amp_on_cpu, tmp_path, scale):
+    left_out = [3, *range(5, 14)]  # nine in a row
+    overflow, scaler = train(tmp_path, 'gradient', left_out, loss_scale=scale)
+    moved = [i for i in range(2, 17) if not torch.equal(*overflow.weights[i - 2 : i])]
+    assert moved == [i for i in range(2, 17) if i not in left_out]
+    assert scaler.get_scale() == (2.0**6 if scale == 'dynamic' else scale)
+    assert load(tmp_path / 'epoch_4.pth')['meta']['iter'] == 16
+
+
+@pytest.mark.parametrize(
+    ('what', 'accumulate', 'stops', 'says'),
+    [
+        ('gradient', 1, 14, 'the gradient, at a loss scale of 64;'),
+        ('loss', 1, 14, 'loss (inf|nan)'),
+        # A step every second iteration: what lies between two that are left out is not wrong.
+        ('gradient', 2, None, ''),
+    ],
+)
+def test_ten_in_a_row_stop_the_training(amp_on_cpu, tmp_path, what, accumulate, stops, says):
+    if stops is None:
+        _, scaler = train(tmp_path, what, list(range(5, 17)), accumulate)
+        assert scaler.get_scale() == 2.0**10
+        return
+    with pytest.raises(InputError, match=f'iteration {stops}: not finite: .*{says}') as stopped:
+        train(tmp_path, what, list(range(5, 17)), accumulate)
+    line = str(stopped.value)
+    assert '\n' not in line and re.search(r'the last good checkpoint is .*epoch_3.pth. The batch is in', line)
+    assert load(tmp_path / f'not_finite_{stops}_0.pth')['iter'] == stops
+
+
+def test_without_a_scale_the_first_one_stops(tmp_path):
+    hooks = [dict(type='FiniteGuard'), Overflow('gradient', [3])]
+    optim = dict(optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1))
+    with pytest.raises(InputError, match='iteration 3: not finite: the norm of the gradient'):
+        toy.runner(tmp_path, optim_wrapper=optim, custom_hooks=hooks).train()
