@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
 
+ASIDE = '.partial'  # the folder, within the one that is written, for what is not whole yet
+
 
 def aside_of(path: Path) -> Path:
     """Where a file is written until it is whole."""
     return path.with_name(f'.{path.name}.partial')
+
+
+@contextmanager
+def writing(path: Path, folder: Path) -> Iterator[None]:
+    """Have an OSError within a folder, or of one above it, be the one line that says what could not be written.
+
+    Raises:
+        InputError: where there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+        if names and not any(name.is_relative_to(folder) or folder.is_relative_to(name) for name in names):
+            raise  # something else, that could not be read
+        raise InputError(
+            f'{path}: could not be written ({error.strerror or error}); what was there is untouched'
+        ) from error
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it; where things fail, remove the ones that are empty again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def rename(aside: Path, path: Path) -> None:
+    """Flush a file to the disk, and give it the name of another, which may be there."""
+    with aside.open('rb') as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -26,27 +73,68 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     aside = aside_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with aside.open('rb') as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+    with writing(path, path.parent), made(path.parent):
         try:
-            os.fsync(folder)  # the new name, too
+            yield aside
+            rename(aside, path)
         finally:
-            os.close(folder)
-    except OSError as error:
-        raise InputError(
-            f'{path}: could not be written ({error.strerror or error}); what was there is untouched'
-        ) from error
-    finally:
-        with suppress(OSError):  # read-only, so that there is none
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # read-only, so that there is none
+                aside.unlink(missing_ok=True)
 
 
 def write(path: str | Path, content: bytes | str) -> None:
     """Write a whole file; see :func:`written_aside`."""
     with written_aside(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def folder_written_aside(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write to, whose files go to another one together, once all of them are whole.
+
+    They take the places of those that have their names; others stay. The folder is made.
+
+    Raises:
+        InputError: where one cannot be written; the folder is as it was then.
+    """
+    folder = Path(folder)
+    aside = folder / ASIDE
+    with writing(folder, folder), made(folder):
+        shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
+        try:
+            aside.mkdir()
+            yield aside
+            for path in sorted(aside.rglob('*')):
+                place = folder / path.relative_to(aside)
+                if path.is_dir():
+                    place.mkdir(exist_ok=True)
+                elif place.exists():
+                    rename(path, place)
+                else:
+                    os.replace(path, place)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Make way for a new folder of that name. Where things fail, the one that was there comes back."""
+    before = folder.with_name(f'.{folder.name}.before')
+    with writing(folder, folder.parent):
+        if before.exists():  # a run was killed
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.exists():
+            folder.rename(before)
+    try:
+        yield
+    except BaseException:
+        if before.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run that was killed left."""
+    return folder.is_dir() and not any(path.name != ASIDE for path in folder.iterdir())

@@ -23,6 +23,7 @@ from mmengine.logging import MMLogger
 from ..checkpoints.pretrained import load_backbone
 from ..conditioning import Report, measure
 from ..errors import InputError
+from ..files import folder_written_aside
 from ..models.jacobians import JacobianSpectrum, jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .common import add_config, load_config, parser
@@ -99,26 +100,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not report:
         raise InputError(f'config {args.config}: no attention was found in its backbone, a {cfg.model.backbone.type}')
 
-    args.out.mkdir(parents=True, exist_ok=True)
     print(report)
     if report.unhelpful():
         print(f'\nwarning: {report.unhelpful()}')
-    rows = [{**dataclasses.asdict(r), 'kappa': r.kappa, 'conditioned_kappa': r.conditioned_kappa} for r in report]
-    write_csv(args.out / 'projections.csv', rows)
+    projections = [
+        {**dataclasses.asdict(r), 'kappa': r.kappa, 'conditioned_kappa': r.conditioned_kappa} for r in report
+    ]
 
     jacobians: dict[str, list[JacobianSpectrum]] = {}
+    rows = []
     if images:
         preprocess = MODELS.build(cfg.model.data_preprocessor)
         steps = [step for step in get_test_pipeline_cfg(cfg) if step['type'] != 'LoadAnnotations']
         pipeline = Compose(steps)
-        rows = []
         for i, path in enumerate(images):
             batch = preprocess(dict(inputs=[pipeline(dict(img_path=str(path), img_id=i))['inputs']], data_samples=None))
             for row in jacobian_spectra(backbone, batch['inputs'], args.heads):
                 jacobians.setdefault(row.name, []).append(row)
                 rows.append({'image': path.name, **dataclasses.asdict(row), 'kappa': row.kappa})
     if jacobians:
-        write_csv(args.out / 'jacobians.csv', rows)
         width = max(map(len, jacobians))
         print(f'\n{"Jacobian of":{width}}{"sigma_min":>10}{"sigma_max":>10}{"kappa":>10}  heads')
         for name, spectra in jacobians.items():
@@ -130,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'on {len(images)} images: {", ".join(path.name for path in images)}')
     elif images:
         print('\nno Jacobians: they are known for XCA layers alone')
-    draw(report, jacobians, args.out / 'conditioning.png')
+    with folder_written_aside(args.out) as aside:
+        write_csv(aside / 'projections.csv', projections)
+        if jacobians:
+            write_csv(aside / 'jacobians.csv', rows)
+        draw(report, jacobians, aside / 'conditioning.png')
     written = ['projections.csv', *(['jacobians.csv'] if jacobians else []), 'conditioning.png']
     print(f'\nwrote {", ".join(str(args.out / name) for name in written)}')

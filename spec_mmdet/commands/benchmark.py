@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.layouts import to_layout
 from ..configs import find_config
+from ..files import folder_written_aside
 from ..models.xcit import ARCHS, SpecXCiT
 from .common import parser
 
@@ -267,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 line += f'{peak / 2**20:>10.0f}{peak / measured[0]["training_peak_bytes"]:>8.3f}'
             print(line, flush=True)
         rows += measured
-    args.out.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) for k, v in vars(args).items()} | dict(device_name=where, torch=torch.__version__)
-    (args.out / 'benchmark.json').write_text(json.dumps(dict(settings=settings, rows=rows), indent=1))
-    if len(args.sizes) > 1:
-        draw(rows, args.out / 'benchmark.png', f'{title}, {where}')
+    with folder_written_aside(args.out) as aside:
+        (aside / 'benchmark.json').write_text(json.dumps(dict(settings=settings, rows=rows), indent=1))
+        if len(args.sizes) > 1:
+            draw(rows, aside / 'benchmark.png', f'{title}, {where}')
     print(f'wrote {args.out}')

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import RUNNERS
 from mmengine.config import Config
+from mmengine.dist import master_only
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
@@ -32,6 +33,7 @@ from ..data.fitting import (
 )
 from ..data.folders import use_folder
 from ..errors import InputError, some
+from ..files import write
 from .options import CfgOptions, Parser, fault_of_config, merge, settle
 
 
@@ -173,9 +175,18 @@ def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None
         set_classes(cfg, classes, "metainfo.classes of the config's data sets" if stated else 'the data')
 
 
+class WholeConfigRunner(Runner):
+    """MMEngine's runner, whose config takes the place of an earlier run's only when it is whole."""
+
+    @master_only
+    def dump_config(self) -> None:
+        """Write the config to the work directory."""
+        write(Path(self.work_dir, Path(self.cfg.filename).name), self.cfg.pretty_text)
+
+
 def build_runner(cfg: Config) -> Runner:
     """MMEngine's runner, or the one that the config names."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else WholeConfigRunner.from_cfg(cfg)
 
 
 def run_command(*command: str | Path) -> None:
@@ -213,10 +224,10 @@ def running() -> Iterator[None]:
         first = str(error).partition('\n')[0]
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'DefaultCPUAllocator' in str(error):
             raise InputError(
-                f'out of memory ({first}). Add to --cfg-options: train_dataloader.batch_size=1 '
-                'optim_wrapper.accumulative_counts=2 (the same step from half as many images at a time) or '
-                'model.backbone.with_cp=True (activations are computed twice instead of kept). --resume goes on from '
-                'the last checkpoint.'
+                f'out of memory ({first}). Add to --cfg-options: model.backbone.with_cp=True (activations are computed '
+                'twice instead of kept; --resume goes on with it from the last checkpoint) or, for a training from the '
+                'start, train_dataloader.batch_size=1 optim_wrapper.accumulative_counts=2 (the same step from half as '
+                'many images at a time).'
             ) from error
         for sign, meaning in TROUBLES.items():
             if sign in str(error):

@@ -17,12 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors
 from torch import Tensor
 
 from ..checkpoints import layouts
@@ -31,7 +30,8 @@ from ..conditioning import describe_conditioning
 from ..configs import find_config
 from ..data.fitting import set_classes
 from ..errors import InputError, naming
-from ..files import written_aside
+from ..files import write
+from ..training.saving import serialized
 from .common import parser
 
 
@@ -45,11 +45,11 @@ def sha256(path: Path) -> str:
 
 def save(weights: dict[str, Tensor], meta: dict, key: str, destination: Path) -> None:
     """Write a checkpoint, whole or not at all."""
-    with written_aside(destination) as aside:
-        if destination.suffix == '.safetensors':
-            save_file({name: value.contiguous() for name, value in weights.items()}, aside, meta['converted'])
-        else:
-            torch.save({key: weights, 'meta': meta}, aside)
+    if destination.suffix == '.safetensors':
+        content = safetensors({name: value.contiguous() for name, value in weights.items()}, meta['converted'])
+    else:
+        content = serialized({key: weights, 'meta': meta})
+    write(destination, content)
 
 
 def line(title: str, names: list[str]) -> str:

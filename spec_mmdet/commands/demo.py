@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_utils
 
+from ..files import replaced, write, written_aside
 from .common import parser, run_command
 
 matplotlib.use('Agg')
@@ -63,7 +63,7 @@ def draw_predictions(results: Path, out_file: Path, pairs: int = 8) -> None:
         visualizer.add_datasample('demo', image, sample, pred_score_thr=0.5)
         tiles.append(np.pad(visualizer.get_image(), ((6, 6), (6, 6), (0, 0)), constant_values=255))
     rows = [np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)]
-    cv2.imwrite(str(out_file), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
+    write(out_file, cv2.imencode('.png', cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def draw_curves(scalars: Path, out_file: Path) -> None:
@@ -79,26 +79,27 @@ def draw_curves(scalars: Path, out_file: Path) -> None:
         right.plot([e['step'] for e in val], [e[f'coco/{kind}_mAP'] for e in val], marker='o', label=label)
     right.set(xlabel='epoch', ylabel='AP', ylim=(0, 1), title='images not trained on')
     right.legend()
-    figure.savefig(out_file, dpi=110)
+    with written_aside(out_file) as aside:
+        figure.savefig(aside, dpi=110, format='png')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser('demo', __doc__).parse_args(argv)
     start = time.time()
-    shutil.rmtree(WORK, ignore_errors=True)
-    run_command('shapes', DATA)
-    run_command('train', CONFIG, '--work-dir', WORK)
-    checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
-    run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--out', WORK / 'test' / 'predictions.pkl')
+    with replaced(WORK):
+        run_command('shapes', DATA)
+        run_command('train', CONFIG, '--work-dir', WORK)
+        checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
+        run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--out', WORK / 'test' / 'predictions.pkl')
 
-    draw_predictions(WORK / 'test' / 'predictions.pkl', WORK / 'predictions.png')
-    (scalars,) = WORK.glob('*/vis_data/scalars.json')
-    draw_curves(scalars, WORK / 'curves.png')
-    (metrics,) = (json.loads(path.read_text()) for path in (WORK / 'test').glob('*/*.json'))
-    print(f'\n{"":6}{"AP":>8}{"AP50":>8}{"AP75":>8}{"AP small":>10}{"medium":>8}{"large":>8}')
-    for kind, name in (('bbox', 'box'), ('segm', 'mask')):
-        values = [metrics[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75', '_s', '_m', '_l')]
-        print('{:6}{:8.3f}{:8.3f}{:8.3f}{:10.3f}{:8.3f}{:8.3f}'.format(name, *values))
+        draw_predictions(WORK / 'test' / 'predictions.pkl', WORK / 'predictions.png')
+        (scalars,) = WORK.glob('*/vis_data/scalars.json')
+        draw_curves(scalars, WORK / 'curves.png')
+        (metrics,) = (json.loads(path.read_text()) for path in (WORK / 'test').glob('*/*.json'))
+        print(f'\n{"":6}{"AP":>8}{"AP50":>8}{"AP75":>8}{"AP small":>10}{"medium":>8}{"large":>8}')
+        for kind, name in (('bbox', 'box'), ('segm', 'mask')):
+            values = [metrics[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75', '_s', '_m', '_l')]
+            print('{:6}{:8.3f}{:8.3f}{:8.3f}{:10.3f}{:8.3f}{:8.3f}'.format(name, *values))
     print(f'\npredictions beside the truth: {WORK / "predictions.png"}')
     print(f'loss and AP curves:           {WORK / "curves.png"}')
     print(f'took {time.time() - start:.0f} s')

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..checkpoints.pretrained import load_backbone
 from ..checkpoints.reading import load
 from ..conditioning import describe_conditioning, fold
 from ..errors import InputError
+from ..files import written_aside
 from ..models import xcit
 from ..models.attention import XCA
 from ..models.xcit import SpecXCiT
@@ -148,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         exact = [copy.deepcopy(backbone).double()(x.double()) for x in images]
         rounding = largest_difference([backbone(x) for x in images], exact)
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = args.out.with_name(f'.{args.out.name}.partial')
-    try:
+    with written_aside(args.out) as aside:
         export(backbone, aside, metadata)
         difference = largest_difference([run_onnx(aside, x) for x in images], exact)
         print('largest difference from PyTorch in float64, relative to the largest feature: '
@@ -158,9 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if difference > ALLOWANCE * rounding:
             raise InputError(f'{args.out}: not written, as it does not compute what the backbone does: its features '
                              f'differ by {difference:.2g}')  # fmt: skip
-        os.replace(aside, args.out)
-    finally:
-        aside.unlink(missing_ok=True)
     for key, value in metadata.items():
         print(f'{key + ":":14}{value}')
     print(f'wrote {args.out}')

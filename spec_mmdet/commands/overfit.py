@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import write
 from ..training.resume import require_no_checkpoints
 from .common import parser, run_command
 
@@ -31,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {image['id'] for image in coco['images']}
     coco['annotations'] = [annotation for annotation in coco['annotations'] if annotation['image_id'] in chosen]
     require_no_checkpoints(args.work_dir)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
     ann_file = (args.work_dir / 'annotations.json').resolve()
-    ann_file.write_text(json.dumps(coco))
+    write(ann_file, json.dumps(coco))
 
     settings = ['--work-dir', args.work_dir, '--cfg-options', f'test_evaluator.ann_file={ann_file}']
     for loop in ('train', 'test'):

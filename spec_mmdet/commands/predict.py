@@ -44,6 +44,7 @@ from ..data import images
 from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError, some
 from ..evaluation.drawing import names_drawn
+from ..files import folder_written_aside, is_empty
 from .common import add_config, load_config, parser
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
@@ -144,10 +145,8 @@ def json_list(path: Path, before: str = '[', after: str = ']') -> Iterator[Calla
             file.write(separator + json.dumps(entry))
             separator = ',\n'
 
-        try:
-            yield add
-        finally:
-            file.write(f'\n{after}\n')
+        yield add
+        file.write(f'\n{after}\n')
 
 
 class Pictures:
@@ -159,22 +158,32 @@ class Pictures:
     def write(self, picture: np.ndarray, source: Path, frame_id: int | None, out_file: Path) -> None:
         out_file.parent.mkdir(parents=True, exist_ok=True)
         if frame_id is None:
-            if not cv2.imwrite(str(out_file), picture):
-                raise OSError(f'{out_file}: could not be written')
+            out_file.write_bytes(cv2.imencode(out_file.suffix, picture)[1])  # imwrite may not notice a full disk
             return
         if frame_id == 0:
             self.close()
             rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25
             codec = cv2.VideoWriter_fourcc(*VIDEOS[out_file.suffix.lower()])
             self.video = cv2.VideoWriter(str(out_file), codec, rate, picture.shape[1::-1])
+            self.video_file = out_file
             if not self.video.isOpened():
-                raise OSError(f'{out_file}: could not be written; this OpenCV may have no encoder for it')
+                raise OSError(f'{out_file.name} could not be opened; this OpenCV may have no encoder for it')
         self.video.write(picture)
+        self.frames = frame_id + 1
 
     def close(self) -> None:
-        """Finish the video that is being written."""
-        if self.video is not None:
-            self.video.release()
+        """Finish the video that is being written.
+
+        Raises:
+            OSError: where it is not all there, as on a disk that is full, which OpenCV does not tell.
+        """
+        if self.video is None:
+            return
+        self.video.release()
+        self.video, written = None, cv2.VideoCapture(str(self.video_file))
+        written.set(cv2.CAP_PROP_POS_FRAMES, self.frames - 1)
+        if not written.read()[0]:
+            raise OSError(f'{self.video_file.name} is cut off: the disk may be full')
 
 
 def load_inferencer(cfg: Config, checkpoint: str, device: str | None) -> DetInferencer:
@@ -230,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.score <= 1 or args.batch_size < 1:
         raise InputError('--score must be from 0 to 1, and --batch-size at least 1')
     out = args.out or Path('work_dirs/predictions') / datetime.now().strftime('%Y%m%d_%H%M%S')
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not is_empty(out):
         raise InputError(f'--out {out}: is there already and not an empty folder')
     try:
         torch.empty(0, device=args.device)
@@ -243,7 +252,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings('ignore', module='mmengine.visualization')
     inferencer = load_inferencer(cfg, args.checkpoint, args.device)
 
-    out.mkdir(parents=True, exist_ok=True)
     root = Path(os.path.commonpath([path.parent for path in paths]))
     about = dict(
         info=dict(folder=str(root), config=str(args.config), checkpoint=args.checkpoint, score=args.score),
@@ -254,9 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = track(in_batches(stream(paths, damaged), args.batch_size), 'predicting', total)
     pictures, image_id = Pictures(), 0
     with (
-        json_list(out / 'predictions.json') as add_result,
+        folder_written_aside(out) as aside,
+        json_list(aside / 'predictions.json') as add_result,
         names_drawn(() if args.no_pictures else inferencer.model.dataset_meta['classes']),
-        json_list(out / 'images.json', json.dumps(about)[:-1] + ', "images": [', ']}') as add_image,
+        json_list(aside / 'images.json', json.dumps(about)[:-1] + ', "images": [', ']}') as add_image,
     ):
         for batch in batches:
             inputs = [image for _, _, image in batch]
@@ -273,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if not args.no_pictures:
                     visualizer = inferencer.visualizer
                     visualizer.add_datasample(str(name), image[..., ::-1], sample, draw_gt=False, pred_score_thr=0)
-                    pictures.write(visualizer.get_image()[..., ::-1], path, frame_id, out / name)
-    pictures.close()
+                    pictures.write(visualizer.get_image()[..., ::-1], path, frame_id, aside / name)
+        pictures.close()
     print(f'{image_id} pictures; wrote {out}')
     for kind, files in damaged.items():
         print(f'passed over {len(files)} {kind}:', *files, sep='\n  ')

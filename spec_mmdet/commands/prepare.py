@@ -33,6 +33,7 @@ from ..data.images import check_images
 from ..data.reading import read_coco
 from ..data.splits import draw_for_validation
 from ..errors import InputError, naming
+from ..files import folder_written_aside, is_empty
 from .common import parser
 
 
@@ -217,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError('--subset and --annotations do not go together')
     if (args.drop or args.subset or args.annotations or args.val) and not args.out:
         raise InputError('--out DIR says where to write what --subset, --annotations, --val or --drop leave')
-    if args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if args.out and args.out.exists() and not is_empty(args.out):
         raise InputError(f'--out {args.out}: is there already')
     args.findings = args.findings or Path('work_dirs/prepare') / f'{args.folder.resolve().name}.csv'
     return args
@@ -252,9 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f'{folder}: not ready for training; it lacks images for validation (--val 0.2 --out DIR splits some off)'
         )
     if out:
-        for split in splits:
-            as_it_was = split.images.name.startswith(split.name) and not whole  # train2017
-            write_split(out, split.images.name if as_it_was else split.name, split.coco, split.images)
+        with folder_written_aside(out) as aside:
+            for split in splits:
+                as_it_was = split.images.name.startswith(split.name) and not whole  # train2017
+                write_split(aside, split.images.name if as_it_was else split.name, split.coco, split.images)
         print(f'wrote {out}')
     elif splits[0].is_foreign:
         print(f"in order, but training reads COCO's layout: spec-mmdet prepare {folder} --out DIR writes it")

@@ -12,6 +12,7 @@ import copy
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
@@ -23,6 +24,7 @@ from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, some
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
+from ..files import folder_written_aside
 from .common import (
     add_run_options,
     build_runner,
@@ -92,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_run_config(args, splits=('test',))
     fit_to_data(cfg, ('test',), read_classes(args.checkpoint), not args.no_check)
     cfg.load_from = args.checkpoint
-    if args.report and is_first_process():
-        report.prepare(args.report, cfg)
+    reported = args.report if is_first_process() else None
+    if reported:
+        report.prepare(reported, cfg)
     if args.show or args.show_dir:
         trigger_visualization_hook(cfg, args)
         cfg.default_hooks.visualization.type = 'PictureHook'
@@ -102,13 +105,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     setup_cache_size_limit_of_dynamo()
     datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
-    with running(), names_drawn(name for dataset in datasets for name in configured_classes(dataset)):
-        runner = build_runner(cfg)
-        if args.out:
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
-        metrics = runner.test()
-        del runner
-    require_measured(metrics)
-    if args.report and is_first_process():
-        command = shlex.join(['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)])
-        report.write(args.report, cfg, args.checkpoint, command)
+    with folder_written_aside(reported) if reported else nullcontext() as aside:
+        with running(), names_drawn(name for dataset in datasets for name in configured_classes(dataset)):
+            runner = build_runner(cfg)
+            if args.out:
+                runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+            metrics = runner.test()
+            del runner
+        require_measured(metrics)
+        if reported:
+            command = shlex.join(['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)])
+            report.write(aside, cfg, args.checkpoint, command)
+    if reported:
+        print(f'report: {reported / report.PAGE}')

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import written_aside
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class Findings:
 
     def write(self, path: Path) -> None:
         """All of them as CSV."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open('w', newline='', encoding='utf-8') as file:
+        with written_aside(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
             writer.writerows(self.rows())

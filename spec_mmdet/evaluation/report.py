@@ -28,6 +28,7 @@ from pycocotools.cocoeval import COCOeval
 from ..data.fitting import coco_datasets, configured_classes, evaluators
 from ..data.reading import AnnotationFile
 from ..errors import InputError
+from ..files import ASIDE, is_empty
 from .drawing import names_drawn
 from .metrics import Evaluation
 
@@ -65,10 +66,10 @@ class Outcome:
 
 
 def prepare(folder: Path, cfg: Config) -> None:
-    """Check that a report can be written and have the evaluation leave its detections in its folder; changes ``cfg``.
+    """Check that a report can be written and have the evaluation leave its detections beside it; changes ``cfg``.
 
     Args:
-        folder: where the report is to be: new, empty, or an earlier report's.
+        folder: where the report is to be: new, empty, or an earlier report's, which stays until the new one is whole.
         cfg: the whole config, command line options merged.
 
     Raises:
@@ -76,14 +77,14 @@ def prepare(folder: Path, cfg: Config) -> None:
     """
     if folder.exists():
         page = folder / PAGE
-        if not folder.is_dir() or any(folder.iterdir()) and not (page.is_file() and MARK in page.read_text('utf-8')):
+        if not is_empty(folder) and not (page.is_file() and MARK in page.read_text('utf-8')):
             raise InputError(f'--report {folder}: holds something other than a report; name a new folder')
     evaluator = coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
     if not any(coco_datasets(cfg.test_dataloader)):
         raise InputError('--report: needs a CocoDataset in test_dataloader')
-    evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / 'detections')
+    evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / ASIDE / 'detections')
 
 
 def coco_evaluator(cfg: Config) -> dict:
@@ -327,7 +328,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
     """Write the report of an evaluation for which :func:`prepare` prepared the config.
 
     Args:
-        folder: where to; made if need be, an earlier report's page is replaced.
+        folder: where to.
         cfg: the whole config.
         checkpoint: the name of the evaluated one.
         command: the command line.
@@ -390,6 +391,4 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: str) -> None:
         config=cfg.filename,
         config_text=cfg.pretty_text,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / PAGE).write_text(page, 'utf-8')
-    print(f'report: {folder / PAGE}')

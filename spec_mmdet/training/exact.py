@@ -158,9 +158,9 @@ class ExactLoop:
 
     def _evaluate_if_due(self) -> None:
         done, last = (self._epoch, self._max_epochs) if self._epoch else (self._iter, self._max_iters)
-        if self.runner.val_loop is not None and done >= self.val_begin:
-            if done % self.val_interval == 0 or done == last:
-                self.runner.val_loop.run()
+        due = done >= self.val_begin and (done % self.val_interval == 0 or done == last)
+        if self.runner.val_loop is not None and due:
+            self.runner.val_loop.run()
 
     def run_iter(self, *args) -> None:
         """Train for an iteration, with its own random numbers."""

@@ -63,13 +63,16 @@ def listening() -> Iterator[None]:
 
 
 class DurableBackend(LocalBackend):
-    """MMEngine's local files, written aside and renamed."""
+    """MMEngine's local files, under their name: checkpoints, results and pictures are written aside and renamed."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         write(filepath, obj)
 
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        write(filepath, obj.encode(encoding))
 
-register_backend('durable', DurableBackend, force=True)
+
+register_backend('local', DurableBackend, force=True, prefixes='')
 
 
 @HOOKS.register_module()
@@ -85,10 +88,6 @@ class CheckpointHook(MMEngineCheckpointHook):
       and the gradients that are being accumulated.
     * On a signal (:func:`listening`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
     """
-
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.setdefault('backend_args', dict(backend='durable'))
-        super().__init__(*args, **kwargs)
 
     def before_train(self, runner: Runner) -> None:
         """Look for the best checkpoint here, wherever the directory was when it was saved."""

@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from spec_mmdet.data import shapes
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
+from spec_mmdet.files import folder_written_aside
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 NAMES = ('circle', 'square', 'triangle', 'star')
@@ -62,11 +63,10 @@ def write_report(root: Path, found: list[dict]) -> str:
     cfg.merge_from_dict(settings(root))
     set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
     report.prepare(folder, cfg)
-    prefix = cfg.test_evaluator.outfile_prefix
-    folder.mkdir()
-    for kind in ('bbox', 'segm'):
-        Path(f'{prefix}.{kind}.json').write_text(json.dumps(found))
-    report.write(folder, cfg, 'epoch_<3>.pth', 'python tools/test.py --report "a & b"')
+    with folder_written_aside(folder) as aside:
+        for kind in ('bbox', 'segm'):
+            Path(f'{cfg.test_evaluator.outfile_prefix}.{kind}.json').write_text(json.dumps(found))
+        report.write(aside, cfg, 'epoch_<3>.pth', 'python tools/test.py --report "a & b"')
     return (folder / 'index.html').read_text('utf-8')
 
 

@@ -206,7 +206,10 @@ def test_checkpoints_by_iteration_and_other_epochs(tmp_path):
         assert again['meta']['iter'] == 16
         assert all(torch.equal(value, truth[name]) for name, value in again['state_dict'].items()), number
     for settings, says in (
-        (dict(train_dataloader=toy.loader(batch_size=1)), 'training of 2 images an iteration, and this one would have 1'),
+        (
+            dict(train_dataloader=toy.loader(batch_size=1)),
+            'training of 2 images an iteration, and this one would have 1',
+        ),
         (dict(train_dataloader=toy.loader(images=6)), 'training of 8 images, and this one would have 6'),
         (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01))), '3 iterations a step, .* would have 1'),
     ):

@@ -25,15 +25,15 @@ class Noise(Dataset):
 
 
 class Line(BaseModel):
-    def __init__(self, spoil_at: int = -1) -> None:
+    def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(3, 1)
-        self.iteration, self.spoil_at = 0, spoil_at
+        self.dropout = dropout
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         if mode != 'loss':
             return [0.0]
-        error = self.layer(torch.dropout(torch.stack(inputs), 0.5, True)) - torch.stack(data_samples)
+        error = self.layer(torch.dropout(torch.stack(inputs), self.dropout, True)) - torch.stack(data_samples)
         return dict(loss=error.square().mean())
 
 

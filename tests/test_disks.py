@@ -1,0 +1,202 @@
+"""Whatever writes: on a disk that is full or read-only it says so in one line, and the disk is as it was."""
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import mmcv
+import mmengine
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, complaint, options
+from mmengine.logging import MMLogger
+
+from spec_mmdet import InputError
+from spec_mmdet.commands import demo, paper_figures
+from spec_mmdet.data.findings import Findings, Place
+from spec_mmdet.evaluation import report
+from spec_mmdet.files import replaced
+
+LEFT = 8192  # bytes
+
+
+class Disk:
+    """A small disk that can be mounted by root alone; where that fails, a limit on the size of a file stands in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', folder]
+        self.mounted = shutil.which('mount') and subprocess.run(mount, capture_output=True).returncode == 0
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def spoil(self, how: str) -> None:
+        if how == 'full' and not self.mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LEFT, self.limits[1]))
+        elif how == 'full':
+            (self.folder / 'filler').write_bytes(bytes(shutil.disk_usage(self.folder).free - LEFT))
+        elif self.mounted:
+            subprocess.run(['mount', '-o', 'remount,ro', self.folder], check=True)
+        else:
+            pytest.skip('a read-only disk can be mounted by root alone')
+
+    def mend(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+        if self.mounted:
+            subprocess.run(['mount', '-o', 'remount,rw', self.folder], check=True)
+            subprocess.run(['umount', '--lazy', self.folder], check=True)  # the logs of a command are still open
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / 'disk')
+    yield disk
+    disk.mend()
+    MMLogger._instance_dict.clear()
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    paths = [path for path in folder.rglob('*') if path.name != 'filler']
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture
+def without_exporting(monkeypatch):
+    """PyTorch's exporter takes its time; what it gives is saved here."""
+    program = SimpleNamespace(
+        model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_bytes(bytes(10**5))
+    )
+    monkeypatch.setattr(torch.onnx, 'export', lambda *args, **kwargs: program)
+
+
+def clip(folder: Path) -> Path:
+    path = folder / 'clip.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 12, (96, 80))
+    for _ in range(5):
+        writer.write(np.random.default_rng(0).integers(0, 255, (80, 96, 3)).astype(np.uint8))
+    writer.release()
+    return path
+
+
+def coco_of(shapes: Path, folder: Path) -> Path:
+    (folder / 'annotations').mkdir()
+    shutil.copy(shapes / 'annotations' / 'instances_train.json', folder / 'annotations' / 'instances_train2017.json')
+    return folder
+
+
+@dataclass
+class Places:
+    """What a command is given: data, a trained detector, a folder elsewhere, and on the disk an old and a new one."""
+
+    shapes: Path
+    trained: Path
+    elsewhere: Path
+    old: Path
+    new: Path
+
+    @property
+    def detector(self) -> tuple[Path, Path]:
+        return CONFIG, self.trained / 'epoch_1.pth'
+
+
+FEW = 'test_dataloader.dataset.indices=2'
+SMALL = ['--models', 'ours', '--arch', 'nano_12', '--sizes', '64x64', '64x96', '--rounds', 1, '--no-memory']
+WRITERS = {
+    'convert': lambda p: ['convert_checkpoint', p.detector[1], p.old / 'converted.pth'],
+    'report': lambda p: ['test', *p.detector, '--report', p.old, '--work-dir', p.elsewhere, *options(p.shapes), FEW],
+    'work directory': lambda p: ['train', CONFIG, '--work-dir', p.old, *options(p.shapes)],
+    'predictions': lambda p: ['predict', *p.detector, p.shapes / 'val', '--score', 0, '--out', p.new],
+    'prepare': lambda p: ['prepare_coco', p.shapes, '--out', p.new / 'data'],
+    'export': lambda p: ['export', *p.detector, p.new / 'backbone.onnx'],
+    'a video': lambda p: ['predict', *p.detector, clip(p.elsewhere), '--score', 1, '--out', p.new],
+    'safetensors': lambda p: ['convert_checkpoint', p.detector[1], p.new / 'converted.safetensors'],
+    'shapes': lambda p: ['make_shapes', p.old, '--train', 3, '--val', 1],
+    'analyze': lambda p: ['analyze_conditioning', CONFIG, '--out', p.old],
+    'benchmark': lambda p: ['benchmark', *SMALL, '--out', p.new],
+    'overfit': lambda p: ['overfit', coco_of(p.shapes, p.elsewhere), '--work-dir', p.old],
+}
+CASES = [(writer, 'full') for writer in WRITERS] + [(writer, 'read-only') for writer in list(WRITERS)[:5]]
+
+
+@pytest.mark.parametrize(('writer', 'how'), CASES)
+def test_a_command(monkeypatch, shapes, trained, without_exporting, disk, tmp_path, writer, how):
+    old = disk.folder / 'old'
+    (old / 'train').mkdir(parents=True)
+    (old / report.PAGE).write_text(report.MARK)
+    for name in ('converted.pth', 'detections.bbox.json', 'xcit_spec_shapes.py', 'train/000001.png',
+                 'projections.csv', 'annotations.json'):  # fmt: skip
+        (old / name).write_text(f'the old {name}')
+    before = tree(disk.folder)
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    command = WRITERS[writer](Places(shapes, trained, elsewhere, old, disk.folder / 'new'))
+    disk.spoil(how)
+    says = complaint(monkeypatch, *command)
+    assert 'could not be written (' in says or 'cannot be written (' in says
+    after = tree(disk.folder)
+    if writer == 'work directory':  # what can be read of why
+        after = {name: content for name, content in after.items() if name in before or name.endswith('.partial')}
+    assert after == before
+
+
+def test_other_files(disk):
+    """The pictures of test --show-dir, the results of test --out, what prepare finds."""
+    files = {name: disk.folder / name for name in ('results.pkl', 'picture.png', 'findings.csv')}
+    for path in files.values():
+        path.write_text('old')
+    disk.spoil('full')
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3)).astype(np.uint8)
+    found = Findings()
+    found.warnings['tiny'] = [Place('train.json', f'{i}.png') for i in range(1000)]
+    for write in (
+        lambda: mmengine.dump(list(range(10**4)), files['results.pkl']),
+        lambda: mmcv.imwrite(noise, str(files['picture.png'])),
+        lambda: found.write(files['findings.csv']),
+    ):
+        with pytest.raises(InputError, match='could not be written'):
+            write()
+    assert tree(disk.folder) == {name: b'old' for name in files}
+
+
+@pytest.mark.parametrize('command', [demo, paper_figures])
+def test_an_earlier_run_comes_back(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    old = command.WORK / 'last_checkpoint'
+    old.parent.mkdir(parents=True)
+    old.write_text('old')
+
+    def fail(name, *args) -> None:
+        assert not old.exists()
+        if name == 'train':
+            old.parent.mkdir(exist_ok=True)
+            old.write_text('new')
+            raise InputError('this step failed')
+
+    monkeypatch.setattr(command, 'run_command', fail)
+    with pytest.raises(InputError, match='this step failed'):
+        command.main([])
+    assert tree(tmp_path / 'work_dirs') == {
+        f'{command.WORK.name}': None,
+        f'{command.WORK.name}/last_checkpoint': b'old',
+    }
+
+
+def test_a_run_that_was_killed_is_replaced(tmp_path):
+    folder = tmp_path / 'demo'
+    for path, text in ((tmp_path / '.demo.before', 'first'), (folder, 'half of the second')):
+        path.mkdir()
+        (path / 'text').write_text(text)
+    with pytest.raises(InputError), replaced(folder):
+        raise InputError('')
+    assert tree(tmp_path) == {'demo': None, 'demo/text': b'first'}
+    with replaced(folder):
+        folder.mkdir()
+        (folder / 'text').write_text('third')
+    assert tree(tmp_path) == {'demo': None, 'demo/text': b'third'}

@@ -1,0 +1,132 @@
+"""Several processes take the steps of one that accumulates, and go on from each other's checkpoints; on a CPU."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from conftest import CONFIG
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from spec_mmdet import InputError
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.data.fitting import set_classes
+from spec_mmdet.data.folders import use_folder
+from spec_mmdet.data.shapes import CATEGORIES
+
+
+def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
+    """Run something in forks that are connected with each other; they must all come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ['LOCAL_RANK'] = str(rank)
+            try:
+                where = f'file://{folder}/meeting'
+                torch.distributed.init_process_group('gloo', where, rank=rank, world_size=count)
+                train()
+                torch.distributed.barrier()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+
+
+ON_CPU = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))
+
+
+def toy_runner(work: Path, processes: int, batch: int, accumulate: int, resume_from=None, **settings) -> Runner:
+    optim = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=accumulate)
+    settings['train_dataloader'] = toy.loader(batch_size=batch)
+    return toy.runner(
+        work, resume_from=resume_from, optim_wrapper=optim, **settings, **(ON_CPU if processes > 1 else {})
+    )
+
+
+def assert_close(one: Path, other: Path, **tolerance) -> None:
+    """The weights of two checkpoints, and how many steps were taken to them."""
+    contents = [load(path) for path in (one, other)]
+    ours, theirs = (content['state_dict'] for content in contents)
+    for name, value in ours.items():
+        if 'running_' not in name and 'num_batches' not in name:  # of batches of another size
+            torch.testing.assert_close(value, theirs[name], **tolerance)
+    steps = [{state['step'].item() for state in content['optimizer']['state'].values() if 'step' in state}
+             for content in contents]  # fmt: skip
+    assert steps[0] == steps[1]
+
+
+def test_two_processes_are_one_that_accumulates(tmp_path):
+    """Random samples in a random order, through dropout."""
+    in_processes(2, tmp_path / 'two', lambda: toy_runner(tmp_path / 'two', 2, 1, 1).train())
+    toy_runner(tmp_path / 'one', 1, 1, 2).train()
+    assert_close(tmp_path / 'two' / 'epoch_4.pth', tmp_path / 'one' / 'epoch_4.pth', rtol=1e-5, atol=1e-6)
+
+
+def detector(work: Path, data: Path, processes: int, accumulate: int) -> Runner:
+    """The demo's, flips and dropped paths with it."""
+    cfg = Config.fromfile(CONFIG)
+    use_folder(cfg, data, ('train',))
+    set_classes(cfg, CATEGORIES)
+    cfg.merge_from_dict(
+        {
+            'train_dataloader.batch_size': 1,
+            'train_dataloader.dataset.indices': 4,
+            'train_dataloader.dataset.pipeline.2.scale': (64, 64),
+            'model.backbone.arch.depth': 4,
+            'model.backbone.drop_path_rate': 0.5,
+            'optim_wrapper': dict(
+                _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-2), accumulative_counts=accumulate
+            ),
+            'param_scheduler': [],
+            'train_cfg.max_epochs': 1,
+            'model_wrapper_cfg': dict(type='MMDistributedDataParallel', device_ids=None),
+            'launcher': 'pytorch' if processes > 1 else 'none',
+            'work_dir': str(work),
+            'default_hooks.checkpoint': dict(_delete_=True, type='CheckpointHook', interval=1),
+            'custom_hooks': [],
+            'log_level': 'ERROR',
+        }
+    )
+    for name in ('val', 'test'):
+        cfg.update({f'{name}_{part}': None for part in ('cfg', 'dataloader', 'evaluator')})
+    return Runner.from_cfg(cfg)
+
+
+def test_two_processes_train_a_detector_as_one_that_accumulates(shapes, tmp_path):
+    in_processes(2, tmp_path / 'two', lambda: detector(tmp_path / 'two', shapes, 2, 1).train())
+    detector(tmp_path / 'one', shapes, 1, 2).train()
+    assert_close(tmp_path / 'two' / 'epoch_1.pth', tmp_path / 'one' / 'epoch_1.pth', rtol=1e-4, atol=1e-6)
+
+
+def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
+    plain = dict(model=dict(type=toy.Line, dropout=0.0))
+    always = dict(plain, default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)))
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    in_processes(2, whole, lambda: toy_runner(whole, 2, 1, 3, **always).train())
+    half = whole / 'iter_5.pth'
+    in_processes(2, resumed, lambda: toy_runner(resumed, 2, 1, 3, half, **always).train())
+    assert_close(whole / 'iter_16.pth', resumed / 'iter_16.pth', rtol=0, atol=0)
+    toy_runner(tmp_path / 'alone', 1, 2, 3, half, **always).train()
+    assert_close(whole / 'iter_16.pth', tmp_path / 'alone' / 'iter_16.pth', rtol=1e-5, atol=1e-6)
+    for checkpoint in (half, whole / 'iter_8.pth'):
+        with pytest.raises(InputError, match='of 2 images an iteration, and this one would have 1'):
+            toy_runner(tmp_path / 'other', 1, 1, 3, checkpoint, **always).train()
+
+
+def test_pytorch_has_no_synchronised_statistics_on_a_cpu(tmp_path):
+    """Where it has, one process of the whole batch can be compared with two."""
+
+    def normalise() -> None:
+        with pytest.raises(ValueError, match='SyncBatchNorm expected input tensor to be on'):
+            torch.nn.SyncBatchNorm(3)(torch.randn(2, 3, 4))
+
+    in_processes(2, tmp_path, normalise)
