@@ -137,6 +137,8 @@ class ExactLoop:
     def _take_up(self, may_differ: tuple[str, ...] = ()) -> None:
         """Go on with the seed of the run that is resumed, and with its steps, which an InputError says are others."""
         theirs, ours = self.resumed_from.get('steps', {}), self.steps
+        if not isinstance(theirs, dict) or any(type(number) is not int for number in theirs.values()):
+            raise InputError('the checkpoint: what it says of its steps are no numbers')
         for what in ours.keys() & theirs.keys() - set(may_differ):
             if ours[what] != theirs[what]:
                 raise InputError(
