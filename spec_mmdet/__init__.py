@@ -22,6 +22,7 @@ if find_spec('mmdet') is not None:
     from .data.reading import CocoDataset
     from .evaluation.drawing import PictureHook
     from .evaluation.metrics import CocoMetric, FastCocoMetric
+    from .models.onnx import OnnxDetector
     from .models.padding import MaskedDataPreprocessor
     from .models.tta import MaskTTAModel
     from .models.xcit import SpecXCiT
@@ -34,5 +35,5 @@ if find_spec('mmdet') is not None:
 
     __all__ += ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'ExactTrainLoop']
     __all__ += ['FastCocoMetric', 'FiniteGuard', 'LayerDecayConstructor', 'LoadImageFromFile', 'LoaderGuard']
-    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'PictureHook', 'ScheduleGuard', 'SpecXCiT']
-    __all__ += ['StrictPretrainedInit', 'WarmUpLR', 'find_config']
+    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'OnnxDetector', 'PictureHook', 'ScheduleGuard']
+    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']

@@ -16,7 +16,7 @@ COMMANDS = {
     'test': 'evaluate a detector: COCO AP, a page with the results',
     'predict': 'find objects in images, folders and videos',
     'convert': 'convert a checkpoint of XCiT from any layout there is, or back',
-    'export': "write a detector's backbone as ONNX",
+    'export': 'write a detector, or its backbone alone, as ONNX',
     'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
     'benchmark': "time and memory against timm's XCiT and others",
     'benchmark-evaluator': 'time of faster-coco-eval against pycocotools',

@@ -186,12 +186,24 @@ class Pictures:
             raise OSError(f'{self.video_file.name} is cut off: the disk may be full')
 
 
-def load_inferencer(cfg: Config, checkpoint: str, device: str | None) -> DetInferencer:
+def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: float = 0.0) -> DetInferencer:
     """MMDetection's inferencer with all of a checkpoint's weights and with its classes; changes ``cfg``.
+
+    Args:
+        cfg: the whole config; of an exported detector, its test pipeline is used.
+        checkpoint: a file, or an address; or a detector that was exported, .onnx.
+        device: for instance 'cpu' or 'cuda:1'; by default a GPU where there is one.
+        score: least score of what an exported detector finds.
 
     Raises:
         InputError: where the checkpoint cannot be read or does not fit the model.
     """
+    if checkpoint.endswith('.onnx'):
+        cfg.model = dict(type='OnnxDetector', path=checkpoint, score=score, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that there are no weights, and so no known classes
+            inferencer = DetInferencer(cfg, None, 'cpu', show_progress=False)
+        return know_classes(inferencer, inferencer.model.classes)
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
     weights = state_dict_of(content, name)
@@ -201,6 +213,11 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None) -> DetInfe
     faults = mismatches(inferencer.model, weights)
     if faults:
         raise InputError(f'{name} does not fit the configured model: {faults}')
+    return know_classes(inferencer, classes)
+
+
+def know_classes(inferencer: DetInferencer, classes: Sequence[str]) -> DetInferencer:
+    """An inferencer that knows the classes' names, and draws them in colours that differ."""
     known = inferencer.model.dataset_meta  # the visualizer's, too
     known['classes'] = tuple(classes)
     coco = CocoDataset.METAINFO
@@ -221,7 +238,7 @@ def coco_results(prediction: dict, image_id: int) -> Iterator[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('predict', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', help='a file, or an http(s) address')
+    options.add_argument('checkpoint', help='a file, or an http(s) address; or a detector that was exported, .onnx')
     options.add_argument('inputs', nargs='+', metavar='INPUT', help='an image, a folder, a quoted glob or a video')
     options.add_argument('--out', type=Path, help='a folder that is empty or not there (default: a new one in '
                         'work_dirs/predictions)')  # fmt: skip
@@ -250,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Of classes that are in the config alone, of a visualizer without a folder, and of shapes that reach over the edge.
     warnings.filterwarnings('ignore', message='dataset_meta or class names')
     warnings.filterwarnings('ignore', module='mmengine.visualization')
-    inferencer = load_inferencer(cfg, args.checkpoint, args.device)
+    inferencer = load_inferencer(cfg, args.checkpoint, args.device, args.score)
 
     root = Path(os.path.commonpath([path.parent for path in paths]))
     about = dict(

@@ -1,4 +1,4 @@
-"""tools/export.py: the exported backbone computes what the conditioned one does in PyTorch, for images of any size."""
+"""tools/export.py: what is exported computes what the conditioned model does in PyTorch, for images of any size."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,15 @@ import pytest
 import torch
 from conftest import CONFIG, complaint, run_tool
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from pycocotools.mask import decode
 from torch import nn
 
-LAMBDA = ['--cfg-options', 'model.backbone.conditioning.lam=10.0']
+from spec_mmdet.configs import find_config
+from spec_mmdet.models.onnx import DetectorGraph
+
+LAMBDA = ['--backbone', '--cfg-options', 'model.backbone.conditioning.lam=10.0']
 
 
 @pytest.fixture(scope='module')
@@ -58,6 +63,7 @@ def test_other_features_are_not_left_behind(monkeypatch, conditioned, tmp_path):
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_text('zeros')
     )
+    monkeypatch.setattr(torch.export, 'export', lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.onnx, 'export', lambda *args, **kwargs: program)
 
     class Zeros:
@@ -74,8 +80,9 @@ def test_other_features_are_not_left_behind(monkeypatch, conditioned, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unusable_inputs(monkeypatch, conditioned, tmp_path):
+def test_unusable_inputs(monkeypatch, conditioned, trained, tmp_path):
     backbone, checkpoint = conditioned
+    whole = trained / 'epoch_1.pth'
     alone = tmp_path / 'without_fpn.pth'
     torch.save({key: value for key, value in backbone.state_dict().items() if not key.startswith('fpn')}, alone)
     out = tmp_path / 'out' / 'backbone.onnx'
@@ -85,8 +92,87 @@ def test_unusable_inputs(monkeypatch, conditioned, tmp_path):
         ([CONFIG, checkpoint, out.with_suffix('.pt')], 'must end in .onnx'),
         ([CONFIG, alone, out, *LAMBDA], 'lacks fpn1'),
         ([CONFIG, checkpoint, out], 'made with conditioning'),
+        ([CONFIG, checkpoint, out, '--backbone'], 'made with conditioning'),
+        ([CONFIG, checkpoint, out, '--backbone', '--images', out.parent], 'not compared of a --backbone'),
+        ([CONFIG, whole, out, '--images', out.parent], 'no such file or folder'),
+        ([CONFIG, whole, out, '--cfg-options', 'model.test_cfg.rcnn.nms.type=soft_nms'], 'other than the plain one'),
         ([CONFIG, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'is of another XCiT'),
-        ([CONFIG, checkpoint, out, '--cfg-options', 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
+        ([CONFIG, checkpoint, out, *LAMBDA, 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
     ):
         assert says in complaint(monkeypatch, 'export', *args)
     assert not out.parent.exists()
+
+
+def small(name: str, **preprocessor) -> Config:
+    """A shipped config with a backbone of 32 and a neck of 64 channels."""
+    cfg = Config.fromfile(find_config(name))
+    cfg.model.data_preprocessor.update(preprocessor)
+    cfg.model.backbone.update(arch=dict(dim=32, depth=4, num_heads=2), norm_cfg=dict(type='BN'))
+    cfg.model.neck.update(in_channels=[32] * 4, out_channels=64)
+    roi_head = cfg.model.get('roi_head', {})
+    for part in ('bbox_head', 'rpn_head'):
+        cfg.model.get(part, {}).update(in_channels=64, feat_channels=64)
+    for part in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        roi_head.get(part, {}).update(out_channels=64)
+    roi_head.get('bbox_head', {}).update(in_channels=64, fc_out_channels=64)
+    roi_head.get('mask_head', {}).update(in_channels=64, conv_out_channels=64)
+    return cfg
+
+
+def detector(cfg: Config) -> nn.Module:
+    """With weights by which it finds things everywhere."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if 'backbone' not in name and name.endswith('weight'):
+            parameter.normal_(std=1.4 * parameter[0].numel() ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        small('xcit_spec_maskrcnn', type='MaskedDataPreprocessor', bgr_to_rgb=False),
+        small('xcit_spec_fasterrcnn'),
+        small('xcit_spec_retinanet'),
+    ],
+    ids=lambda cfg: cfg.model.type,
+)
+def test_graph_finds_what_the_detector_does(cfg):
+    model = detector(cfg)
+    graph = DetectorGraph(model)
+    for height, width, size in ((160, 224, (200, 280)), (97, 131, (97, 131)), (240, 161, (80, 50))):
+        image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+        sample = DetDataSample(
+            metainfo=dict(img_shape=(height, width), ori_shape=size, scale_factor=(width / size[1], height / size[0]))
+        )
+        expected = model.test_step(dict(inputs=[image[0].flip(0)], data_samples=[sample]))[0].pred_instances
+        boxes, scores, labels, *masks = graph(image, torch.tensor(size), torch.tensor(0.05))
+        assert len(expected) == len(boxes) > 50
+        # Where two scores are nearly the same, rounding may exchange them.
+        same = (labels == expected.labels) & ((boxes - expected.bboxes).abs().amax(dim=1) < 0.05)
+        assert same.float().mean() > 0.9
+        torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-3)
+        if masks:
+            assert masks[0].shape == expected.masks.shape
+            assert (masks[0] == expected.masks)[same].float().mean() > 0.999 and masks[0].any()
+
+
+def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, capsys):
+    """Predictions from the exported file are those from the checkpoint."""
+    detector, config, out = trained / 'epoch_1.pth', trained / 'xcit_spec_shapes.py', tmp_path / 'detector.onnx'
+    run_tool(monkeypatch, 'export', config, detector, out, '--images', shapes / 'val')
+    printed = capsys.readouterr().out
+    assert printed.count('.png') == 12 and printed.count('noise') == 2 and 'conditioning: dict' in printed
+    for name, model in (('torch', detector), ('onnx', out)):
+        run_tool(monkeypatch, 'predict', config, model, shapes / 'val', '--score', 0.1, '--out', tmp_path / name)
+    assert (tmp_path / 'onnx' / '000001.png').is_file()
+    expected, found = (json.loads((tmp_path / name / 'predictions.json').read_text()) for name in ('torch', 'onnx'))
+    assert len(expected) == len(found) > 20
+    for ours, theirs in zip(found, expected):
+        assert (ours['image_id'], ours['category_id']) == (theirs['image_id'], theirs['category_id'])
+        np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
+        assert (decode(ours['segmentation']) != decode(theirs['segmentation'])).sum() <= 2
+    out.write_bytes(b'text')
+    refusal = complaint(monkeypatch, 'predict', config, out, shapes / 'val', '--out', tmp_path / 'none')
+    assert 'detector.onnx: ONNX Runtime cannot read it' in refusal and not (tmp_path / 'none').exists()
