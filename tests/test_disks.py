@@ -72,6 +72,7 @@ def without_exporting(monkeypatch):
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_bytes(bytes(10**5))
     )
+    monkeypatch.setattr(torch.export, 'export', lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.onnx, 'export', lambda *args, **kwargs: program)
 
 
@@ -113,7 +114,7 @@ WRITERS = {
     'work directory': lambda p: ['train', CONFIG, '--work-dir', p.old, *options(p.shapes)],
     'predictions': lambda p: ['predict', *p.detector, p.shapes / 'val', '--score', 0, '--out', p.new],
     'prepare': lambda p: ['prepare_coco', p.shapes, '--out', p.new / 'data'],
-    'export': lambda p: ['export', *p.detector, p.new / 'backbone.onnx'],
+    'export': lambda p: ['export', *p.detector, p.new / 'backbone.onnx', '--backbone'],
     'a video': lambda p: ['predict', *p.detector, clip(p.elsewhere), '--score', 1, '--out', p.new],
     'safetensors': lambda p: ['convert_checkpoint', p.detector[1], p.new / 'converted.safetensors'],
     'shapes': lambda p: ['make_shapes', p.old, '--train', 3, '--val', 1],
