@@ -9,53 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from ..conditioning import Correction, conditioned_initialisation
+from .products import gram, linear
 
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
-
-
-def on_onednn(x: Tensor) -> bool:
-    """Whether products with x are handed to oneDNN, as convolutions of one pixel, and not to PyTorch's choice for them.
-
-    On a CPU that is MKL, which takes up to twice oneDNN's time on one of AMD's. In half precision it is oneDNN anyway.
-    """
-    if torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
-        return False
-    return x.dtype in (torch.float32, torch.float64) and torch.backends.mkldnn.is_available()
-
-
-def as_row(x: Tensor) -> Tensor:
-    """Tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N); nothing is copied."""
-    return x.mT.unsqueeze(2)
-
-
-def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """``x W^T + b``.
-
-    Args:
-        x: tokens, shape (B, N, C).
-        W: shape (D, C), or (B, D, C) with one matrix for each image.
-        b: shape (D,) or None; with one matrix for each image, shape (B, D).
-
-    Returns:
-        Tensor of shape (B, N, D).
-    """
-    if not on_onednn(x):
-        return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
-    if W.ndim == 2:
-        return F.conv2d(as_row(x), W[:, :, None, None], b).squeeze(2).mT
-    ys = [linear(*own) for own in zip(x.split(1), W, b)]
-    return ys[0] if len(ys) == 1 else torch.cat(ys)
-
-
-def gram(x: Tensor) -> Tensor:
-    """``x^T x`` of each image's tokens x, shape (B, N, C): shape (B, C, C)."""
-    if not on_onednn(x):
-        return x.mT @ x
-    C = x.shape[2]  # to a convolution, it is the gradient of a weight
-    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_row(x).split(1)])
 
 
 def xca_plain(
@@ -87,8 +45,9 @@ def xca_plain(
     return linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
 
 
-class _Moments(torch.autograd.Function):
-    """The mean of x over the tokens, and x_c^T x_c of the centred x_c = x - mean, in float32 at least.
+class _Centred(torch.autograd.Function):
+    """The mean of x over the tokens and x_c^T x_c of the centred tokens x_c = x - mean, both in float32 at least, and
+    x_c in ``dtype``: all that is kept of the tokens.
 
     One matrix product forward and one backward: as x_c adds up to zero, nothing of the product reaches the mean.
     """
@@ -96,28 +55,31 @@ class _Moments(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+    def forward(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        exact = torch.promote_types(x.dtype, torch.float32)
         if mask is None:
-            mean = x.mean(dim=-2)
+            mean = x.mean(dim=-2, dtype=exact)
             x = x - mean[..., None, :]
         else:
-            mean = (x * mask).sum(dim=-2) / mask.sum(dim=-2)
+            mean = (x * mask).sum(dim=-2, dtype=exact) / mask.sum(dim=-2, dtype=exact)
             x = (x - mean[..., None, :]) * mask
-        return mean, gram(x)
+        x = x.to(dtype)
+        return mean, gram(x), x
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[0])
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(inputs[1], output[2])
 
     @staticmethod
-    def backward(ctx, by_mean: Tensor, by_G: Tensor) -> tuple[Tensor, None]:
-        x, mask, mean = ctx.saved_tensors
-        by_G = by_G + by_G.mT
+    def backward(ctx, by_mean: Tensor, by_G: Tensor, by_x: Tensor) -> tuple[Tensor, None, None]:
+        mask, x = ctx.saved_tensors
+        if mask is not None:
+            by_x = by_x * mask
         N = x.shape[-2] if mask is None else mask.sum(dim=-2)
-        constant = by_mean / N - (mean[..., None, :] @ by_G)[..., 0, :]
-        by_x = linear(x.to(by_G), by_G, constant)
-        return (by_x if mask is None else by_x * mask).to(x.dtype), None
+        constant = (by_mean - by_x.sum(dim=-2, dtype=by_mean.dtype)) / N
+        by_x = by_x + linear(x, (by_G + by_G.mT).to(x.dtype), constant.to(x.dtype))
+        return (by_x if mask is None else by_x * mask).to(ctx.dtype), None, None
 
 
 def xca_gram(
@@ -129,9 +91,9 @@ def xca_gram(
     tokens, and products of the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Not
     centred, the bias could cancel most of a quadratic form, and with it half the digits.) The attention A then joins
     the value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
-    multiplications in place of 4 C^2 + 2 C d, and nothing but x is kept of it for the backward pass.
+    multiplications in place of 4 C^2 + 2 C d, and nothing but x, centred, is kept of it for the backward pass.
 
-    G and all C x C matrices are in float32 under autocast too; only y is in half precision.
+    Under autocast the centred tokens are in half precision, and G and all C x C matrices in float32.
 
     Args:
         x: tokens, shape (B, N, C); otherwise as for :func:`xca_plain`.
@@ -147,8 +109,10 @@ def xca_gram(
     """
     B, N, C = x.shape
     heads = len(temperature)
-    with torch.autocast(x.device.type, enabled=False):
-        mean, G = _Moments.apply(x, mask)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        mean, G, x = _Centred.apply(x, mask, dtype)
         if mask is not None:
             N = mask.sum(dim=1).to(G.dtype)[..., None]  # (B, 1, 1)
         W, b, W_out, b_out, temperature = (t.to(G.dtype) for t in (W, b, W_out, b_out, temperature))
@@ -163,8 +127,8 @@ def xca_gram(
         A = A + (N * q_mean.flatten(1)[:, None]).view(q_mean.shape)[..., None] * k_mean[..., None, :]
         A = (A * q_scale[..., None] * k_scale[..., None, :] * temperature).softmax(dim=-1)
         M = linear((A @ W_v.view(heads, -1, C)).view(B, C, C).mT, W_out).mT  # W_out A W_v, shape (B, C, C)
-        m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out
-    return linear(x, M.to(x.dtype), m.to(x.dtype))
+        m = (A @ b_v.view(heads, -1, 1)).view(B, C) @ W_out.T + b_out + (M @ mean[..., None])[..., 0]
+        return linear(x, M.to(dtype), m.to(dtype))
 
 
 class XCA(nn.Module):

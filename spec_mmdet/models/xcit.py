@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import require_same_conditioning
-from .attention import XCA, linear, on_onednn, scaled
+from .attention import XCA, scaled
+from .products import Conv2d, Upsample, linear, on_onednn
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
 ARCHS = {
@@ -40,9 +41,7 @@ class ConvBN(nn.Sequential):
     """Stride-2 3x3 convolution and batch normalisation, which evaluation takes as a part of the convolution."""
 
     def __init__(self, c_in: int, c_out: int, norm_cfg: dict) -> None:
-        super().__init__(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1]
-        )
+        super().__init__(Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1])
 
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self
@@ -122,8 +121,6 @@ class LPI(nn.Module):
         self.bn = build_norm_layer(norm_cfg, dim)[1]
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    # Inductor (of PyTorch 2.14) fails to keep these views of unknown size for the backward pass.
-    @torch.compiler.disable
     def forward(self, x: Tensor, h: int, w: int, gamma: Tensor, mask: Tensor | None) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
         if mask is not None:
@@ -131,6 +128,8 @@ class LPI(nn.Module):
             mask = mask.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         # To a convolution, tokens are a channels_last image: neither way is anything copied.
         x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        if torch.compiler.is_compiling():  # Inductor (of PyTorch 2.14) cannot order strides of unknown size
+            x = x.contiguous()
         x = self.bn(gelu(self.conv1(x)))
         if mask is not None:
             x = x * mask
@@ -179,14 +178,23 @@ class Block(nn.Module):
         self.gamma1 = nn.Parameter(torch.full((dim,), eta))
         self.gamma2 = nn.Parameter(torch.full((dim,), eta))
         self.gamma3 = nn.Parameter(torch.full((dim,), eta))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
+
+    def residual(self, x: Tensor, gamma: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` and a branch's output, LayerScaled by gamma; in training images go without it at random."""
+        if not self.training or not self.drop_path:
+            return x + branch(gamma)
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+        if len(x) == 1:  # the branch scales its weights by gamma, and no token
+            return x + branch(gamma * kept.flatten())
+        return torch.addcmul(x, branch(gamma), kept)
 
     def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
         # Numbered 1, 3, 2 in the reference, whose parameter names these are.
-        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma1, mask))
-        x = x + self.drop_path(self.local_mp(self.norm3(x), h, w, self.gamma3, mask))
-        return x + self.drop_path(self.mlp(self.norm2(x), self.gamma2))
+        x = self.residual(x, self.gamma1, lambda gamma: self.attn(self.norm1(x), gamma, mask))
+        x = self.residual(x, self.gamma3, lambda gamma: self.local_mp(self.norm3(x), h, w, gamma, mask))
+        return self.residual(x, self.gamma2, lambda gamma: self.mlp(self.norm2(x), gamma))
 
 
 @contextmanager
@@ -282,16 +290,16 @@ class SpecXCiT(BaseModule):
         )
         if patch_size == 16:
             self.fpn1 = nn.Sequential(
-                nn.ConvTranspose2d(dim, dim, 2, 2),
+                Upsample(dim, dim, 2),
                 build_norm_layer(norm_cfg, dim)[1],
                 nn.GELU(),
-                nn.ConvTranspose2d(dim, dim, 2, 2),
+                Upsample(dim, dim, 2),
             )
-            self.fpn2 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2))
+            self.fpn2 = nn.Sequential(Upsample(dim, dim, 2))
             self.fpn3 = nn.Identity()
             self.fpn4 = nn.MaxPool2d(2, 2)
         else:
-            self.fpn1 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2))
+            self.fpn1 = nn.Sequential(Upsample(dim, dim, 2))
             self.fpn2 = nn.Identity()
             self.fpn3 = nn.MaxPool2d(2, 2)
             self.fpn4 = nn.MaxPool2d(4, 4)

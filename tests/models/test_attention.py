@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_mmdet.models import attention
-from spec_mmdet.models.attention import XCA, linear, xca_gram, xca_plain
+from spec_mmdet.models import products
+from spec_mmdet.models.attention import XCA, xca_gram, xca_plain
+from spec_mmdet.models.products import linear
 
 
 def arguments(B, N, heads, d, seed=0, scale=1.0, lam=0.0, kind='random'):
@@ -51,7 +52,7 @@ def test_gram_form_equals_the_plain_form(**draw):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('onednn', [True, False])
 def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
-    monkeypatch.setattr(attention, 'on_onednn', lambda x: onednn)  # a GPU has none
+    monkeypatch.setattr(products, 'on_onednn', lambda x: onednn)  # a GPU has none
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
         given[2] = torch.zeros_like(given[2])
@@ -93,6 +94,26 @@ def test_errors_are_no_larger_than_the_plain_forms(N, lam, scale, precision):
             plain, gram = ((form(*given).double() - expected).norm().item() for form in (xca_plain, xca_gram))
         ratios.append(gram / plain)
     assert sum(ratios) / len(ratios) <= (1.1 if N == 100 else 1.05)
+
+
+@pytest.mark.parametrize('lam', [0.0, 10.0])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_errors_of_gradients_are_no_larger_under_autocast(dtype, lam):
+    ratios = []
+    for seed in range(4):
+        exact = [tensor.requires_grad_() for tensor in arguments(1, 1600, 4, 12, seed=seed, lam=lam)]
+        direction = torch.randn(1, 1600, 48, dtype=torch.float64)
+        expected = torch.autograd.grad(xca_plain(*exact), exact, direction)
+        errors = []
+        for form in xca_plain, xca_gram:
+            leaves = [tensor.detach().float().requires_grad_() for tensor in exact]
+            with torch.autocast('cpu', dtype):
+                y = form(*leaves)
+            assert y.dtype == dtype
+            gradients = torch.autograd.grad(y, leaves, direction.to(dtype))
+            errors.append([(own - right).norm() for own, right in zip(gradients, expected)])
+        ratios.append([(gram / plain).item() for plain, gram in zip(*errors)])
+    assert torch.tensor(ratios).mean(dim=0).max() <= 1.05
 
 
 def test_the_module_takes_the_form_that_suits_the_number_of_tokens():

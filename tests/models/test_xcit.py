@@ -135,6 +135,20 @@ def test_checkpointing_changes_nothing_but_memory(conditioning):
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize('batch', [1, 64])
+def test_drop_path_leaves_out_branches_of_images(batch):
+    """Each branch adds one to a token here, so that what is added tells which were kept, and how they were scaled."""
+    block = xcit.Block(8, 2, 1.0, None, 0.25, dict(type='BN'))
+    x, added = torch.zeros(batch, 3, 8), []
+    for _ in range(4096 // batch):
+        y = block.residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x))
+        assert torch.equal(y, y[:, :1, :1].expand_as(y))
+        added += y[:, 0, 0].tolist()
+    assert set(added) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(sum(added) / len(added) - 1) < 0.05  # five standard deviations
+    assert torch.equal(block.eval().residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x)), x + 1)
+
+
 @pytest.mark.parametrize('stages', [-1, 0, 2, 4])
 def test_frozen_stages(stages):
     model = SpecXCiT(TINY, frozen_stages=stages).train()
@@ -213,7 +227,7 @@ def test_registered_and_initialised_from_a_checkpoint(tmp_path):
 
 def test_compiled_blocks_compute_the_same_with_few_compilations():
     counter = CompileCounterWithBackend('aot_eager')
-    model = SpecXCiT(TINY, compile=dict(dynamic=True, backend=counter)).double()
+    model = SpecXCiT(TINY, compile=dict(dynamic=True, backend=counter, fullgraph=True)).double()
     plain = SpecXCiT(TINY).double()
     plain.load_state_dict(model.state_dict())
     for size in (64, 96, 128, 160, 192, 224, 256):
@@ -222,5 +236,5 @@ def test_compiled_blocks_compute_the_same_with_few_compilations():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     compilations = counter.frame_count
     sum(f.sum() for f in model(torch.randn(1, 3, 320, 288, dtype=torch.float64))).backward()
-    assert counter.frame_count == compilations <= 12  # of six blocks on seven sizes
+    assert counter.frame_count == compilations <= 6  # of six blocks on seven sizes
     assert all(p.grad is not None for p in model.blocks.parameters())

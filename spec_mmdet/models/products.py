@@ -1,0 +1,164 @@
+"""Matrix products, and convolutions as such, by what is fastest on the device: the functions and their gradients are
+those of PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+# Tokens whose half-precision products add up in float32 within oneDNN; the sums are rounded before they are added up.
+SLICE = 1024
+WINDOWS = 2**21  # elements of a convolution's windows that are copied at a time, to stay in the cache
+
+
+def on_onednn(x: Tensor) -> bool:
+    """Whether products with x are handed to oneDNN, as convolutions of one pixel, and not to PyTorch's choice for them.
+
+    On a CPU that is MKL, which takes up to twice oneDNN's time on one of AMD's; under autocast to bfloat16 it is oneDNN
+    too, but with a pass more for the bias.
+    """
+    if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.is_autocast_enabled('cpu'):
+        return torch.get_autocast_dtype('cpu') == torch.bfloat16
+    return x.dtype in (torch.float32, torch.float64)
+
+
+def as_row(x: Tensor) -> Tensor:
+    """Tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N); nothing is copied."""
+    return x.mT.unsqueeze(2)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """``x W^T + b``.
+
+    Args:
+        x: tokens, shape (B, N, C).
+        W: shape (D, C), or (B, D, C) with one matrix for each image.
+        b: shape (D,) or None; with one matrix for each image, shape (B, D).
+
+    Returns:
+        Tensor of shape (B, N, D).
+    """
+    if not on_onednn(x):
+        return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
+    if W.ndim == 2:
+        return F.conv2d(as_row(x), W[:, :, None, None], b).squeeze(2).mT
+    ys = [linear(*own) for own in zip(x.split(1), W, b)]
+    return ys[0] if len(ys) == 1 else torch.cat(ys)
+
+
+def gram(x: Tensor) -> Tensor:
+    """``x^T x`` of each image's tokens x, shape (B, N, C): shape (B, C, C).
+
+    In float32 at least: tokens in half precision are multiplied as they are, and the products added up in float32.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        if x.device.type == 'cuda' and 'dtype' in torch.ops.aten.bmm.overloads():
+            return torch.bmm(x.mT, x, out_dtype=torch.float32)
+        if x.dtype == torch.bfloat16:  # which has the range for it
+            return torch.stack([(part.mT @ part).float() for part in x.split(SLICE, dim=1)]).sum(dim=0)
+        x = x.float()
+    if not on_onednn(x):
+        return x.mT @ x
+    C = x.shape[2]  # to a convolution, it is the gradient of a weight
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_row(x).split(1)])
+
+
+def weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
+    """The gradient by its weight of a convolution of x, as a matrix product: oneDNN's own takes up to three times as
+    long, where x is channels_last.
+
+    Args:
+        x: shape (B, C, H, W).
+        by_y: the gradient by what the convolution returns, shape (B, D, h, w).
+        kernel: its height and width.
+        stride: of the convolution.
+        padding: of the convolution.
+
+    Returns:
+        Tensor of shape (D, C, kernel, kernel).
+    """
+    windows = F.pad(x, (padding,) * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    windows = windows.permute(0, 2, 3, 4, 5, 1)  # (B, h, w, kernel, kernel, C), of each place of y what it sees
+    by_y = by_y.permute(0, 2, 3, 1)
+    shape = windows.shape[3:]
+    rows = max(1, WINDOWS // (windows.shape[2] * shape.numel()))
+    exact = torch.promote_types(by_y.dtype, torch.float32)
+    by_W = by_y.new_zeros(by_y.shape[3], shape.numel(), dtype=exact)
+    for own in zip(windows, by_y):
+        for seen, by_rows in zip(*(each.split(rows) for each in own)):
+            by_W += by_rows.flatten(0, 1).T @ seen.reshape(-1, shape.numel())
+    return by_W.to(x.dtype).unflatten(1, shape).permute(0, 3, 1, 2)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, stride: int, padding: int) -> Tensor:
+        return F.conv2d(x, W, None, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.stride, ctx.padding = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, by_y: Tensor) -> tuple:
+        x, W = ctx.saved_tensors
+        by_x = None
+        if ctx.needs_input_grad[0]:  # from x itself, to be as channels_last as it is
+            by_x, _, _ = torch.ops.aten.convolution_backward(
+                by_y, x, W, None, [ctx.stride] * 2, [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+            )
+        by_W = weight_gradient(x, by_y, W.shape[2], ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        return by_x, by_W, None, None
+
+
+class _Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, W, b, stride=W.shape[2])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, by_y: Tensor) -> tuple:
+        x, W = ctx.saved_tensors
+        kernel = W.shape[2]
+        by_x = F.conv2d(by_y, W, stride=kernel) if ctx.needs_input_grad[0] else None
+        by_W = weight_gradient(by_y, x, kernel, kernel) if ctx.needs_input_grad[1] else None
+        return by_x, by_W, by_y.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+def of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype in which autocast, where it is enabled, has convolutions of them."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with a square kernel and without bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of the few channels of an image, windows are copied for longer than multiplied.
+        if torch.compiler.is_compiling() or x.device.type != 'cpu' or self.in_channels < 32:
+            return super().forward(x)
+        return _Convolution.apply(*of_autocast(x, self.weight), self.stride[0], self.padding[0])
+
+
+class Upsample(nn.ConvTranspose2d):
+    """Transposed convolution of stride ``scale`` and a kernel as large: each pixel becomes scale x scale of them."""
+
+    def __init__(self, c_in: int, c_out: int, scale: int) -> None:
+        super().__init__(c_in, c_out, scale, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.device.type != 'cpu':
+            return super().forward(x)
+        return _Transposed.apply(*of_autocast(x, self.weight, self.bias))
