@@ -28,6 +28,13 @@ from .focal_loss import (
     softmax_focal_loss_backward,
     softmax_focal_loss_forward,
 )
+from .normalisation import (
+    sync_bn_backward_data,
+    sync_bn_backward_param,
+    sync_bn_forward_mean,
+    sync_bn_forward_output,
+    sync_bn_forward_var,
+)
 from .reassembly import (
     carafe_backward,
     carafe_forward,
@@ -68,6 +75,11 @@ __all__ = [
     'softmax_focal_loss_backward',
     'softmax_focal_loss_forward',
     'softnms',
+    'sync_bn_backward_data',
+    'sync_bn_backward_param',
+    'sync_bn_forward_mean',
+    'sync_bn_forward_output',
+    'sync_bn_forward_var',
 ]
 
 
