@@ -1,0 +1,40 @@
+"""A few of the families of the table in docs/operators.md, of each operator one; families.py goes through them all."""
+
+import sys
+from pathlib import Path
+
+import mmcv._ext
+import mmcv.ops.multi_scale_deform_attn as deform_attn
+import mmdet
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import families
+
+
+@pytest.fixture(autouse=True)
+def recording_ends(monkeypatch):
+    monkeypatch.setattr(
+        deform_attn, 'multi_scale_deformable_attn_pytorch', deform_attn.multi_scale_deformable_attn_pytorch
+    )
+    for name, operator in families.OPERATORS.items():
+        monkeypatch.setattr(mmcv._ext, name, operator)
+
+
+TABLE = families.PAGE.read_text()
+of_the_table = f'mmdet {mmdet.__version__},' in TABLE
+
+
+@pytest.mark.parametrize('family', ['centernet', 'dcn', 'deformable_detr', 'guided_anchoring'])
+def test_a_family_trains_and_predicts(family):
+    line = families.examine(family)
+    assert line.count(' | yes') == 2
+    if of_the_table:
+        assert line in TABLE.splitlines(), f'run python tests/ops/families.py: {line}'
+
+
+@pytest.mark.skipif(not of_the_table, reason='the table is of another version of MMDetection')
+def test_every_family_is_in_the_table():
+    rows = TABLE.partition(families.HEADING)[2].splitlines()
+    assert [row.split(' | ')[0].removeprefix('| ') for row in rows] == families.families()
