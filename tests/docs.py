@@ -5,15 +5,17 @@
 Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ that it links to, in the order
 of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with `_base_` is
 a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that begins like a
-command. They run in the pages' order, each by itself from the clone's root, without a GPU and with the COCO data in
-COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is put in for
-placeholders, what comes before a command or, for brevity, after it, and what is left out; an entry of theirs that fits
-nothing in the pages is an error. Logs go to work_dirs/docs_test.
+command. A notebook is a page, too: the code of its cells are its blocks, those of a shell where their lines begin with
+an exclamation mark. Commands run in the pages' order, each by itself from the clone's root, without a GPU and with the
+COCO data in COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is
+put in for placeholders, what comes before a command or, for brevity, after it, and what is left out; an entry of theirs
+that fits nothing in the pages is an error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -43,6 +45,8 @@ INLINE = re.compile(
 # The keys of the next three tables are commands, or what commands begin with, up to the end of a word: as spec-mmdet
 # has them, with the names of configs, whether the page says so or has the files of tools/ and configs/.
 SKIPPED = {
+    'docker': 'builds and runs a container; the Dockerfile has the commands of the page about installing',
+    'pip install jupyterlab': 'waits for a browser; what the notebook has is run as that of a page',
     'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
     'make docs-test': 'is this',
     'make test': 'CI runs it',
@@ -87,6 +91,7 @@ PREPENDED = {
     'torchrun': ANEW,
 }
 
+# Of several keys that fit a command, the longest counts.
 APPENDED = {
     'pip uninstall': '--yes',
     'pip install --force-reinstall': "&& python -c 'import spec_mmdet, mmdet.apis'",
@@ -96,6 +101,9 @@ APPENDED = {
     'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
     'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
     'spec-mmdet test': f'--cfg-options {EVALUATE}',
+    # The notebook is small already.
+    'spec-mmdet train xcit_spec_shapes': '',
+    'spec-mmdet test own-data': '',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
@@ -140,6 +148,11 @@ NEEDS = {
     'data/mine': 'spec-mmdet prepare IMAGES',
     'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
     'train my_detector.py': "_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'",
+    'own-data/drawn': 'spec-mmdet shapes own-data/drawn',
+    'own-data/prepared': 'spec-mmdet prepare own-data/drawn',
+    'own-data/findings': 'spec-mmdet prepare own-data/drawn',
+    'own-data/run': 'spec-mmdet train xcit_spec_shapes',
+    'own-data/predictions': 'spec-mmdet predict own-data/run',
     'dist/spec_mmdet': 'pip wheel',
     'pip install -e .': "pip install -e '.[onedl]'",
     'opencv-python': "pip install -e '.[onedl]'",
@@ -204,9 +217,9 @@ class Command:
         text = ' '.join([*(value for key, value in PREPENDED.items() if begins(self.text, key)), self.text])
         for name, value in PLACEHOLDERS.items():
             text = re.sub(placeholder(name), lambda match, value=value: value, text)
-        for key, value in APPENDED.items():
-            if begins(self.text, key):
-                text += ' ' + (value.removeprefix('--cfg-options ') if '--cfg-options' in text else value)
+        if fitting := [key for key in APPENDED if begins(self.text, key)]:
+            value = APPENDED[max(fitting, key=len)]
+            text = f'{text} {value.removeprefix("--cfg-options ") if "--cfg-options" in text else value}'
         return text
 
 
@@ -214,14 +227,29 @@ def placeholder(name: str) -> str:
     return rf'(?<![\w/]){re.escape(name)}(?!\w)'
 
 
+def read_page(page: Path) -> str:
+    """A page's text; that of a notebook as Markdown, its code as blocks."""
+    if page.suffix == '.md':
+        return page.read_text()
+    texts = []
+    for cell in json.loads(page.read_text())['cells']:
+        text = ''.join(cell['source'])
+        if cell['cell_type'] == 'code':
+            language = 'shell' if text.startswith('!') else 'python'
+            text = f'```{language}\n{re.sub("^!", "", text, flags=re.MULTILINE)}\n```'
+        texts.append(text)
+    return '\n\n'.join(texts) + '\n'
+
+
 def read_pages() -> dict[str, str]:
     """The README and the pages of docs/, by name, in the order in which the README links to them."""
-    readme = (ROOT / 'README.md').read_text()
-    linked = list(dict.fromkeys(re.findall(r'\]\((docs/[\w-]+\.md)', readme)))
-    forgotten = {f'docs/{page.name}' for page in (ROOT / 'docs').glob('*.md')} - {*linked}
+    readme = read_page(ROOT / 'README.md')
+    linked = list(dict.fromkeys(re.findall(r'\]\((docs/[\w-]+\.(?:md|ipynb))', readme)))
+    there = [*(ROOT / 'docs').glob('*.md'), *(ROOT / 'docs').glob('*.ipynb')]
+    forgotten = {f'docs/{page.name}' for page in there} - {*linked}
     if forgotten:
         sys.exit(f'error: the README does not link to {", ".join(sorted(forgotten))}')
-    return {'README.md': readme, **{page: (ROOT / page).read_text() for page in linked}}
+    return {'README.md': readme, **{page: read_page(ROOT / page) for page in linked}}
 
 
 def read_commands(pages: dict[str, str]) -> list[Command]:

@@ -1,5 +1,6 @@
 """The README and the pages of docs/: their links, and the tables of tests/docs.py, which runs their commands."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,18 +8,21 @@ import sys
 import pytest
 from conftest import ROOT
 
-PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')]
+from docs import read_page
+
+NOTEBOOK = ROOT / 'docs' / 'own-data.ipynb'
+PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), NOTEBOOK]
 
 
 def anchors(page) -> set[str]:
     """What a page's headings are called in links."""
-    headings = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```$', '', page.read_text(), flags=re.M | re.S), re.M)
+    headings = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```$', '', read_page(page), flags=re.M | re.S), re.M)
     return {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings}
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_links_to_is_there(page):
-    links = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+    links = re.findall(r'\]\(([^)\s]+)\)', read_page(page))
     for link in (link for link in links if '://' not in link):
         path, _, anchor = link.partition('#')
         target = (page.parent / path).resolve() if path else page
@@ -27,7 +31,7 @@ def test_what_a_page_links_to_is_there(page):
 
 
 def test_every_picture_is_shown():
-    shown = {name for page in PAGES for name in re.findall(r'!\[[^]]*\]\((?:docs/)?([\w.]+)\)', page.read_text())}
+    shown = {name for page in PAGES for name in re.findall(r'!\[[^]]*\]\((?:docs/)?([\w.]+)\)', read_page(page))}
     assert shown == {picture.name for picture in (ROOT / 'docs').glob('*.png')}
 
 
@@ -36,6 +40,31 @@ def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():
     assert listed.returncode == 0, listed.stderr
     for command in ('python tools/train.py configs/xcit_spec_maskrcnn.py', 'spec-mmdet train xcit_spec_maskrcnn'):
         assert re.search(rf'^\S+ +(rm .* && )?{re.escape(command)} ', listed.stdout, re.M)
+
+
+def test_a_notebook_is_run_cell_by_cell_as_it_is():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())['cells'] if cell['cell_type'] == 'code']
+    assert len(cells) >= 8 and not any(cell['outputs'] for cell in cells)
+    options = ['--list', '--only', f'{NOTEBOOK.name}:']
+    listed = subprocess.run([sys.executable, ROOT / 'tests' / 'docs.py', *options], capture_output=True, text=True)
+    for cell, line in zip(cells, listed.stdout.splitlines(), strict=True):
+        lines = [text.removesuffix('\n') for text in cell['source']]
+        if lines[0].startswith('!'):
+            code = ''.join(text.removesuffix('\\') for text in lines)[1:]
+        else:
+            code = f'python: {lines[0]}'
+        assert re.fullmatch(rf'docs/{NOTEBOOK.name}:\d+ +{re.escape(code)} *', line), line
+
+
+def test_a_container_is_installed_as_the_page_says_and_with_the_torch_of_make():
+    dockerfile, page = ((ROOT / name).read_text() for name in ('Dockerfile', 'docs/installation.md'))
+    installed = re.findall(r'pip (?:un)?install .+?(?= \\\n|\n)', dockerfile)
+    assert len(installed) == 4
+    assert '${TORCH}' in installed[0]
+    for line in installed[1:]:
+        assert line.replace(' --yes', '') in page
+    (torch,) = re.findall('^ARG TORCH="(.+)"$', dockerfile, re.M)
+    assert f'TORCH ?= {torch}\n' in (ROOT / 'Makefile').read_text()
 
 
 def test_every_module_has_its_place_on_the_page_about_the_structure():
