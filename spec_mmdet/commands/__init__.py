@@ -19,6 +19,7 @@ COMMANDS = {
     'export': 'write a detector, or its backbone alone, as ONNX',
     'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
     'benchmark': "time and memory against timm's XCiT and others",
+    'gpu-check': 'everything that only a GPU shows: what is right on it, and how fast it is',
     'benchmark-evaluator': 'time of faster-coco-eval against pycocotools',
     'flops': 'parameters and multiply-adds of configs',
     'shapes': "write the demo's generated data",

@@ -1,31 +1,56 @@
 """The benchmark compares models that compute the same, and says what it measured."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import run_tool
 
-from spec_mmdet.commands.benchmark import build_backbone
+from spec_mmdet.commands.benchmark import build_backbone, count_operations
 
 
 def test_all_backbones_have_the_same_output():
     images = torch.randn(1, 3, 96, 128)
     outputs = {}
-    for name in ('ours', 'timm', 'plain form', 'identity'):
+    for name in ('ours', 'timm', 'plain-form', 'identity'):
         with torch.no_grad():
             out = build_backbone(name, 'nano_12', 16).eval()(images)
         outputs[name] = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
-    for name in ('timm', 'plain form'):
+    for name in ('timm', 'plain-form'):
         torch.testing.assert_close(outputs[name], outputs['ours'], rtol=1e-4, atol=1e-4)
     assert (outputs['identity'] - outputs['ours']).abs().max() > 0.1
 
 
-@pytest.mark.parametrize('arguments', [['--models', 'timm', 'ours'], ['--detector']])
-def test_it_writes_what_it_measured(monkeypatch, tmp_path, capsys, arguments):
-    arguments += ['--arch', 'nano_12', '--sizes', '64x64', '96x64', '--rounds', '1', '--no-memory']
-    run_tool(monkeypatch, 'benchmark', *arguments, '--out', tmp_path)
-    rows = json.loads((tmp_path / 'benchmark.json').read_text())['rows']
-    assert [(row['height'], row['training_ratio']) for row in rows[::2]] == [(64, 1.0), (96, 1.0)]
-    assert all(row['inference_s'] > 0 and row['training_s'] > 0 for row in rows)
-    assert 'ratios to' in capsys.readouterr().out and (tmp_path / 'benchmark.png').exists()
+@pytest.mark.parametrize('groups', [1, 6])
+@pytest.mark.parametrize('kind', [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_operations_of_convolutions_are_counted(kind, groups):
+    module, x = kind(6, 12, 2, 2, groups=groups), torch.randn(3, 6, 8, 10, requires_grad=True)
+    places = 3 * 4 * 5 if kind is torch.nn.Conv2d else 3 * 8 * 10  # each of which takes every weight once
+    forward = 2 * places * module.weight.numel()
+    assert count_operations(lambda: module(x)) == forward
+    assert count_operations(lambda: module(x).sum().backward()) == 3 * forward
+
+
+def measured(monkeypatch, folder, *arguments):
+    monkeypatch.chdir(folder)
+    run_tool(monkeypatch, 'benchmark', *arguments, '--arch', 'nano_12', '--rounds', 1, '--no-memory', '--out', 'out')
+    return json.loads((folder / 'out' / 'benchmark.json').read_text())['rows']
+
+
+def test_it_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+    rows = measured(monkeypatch, tmp_path, '--models', 'timm', 'ours', 'resnet-50', '--sizes', '64x64', '96x64')
+    assert [(row['height'], row['training_ratio']) for row in rows[::3]] == [(64, 1.0), (96, 1.0)]
+    assert all(row['inference_s'] > 0 and row['training_share'] > 0 for row in rows)
+    assert 'ratios to timm' in capsys.readouterr().out and (tmp_path / 'out' / 'benchmark.png').exists()
+
+
+def test_whole_detectors(monkeypatch, tmp_path):
+    (row,) = measured(monkeypatch, tmp_path, '--detector', '--models', 'ours', '--sizes', '64x64')
+    assert row['inference_s'] > 0 and row['training_multiply_adds'] > 2 * row['inference_multiply_adds']
+
+
+def test_loading_is_timed_by_steps(monkeypatch, tmp_path, capsys, shapes):
+    run_tool(monkeypatch, 'benchmark', '--data', shapes)
+    shown = capsys.readouterr().out
+    assert float(re.search(r'([\d.]+) images a second', shown)[1]) > 0 and '| LoadImageFromFile | ' in shown
