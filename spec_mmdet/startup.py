@@ -30,3 +30,9 @@ def provide_operators() -> None:
     """Have Python look for ``mmcv._ext`` here in the end, once."""
     if not any(getattr(finder, 'serves', None) == OperatorFinder.serves for finder in sys.meta_path):
         sys.meta_path.append(OperatorFinder)
+
+
+def is_command() -> bool:
+    """Whether this process is ``spec-mmdet``, or ``python -m spec_mmdet``."""
+    module = [*sys.orig_argv, ''][sys.orig_argv.index('-m') + 1] if '-m' in sys.orig_argv else ''
+    return module == 'spec_mmdet' or os.path.splitext(os.path.basename(sys.argv[0]))[0] == 'spec-mmdet'

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.registry import init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.data.shapes import write_split
+from spec_mmdet.evaluation.drawing import DetLocalVisualizer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -90,10 +90,11 @@ def shapes(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, shapes) -> Path:
     """The work directory of one epoch: forty steps, by the command itself, from another folder than the repository's.
 
-    Enough for an AP that is small, but not zero.
+    Enough for an AP that is small, but not zero. What the command printed is in terminal.txt.
     """
     work = tmp_path_factory.mktemp('work')
     command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
     command.append('custom_hooks.1.interval=20')
-    subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
+    with (work / 'terminal.txt').open('w') as file:
+        subprocess.run(command, cwd=work, check=True, stdout=file, stderr=subprocess.STDOUT)
     return work

@@ -21,7 +21,7 @@ KNOWS = {
     'models': {'conditioning'},
     'checkpoints': {'conditioning', 'models'},
     'data': set(),
-    'evaluation': {'data'},
+    'evaluation': {'conditioning', 'data'},
     'training': {'conditioning', 'models', 'checkpoints', 'data', 'evaluation'},
     'commands': set(LAYERS),
 }

@@ -1,4 +1,4 @@
-# What every config has: MMDetection's runtime, the best checkpoint kept, curves for TensorBoard, condition numbers.
+# What every config has: MMDetection's runtime, the best checkpoint kept, guards, condition numbers, curves, pictures.
 _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(imports=['spec_mmdet'])
 
@@ -9,6 +9,7 @@ custom_hooks = [
     dict(type='ScheduleGuard'),
     dict(type='FiniteGuard'),
     dict(type='LoaderGuard', timeout=600),
+    dict(type='ResultsHook'),
 ]
 env_cfg = dict(dist_cfg=dict(timeout=600))  # seconds to wait for another process
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]

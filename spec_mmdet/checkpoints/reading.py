@@ -153,7 +153,7 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
 
 
 @CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
-def load_from_here(filename: str, map_location: str | torch.device | None = None) -> object:
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
     """MMEngine's loader for files and addresses: its own run code, or cannot read what MMEngine has written itself."""
     return load(filename, map_location)
 
@@ -230,6 +230,13 @@ def classes_of(checkpoint: object) -> list[str] | None:
         found = found.get(key) if isinstance(found, dict) else None
     named = isinstance(found, list | tuple) and found and all(isinstance(name, str) for name in found)
     return list(found) if named else None
+
+
+def run_of(checkpoint: object) -> dict[str, object]:
+    """What a training of this package says of itself in its checkpoints (``run.json``); empty where it says nothing."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    run = meta.get('run') if isinstance(meta, dict) else None
+    return run if isinstance(run, dict) else {}
 
 
 def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import locale
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
-from .common import command_line
+from ..errors import InputError
 
 COMMANDS = {
     'demo': 'the whole way on generated data, from images to COCO AP, in minutes on a CPU',
@@ -27,6 +31,39 @@ COMMANDS = {
     'paper-figures': "condition numbers during the demo's training, plain against conditioned",
 }
 
+NO_LIBGL = (
+    'OpenCV lacks a library of the system. The one without windows needs none: pip uninstall opencv-python, '
+    'then pip install --force-reinstall --no-deps opencv-python-headless. Or, as root: apt-get install libgl1'
+)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """What every command runs in: one line on stderr and exit status 1 for an InputError, or a config that cannot be
+    built; no pickle is trusted.
+    """
+    # MMEngine's use of pkg_resources is nothing that its user could put right.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
+        # Names of files and classes would stop the run, in MMEngine's logs if nowhere else.
+        os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+    # Whatever scheme a checkpoint is loaded by.
+    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    try:
+        yield
+    except InputError as error:
+        sys.exit(f'error: {error}')
+    except Exception as error:
+        if isinstance(error, ImportError) and 'libGL' in str(error):
+            sys.exit(f'error: {NO_LIBGL} ({error})')
+        from .options import fault_of_config
+
+        if (fault := fault_of_config(error)) is None:
+            raise
+        sys.exit(f'error: {fault}')
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it for a command that Ctrl-C ended
+
 
 def run(command: str, argv: Sequence[str] | None = None) -> None:
     """Run a command of :data:`COMMANDS`; ends the process, with one line on stderr, where its input cannot be used.
@@ -36,6 +73,7 @@ def run(command: str, argv: Sequence[str] | None = None) -> None:
         argv: its arguments; by default those of the process.
     """
     with command_line():
+        import_module('..registered', __name__)
         import_module(f'.{command.replace("-", "_")}', __name__).main(argv)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
-import locale
 import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,6 @@ from pathlib import Path
 import torch
 from mmdet.registry import RUNNERS
 from mmengine.config import Config
-from mmengine.dist import master_only
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
@@ -33,32 +30,9 @@ from ..data.fitting import (
 )
 from ..data.folders import use_folder
 from ..errors import InputError, some
-from ..files import write
-from .options import CfgOptions, Parser, fault_of_config, merge, settle
-
-
-@contextmanager
-def command_line() -> Iterator[None]:
-    """What every command runs in: one line on stderr and exit status 1 for an InputError, or a config that cannot be
-    built; no pickle is trusted.
-    """
-    # MMEngine's use of pkg_resources is nothing that its user could put right.
-    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
-        # Names of files and classes would stop the run, in MMEngine's logs if nowhere else.
-        os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
-    # Whatever scheme a checkpoint is loaded by.
-    os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    try:
-        yield
-    except InputError as error:
-        sys.exit(f'error: {error}')
-    except Exception as error:
-        if (fault := fault_of_config(error)) is None:
-            raise
-        sys.exit(f'error: {fault}')
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells have it for a command that Ctrl-C ended
+from .options import CfgOptions, Parser, merge, settle
+from .runners import QuietRunner, WholeConfigRunner
+from .terminal import Terminal
 
 
 def parser(command: str, doc: str) -> Parser:
@@ -100,6 +74,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--no-check', action='store_true', help='do not look at annotations and images one by one '
                         'before the start')  # fmt: skip
     parser.add_argument('--work-dir', help='where to write logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument('--verbose', action='store_true', help='show all that is written to the log file')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='what has started this process as one of several')  # fmt: skip
     parser.add_argument(
@@ -175,18 +150,18 @@ def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None
         set_classes(cfg, classes, "metainfo.classes of the config's data sets" if stated else 'the data')
 
 
-class WholeConfigRunner(Runner):
-    """MMEngine's runner, whose config takes the place of an earlier run's only when it is whole."""
+def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
+    """MMEngine's runner, or the one that the config names.
 
-    @master_only
-    def dump_config(self) -> None:
-        """Write the config to the work directory."""
-        write(Path(self.work_dir, Path(self.cfg.filename).name), self.cfg.pretty_text)
-
-
-def build_runner(cfg: Config) -> Runner:
-    """MMEngine's runner, or the one that the config names."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else WholeConfigRunner.from_cfg(cfg)
+    Args:
+        cfg: the whole config.
+        terminal: what shows it, entered; by default all that MMEngine says is shown.
+    """
+    kind = WholeConfigRunner if terminal is None else QuietRunner
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else kind.from_cfg(cfg)
+    if terminal is not None:
+        terminal.attach(runner)
+    return runner
 
 
 def run_command(*command: str | Path) -> None:

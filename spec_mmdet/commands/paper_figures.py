@@ -8,7 +8,7 @@ what the training makes of it.
 
 from __future__ import annotations
 
-import json
+import csv
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 
 from ..files import replaced, written_aside
+from ..training.results import read_scalars
 from .common import parser, run_command
 from .demo import CONFIG, DATA
 
@@ -27,19 +28,14 @@ WORK = Path('work_dirs/paper_figures')
 RUNS = {'plain': ['model.backbone.conditioning=None'], 'conditioned': []}
 
 
-def read(name: str) -> list[dict]:
-    """What a run's visualiser wrote, a dict a record."""
-    (path,) = (WORK / name).glob('*/vis_data/scalars.json')
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def series(entries: list[dict], matrix: str, figure: str) -> tuple[list[int], list[list[float]]]:
-    """A figure of the corrected matrix, or of the plain one where there is no correction, for each step and layer."""
-    entries = [entry for entry in entries if 'conditioning/seconds' in entry]
-    chosen = [key for key in entries[0] if key.startswith('conditioning/') and key.endswith(f'.{matrix}/{figure}')]
-    corrected = [key.replace(f'/{figure}', f'/conditioned_{figure}') for key in chosen]
-    keys = corrected if corrected[0] in entries[0] else chosen
-    return [entry['step'] for entry in entries], [[entry[key] for key in keys] for entry in entries]
+def series(name: str, matrix: str, figure: str) -> tuple[list[int], list[list[float]]]:
+    """A figure of a run's corrected matrix, or of the plain one where there is none: each step's and layer's."""
+    values: dict[int, list[float]] = {}
+    with (WORK / name / 'conditioning.csv').open(newline='') as file:
+        for row in csv.DictReader(file):
+            if row['matrix'] == matrix:
+                values.setdefault(int(row['iter']), []).append(float(row[f'conditioned_{figure}'] or row[figure]))
+    return list(values), list(values.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure, axes = plt.subplots(2, 3, figsize=(15, 7.5), layout='constrained')
         print(f'\n{"":14}{"":12}{"first":>12}{"last":>12}   (median over the layers)')
         for color, name in enumerate(RUNS):
-            entries = read(name)
+            entries = read_scalars(WORK / name)
             for axis, (kind, matrices) in zip(axes.flat, panels):
-                steps, values = series(entries, matrices[0], kind)
+                steps, values = series(name, matrices[0], kind)
                 for matrix in matrices[1:]:
-                    values = [a + b for a, b in zip(values, series(entries, matrix, kind)[1])]
+                    values = [a + b for a, b in zip(values, series(name, matrix, kind)[1])]
                 medians = [statistics.median(layers) for layers in values]
                 axis.plot(steps, medians, f'C{color}', label=name)
                 axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f'C{color}', alpha=0.15)

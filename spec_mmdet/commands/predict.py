@@ -34,7 +34,6 @@ import cv2
 import numpy as np
 import torch
 from mmdet.apis import DetInferencer
-from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
@@ -217,12 +216,8 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
 
 
 def know_classes(inferencer: DetInferencer, classes: Sequence[str]) -> DetInferencer:
-    """An inferencer that knows the classes' names, and draws them in colours that differ."""
-    known = inferencer.model.dataset_meta  # the visualizer's, too
-    known['classes'] = tuple(classes)
-    coco = CocoDataset.METAINFO
-    if known['palette'] == coco['palette'] and known['classes'] != coco['classes']:
-        known['palette'] = 'random'  # of COCO's colours the first ones are much alike
+    """An inferencer that knows the classes' names."""
+    inferencer.model.dataset_meta['classes'] = tuple(classes)  # the visualizer's, too
     return inferencer
 
 

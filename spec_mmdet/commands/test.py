@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,11 +19,12 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
+from ..checkpoints.reading import load, run_of
 from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, some
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
-from ..files import folder_written_aside
+from ..files import folder_written_aside, shown
 from .common import (
     add_run_options,
     build_runner,
@@ -35,6 +35,7 @@ from .common import (
     read_classes,
     running,
 )
+from .terminal import Terminal
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,16 +106,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     setup_cache_size_limit_of_dynamo()
     datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
+    terminal = None if args.verbose else Terminal()
+    names = [name for dataset in datasets for name in configured_classes(dataset)]
     with folder_written_aside(reported) if reported else nullcontext() as aside:
-        with running(), names_drawn(name for dataset in datasets for name in configured_classes(dataset)):
-            runner = build_runner(cfg)
+        with running(), names_drawn(names), terminal or nullcontext():
+            runner = build_runner(cfg, terminal)
             if args.out:
                 runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
             metrics = runner.test()
+            if reported:
+                tested = report.Tested.of(runner, run_of(load(args.checkpoint, mmap=True)))
             del runner
         require_measured(metrics)
         if reported:
-            command = shlex.join(['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)])
-            report.write(aside, cfg, args.checkpoint, command)
+            command = ['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)]
+            report.write(aside, cfg, args.checkpoint, command, tested)
     if reported:
-        print(f'report: {reported / report.PAGE}')
+        print(f'report: {shown(reported / report.PAGE)}')

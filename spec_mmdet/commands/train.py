@@ -35,6 +35,7 @@ from .common import (
     read_classes,
     running,
 )
+from .terminal import Terminal
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,5 +132,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale_learning_rate(cfg)
 
     setup_cache_size_limit_of_dynamo()
-    with locked(work) if is_first_process() else nullcontext(), running(), listening():
-        build_runner(cfg).train()
+    terminal = None if args.verbose else Terminal()
+    with locked(work) if is_first_process() else nullcontext(), running(), listening(), terminal or nullcontext():
+        build_runner(cfg, terminal).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
@@ -166,7 +167,8 @@ class AnnotationFile(COCO):
         super().__init__()
         if annotation_file is not None:
             self.dataset = read_coco(Path(annotation_file), annotated=False)
-            self.createIndex()
+            with redirect_stdout(None):  # it tells that it does
+                self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def getAnnIds(self, imgIds=(), catIds=(), areaRng=(), iscrowd=None):

@@ -133,8 +133,12 @@ def write_split(root: Path, split: str, images: int, size: int, rng: np.random.G
     """Write ``images`` images to root/split and their annotations to root/annotations/instances_{split}.json."""
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / 'annotations').mkdir(exist_ok=True)
-    coco: dict[str, list] = dict(
-        images=[], annotations=[], categories=[dict(id=i + 1, name=name) for i, name in enumerate(CATEGORIES)]
+    coco: dict = dict(
+        info=dict(description='Generated shapes of spec_mmdet'),
+        licenses=[],
+        images=[],
+        annotations=[],
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(CATEGORIES)],
     )
     for image_id in range(1, images + 1):
         image, annotations = make_image(rng, size)

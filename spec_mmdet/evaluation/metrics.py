@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from unittest.mock import patch
 
 from mmdet.evaluation import CocoMetric as MMDetCocoMetric
 from mmdet.evaluation.metrics import coco_metric
 from mmdet.registry import METRICS
+from mmengine.logging import print_log
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -116,8 +119,11 @@ class CocoMetric(MMDetCocoMetric):
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """CocoMetric's metrics of its results."""
-        with patch.multiple(coco_metric, COCO=AnnotationFile, COCOeval=self.evaluation):
-            return super().compute_metrics(results)
+        printed = io.StringIO()
+        with patch.multiple(coco_metric, COCO=AnnotationFile, COCOeval=self.evaluation), redirect_stdout(printed):
+            metrics = super().compute_metrics(results)
+        print_log(printed.getvalue(), 'current')
+        return metrics
 
 
 @METRICS.register_module()

@@ -76,6 +76,11 @@ class SeededBatches:
         """Where MMEngine tells the epoch."""
         return self.batches.sampler
 
+    @property
+    def batch_size(self) -> int:
+        """As PyTorch's batch samplers have it."""
+        return self.batches.batch_size
+
     def __len__(self) -> int:
         return len(self.batches)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
@@ -51,9 +55,9 @@ class ScheduleGuard(Hook):
                                   f'from: {where_weights_are(runner.cfg.model.backbone)}')  # fmt: skip
 
 
-def doubts_of_schedule(runner: Runner) -> list[str]:
-    """What of a runner's schedule does not fit the number of its iterations."""
-    total, epoch = runner.train_loop.max_iters, len(runner.train_dataloader)
+def warm_up_and_drops(runner: Runner) -> tuple[int, list[int]]:
+    """The iterations that a runner's schedule warms up for, and those at which the learning rate drops."""
+    epoch = len(runner.train_dataloader)
     found = runner.param_schedulers or []
     found = [s for group in found.values() for s in group] if isinstance(found, dict) else found
     warm_up, drops = 0, []
@@ -63,6 +67,13 @@ def doubts_of_schedule(runner: Runner) -> list[str]:
             warm_up = max(warm_up, scheduler.end * unit)
         if isinstance(scheduler, MultiStepParamScheduler):
             drops += [step * unit for step in scheduler.milestones]
+    return warm_up, drops
+
+
+def doubts_of_schedule(runner: Runner) -> list[str]:
+    """What of a runner's schedule does not fit the number of its iterations."""
+    total = runner.train_loop.max_iters
+    warm_up, drops = warm_up_and_drops(runner)
     doubts = []
     if warm_up > total:
         doubts.append(f'the warm-up takes {warm_up} iterations and the training {total}: the learning rate stays low')
@@ -96,48 +107,73 @@ def where_weights_are(backbone: dict) -> str:
     )
 
 
+CONDITIONING = 'conditioning'  # what its curves begin with, and the name of its table
+MEDIANS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J', 'sigma_min')
+
+
 @HOOKS.register_module()
 class ConditioningHook(Hook):
-    """Follow the conditioning in training: singular values and condition numbers, to MMEngine's visualiser.
+    """Follow the conditioning in training: singular values and condition numbers, at the first iteration and the last.
 
-    Written under 'conditioning/' at the first iteration and every ``interval`` ones: sigma_min, sigma_max and kappa of
-    every projection of the backbone, without and with its correction, and of each layer's Jacobian on the first image
-    of the batch (see :func:`jacobian_spectra`); and how many seconds that took.
+    For every projection of the backbone, without and with its correction, and for each layer's Jacobian on the first
+    image of the batch (see :func:`jacobian_spectra`), ``conditioning.csv`` in the work directory gets sigma_min,
+    sigma_max and kappa. MMEngine's visualiser gets their medians over the layers, with the corrections where there are
+    some, under 'conditioning/': kappa_Q, kappa_K, kappa_V, kappa_J, the least singular value of the projections, and
+    how many seconds that took.
 
     Args:
-        interval: iterations from one record to the next. The default keeps the cost under 1 % of the training time.
+        interval: iterations from one record to the next, between those. The default keeps the cost under 1 % of the
+            training time.
         heads: how many heads of each layer to take for the Jacobian; by default one.
     """
+
+    columns = ('iter', 'layer', 'matrix', 'sigma_min', 'sigma_max', 'kappa')
+    columns += ('conditioned_sigma_min', 'conditioned_sigma_max', 'conditioned_kappa')
 
     def __init__(self, interval: int = 5000, heads: int = 1) -> None:
         self.interval = interval
         self.heads = heads
 
     def before_train(self, runner: Runner) -> None:
-        """Say so if the corrections do not improve the condition numbers."""
-        unhelpful = measure(unwrapped(runner).backbone).unhelpful() if is_main_process() else ''
-        if unhelpful:
+        """Say so if the corrections do not improve the condition numbers; begin the table."""
+        if not is_main_process():
+            return
+        if unhelpful := measure(unwrapped(runner).backbone).unhelpful():
             runner.logger.warning(unhelpful)
+        self.table = Path(runner.work_dir, f'{CONDITIONING}.csv')
+        if not (runner._resume and self.table.exists()):
+            self.table.write_text(','.join(self.columns) + '\n')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
         """Write the figures, if they are due."""
-        if runner.iter and not self.every_n_train_iters(runner, self.interval) or not is_main_process():
+        due = not runner.iter or self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
+        if not due or not is_main_process():
             return
         start = time.perf_counter()
         model = unwrapped(runner)
         image = model.data_preprocessor(dict(inputs=data_batch['inputs'][:1], data_samples=None))['inputs']
-        figures = {}
-        for row in measure(model.backbone):
-            name = f'conditioning/{row.name}.{row.role}'
-            figures |= {f'{name}/sigma_min': row.sigma_min, f'{name}/sigma_max': row.sigma_max}
-            figures[f'{name}/kappa'] = row.kappa
-            if row.conditioned_kappa is not None:
-                figures[f'{name}/conditioned_sigma_min'] = row.conditioned_sigma_min
-                figures[f'{name}/conditioned_sigma_max'] = row.conditioned_sigma_max
-                figures[f'{name}/conditioned_kappa'] = row.conditioned_kappa
-        for row in jacobian_spectra(model.backbone, image, self.heads):
-            name = f'conditioning/{row.name}.J'
-            figures |= {f'{name}/sigma_min': row.sigma_min, f'{name}/sigma_max': row.sigma_max}
-            figures[f'{name}/kappa'] = row.kappa
-        figures['conditioning/seconds'] = time.perf_counter() - start
+        rows = [(runner.iter + 1, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
+                 row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
+                for row in measure(model.backbone)]  # fmt: skip
+        rows += [(runner.iter + 1, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
+                 for row in jacobian_spectra(model.backbone, image, self.heads)]  # fmt: skip
+        with self.table.open('a', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows(rows)
+        figures = {f'{CONDITIONING}/{name}': value for name, value in medians(rows).items()}
+        figures[f'{CONDITIONING}/seconds'] = time.perf_counter() - start
         runner.visualizer.add_scalars(figures, step=runner.iter + 1)
+
+
+def medians(rows: Sequence[tuple]) -> dict[str, float]:
+    """Medians over the layers, of the corrected matrices where there are some; of :data:`MEDIANS` those there are.
+
+    Args:
+        rows: as in ConditioningHook's table.
+    """
+    values: dict[str, list[float]] = {}
+    for _, _, matrix, sigma_min, _, kappa, conditioned_sigma_min, _, conditioned_kappa in rows:
+        corrected = conditioned_kappa is not None
+        values.setdefault(f'kappa_{matrix[0]}', []).append(conditioned_kappa if corrected else kappa)
+        if matrix != 'J':
+            values.setdefault('sigma_min', []).append(conditioned_sigma_min if corrected else sigma_min)
+    return {name: median(values[name]) for name in MEDIANS if name in values}

@@ -152,7 +152,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _write_weights(self, best: Path) -> None:
         content = load(best)
-        meta = {key: content['meta'][key] for key in ('epoch', 'iter', 'dataset_meta') if key in content['meta']}
+        meta = {key: content['meta'][key] for key in ('epoch', 'iter', 'dataset_meta', 'run') if key in content['meta']}
         write(weights_beside(best), serialized(dict(meta=meta, state_dict=content['state_dict'])))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

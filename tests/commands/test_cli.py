@@ -53,6 +53,18 @@ def test_exit_codes_and_one_line_errors(tmp_path):
     assert run('train').returncode == 2
     assert not list(tmp_path.iterdir())
 
+    (tmp_path / 'cv2.py').write_text("raise ImportError('libGL.so.1: cannot open shared object file')\n")
+    ended = run('train', 'absent.py')
+    assert ended.returncode == 1 and ended.stderr.count('\n') == 1 and 'opencv-python-headless' in ended.stderr
+
+
+def test_help_waits_for_nothing(tmp_path):
+    code = 'import sys; from spec_mmdet.commands import main; main(["--help"]); print(*sys.modules)'
+    script = tmp_path / 'spec-mmdet'
+    script.write_text(code)
+    shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert 'paper-figures' in shown and not {'torch', 'mmengine', 'mmdet', 'cv2'} & {*shown.split()}
+
 
 def options_of(script: Path) -> set[str]:
     """The options that a script of MMDetection's adds to its parser, read from its source."""

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import pickle
+import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +23,25 @@ from mmdet.registry import HOOKS
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
 from spec_mmdet.errors import InputError
+from spec_mmdet.training.results import by_epoch, read_scalars
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
 DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
 
 
-def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path):
+def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path, capsys):
     out = tmp_path / 'results.pkl'
     monkeypatch.chdir(tmp_path)
     args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', 'work', '--out', out, '--show-dir', 'pictures']
     run_tool(monkeypatch, 'test', *args, *options(shapes))
     (reported,) = (json.loads(path.read_text()) for path in (tmp_path / 'work').glob('*/*.json'))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) < 40
+    for kind, name in dict(bbox='box AP', segm='mask AP').items():
+        (line,) = (line for line in printed if line.startswith(name))
+        assert [float(value) for value in line.removeprefix(name).split()] == [
+            reported[f'coco/{kind}_{size}'] for size in ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+        ]
     assert len(list((tmp_path / 'pictures').glob('*.png'))) == 12
 
     ann_file = shapes / 'annotations' / 'instances_val.json'
@@ -68,6 +78,41 @@ def test_training_leaves_what_one_follows_it_by(trained):
     (log,) = trained.glob('*/*.log')
     text = log.read_text()
     assert 'System environment:' in text and "type='SpecXCiT'" in text and ' eta: ' in text
+
+
+def test_what_training_says(trained):
+    """Under forty lines before its first, and nothing of what is for who looks into the log."""
+    lines = (trained / 'terminal.txt').read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith('epoch 1/1 '))
+    assert 10 < first < 40
+    text = '\n'.join(lines[:first])
+    says = [
+        '160 images',
+        'circle, square, triangle, star',
+        'MaskRCNN on SpecXCiT, 2.0 M parameters',
+        'lam=1)',
+        'random',
+    ]
+    says += ['batches of 4', '1 epoch of 40 iterations', 'AdamW at 0.002 after 5 iterations', 'CPU, 1 thread', '.log (']
+    assert not [words for words in says if words not in text]
+    assert 'images are few to learn it from' in text and 'deprecat' not in text and 'paramwise' not in text
+    for words in ('loss ', 'rpn_cls ', 'mask ', 'rate ', ' images/s', ' GiB', ' left'):
+        assert words in lines[first]
+    assert any(line.startswith('epoch 1/1  validation: box AP 0.') for line in lines)
+    assert lines[-1] == 'best checkpoint: best_coco_segm_mAP_epoch_1.pth'  # from where it was started
+
+
+def test_a_bar_on_a_terminal_and_all_of_the_log(shapes, tmp_path):
+    if not shutil.which('script'):
+        pytest.skip('no script(1) to give a command a terminal')
+    command = [sys.executable, '-m', 'spec_mmdet', 'train', CONFIG, '--no-check', '--work-dir', tmp_path / 'work']
+    command = shlex.join(map(str, [*command, *options(shapes), *FEW]))
+    shown = subprocess.run(
+        ['script', '-qec', command, tmp_path / 'typed'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stdout
+    assert 'epoch 1/1 ' in shown.stdout and '━' in shown.stdout and '0/2' in shown.stdout
+    assert 'System environment' not in shown.stdout and 'images/s' in shown.stdout
 
 
 def test_what_finds_nothing_is_not_the_best(monkeypatch, shapes, tmp_path):
@@ -119,12 +164,13 @@ def sigma_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_writes_condition_numbers(trained):
-    (log,) = trained.glob('*/vis_data/scalars.json')
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    entries = [entry for entry in entries if 'conditioning/seconds' in entry]
-    assert [entry['step'] for entry in entries] == [1, 20, 40]
-    last = entries[-1]
-    for name, ((low, high), (conditioned_low, conditioned_high)) in sigma_of(trained / 'epoch_1.pth').items():
+    with (trained / 'conditioning.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row['iter'] for row in rows)) == ['1', '20', '40']
+    last = {f'{row["layer"]}.{row["matrix"]}': row for row in rows if row['iter'] == '40'}
+    sigma = sigma_of(trained / 'epoch_1.pth')
+    assert len(last) == len(sigma) + 6
+    for name, ((low, high), (conditioned_low, conditioned_high)) in sigma.items():
         for figure, value in dict(
             sigma_min=low,
             sigma_max=high,
@@ -133,10 +179,60 @@ def test_training_writes_condition_numbers(trained):
             conditioned_sigma_max=conditioned_high,
             conditioned_kappa=conditioned_high / conditioned_low,
         ).items():
-            assert last[f'conditioning/{name}/{figure}'] == pytest.approx(value.item(), rel=1e-4)
-    for i in range(6):
-        low, high, kappa = (last[f'conditioning/blocks.{i}.attn.J/{f}'] for f in ('sigma_min', 'sigma_max', 'kappa'))
+            assert float(last[name][figure]) == pytest.approx(value.item(), rel=1e-4)
+    jacobians = [last[f'blocks.{i}.attn.J'] for i in range(6)]
+    for row in jacobians:
+        low, high, kappa = (float(row[figure]) for figure in ('sigma_min', 'sigma_max', 'kappa'))
         assert 0 < low < high and kappa == pytest.approx(high / low)
+
+    # Five curves, the medians over the layers, and no chart for each of them.
+    entries = [entry for entry in read_scalars(trained) if 'conditioning/seconds' in entry]
+    assert [entry['step'] for entry in entries] == [1, 20, 40]
+    kappas = {f'kappa_{r}': [(s[1, 1] / s[1, 0]).item() for n, s in sigma.items() if n.endswith(r)] for r in 'QKV'}
+    expected = {name: statistics.median(values) for name, values in kappas.items()}
+    expected['kappa_J'] = statistics.median(float(row['kappa']) for row in jacobians)
+    expected['sigma_min'] = statistics.median(s[1, 0].item() for s in sigma.values())
+    assert set(entries[-1]) == {f'conditioning/{name}' for name in (*expected, 'seconds')} | {'step'}
+    for name, value in expected.items():
+        assert entries[-1][f'conditioning/{name}'] == pytest.approx(value, rel=1e-4)
+
+
+def test_training_leaves_what_people_look_at(trained):
+    (epoch,) = csv.DictReader((trained / 'results.csv').read_text().splitlines())
+    records = read_scalars(trained)
+    losses = [entry['loss'] for entry in records if 'loss' in entry]
+    (metrics,) = (entry for entry in records if 'coco/bbox_mAP' in entry)
+    assert (epoch['epoch'], epoch['iter']) == ('1', '25')  # the last that the logger wrote
+    assert float(epoch['loss']) == pytest.approx(statistics.mean(losses))
+    assert float(epoch['coco/segm_mAP_50']) == metrics['coco/segm_mAP_50']
+    names = ['results.png', 'val_epoch_1.jpg', *(f'train_batch_{i}.jpg' for i in (1, 2, 3))]
+    sizes = {name: cv2.imread(str(trained / name)).shape for name in names}
+    assert sizes['train_batch_1.jpg'] == sizes['train_batch_2.jpg'] and sizes['val_epoch_1.jpg'][1] > 4 * 320
+    run = json.loads((trained / 'run.json').read_text())
+    assert run['seed'] == 0 and run['conditioning'] == "dict(type='identity', lam=1)" and '--work-dir' in run['command']
+    assert run['commit'].startswith(subprocess.check_output(['git', 'rev-parse', 'HEAD'], cwd=ROOT, text=True).strip())
+    for name in ('epoch_1.pth', 'best_coco_segm_mAP_epoch_1_weights.pth'):
+        assert load(trained / name)['meta']['run'] == run
+
+
+def test_curves_of_a_training_that_was_resumed(tmp_path):
+    """What was trained again counts once, as it was in the end."""
+
+    def write(name, *entries):
+        path = tmp_path / name / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        path.write_text('\n'.join(map(json.dumps, entries)))
+
+    def train(iteration, loss):
+        return dict(loss=loss, lr=0.1, iter=iteration, step=iteration)
+
+    epochs = [{'coco/bbox_mAP': 0.1 * epoch, 'step': epoch} for epoch in (1, 2, 3)]
+    write('1', train(5, 3.0), train(10, 2.0), epochs[0], train(15, 9.0), train(20, 9.0))
+    write('2', train(15, 1.0), train(20, 0.5), epochs[1])
+    write('3', train(25, 0.5), epochs[2])
+    assert [entry['loss'] for entry in read_scalars(tmp_path) if 'loss' in entry] == [3.0, 2.0, 1.0, 0.5, 0.5]
+    rows = list(by_epoch(read_scalars(tmp_path)))
+    assert [(row['epoch'], row['iter'], row['loss']) for row in rows] == [(1, 10, 2.5), (2, 20, 0.75), (3, 25, 0.5)]
 
 
 def test_analyze_conditioning(monkeypatch, shapes, trained, tmp_path, capsys):

@@ -11,6 +11,7 @@ from test_metrics import evaluated, scene
 
 from spec_mmdet.evaluation import report
 from spec_mmdet.evaluation.metrics import Evaluation
+from spec_mmdet.evaluation.outcomes import confusion_matrix, outcomes
 
 CLASSES = ('1', '2', '3', '4')
 
@@ -95,10 +96,10 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
         categories = coco.getCatIds(catNms=CLASSES)
         evaluation = report.evaluate(coco, tmp_path / f'CocoMetric.{kind}.json', kind, categories)
         assert np.array_equal(evaluation.stats, expected[kind].stats)
-        outcome = report.outcomes(evaluation)
-        known = report.outcomes(expected[kind])
+        outcome = outcomes(evaluation, 0.3)
+        known = outcomes(expected[kind], 0.3)
         for part in ('found', 'false', 'missed', 'crowd'):
             counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
             assert counts[0] == counts[1]
-        matrix = report.confusion_matrix(evaluation, outcome)
-        assert np.array_equal(matrix, report.confusion_matrix(expected[kind], known))
+        matrix = confusion_matrix(evaluation, outcome)
+        assert np.array_equal(matrix, confusion_matrix(expected[kind], known))

@@ -1,10 +1,12 @@
 """The report of an evaluation: its figures are those of pycocotools, and a browser shows all of it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from spec_mmdet.data import shapes
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
+from spec_mmdet.evaluation.outcomes import ERRORS, confusion_matrix, outcomes, scores_of
 from spec_mmdet.files import folder_written_aside
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -32,7 +35,8 @@ def detections(coco: COCO, rng: np.random.Generator) -> list[dict]:
         for _ in range(rng.integers(3)):
             box = np.array(annotation['bbox']) + rng.normal(0, 2, 4)
             category = annotation['category_id'] if rng.random() < 0.7 else int(rng.integers(1, 4))
-            entry = dict(image_id=annotation['image_id'], category_id=category, score=round(rng.random(), 3))
+            score = 0.4 * rng.random() + 0.5 * (category == annotation['category_id'])
+            entry = dict(image_id=annotation['image_id'], category_id=category, score=round(score, 3))
             found.append(dict(entry, bbox=box.clip(1).tolist(), segmentation=code))
     return found
 
@@ -63,10 +67,14 @@ def write_report(root: Path, found: list[dict]) -> str:
     cfg.merge_from_dict(settings(root))
     set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
     report.prepare(folder, cfg)
+    tested = report.Tested(
+        'None', [('queries', '12', '345', '–', '–')], '7 images a second', dict(seed=5, commit='abc')
+    )
+    command = ['spec-mmdet', 'test', '--report', 'a & b', f'{Path.cwd()}/c']
     with folder_written_aside(folder) as aside:
         for kind in ('bbox', 'segm'):
             Path(f'{cfg.test_evaluator.outfile_prefix}.{kind}.json').write_text(json.dumps(found))
-        report.write(aside, cfg, 'epoch_<3>.pth', 'python tools/test.py --report "a & b"')
+        report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
     return (folder / 'index.html').read_text('utf-8')
 
 
@@ -103,28 +111,81 @@ def test_figures_are_those_of_pycocotools(data):
 
     boxes, masks = (pycocotools(COCO(path), found, kind) for kind in ('bbox', 'segm'))
     assert 0.1 < boxes.stats[0] < 0.9
-    assert table(page, 'stats') == [['Boxes', *map(printed, boxes.stats)], ['Masks', *map(printed, masks.stats)]]
+    columns = zip(map(printed, boxes.stats), map(printed, masks.stats))
+    assert [row[1:3] for row in table(page, 'stats')] == [list(pair) for pair in columns]
     objects = [a for a in COCO(path).dataset['annotations'] if not a['iscrowd']]
+
+    # Again for the detections with a score alone, which is what counts as found, missed and false positive.
+    def counts(least):
+        sure = [d for d in found if d['score'] >= least]
+        alone = pycocotools(COCO(path), sure, 'bbox', iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
+        entries = [e for e in alone.evalImgs if e]
+        hits = sum(int(((e['dtMatches'] > 0) & ~e['dtIgnore']).sum()) for e in entries)
+        return hits, sum(int(((e['dtMatches'] == 0) & ~e['dtIgnore']).sum()) for e in entries)
+
+    scores = scores_of(boxes)
+    for place in (0, 20, 50, 80):
+        hits, false = counts(scores.thresholds[place])
+        assert scores.precision[place] == pytest.approx(hits / (hits + false))
+        assert scores.recall[place] == pytest.approx(hits / len(objects))
+        assert scores.f1[place] == pytest.approx(2 * hits / (hits + false + len(objects)))
+    least = scores.thresholds[scores.best]
+    hits, false = counts(least)
+    assert scores.f1[scores.best] == scores.f1.max() and 0 < least < 1
+    counted = dict(table(page, 'counts'))
+    assert counted == {'objects': str(len(objects)), 'found': str(hits), 'not found': str(len(objects) - hits),
+                       'false positives': str(false)}  # fmt: skip
+    assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
+    assert f'from a score of <b>{least:.2f}</b>' in page.replace('\n', ' ')
+    outcome_of = outcomes(boxes, least)
+    assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
+    matrix = confusion_matrix(boxes, outcome_of)
+    assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
+
     expected = []
     for i, name in enumerate(NAMES):
         by_box, by_mask = (e.eval['precision'][:, :, i, 0, -1] for e in (boxes, masks))
         figures = [printed(mean(figure)) for figure in (by_box, by_mask, by_box[0])]
-        expected.append([name, *figures, str(sum(a['category_id'] == i + 1 for a in objects))])
+        counted = [sum(a['category_id'] == i + 1 for a in objects), matrix[i, i], matrix[:, i].sum() - matrix[i, i]]
+        expected.append([name, *figures, *map(str, counted)])
     assert table(page, 'classes') == expected
-    assert expected[3] == ['star', '–', '–', '–', '0']
+    assert expected[3][:5] == ['star', '–', '–', '–', '0']
+    errors = {kind: sum(len(o.errors[kind]) for o in outcome_of.values()) for kind in ERRORS}
+    assert [row[:2] for row in table(page, 'errors')] == [[kind, str(number)] for kind, number in errors.items()]
+    assert sum(errors.values()) - errors['missed'] == false
 
-    # Again for the detections with a score alone, which is what counts as found, missed and false positive.
-    sure = [d for d in found if d['score'] >= report.MIN_SCORE]
-    alone = pycocotools(COCO(path), sure, 'bbox', iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
-    entries = [e for e in alone.evalImgs if e]
-    hits = sum(int(((e['dtMatches'] > 0) & ~e['dtIgnore']).sum()) for e in entries)
-    false = sum(int(((e['dtMatches'] == 0) & ~e['dtIgnore']).sum()) for e in entries)
-    assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page and f'{false} false positives' in page
-    outcome_of = report.outcomes(boxes)
-    assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
-    matrix = report.confusion_matrix(boxes, outcome_of)
-    assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
-    assert 'epoch_&lt;3&gt;.pth' in page and 'a &amp; b' in page
+    assert 'epoch_&lt;3&gt;.pth' in page and '&#39;a &amp; b&#39; c</code>' in page and '<dd>5</dd>' in page
+    assert table(page, 'conditioning') == [['queries', '12', '345', '–', '–']]
+    links = re.findall('<a href="(images/[^"]+)">', page)
+    assert links and all((data / 'report' / unquote(link)).is_file() for link in links)
+
+
+def test_kinds_of_errors_are_those_of_tide(data):
+    """Against the package of TIDE's authors, on data without crowds, which it counts otherwise."""
+    tidecv = pytest.importorskip('tidecv')
+    path = data / 'annotations' / 'instances_val.json'
+    coco = json.loads(path.read_text())
+    coco['annotations'] = [a for a in coco['annotations'] if not a['iscrowd']]
+    path.write_text(json.dumps(coco))
+    found = detections(COCO(str(path)), np.random.default_rng(1))
+    rng = np.random.default_rng(2)
+    for entry in found:
+        shift = rng.choice([0, 4, 12, 40])
+        entry.update(bbox=(np.array(entry['bbox']) + [shift, 0, 0, 0]).tolist(), score=round(float(rng.random()), 6))
+    evaluation = pycocotools(COCO(str(path)), found, 'bbox')
+    mine = [outcome.errors for outcome in outcomes(evaluation, 0.3).values()]
+    truth, results = tidecv.Data('truth'), tidecv.Data('found')
+    for image in coco['images']:
+        truth.add_image(image['id'], image['file_name'])
+    for a in coco['annotations']:
+        truth.add_ground_truth(a['image_id'], a['category_id'], a['bbox'])
+    for d in found:
+        if d['score'] >= 0.3:
+            results.add_detection(d['image_id'], d['category_id'], d['score'], d['bbox'])
+    theirs = tidecv.TIDE(pos_threshold=0.5, background_threshold=0.1).evaluate(truth, results, mode=tidecv.TIDE.BOX)
+    counted = {kind.short_name: len(errors) for kind, errors in theirs.error_dict.items()}
+    assert {short: sum(len(errors[kind]) for errors in mine) for kind, (short, _) in ERRORS.items()} == counted
+    assert all(counted.values())
 
 
 def test_confusions_by_hand(tmp_path):
@@ -138,8 +199,11 @@ def test_confusions_by_hand(tmp_path):
     found = ((2, 'a', 0.9), (2, 'b', 0.9), (2, 'b', 0.8), (3, 'nothing', 0.7), (1, 'c', 0.2))
     found = [dict(image_id=1, category_id=c, bbox=box[b], score=score) for c, b, score in found]
     evaluation = pycocotools(coco, found, 'bbox')
-    matrix = report.confusion_matrix(evaluation, report.outcomes(evaluation))
+    outcome_of = outcomes(evaluation, 0.3)
+    matrix = confusion_matrix(evaluation, outcome_of)
     assert matrix.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]
+    kinds = {kind: ids for kind, ids in outcome_of[1].errors.items() if ids}
+    assert kinds == {'class': [1], 'duplicate': [3], 'background': [4], 'missed': [3]}
 
 
 CHECK = """
@@ -158,13 +222,15 @@ def test_in_a_browser(data, tmp_path):
     found = detections(COCO(path), np.random.default_rng(0))
     checked = tmp_path / 'checked.html'
     checked.write_text(write_report(data, found).replace('</body>', CHECK), 'utf-8')
-    for size in ('1366,768', '1440,900'):
+    for size in ('1366,768', '500,844'):  # Chromium makes no window narrower than that
         command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={size}', '--dump-dom']
         command += ['--virtual-time-budget=5000', f'--user-data-dir={tmp_path / "profile"}', checked.as_uri()]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        assert f'data-images="{2 + report.WORST} {2 + report.WORST}"' in shown
+        number, whole = re.search(r'data-images="(\d+) (\d+)"', shown).groups()
+        assert number == whole and int(number) > 6
         assert 'data-fits="true"' in shown
-    assert table(shown, 'stats')[0] == ['Boxes', *map(printed, pycocotools(COCO(path), found, 'bbox').stats)]
+    boxes, masks = (pycocotools(COCO(path), found, kind) for kind in ('bbox', 'segm'))
+    assert table(shown, 'stats')[0][:3] == ['AP', printed(boxes.stats[0]), printed(masks.stats[0])]
 
 
 def test_the_command(monkeypatch, data, tmp_path):
@@ -183,8 +249,15 @@ def test_the_command(monkeypatch, data, tmp_path):
     for _ in range(2):  # the second replaces the first
         run_tool(monkeypatch, 'test', *args, '--report', folder)
         page = (folder / 'index.html').read_text('utf-8')
-        assert table(page, 'stats')[0][1:4] == ['0.000'] * 3 and '<b>0 of ' in page
-        assert f'spec-mmdet test {CONFIG} {checkpoint} --work-dir' in page and f'--report {folder}' in page
+        assert [row[1] for row in table(page, 'stats')[:3]] == ['0.000'] * 3 and '<b>0 of ' in page
+        assert 'The detector has found nothing at all' in page and 'No score can be advised' in page
+        assert [row[1] for row in table(page, 'errors')[:5]] == ['0'] * 5
+        assert [row[0] for row in table(page, 'conditioning')] == ['queries', 'keys', 'values'] and 'lam=1)' in page
+        assert 'images a second' in page and 'the checkpoint does not say' in page
+        assert (
+            f'test {os.path.relpath(CONFIG, Path.cwd())} {checkpoint} --work-dir' in page
+            and f'--report {folder}' in page
+        )
 
     (data / 'val' / 'index.html').write_text("somebody's")
     for other in (data / 'val', checkpoint):

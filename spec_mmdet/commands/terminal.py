@@ -1,0 +1,282 @@
+"""What train and test show: what is run, how far it is, and what comes of it. All the rest is in the log file."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.logging import print_log
+from mmengine.optim import AmpOptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ..conditioning.correction import describe_conditioning
+from ..files import shown
+from ..models.xcit import SpecXCiT
+from ..training.hooks import warm_up_and_drops
+from ..training.saving import unwrapped
+
+PACKAGE = Path(__file__).parents[1]
+# Of libraries' warnings, those that are for who writes a library, and those that an error of ours takes the place of.
+SAY_NOTHING = re.compile(r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources', re.I)
+METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
+SIZES = dict(AP='', AP50='_50', AP75='_75', small='_s', medium='_m', large='_l')
+
+
+console = Console(highlight=False)
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are, above a bar."""
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+class Heard(logging.StreamHandler):  # a backend of MMEngine's takes all handlers for some with a stream
+    """Shows of MMEngine's log what must be known: what this package says, errors, warnings that say something."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        own = PACKAGE in Path(record.pathname).parents
+        says = record.levelno >= logging.WARNING and not SAY_NOTHING.search(record.getMessage())
+        return is_main_process() and (own or says) or record.levelno >= logging.ERROR
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = f'{record.levelname.lower()}: ' if record.levelno >= logging.WARNING else ''
+        say(f'{kind}{record.getMessage()}')
+
+
+class Bar(Progress):
+    """A line of how far it is, and below it one of figures."""
+
+    figures = ''
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        yield Text(self.figures)
+
+
+class Terminal(Hook):
+    """A run's terminal, to be entered before its runner is built: see :meth:`attach`. One process has it.
+
+    Where standard output is a terminal, a bar; elsewhere a line as often as MMEngine's logger writes one.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> Terminal:
+        self.showwarning, warnings.showwarning = warnings.showwarning, self._warn
+        return self
+
+    def __exit__(self, *_) -> None:
+        warnings.showwarning = self.showwarning
+        self._end()
+
+    def attach(self, runner: Runner) -> None:
+        """Be the terminal of a runner."""
+        self.interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 50)
+        if is_main_process():
+            runner.register_hook(self)
+
+    def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+        # What is raised for those who call a library goes to the log's file alone.
+        for_users = category is UserWarning and not SAY_NOTHING.search(str(message))
+        print_log(str(message).strip(), 'current', logging.WARNING if for_users else logging.INFO)
+
+    def _begin(self, title: str, total: int, done: int = 0) -> None:
+        self._end()
+        if console.is_terminal:
+            columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            self.bar = Bar(*columns, console=console, transient=True, refresh_per_second=4)
+            self.bar.add_task(title, total=total, completed=done)
+            self.bar.start()
+
+    def _end(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    # What is run.
+
+    def before_train(self, runner: Runner) -> None:
+        """Say what is trained, from what, how long, on what, and where its log is."""
+        say('', *about_model(runner), *about_schedule(runner), *about_device(runner), about_log(runner), '')
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._begin('training', runner.max_iters, runner.iter)
+
+    def before_test(self, runner: Runner) -> None:
+        """Say what is tested, and on what."""
+        say('', *about_model(runner), *about_device(runner), about_log(runner), '')
+
+    # How far it is.
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Begin an epoch's bar."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._begin(f'epoch {runner.epoch + 1}/{runner.max_epochs}', len(runner.train_dataloader))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Show losses, the rate, images a second, memory and the time that is left."""
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        done, total = (batch_idx + 1, len(runner.train_dataloader)) if by_epoch else (runner.iter + 1, runner.max_iters)
+        if self.bar:
+            self.bar.figures = figures(runner, len(data_batch['inputs']), runner.log_processor.window_size)
+            self.bar.update(self.bar.task_ids[0], completed=done)
+        if done == total or not self.bar and done % self.interval == 0:
+            where = f'epoch {runner.epoch + 1}/{runner.max_epochs}  ' if by_epoch else ''
+            line = figures(runner, len(data_batch['inputs']), min(done, self.interval))
+            say(f'{where}{done:{len(str(total))}}/{total}  {line}')
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Begin a bar."""
+        self._begin('validating', len(runner.val_dataloader))
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Begin a bar."""
+        self._begin('testing', len(runner.test_dataloader))
+
+    def _after_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train') -> None:
+        total = len(runner.val_dataloader if mode == 'val' else runner.test_dataloader)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=batch_idx + 1)
+        elif (batch_idx + 1) % self.interval == 0:
+            say(f'{dict(val="validating", test="testing")[mode]}  {batch_idx + 1}/{total} batches')
+        if batch_idx + 1 == total:
+            self._end()
+
+    # What comes of it.
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Say the metrics in a line."""
+        self._end()
+        if not isinstance(runner._train_loop, EpochBasedTrainLoop):
+            say(', '.join(in_words(metrics or {})))
+            return
+        best = Path(runner.message_hub.runtime_info.get('best_ckpt') or '').stem.endswith(f'_epoch_{runner.epoch}')
+        say(f'epoch {runner.epoch}/{runner.max_epochs}  validation: {", ".join(in_words(metrics or {}))}'
+                 f'{": the best so far" * best}')  # fmt: skip
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Say the metrics as a table."""
+        self._end()
+        rest = dict(metrics or {})
+        if rows := [(name, key) for key, name in METRICS.items() if key in rest]:
+            say('', ' ' * 8 + ''.join(f'{size:>9}' for size in SIZES))
+        for name, key in rows:
+            values = [rest.pop(f'{key}{suffix}', float('nan')) for suffix in SIZES.values()]
+            rest.pop(f'{key}_copypaste', None)
+            say(f'{name:8}' + ''.join(f'{value:9.3f}' for value in values))
+        say(*in_words(rest))
+
+    def after_train(self, runner: Runner) -> None:
+        """Say where the checkpoints are."""
+        self._end()
+        saved = {name: runner.message_hub.runtime_info.get(f'{key}_ckpt') for name, key in
+                 (('last checkpoint', 'last'), ('best checkpoint', 'best'))}  # fmt: skip
+        say('', *(f'{name}: {shown(path)}' for name, path in saved.items() if path))
+
+
+def counted(number: int, what: str) -> str:
+    return f'{number} {what}{"s" * (number != 1)}'
+
+
+def about_model(runner: Runner) -> list[str]:
+    model = unwrapped(runner)
+    backbone = getattr(model, 'backbone', None)
+    count = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    what = f'{type(model).__name__} on {type(backbone).__name__}' if backbone else type(model).__name__
+    lines = [
+        f'model     {what}, {count / 1e6:.1f} M parameters' + f', {frozen / 1e6:.1f} M of them frozen' * (frozen > 0)
+    ]
+    if isinstance(backbone, SpecXCiT):
+        conditioning = describe_conditioning(backbone.state_dict())
+        lines.append(f'          conditioning: {conditioning if conditioning != "None" else "none, a plain XCiT"}')
+    if runner._load_from:
+        source = f'{"resumed from" if runner._resume else "from"} {shown(runner._load_from)}'
+    else:
+        init_cfg = getattr(backbone, 'init_cfg', None) or {}
+        pretrained = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
+        source = f"the backbone's from {shown(pretrained)}, the rest random" if pretrained else 'random'
+    return [*lines, f'weights   {source}']
+
+
+def about_schedule(runner: Runner) -> list[str]:
+    loader, loop = runner.train_dataloader, runner.train_loop
+    images = len(loader.dataset)
+    of_images = f'{images} images in batches of {loader.batch_sampler.batch_size * get_world_size()}'
+    long = f'{runner.max_iters} iterations'
+    if isinstance(loop, EpochBasedTrainLoop):
+        long = f'{counted(runner.max_epochs, "epoch")} of {counted(len(loader), "iteration")}'
+    warm_up, drops = warm_up_and_drops(runner)
+    optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+    rate = f', {type(optimizer).__name__} at {peak_rate(optimizer):.2g}' if optimizer else ''
+    rate += f' after {counted(warm_up, "iteration")} of warm-up' * (warm_up > 0)
+    rate += f', lower from {", ".join(map(str, sorted(drops)))} on' * bool(drops)
+    return [f'data      {of_images}', f'schedule  {long}{rate}']
+
+
+def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+    return max(group.get('initial_lr', group['lr']) for group in optimizer.param_groups)
+
+
+def about_device(runner: Runner) -> list[str]:
+    device = next(unwrapped(runner).parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type.upper()
+    threads = f', {counted(torch.get_num_threads(), "thread")}' * (device.type == 'cpu')
+    several = f', {get_world_size()} processes' * (get_world_size() > 1)
+    mixed = isinstance(getattr(runner, 'optim_wrapper', None), AmpOptimWrapper)
+    return [f'device    {name}{threads}{several}, {"mixed precision" if mixed else "float32"}']
+
+
+def about_log(runner: Runner) -> str:
+    return f'log       {shown(runner.logger.log_file)} (config, environment and everything else; --verbose shows it)'
+
+
+def figures(runner: Runner, images: int, window: int) -> str:
+    """Losses, the rate, images a second, memory and the time that is left, over the last iterations."""
+    hub = runner.message_hub
+    means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
+             if name.startswith('train/') and re.search('loss|^train/time$', name)}  # fmt: skip
+    parts = ', '.join(f'{name.removeprefix("loss_")} {value:.3f}' for name, value in means.items()
+                      if name not in ('loss', 'time'))  # fmt: skip
+    rate = max(rate for rates in runner.optim_wrapper.get_lr().values() for rate in rates)
+    line = f'loss {means.get("loss", float("nan")):.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
+    if 'time' in means:
+        line += f'  {images * get_world_size() / means["time"]:.1f} images/s'
+    line += f'  {memory() / 2**30:.1f} GiB'
+    eta = hub.runtime_info.get('eta')
+    return line + f'  {timedelta(seconds=int(eta))} left' * (eta is not None)
+
+
+def memory() -> float:
+    """The most memory, in bytes, that was taken of the GPU, or else of the machine by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def in_words(metrics: dict[str, float]) -> list[str]:
+    """Metrics by their usual names, those of COCO with AP50 and AP75 behind them."""
+    said, rest = [], dict(metrics)
+    for key, name in METRICS.items():
+        if key in rest:
+            others = (f'{size} {rest[key + SIZES[size]]:.3f}' for size in ('AP50', 'AP75') if key + SIZES[size] in rest)
+            said.append(f'{name} {rest[key]:.3f} ({", ".join(others)})')
+            rest = {other: value for other, value in rest.items() if not other.startswith(key)}
+    return said + [
+        f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}' for name, value in rest.items()
+    ]

@@ -1,0 +1,181 @@
+"""The pictures of the report: curves, confusions, and the images with the most errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from pycocotools.cocoeval import COCOeval
+
+from .drawing import Mark, draw, label_of, tiled
+from .outcomes import ERRORS, Outcome, Scores
+
+COLOURS = dict(found='#2563eb', missed='#f59e0b', false='#dc2626', crowd='#6b7280')
+WORST = 3  # images that are drawn of each kind of error
+DPI = 150  # of the figures, whose inches are a hundred of the page's pixels
+SIDE = 420  # of an image in the page, in pixels, of its longer side
+
+
+def embedded(content: bytes, kind: str, width: int) -> dict:
+    """A picture inside the page, and its width there in pixels."""
+    return dict(address=f'data:image/{kind};base64,{base64.b64encode(content).decode()}', width=width)
+
+
+def embedded_figure(figure: Figure) -> dict:
+    """A figure as a picture inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI)
+    return embedded(buffer.getvalue(), 'png', round(figure.get_figwidth() * 100))
+
+
+def as_jpeg(image: np.ndarray) -> bytes:
+    """An image, RGB, as a file's content."""
+    return cv2.imencode('.jpg', image[..., ::-1])[1].tobytes()
+
+
+def draw_precision(evaluation: COCOeval, name: str) -> Figure:
+    """Precision over recall, the mean of all classes that have objects."""
+    figure = Figure(figsize=(5.2, 3.6), layout='constrained')
+    axis = figure.subplots()
+    precision = evaluation.eval['precision'][:, :, :, 0, -1]
+    precision = precision[:, :, precision[0, 0] > -1]
+    for label, iou in (('IoU 0.50', slice(0, 1)), ('IoU 0.75', slice(5, 6)), ('IoU 0.50 to 0.95', slice(None))):
+        if precision.size:
+            curve = precision[iou].mean(axis=(0, 2))
+            axis.plot(evaluation.params.recThrs, curve, label=f'{label}: AP {curve.mean():.3f}')
+    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel='recall', ylabel='precision', title=name)
+    axis.grid(alpha=0.3)
+    if precision.size:
+        axis.legend(loc='lower left')
+    return figure
+
+
+def draw_scores(scores: Scores) -> Figure:
+    """Precision, recall and F1 over the least score that a detection must have."""
+    figure = Figure(figsize=(5.2, 3.6), layout='constrained')
+    axis = figure.subplots()
+    for name, line in (('precision', '--'), ('recall', ':'), ('f1', '-')):
+        axis.plot(scores.thresholds, getattr(scores, name), line, label='F1' if name == 'f1' else name)
+    best = scores.thresholds[scores.best], scores.f1[scores.best]
+    axis.plot(*best, 'ko')
+    axis.annotate(f'best F1 {best[1]:.2f} at {best[0]:.2f}', best, (0, -16), textcoords='offset points', ha='center',
+                  bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))  # fmt: skip
+    axis.set(xlim=(0, 1), ylim=(0, 1.08), xlabel='least score', title='boxes, IoU at least 0.50')
+    axis.grid(alpha=0.3)
+    axis.legend(loc='lower left')
+    return figure
+
+
+def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
+    """The confusion matrix: colours are shares of a row, numbers (where they find room) are counts."""
+    few = len(names) <= 20
+    size = max(4.5, 2 + 0.45 * len(names)) if few else 11
+    figure = Figure(figsize=(size, size), layout='constrained')
+    axis = figure.subplots()
+    share = matrix / matrix.sum(axis=1, keepdims=True).clip(1)
+    axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    font = 9 if few else max(3, 540 / len(names))
+    labels = [*names, 'background']
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=font)
+    axis.set_yticks(range(len(labels)), labels, fontsize=font)
+    axis.set(xlabel='predicted', ylabel='truth')
+    for edge in np.arange(len(labels) + 1) - 0.5:
+        axis.axhline(edge, color='#e5e7eb', linewidth=0.4)
+        axis.axvline(edge, color='#e5e7eb', linewidth=0.4)
+    for i, j in np.argwhere(matrix) if few else ():
+        colour = 'white' if share[i, j] > 0.5 else 'black'
+        axis.text(j, i, matrix[i, j], ha='center', va='center', fontsize=9, color=colour)
+    return figure
+
+
+def draw_sides(
+    image: np.ndarray, evaluation: COCOeval, image_id: int, outcome: Outcome, longer: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The truth and the predictions of an image, coloured by what became of them.
+
+    Args:
+        image: height x width x 3, RGB, 0 to 255.
+        evaluation: by masks where there are any, or by boxes.
+        image_id: of this image.
+        outcome: of this image.
+        longer: how long the pictures' longer side is, in pixels.
+    """
+    truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    crowds = [a['id'] for a in evaluation.cocoGt.imgToAnns[image_id] if a['iscrowd']]
+    own = dict(crowd=crowds, found=[o for _, o in outcome.found], missed=outcome.missed)
+    left = [(truth[index], kind) for kind, ids in own.items() for index in ids]
+    own = dict(crowd=outcome.crowd, found=[d for d, _ in outcome.found], false=outcome.false)
+    right = [(found[index], kind) for kind, ids in own.items() for index in ids]
+
+    def mark(thing: dict, kind: str) -> Mark:
+        x, y, width, height = thing['bbox']
+        masked = 'segmentation' in thing and evaluation.params.iouType == 'segm'
+        name = 'crowd' if kind == 'crowd' else evaluation.cocoGt.cats[thing['category_id']]['name']
+        return Mark(
+            (x, y, x + width, y + height),
+            label_of(name, thing.get('score')),
+            tuple(round(255 * part) for part in to_rgb(COLOURS[kind])),
+            evaluation.cocoGt.annToMask(thing).astype(bool) if masked else None,
+            dashed=kind == 'missed',
+        )
+
+    grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # nearly, so that the colours stand out
+    scale = longer / max(image.shape[:2])
+    return tuple(draw(grey, [mark(*thing) for thing in side], scale) for side in (left, right))
+
+
+def draw_worst(
+    folder: Path,
+    read: Callable[[str], np.ndarray],
+    evaluations: dict[str, COCOeval],
+    outcome_of: dict[int, Outcome],
+) -> list[tuple[str, list[dict]]]:
+    """The images with the most errors of each kind, as they go into the page; in full size they go into a folder.
+
+    Args:
+        folder: where to.
+        read: gives the image of a file's name, RGB.
+        evaluations: by boxes first.
+        outcome_of: their outcomes by boxes.
+
+    Returns:
+        Of each kind that there is, its pictures. An image that has been drawn for a kind is not drawn again.
+    """
+    images = evaluations['Boxes'].cocoGt.imgs
+    drawn: set[int] = set()
+    worst = []
+    for kind in sorted(ERRORS, key=lambda kind: -sum(len(o.errors[kind]) for o in outcome_of.values())):
+        count = {image_id: len(outcome.errors[kind]) for image_id, outcome in outcome_of.items()}
+        ranked = sorted((i for i in count if count[i]), key=lambda i: -count[i])
+        pictures = []
+        for image_id in [i for i in ranked if i not in drawn][:WORST]:
+            drawn.add(image_id)
+            name, outcome = images[image_id]['file_name'], outcome_of[image_id]
+            image, by = read(name), list(evaluations.values())[-1]
+            whole = folder / f'{image_id}_{Path(name).stem}.jpg'
+            whole.write_bytes(as_jpeg(tiled(draw_sides(image, by, image_id, outcome, max(800, *image.shape[:2])), 2)))
+            sides = draw_sides(image, by, image_id, outcome, 2 * SIDE)
+            width = round(SIDE * image.shape[1] / max(image.shape[:2]))
+            pictures.append(
+                dict(
+                    name=name,
+                    counts=counted(outcome),
+                    whole=f'{folder.name}/{whole.name}',
+                    sides=[embedded(as_jpeg(side), 'jpeg', width) for side in sides],
+                )
+            )
+        if pictures:
+            worst.append((kind, pictures))
+    return worst
+
+
+def counted(outcome: Outcome) -> str:
+    """An image's errors, in words."""
+    errors = [f'{len(ids)} {kind}' for kind, ids in outcome.errors.items() if ids]
+    return ', '.join([f'{len(outcome.found)} found', *errors])

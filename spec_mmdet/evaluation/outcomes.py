@@ -1,0 +1,168 @@
+"""What became of each object and each detection: found, missed, and what kind of error, as TIDE has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from pycocotools import mask as mask_utils
+from pycocotools.cocoeval import COCOeval
+
+MIN_IOU = 0.5
+BACKGROUND_IOU = 0.1
+# Of TIDE (arXiv 2008.08115), with the names that it has for them, and what they are.
+ERRORS = {
+    'localisation': ('Loc', 'the right class, but the box overlaps the object too little (IoU 0.1 to 0.5)'),
+    'class': ('Cls', 'the box fits an object of another class'),
+    'both': ('Both', 'another class, and the box overlaps its object too little'),
+    'duplicate': ('Dupe', 'the object was found by a surer box already'),
+    'background': ('Bkg', 'there is no object (IoU below 0.1)'),
+    'missed': ('Miss', 'an object without a detection, not even one of the wrong place or class'),
+}
+
+
+@dataclass
+class Outcome:
+    """What became of an image's objects and of its detections at or above a score, by their ids."""
+
+    found: list[tuple[int, int]] = field(default_factory=list)  # detection and object
+    false: list[int] = field(default_factory=list)
+    crowd: list[int] = field(default_factory=list)  # detections in a crowd region, which do not count
+    missed: list[int] = field(default_factory=list)  # objects
+    errors: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in ERRORS})
+
+
+def matches(evaluation: COCOeval) -> Iterator[dict]:
+    """pycocotools' matching at MIN_IOU, an entry an image and category.
+
+    It is greedy from the highest score down, so that detections below a threshold have no part in what is above it.
+    """
+    whole = evaluation.params.areaRng[0]
+    (threshold,) = np.flatnonzero(evaluation.params.iouThrs == MIN_IOU)
+    for entry in evaluation.evalImgs:
+        if entry is not None and entry['aRng'] == whole:
+            yield dict(
+                image=entry['image_id'],
+                ids=entry['dtIds'],
+                scores=np.asarray(entry['dtScores']),
+                matched=np.asarray(entry['dtMatches'][threshold]).astype(int),
+                ignored=np.asarray(entry['dtIgnore'][threshold], bool),
+                objects=[t for t, ignored in zip(entry['gtIds'], entry['gtIgnore']) if not ignored],
+            )
+
+
+@dataclass
+class Scores:
+    """Precision, recall and F1 of the boxes at or above each threshold, of all classes together; shape (101,)."""
+
+    thresholds: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """The place of the best F1; of several, the middle one."""
+        places = np.flatnonzero(self.f1 == self.f1.max())
+        return int(places[len(places) // 2])
+
+
+def scores_of(evaluation: COCOeval) -> Scores:
+    """Precision, recall and F1 over the score, at MIN_IOU; 0 where there is nothing to divide by."""
+    entries = list(matches(evaluation))
+    objects = sum(len(entry['objects']) for entry in entries)
+    counted = [(entry['scores'][~entry['ignored']], entry['matched'][~entry['ignored']] > 0) for entry in entries]
+    scores = np.concatenate([np.empty(0), *(score for score, _ in counted)])
+    hits = np.sort(np.concatenate([np.empty(0), *(score[hit] for score, hit in counted)]))
+    thresholds = np.arange(101) / 100
+    found, detections = (len(s) - np.searchsorted(s, thresholds) for s in (hits, np.sort(scores)))
+    f1 = 2 * found / (detections + objects).clip(1)
+    return Scores(thresholds, found / detections.clip(1), found / max(objects, 1), f1)
+
+
+def outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
+    """What became of each image's objects, and of its detections with a score of the threshold or more.
+
+    Returns:
+        By the images' ids.
+    """
+    result = {image_id: Outcome() for image_id in evaluation.params.imgIds}
+    for entry in matches(evaluation):
+        outcome = result[entry['image']]
+        sure = [i for i, score in enumerate(entry['scores']) if score >= threshold]
+        for i in sure:
+            if entry['ignored'][i]:
+                outcome.crowd.append(entry['ids'][i])
+            elif entry['matched'][i]:
+                outcome.found.append((entry['ids'][i], int(entry['matched'][i])))
+            else:
+                outcome.false.append(entry['ids'][i])
+        found = {int(entry['matched'][i]) for i in sure}
+        outcome.missed += [truth for truth in entry['objects'] if truth not in found]
+    for outcome in result.values():
+        sort_errors(evaluation, outcome)
+    return result
+
+
+def sort_errors(evaluation: COCOeval, outcome: Outcome) -> None:
+    """Tell the kinds of an image's errors, in the order in which TIDE asks; changes ``outcome``.
+
+    (The authors' package tidecv is not used: it has had no release since 2020, asks for pandas and seaborn, and counts
+    detections in crowd regions as errors. On data without crowds its counts are these: tests/evaluation.)
+    """
+    truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    objects = [*(o for _, o in outcome.found), *outcome.missed]
+    classes = np.array([truth[o]['category_id'] for o in objects])
+    used = np.arange(len(objects)) < len(outcome.found)
+    reached = set()  # by a detection of another place or class
+    for detection in outcome.false:
+        if not objects:
+            outcome.errors['background'].append(detection)
+            continue
+        boxes = [truth[o]['bbox'] for o in objects]
+        iou = mask_utils.iou([found[detection]['bbox']], boxes, [0] * len(boxes))[0]
+        same = np.where(classes == found[detection]['category_id'], iou, 0)
+        other = np.where(classes == found[detection]['category_id'], 0, iou)
+        if BACKGROUND_IOU <= same.max() < MIN_IOU:
+            kind = 'localisation'
+            reached.add(objects[same.argmax()])
+        elif other.max() >= MIN_IOU:
+            kind = 'class'
+            reached.add(objects[other.argmax()])
+        elif (same * used).max() >= MIN_IOU:
+            kind = 'duplicate'
+        else:
+            kind = 'background' if iou.max() <= BACKGROUND_IOU else 'both'
+        outcome.errors[kind].append(detection)
+    outcome.errors['missed'] = [o for o in outcome.missed if o not in reached]
+
+
+def confusion_matrix(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
+    """Count which category was taken for which.
+
+    An object that was found counts on the diagonal. A false positive that lies on a missed object (IoU of boxes of
+    MIN_IOU or more) counts as taken for it, each at most once; all other missed objects and false positives count as
+    confused with the background, the last row and column.
+
+    Returns:
+        Counts, rows truth and columns predictions: a row sums up to the objects, a column to the detections.
+    """
+    place = {category: i for i, category in enumerate(evaluation.params.catIds)}
+    truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    matrix = np.zeros((len(place) + 1, len(place) + 1), int)
+    for outcome in outcome_of.values():
+        for _, object_id in outcome.found:
+            matrix[(place[truth[object_id]['category_id']],) * 2] += 1
+        missed = list(outcome.missed)
+        for detection in sorted(outcome.false, key=lambda d: -found[d]['score']):
+            row = -1
+            if missed:
+                boxes = [truth[object_id]['bbox'] for object_id in missed]
+                overlap = mask_utils.iou([found[detection]['bbox']], boxes, [0] * len(missed))[0]
+                if overlap.max() >= MIN_IOU:
+                    row = place[truth[missed.pop(int(overlap.argmax()))]['category_id']]
+            matrix[row, place[found[detection]['category_id']]] += 1
+        for object_id in missed:
+            matrix[place[truth[object_id]['category_id']], -1] += 1
+    return matrix

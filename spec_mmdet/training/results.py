@@ -1,0 +1,243 @@
+"""What a training leaves for people to look at, in its work directory: curves, a table, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+import mmengine
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
+from mmengine.dist import master_only
+from mmengine.fileio import get
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from ..conditioning.correction import describe_conditioning
+from ..data.images import decode
+from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
+from ..files import write
+from .hooks import CONDITIONING, MEDIANS
+from .saving import unwrapped
+
+TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
+BATCHES = 3  # whose images are drawn
+IMAGES = 8  # of the validation, and at most of a batch
+MIN_SCORE = 0.3
+TILE = 320  # pixels that the longer side of an image takes
+
+
+def commit_of(path: Path) -> str | None:
+    """The git commit that is checked out where a file or folder is, with -dirty where files differ from it.
+
+    None where git does not know the file, as one that is installed into an environment within a repository.
+    """
+    git = ['git', '-C', str(path if path.is_dir() else path.parent)]
+    try:
+        subprocess.run([*git, 'ls-files', '--error-unmatch', str(path)], check=True, capture_output=True)
+        describe = ['describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+        return subprocess.run([*git, *describe], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def facts_of(runner: Runner) -> dict:
+    """What tells a run from others."""
+    backbone = getattr(unwrapped(runner), 'backbone', None)
+    return dict(
+        command=shlex.join(['spec-mmdet', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('spec-mmdet', '__main__.py')
+        else shlex.join(sys.argv),
+        commit=commit_of(Path(__file__)),
+        commit_here=commit_of(Path.cwd()),
+        seed=runner.seed,
+        config=str(runner.cfg.filename),
+        conditioning=describe_conditioning(backbone.state_dict()) if backbone is not None else 'None',
+        started=runner.timestamp,
+        versions=dict(torch=str(torch.__version__), mmengine=mmengine.__version__, spec_mmdet=version('spec_mmdet')),
+    )  # fmt: skip
+
+
+def read_scalars(work_dir: Path) -> list[dict]:
+    """What the visualisers of a training, and of those that it was resumed from, wrote: a dict a record."""
+    records: list[dict] = []
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        later = [json.loads(line) for line in path.read_text().splitlines()]
+        first = min((entry['iter'] for entry in later if 'loss' in entry), default=float('inf'))
+        # What came after the checkpoint that the later one was resumed from has been trained again.
+        again = next((i for i, entry in enumerate(records) if entry.get('iter', 0) >= first), len(records))
+        records = records[:again] + later
+    return records
+
+
+def metrics_of(entry: dict) -> dict[str, float]:
+    return {key: value for key, value in entry.items() if '/' in key and not key.startswith('conditioning/')}
+
+
+def by_epoch(records: Sequence[dict]) -> Iterator[dict]:
+    """A row for each validation: the means of the losses since the one before it, the last rate, and the metrics."""
+    since: list[dict] = []
+    for entry in records:
+        if 'loss' in entry:
+            since.append(entry)
+        elif metrics_of(entry) and since:
+            losses = {key: float(np.mean([e[key] for e in since if key in e])) for key in since[-1] if 'loss' in key}
+            rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # several optimisers have several
+            yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **metrics_of(entry))
+            since = []
+
+
+def as_csv(rows: Sequence[dict]) -> str:
+    """Rows as CSV, a column for every key that one of them has."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def marker(points: Sequence) -> str | None:
+    """Dots where there are few points, of which one alone would be no line."""
+    return 'o' if len(points) < 20 else None
+
+
+def draw_curves(records: Sequence[dict], title: str) -> Figure:
+    """Losses, AP, the learning rate and the condition numbers, over the iterations."""
+    train = [entry for entry in records if 'loss' in entry]
+    conditions = [entry for entry in records if f'{CONDITIONING}/seconds' in entry]
+    rows = list(by_epoch(records))
+    figure = Figure(figsize=(12, 7), layout='constrained')
+    figure.suptitle(title)
+    losses, scores, rate, kappa = figure.subplots(2, 2).flat
+    for name in dict.fromkeys(key for entry in train for key in entry if re.match('loss', key)):
+        own = [entry for entry in train if name in entry]
+        label = name.removeprefix('loss_') if name != 'loss' else 'all'
+        style = dict(linewidth=2 if name == 'loss' else 1, marker=marker(own))
+        losses.plot([e['iter'] for e in own], [e[name] for e in own], label=label, **style)
+    losses.set(title='loss', yscale='log')
+    for name in dict.fromkeys(key for row in rows for key in row if re.search('_mAP(_50)?$', key)):
+        label = (
+            name.removeprefix('coco/').replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_50', '50')
+        )
+        own = [row for row in rows if name in row]
+        style = dict(linestyle='--' if name.endswith('_50') else '-', color='C0' if 'bbox' in name else 'C1')
+        scores.plot([row['iter'] for row in own], [row[name] for row in own], marker='o', label=label, **style)
+    scores.set(title='AP on the validation images', ylim=(0, 1))
+    rates = [entry.get('lr', float('nan')) for entry in train]
+    rate.plot([entry['iter'] for entry in train], rates, marker=marker(train))
+    rate.set(title='learning rate', ylim=(0, None))
+    for name in MEDIANS:
+        values = [entry.get(f'{CONDITIONING}/{name}', float('nan')) for entry in conditions]
+        kappa.plot([e['step'] for e in conditions], values, marker=marker(values), label=name.replace('_', ' '))
+    kappa.set(title='condition numbers, smallest singular value (medians)', yscale='log')
+    for axis in (losses, scores, rate, kappa):
+        axis.set_xlabel('iteration')
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, '' if axis.lines else 'none yet', ha='center', transform=axis.transAxes)
+    return figure
+
+
+def picture(image: np.ndarray, instances: object, classes: Sequence[str], title: str) -> np.ndarray:
+    """An image of a pipeline or a file, RGB, with what is on it."""
+    return draw(image, marks_of(instances, classes, MIN_SCORE), TILE / max(image.shape[:2]), title)
+
+
+@HOOKS.register_module()
+class ResultsHook(Hook):
+    """Leave in the work directory what people look at.
+
+    * ``run.json``: the command, the commit, the seed, the conditioning; the checkpoints hold it, too, as meta.run.
+    * ``train_batch_1.jpg`` and so on: the first images with their labels, as the model sees them.
+    * ``val_epoch_1.jpg`` and so on: what is found on the first validation images, beside what is there.
+    * ``results.csv`` and ``results.png`` after each validation: losses, AP, rate and condition numbers.
+    """
+
+    priority = 'VERY_LOW'  # after MMEngine's logger has written the figures
+
+    def __init__(self) -> None:
+        self.facts: dict = {}
+        self.tiles: list[np.ndarray] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Write what tells this run from others."""
+        self.facts = facts_of(runner)
+        self._write(runner, RUN, json.dumps(self.facts, indent=1).encode())
+        self.started = runner.iter
+        self.bgr = getattr(unwrapped(runner).data_preprocessor, '_channel_conversion', True)
+
+    @master_only
+    def _write(self, runner: Runner, name: str, content: bytes) -> None:
+        write(Path(runner.work_dir, name), content)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Have the checkpoint tell of the run."""
+        checkpoint['meta']['run'] = self.facts
+
+    @master_only
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Draw the first batches."""
+        number = runner.iter - self.started + 1
+        if number > BATCHES or self.started:
+            return
+        classes = runner.train_dataloader.dataset.metainfo['classes']
+        tiles = []
+        with names_drawn(classes):
+            for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:IMAGES]:
+                pixels = torch.as_tensor(image).cpu().numpy().transpose(1, 2, 0)
+                pixels = pixels[..., ::-1] if self.bgr else pixels
+                tiles.append(picture(pixels, sample.gt_instances, classes, Path(sample.img_path).name))
+        self._write_picture(runner, f'train_batch_{number}.jpg', tiles)
+
+    @master_only
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[DetDataSample] | None = None
+    ) -> None:
+        """Draw what is found on the first images."""
+        classes = runner.val_dataloader.dataset.metainfo['classes']
+        wanted = (outputs or ())[: IMAGES - len(self.tiles)]
+        with names_drawn(classes if wanted else ()):
+            for sample in wanted:
+                image, name = decode(get(sample.img_path))[..., ::-1], Path(sample.img_path).name
+                pair = [picture(image, sample.pred_instances, classes, f'{name}: predictions')]
+                if 'gt_instances' in sample:
+                    pair.insert(0, picture(image, sample.gt_instances, classes, f'{name}: truth'))
+                self.tiles.append(tiled(pair, 2, 4))
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Write pictures, table and curves."""
+        place = f'epoch_{runner.epoch}' if runner.epoch else f'iter_{runner.iter}'
+        self._write_picture(runner, f'val_{place}.jpg', self.tiles, 2)
+        self.tiles = []
+        self._write_curves(runner)
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        """Write the curves of a training without a validation."""
+        self._write_curves(runner)
+
+    def _write_curves(self, runner: Runner) -> None:
+        records = read_scalars(Path(runner.work_dir))
+        if rows := list(by_epoch(records)):
+            self._write(runner, TABLE, as_csv(rows).encode())
+        buffer = io.BytesIO()
+        draw_curves(records, Path(runner.work_dir).name).savefig(buffer, dpi=100)
+        self._write(runner, CURVES, buffer.getvalue())
+
+    def _write_picture(self, runner: Runner, name: str, tiles: Sequence[np.ndarray], columns: int = 4) -> None:
+        if tiles:
+            self._write(runner, name, cv2.imencode('.jpg', tiled(tiles, columns)[..., ::-1])[1].tobytes())
