@@ -7,6 +7,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV ?= .venv
+# Where pip looks for PyTorch besides its own index: by itself, at the wheels for CPUs where there is no GPU of NVIDIA's.
+# TORCH_INDEX= (nothing) keeps to pip's index; another address is taken as it is.
+TORCH_INDEX ?= auto
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 comma := ,
 
 demo: $(VENV)/mmdet
@@ -43,12 +47,22 @@ $(VENV)-onedl/onedl: setup.py
 	$(call environment,$(VENV)-onedl,onedl,test$(comma)test-onedl)
 
 define environment
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/pip install --quiet $(TORCH)
-	$(1)/bin/pip install --quiet --editable '.[$(2),$(3)]'
-	$(call headless,$(1)/bin/pip)
-	touch $(1)/$(2)
+	@echo '$(1): a new environment'
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/pip install $(TORCH) $$($(wheels))
+	@echo '$(1): MMDetection and the rest, a minute or two'
+	@$(1)/bin/pip install --quiet --editable '.[$(2),$(3)]'
+	@$(call headless,$(1)/bin/pip)
+	@touch $(1)/$(2)
 endef
+
+# The option of pip that chooses PyTorch's wheels; what it comes to is said.
+wheels = case '$(TORCH_INDEX)' in \
+	auto) if command -v nvidia-smi > /dev/null; then echo 'a GPU: PyTorch with CUDA' >&2; \
+	elif $(PYTHON) -c "import urllib.request; urllib.request.urlopen('$(CPU_WHEELS)/', timeout=10)" 2> /dev/null; \
+	then echo 'no GPU: PyTorch for CPUs' >&2; echo --extra-index-url $(CPU_WHEELS); \
+	else echo "no GPU, but $(CPU_WHEELS) does not answer: PyTorch of pip's own index, 2.8 GB with CUDA" >&2; fi;; \
+	?*) echo --extra-index-url '$(TORCH_INDEX)';; esac
 
 # mmcv asks for an OpenCV that needs libGL, which servers and containers lack; the same release without windows does not.
 define headless

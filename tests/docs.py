@@ -48,6 +48,7 @@ SKIPPED = {
     'docker': 'builds and runs a container; the Dockerfile has the commands of the page about installing',
     'pip install jupyterlab': 'waits for a browser; what the notebook has is run as that of a page',
     'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
+    'make demo TORCH_INDEX=': 'likewise',
     'make docs-test': 'is this',
     'make test': 'CI runs it',
     'make test-onedl': 'CI runs it',
