@@ -1,11 +1,14 @@
 """Checkpoints of someone who means harm: each would touch a file, read memory that is not its own, or fill it."""
 
+import codecs
 import ctypes
 import io
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +61,36 @@ def nested(levels: int) -> bytes:
     return b'\x80\x02' + b']' * levels + b'a' * (levels - 1) + b'.'
 
 
+def repeated(times: int) -> bytes:
+    """A checkpoint whose directory has one record under many names, as a bomb does that is not compressed."""
+    file = io.BytesIO()
+    torch.save([torch.zeros(1 << 20)] + [torch.zeros(1) for _ in range(times)], file)
+    with zipfile.ZipFile(file, 'a') as archive:
+        large = next(entry for entry in archive.infolist() if entry.filename.endswith('data/0'))
+        for entry in archive.infolist():
+            if '/data/' in entry.filename:
+                entry.header_offset, entry.file_size, entry.CRC = large.header_offset, large.file_size, large.CRC
+                entry.compress_size = entry.file_size
+        archive.comment = b'changed'  # so that the directory is written
+    return file.getvalue()
+
+
+# With nothing worse than text that MMEngine would run as Python, or than what nobody reads: they may be taken.
+HARMLESS = {
+    # For a training to refuse that would go on from them, as the test of it does:
+    *('a place within the epoch that lies', 'a place without end', 'an optimiser that lies', 'schedules that lie'),
+    'gradients that lie',
+    'methods of a dict replaced',  # put back
+    'a storage larger than its record',  # mapped, it ends with the file
+    'doubled without end',  # small as long as nobody writes it out
+}
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a forged file may be taken."""
+    return name in HARMLESS or name.startswith('config ')
+
+
 def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
     """Write the forged files, each a detector's whole checkpoint but for what is forged.
 
@@ -92,6 +125,13 @@ def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
     (folder / 'whole.safetensors').unlink()
     shadowed = good['state_dict'].copy()
     shadowed.keys = torch._utils._rebuild_parameter
+    weights, first = dict(good['state_dict']), next(iter(good['state_dict']))
+    wide = torch.zeros(1).expand(1 << 33)
+    twice = [[0] * 9]
+    for _ in range(60):
+        twice = [twice, twice]
+    scripts = folder / 'base.py'
+    scripts.write_text(code)
 
     contents = {
         'os.system': with_code,
@@ -115,7 +155,38 @@ def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
         'methods of a dict replaced': dict(good, state_dict=shadowed),
         'a tensor without content': dict(good, state_dict=dict(w=torch.zeros(4, device='meta'))),
         'a sparse tensor': dict(good, state_dict=dict(w=torch.zeros(4).to_sparse())),
+        'a quantized tensor': dict(good, extra=torch.quantize_per_tensor(torch.zeros(4), 1.0, 0, torch.qint8)),
+        'a tensor in 8 bits': dict(good, state_dict=weights | {first: torch.zeros(4).to(torch.float8_e5m2)}),
+        'a tensor without end': dict(good, state_dict=weights | {first: wide}),
+        'a tensor without end converted': dict(
+            good, extra=Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, wide, torch.float64, 'cpu', False)
+        ),
+        'counting without end': dict(good, extra=Call(Counter, wide)),
+        'bytes without end': dict(good, extra=Call(bytearray, 1 << 36)),
+        'a storage without end': dict(good, extra=Call(torch.FloatTensor, 1 << 36)),
+        'text in a slow coding': dict(good, extra=Call(codecs.encode, '\u0101' * 1_000_000, 'punycode')),
+        'doubled without end': dict(good, extra=twice),
+        'weights that are not finite': dict(good, state_dict=weights | {first: weights[first] * torch.nan}),
+        'complex weights': dict(good, state_dict=weights | {first: weights[first] * 1j}),
+        'integers for weights': dict(good, state_dict=weights | {first: weights[first].long()}),
+        'numbers for names': dict(good, state_dict=dict(enumerate(weights.values()))),
+        'tuples for names': dict(good, state_dict={(name, 0): value for name, value in weights.items()}),
+        'text for weights': dict(good, state_dict=dict.fromkeys(weights, 'text')),
+        'a list for weights': dict(good, state_dict=list(weights.values())),
+        'nothing': None,
+        'a number': 1,
+        'no block and many': dict(state_dict=weights | {'backbone.blocks.99999999.norm1.weight': torch.zeros(4)}),
+        'a place within the epoch that lies': dict(good, meta=dict(meta, iter_in_epoch='1', iters_per_epoch=[])),
+        'a place without end': dict(good, meta=dict(meta, iter=1 << 70)),
+        'an optimiser that lies': dict(good, optimizer=dict(state=[1], param_groups='text')),
+        'schedules that lie': dict(good, param_schedulers=[1, 2]),
+        'gradients that lie': dict(good, gradients=dict.fromkeys(weights, torch.zeros(3, 1))),
         'config of the resumed run': dict(good, meta=dict(meta, config=code)),
+        'config by base': dict(
+            good, message_hub={}, meta=dict(meta, config=f'_base_ = {str(scripts)!r}', cfg=f'_base_ = {str(scripts)!r}')
+        ),  # fmt: skip
+        'config by import': dict(good, meta=dict(meta, cfg='custom_imports = dict(imports=["antigravity"])')),
+        'config by placeholder': dict(good, meta=dict(meta, cfg=f'a = {{{{ exec({code!r}) }}}}')),
         'config in the meta': dict(good, message_hub={}, meta=dict(meta, cfg=code)),
         'config in the message hub': dict(
             good, message_hub=dict(hub, runtime_info=dict(hub['runtime_info'], cfg=code)), meta=dict(meta, cfg=code)
@@ -132,6 +203,22 @@ def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
         'an offset behind its storage': replaced(dict(w=torch.zeros(4)), b'K\x00K\x04\x85', b'M\xff\xffK\x04\x85'),
         'a tensor of negative size': replaced(dict(w=torch.zeros(4)), b'K\x00K\x04\x85', b'K\x00J\xff\xff\xff\xff\x85'),
     }
+    legacy = io.BytesIO()
+    torch.save(dict(w=torch.zeros(1)), legacy, _use_new_zipfile_serialization=False)
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode='w') as archive:
+        for part in ('storages', 'tensors', 'pickle'):
+            (folder / part).write_bytes(pickle.dumps(with_code))
+            archive.add(folder / part, part)
+            (folder / part).unlink()
+    files |= {
+        'a tar of old': tar.getvalue(),
+        'an old storage larger than the file': legacy.getvalue().replace(b'K\x01N', b'J\x00\x00\x00\x7fN'),
+        'one record many times': repeated(64),
+        'an empty file': b'',
+        'a page of the web': b'<!DOCTYPE html><html>',
+        'cut in the middle': lying.getvalue()[: len(lying.getvalue()) // 2],
+    }
     paths = {}
     for name, content in (contents | files).items():
         path = paths[name] = folder / f'{name.replace(" ", "_")}.pth'
@@ -145,4 +232,8 @@ def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
     paths['a header that lies'].write_bytes(tensors.replace(b'[4]', b'[9]'))
     paths['a header without end'] = folder / 'a_header_without_end.safetensors'
     paths['a header without end'].write_bytes(struct.pack('<Q', 1 << 62) + tensors[8:])
+    paths['a link to itself'] = folder / 'a_link_to_itself.pth'
+    paths['a link to itself'].symlink_to('a_link_to_itself.pth')
+    paths['a folder'] = folder / 'a_folder.pth'
+    paths['a folder'].mkdir()
     return paths

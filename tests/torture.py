@@ -1,45 +1,68 @@
-"""Kill trainings, break writes, forge and garble checkpoints: a table of what was tried, what survived, what was lost.
+"""Kill trainings, break writes, forge checkpoints, fuzz readers: a table of what was tried, survived, and was lost.
 
-    make torture        # or python tests/torture.py [--kills 50] [--seconds 600]
+    make torture        # or python tests/torture.py [--kills 50] [--seconds 600] [--only fuzzing]
 
-What is trained is tests/training/toy.py, the smallest training with this project's loop and hooks; each is a fork.
+What is trained is tests/training/toy.py, the smallest training with this project's loop and hooks; each is a fork. What
+the forged checkpoints go through are the commands themselves, and what is fuzzed is in tests/fuzzing.py.
 """
 
 import argparse
 import contextlib
+import functools
+import http.server
 import io
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tests' / 'training')]
 
+import fuzzing  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import toy  # noqa: E402
-from forged import write_forged  # noqa: E402
-from mmengine.logging import HistoryBuffer  # noqa: E402
+from forged import is_harmless, write_forged  # noqa: E402
 
-from spec_mmdet import InputError, files  # noqa: E402
-from spec_mmdet.checkpoints.layouts import recognise  # noqa: E402
+from spec_mmdet import files  # noqa: E402
 from spec_mmdet.checkpoints.reading import load  # noqa: E402
+from spec_mmdet.data.shapes import write_split  # noqa: E402
 from spec_mmdet.training.resume import locked, newest_whole  # noqa: E402
+
+SECONDS, MEGABYTES = (
+    60,
+    1500,
+)  # of processor time and memory that an entry may take for a forged file, its work included
 
 
 @dataclass
 class Row:
-    """What was tried of a kind, and what of it was lost."""
+    """What was tried of a kind, and what of it was lost, with a line on each."""
 
     name: str
     tried: int = 0
-    lost: int = 0
+    losses: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        return len(self.losses)
+
+    def note(self, **faults: object) -> None:
+        """Count a loss where one of the faults is true."""
+        if any(faults.values()):
+            self.losses.append(f'number {self.tried}: {", ".join(name for name, there in faults.items() if there)}')
 
 
 def train(work: Path) -> None:
@@ -94,11 +117,11 @@ def kills(folder: Path, truth: dict, count: int, rng: random.Random) -> tuple[Ro
         real(number)
 
     run = 0
-    while anywhere.tried + inside.tried < count:
+    while anywhere.tried + inside.tried < count or inside.tried < count * 3 // 10:
         run += 1
         work, reached = folder / f'killed_{run}', 0
         work.mkdir()
-        rows: list[Row] = []
+        row = None
         for _ in range(4):
 
             def action(work: Path = work) -> None:
@@ -112,11 +135,10 @@ def kills(folder: Path, truth: dict, count: int, rng: random.Random) -> tuple[Ro
             if os.WIFSIGNALED(status):
                 row = inside if list(work.glob('.*.partial')) else anywhere
                 row.tried += 1
-                rows.append(row)
                 reached, lost = lost_ground(work, reached)
-                row.lost += lost
-        if rows and not finish(work, truth):
-            rows[-1].lost += 1
+                row.note(ground=lost)
+        if row:
+            row.note(unfinished=not finish(work, truth))
     return anywhere, inside
 
 
@@ -146,7 +168,8 @@ def signals(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
         _, status = os.waitpid(process, 0)
         row.tried += 1
         # A training that had ended by then has nothing to save.
-        row.lost += os.waitstatus_to_exitcode(status) not in (0, 128 + number) or not finish(work, truth)
+        code = os.waitstatus_to_exitcode(status)
+        row.note(**{f'status {code}': code not in (0, 128 + number)}, unfinished=not finish(work, truth))
     return row
 
 
@@ -169,101 +192,161 @@ def full_disks(folder: Path, truth: dict, count: int, rng: random.Random) -> Row
 
         os.waitpid(child(action), 0)
         row.tried += 1
-        row.lost += bool(list(work.glob('.*.partial'))) or lost_ground(work, reached)[1] or not finish(work, truth)
+        half = list(work.glob('.*.partial'))
+        row.note(half=half, ground=lost_ground(work, reached)[1], unfinished=not finish(work, truth))
     return row
 
 
-def read_anyhow(path: Path) -> None:
-    """What a command makes of a checkpoint; anything but the documented error is raised."""
-    try:
-        recognise(load(path), str(path))
-    except InputError as error:
-        if '\n' in str(error):
-            raise AssertionError('more than a line') from error
+def forged_through(name: str, enter: Callable[[Path], None], forged: dict[str, Path], trace: Path, log: Path) -> Row:
+    """Forged files through an entry, each a line within seconds and without taking all memory, in as few forks."""
+    from entries import OF_WEIGHTS, try_entry
 
-
-def forged(folder: Path, good: dict) -> Row:
-    """Forged files through the reader and the recogniser of layouts."""
-    row, trace = Row('forged checkpoints'), folder / 'trace'
-    for path in write_forged(folder, good, trace).values():
-        _, status = os.waitpid(child(lambda path=path: read_anyhow(path)), 0)
-        row.tried += 1
-        row.lost += status != 0 or trace.exists()
-    return row
-
-
-def garbled(folder: Path, good: dict, seconds: float, rng: random.Random) -> Row:
-    """Bytes changed, cut and moved at random in good checkpoints of both formats, for so many seconds."""
-    row = Row('garbled checkpoints')
-    sources = []
-    for new in (True, False):
-        buffer = io.BytesIO()
-        torch.save(good, buffer, _use_new_zipfile_serialization=new)
-        sources.append(buffer.getvalue())
-    path, until = folder / 'garbled.pth', time.time() + seconds
+    row, left = Row(f'forged: {name}'), [what for what in forged if not (name in OF_WEIGHTS and is_harmless(what))]
+    tried = trace.with_name('tried')
 
     def many() -> None:
-        end = time.time() + min(5, seconds)
-        tried = 0
-        while time.time() < end:
-            content = bytearray(rng.choice(sources))
-            for _ in range(rng.choice([1, 1, 2, 8, 64])):
-                where = rng.randrange(len(content))
-                kind = rng.random()
-                if kind < 0.6:
-                    content[where] = rng.randrange(256)
-                elif kind < 0.8:
-                    del content[where : where + rng.randrange(1, 64)]
-                else:
-                    content[where:where] = content[: rng.randrange(64)]
-            path.write_bytes(content)
-            read_anyhow(path)
-            tried += 1
-        (folder / 'tried').write_text(str(tried))
+        for what in list(left):
+            with tried.open('a') as record:
+                print(what, file=record)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            try:
+                says = try_entry(enter, forged[what])
+            except BaseException:
+                log.write_text(traceback.format_exc())
+                os._exit(3)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+            if trace.exists() or grown > MEGABYTES or not says and not is_harmless(what):
+                log.write_text(f'code run: {trace.exists()}, MB: {grown}, said: {says!r}')
+                os._exit(4)
 
-    while time.time() < until:
-        rng.random()
-        (folder / 'tried').write_text('1')
+    while left:
+        tried.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
         _, status = os.waitpid(child(many), 0)
-        row.tried += int((folder / 'tried').read_text())
+        done = tried.read_text().splitlines()
+        row.tried += len(done)
+        left = left[len(done) :]
         if status:
-            row.lost += 1
-            path.rename(folder / f'lost_{row.lost}.pth')
+            says = log.read_text().strip() if log.exists() else f'status {os.waitstatus_to_exitcode(status)}'
+            row.losses.append(f'{done[-1]}: {says}')
+            trace.unlink(missing_ok=True)
     return row
 
 
-def torture(kill_count: int, seconds: float, seed: int, folder: Path) -> list[Row]:
-    """All of it, in a folder."""
+def forged_through_all(folder: Path) -> list[Row]:
+    """Forged files of a detector through every entry."""
+    from conftest import CONFIG, options, run_tool
+    from entries import entries
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv('TORCH_HOME', str(folder / 'hub'))
+    for split in ('train', 'val'):
+        write_split(folder, split, 4, 128, np.random.default_rng(len(split)))
+    few = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
+    command = [CONFIG, '--work-dir', folder / 'work', *options(folder), *few]
+    os.waitpid(child(lambda: run_tool(patch, 'train', *command)), 0)
+    trace = folder / 'trace'
+    (folder / 'forged').mkdir()
+    forged = write_forged(folder / 'forged', load(folder / 'work' / 'epoch_1.pth'), trace)
+    ways = entries(patch, folder, folder)
+    handler = functools.partial(QuietHandler, directory=folder / 'forged')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address, direct = f'http://127.0.0.1:{server.server_port}', ways['init_detector']
+        ways['an address'] = lambda path: direct(f'{address}/{path.name}')
+        rows = [forged_through(name, enter, forged, trace, folder / 'log') for name, enter in ways.items()]
+        server.shutdown()
+    return rows
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        """Say nothing."""
+
+
+class Fuzzing:
+    """The fuzzers of all entries, in processes of their own, begun again where they end by what they were given."""
+
+    def __init__(self, folder: Path, seconds: float, guided: bool) -> None:
+        self.folder, self.guided = folder, guided
+        self.rows = {entry: Row(f'fuzzed: {entry}') for entry in fuzzing.ENTRIES}
+        self.left = dict.fromkeys(fuzzing.ENTRIES, seconds)
+        self.running = {entry: self.begin(entry) for entry in fuzzing.ENTRIES}
+
+    def begin(self, entry: str) -> int:
+        seed, seconds = self.rows[entry].lost, self.left[entry]
+        (self.folder / f'tried_{entry}').write_text(f'0 {seconds}')
+        if not self.guided:
+            return child(lambda: fuzzing.fuzz(entry, seconds, self.folder, seed, False))
+        command = [sys.executable, fuzzing.__file__, entry, '--out', self.folder, '--seconds', seconds, '--seed', seed]
+        with (self.folder / f'log_{entry}').open('w') as log:
+            return subprocess.Popen(['nice', '-n', '19', *map(str, command)], stdout=log, stderr=log).pid
+
+    def wait(self) -> list[Row]:
+        """The rows, when all have had their time."""
+        for entry, row in self.rows.items():
+            while True:
+                _, status = os.waitpid(self.running[entry], 0)
+                tried, left = (self.folder / f'tried_{entry}').read_text().split()
+                row.tried += int(tried)
+                if not status:
+                    break
+                kept = (self.folder / f'last_{entry}').rename(self.folder / f'lost_{entry}_{row.lost}')
+                row.losses.append(f'{kept} (status {os.waitstatus_to_exitcode(status)})')
+                self.left[entry] = float(left)
+                if row.lost == 20:
+                    break
+                self.running[entry] = self.begin(entry)
+        return list(self.rows.values())
+
+
+PARTS = ('kills', 'signals', 'faults', 'forged', 'fuzzing')
+
+
+def torture(kill_count: int, seconds: float, seed: int, folder: Path, only: list[str], guided: bool) -> list[Row]:
+    """All of it, or some parts, in a folder."""
     rng = random.Random(seed)
+    # In the background, from the start.
+    fuzzers = Fuzzing(folder, seconds, guided) if 'fuzzing' in only else None
     whole = folder / 'whole'
     os.waitpid(child(lambda: toy.runner(whole).train()), 0)
     truth = load(whole / 'epoch_4.pth')['state_dict']
-    hub = dict(log_scalars={'train/loss': HistoryBuffer([1.0], [1])}, runtime_info=dict(iter=3), resumed_keys={})
-    weights = torch.nn.Linear(2, 2).state_dict()
-    good = dict(meta=dict(epoch=1, iter=3, cfg='a = 1'), message_hub=hub, state_dict=weights)
-    (folder / 'forged').mkdir()
-    return [
-        *kills(folder, truth, kill_count, rng),
-        signals(folder, truth, max(4, kill_count // 5), rng),
-        full_disks(folder, truth, max(4, kill_count * 2 // 5), rng),
-        forged(folder / 'forged', good),
-        garbled(folder, good, seconds, rng),
-    ]
+    rows: list[Row] = []
+    if 'kills' in only:
+        rows += kills(folder, truth, kill_count, rng)
+    if 'signals' in only:
+        rows.append(signals(folder, truth, max(4, kill_count // 5), rng))
+    if 'faults' in only:
+        rows.append(full_disks(folder, truth, max(4, kill_count * 2 // 5), rng))
+    if 'forged' in only:
+        rows += forged_through_all(folder)
+    return rows + (fuzzers.wait() if fuzzers else [])
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument('--kills', type=int, default=50)
-    options.add_argument('--seconds', type=float, default=600, help='of garbled checkpoints')
+    options.add_argument('--kills', type=int, default=50, help='and of signals and faults in proportion')
+    options.add_argument('--seconds', type=float, default=600, help='of fuzzing, each entry')
     options.add_argument('--seed', type=int, default=0)
+    options.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     args = options.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = torture(args.kills, args.seconds, args.seed, Path(folder))
+    guided = fuzzing.atheris is not None
+    folder = Path(tempfile.mkdtemp(prefix='torture-'))
+    rows = torture(args.kills, args.seconds, args.seed, folder, args.only, guided)
+    if 'fuzzing' in args.only:
+        print(
+            'fuzzing was guided by coverage (atheris)' if guided else 'without atheris, inputs were changed at random'
+        )
     print(f'{"":44}{"tried":>9}{"survived":>10}{"lost":>6}')
     for row in rows:
         print(f'{row.name:44}{row.tried:9}{row.tried - row.lost:10}{row.lost:6}')
-    sys.exit(any(row.lost for row in rows))
+    for row in rows:
+        print(*(f'lost, {row.name}: {loss}' for loss in row.losses), sep='\n', end='\n' * bool(row.losses))
+    if any(row.lost for row in rows):
+        sys.exit(f'lost; what there was is in {folder}')
+    shutil.rmtree(folder)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ tensor of a checkpoint is taken, or dropped for a reason with a name, or it is a
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Correction, describe_conditioning
-from ..errors import InputError, naming
+from ..errors import InputError, naming, some
 from ..models.xcit import ARCHS, SpecXCiT
+from .reading import is_state_dict
 
 # Where training scripts put the weights, the better ones first: an average of weights, or a teacher, is what they
 # evaluate.
@@ -80,17 +82,13 @@ class Checkpoint:
 
 def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str]:
     """The state dict in a checkpoint, and the key it was under."""
-
-    def is_weights(value: object) -> bool:
-        return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-    if key is None and is_weights(checkpoint):
+    if key is None and is_state_dict(checkpoint):
         return checkpoint, ''
     known = checkpoint if isinstance(checkpoint, dict) else {}
     for name in WRAPPERS if key is None else (key,):
-        if is_weights(known.get(name)):
+        if is_state_dict(known.get(name)):
             return known[name], name
-    found = ', '.join(map(str, known)) or 'nothing'
+    found = some([f'{name!s:.40}' for name in known]) or 'nothing'
     raise InputError(
         f'holds no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; it has {found}'
     )
@@ -136,7 +134,10 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
         num_heads = weights['blocks.0.attn.temperature'].shape[0]
     except (KeyError, IndexError) as error:
         raise InputError('lacks the attention of the first block; is it an XCiT?') from error
-    depth = 1 + max(int(m[1]) for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m)
+    blocks = {m[1] for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m}
+    depth = len(blocks)
+    if blocks != {str(i) for i in range(depth)}:
+        raise InputError(f'its {depth} blocks are not numbered from 0 on')
     convs = len({m[1] for m in (re.match(r'patch_embed\.proj\.(\d+)\.0\.weight$', name) for name in weights) if m})
     if convs not in (3, 4):
         raise InputError(f'its stem has {convs} convolutions; three are known (patches of 8 pixels), and four (of 16)')
@@ -145,14 +146,21 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
     return (named[0] if named else arch), 8 if convs == 3 else 16
 
 
-def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of all that an XCiT of an architecture may hold, in groups that are there as a whole or not."""
+@functools.lru_cache(maxsize=16)
+def _own_shapes(dim: int, depth: int, num_heads: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a SpecXCiT's state dict."""
     try:
         with torch.device('meta'):
-            model = SpecXCiT(arch, patch_size)
+            model = SpecXCiT(dict(dim=dim, depth=depth, num_heads=num_heads), patch_size)
     except ValueError as error:
         raise InputError(f'its shapes are those of no XCiT: {error}') from error
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of all that an XCiT of an architecture may hold, in groups that are there as a whole or not."""
+    kind = ARCHS[arch] if isinstance(arch, str) else arch
+    own = _own_shapes(kind['dim'], kind['depth'], kind['num_heads'], patch_size)
     dim = own['blocks.0.gamma1'][0]
 
     linears = {'mlp.fc1': (4 * dim, dim), 'mlp.fc2': (dim, 4 * dim), 'attn.proj': (dim, dim)}
@@ -170,7 +178,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
     heads = (own['blocks.0.attn.temperature'][0],)
     corrections = {}
     for group, weights in dict(
-        correction={f'blocks.{i}.attn.correction.': (3 * dim, dim) for i in range(len(model.blocks))},
+        correction={f'blocks.{i}.attn.correction.': (3 * dim, dim) for i in range(kind['depth'])},
         class_correction={
             f'{name}.parametrizations.weight.0.': shape
             for name, shape in ((n.removesuffix('.weight'), s) for n, s in classifier.items())

@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_loaders
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, _weights_only_unpickler, nn
 
 from ..errors import InputError, naming, some
 from .records import STAND_INS, rebuild
@@ -28,26 +29,41 @@ from .records import STAND_INS, rebuild
 # Seconds that a server may be silent.
 PATIENCE = 60
 
+# How many times as large as the file its tensors may be.
+SHARED = 16
+
 # In the place of the config in a checkpoint, which MMEngine's DetInferencer would run where it is given none.
 NO_CONFIG = 'raise ValueError("the config inside of a checkpoint is code, and is not run: name a config, too")'
 
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """What every torch.load happens in: no code of the file is run, whoever calls it, with whatever arguments."""
+    """What every torch.load happens in: no code of the file is run, whoever calls it, with whatever arguments.
+
+    Of the names that PyTorch itself allows, those in :data:`STAND_INS` are left, and by what is there.
+    """
     name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
     before = os.environ.get(name)
     os.environ[name] = '1'
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with patch.object(_weights_only_unpickler, '_get_allowed_globals', lambda: STAND_INS):
             yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-def as_data(content: object) -> object:
-    """What torch.load returned, with data for its records and without the texts that MMEngine would run as Python."""
-    content = rebuild(content)
+def as_data(content: object, size: int | None = None) -> object:
+    """What torch.load returned, with data for its records and without the texts that MMEngine would run as Python.
+
+    Args:
+        content: its tensors must be such as have room in the file.
+        size: of the file, in bytes.
+    """
+    done: dict[int, tuple] = {}
+    content = rebuild(content, done)
+    # Names may share a tensor, but not so many; and what an old file did not write is memory that nobody has filled.
+    if size is not None and sum(new.nbytes for _, new in done.values() if isinstance(new, Tensor)) > SHARED * size:
+        raise InputError('holds tensors that are larger than the file')
     meta, hub = (content.get(key) for key in ('meta', 'message_hub')) if isinstance(content, dict) else (None, None)
     if isinstance(meta, dict):
         meta.pop('config', None)  # when it resumes
@@ -116,8 +132,9 @@ def load(
     """
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
         return CheckpointLoader.load_checkpoint(str(path), map_location)
+    file = local_file(path)
     with naming(f'checkpoint {path}'):
-        return _load(local_file(path), map_location, mmap, trust_pickle)
+        return _load(file, map_location, mmap, trust_pickle)
 
 
 def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust_pickle: bool) -> object:
@@ -125,13 +142,17 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
         if path.suffix == '.safetensors':
             return load_file(path, str(map_location or 'cpu'))
         is_zip = zipfile.is_zipfile(path)  # PyTorch wrote another format before 1.6
-        if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            # PyTorch never compresses; what is compressed may be of any size once it is not.
-            raise InputError('not a checkpoint written by torch.save: it is compressed')
+        size = path.stat().st_size
+        if is_zip:
+            entries = zipfile.ZipFile(path).infolist()
+            # PyTorch never compresses; what is compressed, or read from one place many times, may be of any size.
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                raise InputError('not a checkpoint written by torch.save: it is compressed')
         if trust_pickle:
             return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap and is_zip)
         with weights_only():
-            return as_data(torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip))
+            content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+            return as_data(content, size)
     except InputError:
         raise
     except SafetensorError as error:
@@ -148,7 +169,7 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
             ) from error
         raise InputError('not a checkpoint written by torch.save, or damaged') from error
     except Exception as error:  # whatever an unpickler stumbles over in bytes that were not written by a pickler
-        reason = str(error).partition('\n')[0][:200]
+        reason = str(error).partition('\n')[0].partition(' In PyTorch 2.6')[0][:200]  # which advises to run it
         raise InputError(f'not a checkpoint written by torch.save, or damaged ({reason})') from error
 
 
@@ -179,6 +200,12 @@ for _prefixes, _loader in (
     CheckpointLoader.register_scheme(_prefixes, safely(_loader), force=True)
 
 
+def is_state_dict(content: object) -> bool:
+    """Whether this is a dict of tensors by their names, and not an empty one."""
+    pairs = content.items() if isinstance(content, dict) else ()
+    return bool(pairs) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs)
+
+
 def not_finite(weights: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity."""
     return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -195,7 +222,7 @@ def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
         InputError: if there are none, or some are not finite.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not is_state_dict(weights):
         raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
     if spoilt := not_finite(weights):
         raise InputError(f'{name}: its weights are not finite ({some(spoilt)}); an earlier one is to be taken')
@@ -214,10 +241,13 @@ def require_training_state(checkpoint: object, name: str) -> None:
     """
     content = checkpoint if isinstance(checkpoint, dict) else {}
     meta, hub = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ('meta', 'message_hub'))
-    lacking = [key for key in ('epoch', 'iter') if type(meta.get(key)) is not int or meta[key] < 0]
+    places = dict(epoch=meta.get('epoch'), iter=meta.get('iter'))
+    places |= {key: meta.get(key, 0) for key in ('iter_in_epoch', 'iters_per_epoch')}
+    lacking = [key for key, place in places.items() if type(place) is not int or not 0 <= place < 2**31]
     lacking += [key for key in ('log_scalars', 'runtime_info', 'resumed_keys') if not isinstance(hub.get(key), dict)]
     lacking += [] if isinstance(content.get('optimizer'), dict) else ['optimizer']
     lacking += [] if isinstance(content.get('param_schedulers', []), list | dict) else ['param_schedulers']
+    lacking += [] if is_state_dict(content.get('gradients', {'': torch.empty(0)})) else ['gradients']
     if lacking:
         raise InputError(f'{name}: no training can be resumed from it, it lacks {", ".join(lacking)}; to start a new '
                          'one from its weights: --cfg-options load_from=FILE')  # fmt: skip
@@ -254,6 +284,9 @@ def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> 
         'missing': [k for k in own if k not in theirs and not k.endswith('num_batches_tracked')],
         'unknown': [k for k in theirs if k not in own],
         'of another shape': [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
+        'of another kind of number': [
+            k for k in own if k in theirs and own[k].is_floating_point() != theirs[k].is_floating_point()
+        ],
     }
     return '; '.join(
         f'{len(names)} {fault} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'

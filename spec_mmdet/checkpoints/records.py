@@ -1,9 +1,10 @@
-"""What checkpoints hold beside tensors and plain containers, rebuilt as data.
+"""What may be in a checkpoint, name by name, rebuilt as data.
 
 MMEngine's checkpoints hold NumPy's numbers and the histories of its logged scalars, XCiT's the arguments of its
 training script. Weights-only loading can be told to allow NumPy's own functions for that, but these build arrays of
-objects, too, whose pointers are bytes of the file. In the place of every such name, the classes here take what the file
-says and :func:`rebuild` makes plain numeric arrays and histories of it, or refuses.
+objects, too, whose pointers are bytes of the file; and what it allows by itself can be called with arguments that take
+all memory, or hours. In the place of every such name, what is here takes what the file says and :func:`rebuild` makes
+plain tensors, numeric arrays and histories of it, or refuses.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
+from torch.storage import TypedStorage
 
 from ..errors import InputError
 
@@ -98,36 +102,100 @@ def method_of_history(owner: object = None, name: object = None, *_) -> None:
         raise InputError(f'holds getattr({owner!r:.40}, {name!r:.40}), which is no statistic of a history')
 
 
-# Under the names that files have for them.
-STAND_INS = [
-    argparse.Namespace,
-    (History, 'mmengine.logging.history_buffer.HistoryBuffer'),
-    (method_of_history, 'builtins.getattr'),
-    (Array, 'numpy.ndarray'),
-    (Dtype, 'numpy.dtype'),
-    *(
-        (stand_in, f'{module}.multiarray.{name}')
-        for module in ('numpy.core', 'numpy._core')  # as NumPy 1 and NumPy 2 write it
-        for stand_in, name in ((Array, '_reconstruct'), (scalar, 'scalar'))
-    ),
-]
+NUMBERS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 
 
-def rebuild(content: object, done: dict[int, tuple] | None = None) -> object:
+def tensor(storage: object, offset: object, size: object, stride: object, *rest) -> Tensor:
+    """Stand in for the function that makes a tensor of a storage; a gradient that it may require, and hooks, are left
+    out.
+    """
+    if not isinstance(storage, TypedStorage) or storage.dtype not in NUMBERS or any(rest[2:]):
+        kind = getattr(storage, 'dtype', 'no type')
+        raise InputError(f'holds a tensor of {kind}; only plain ones of floats, integers and booleans are read')
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+def require_plain(found: Tensor) -> Tensor:
+    """Refuse a tensor that has more elements than its storage, as one of strides 0 has, or that is no plain one."""
+    if found.layout is not torch.strided or found.is_meta or found.dtype not in NUMBERS:
+        raise InputError('holds a tensor that is sparse, quantized or without content; only plain ones are read')
+    if found.nbytes > found.untyped_storage().nbytes():
+        raise InputError('holds a tensor that is larger than its content')
+    return found
+
+
+def parameter(data: object = None, *_) -> Tensor:
+    """Stand in for the function that makes a parameter of a tensor; it stays a tensor."""
+    if type(data) is not Tensor:
+        raise InputError('holds a parameter that is damaged')
+    return data
+
+
+def filled(kind: type, *contents: type) -> Callable[..., object]:
+    """Stand in for a container that is made of another one, of these kinds alone, which the file spells out."""
+
+    def container(content: object = (), *rest) -> object:
+        if type(content) not in contents or rest:
+            raise InputError(f'holds a {kind.__name__} that is damaged')
+        return kind(content)
+
+    return container
+
+
+def encoded(text: object = None, coding: object = None) -> bytes:
+    """Stand in for the function by which bytes are pickled; other codings can take hours."""
+    if not isinstance(text, str) or coding != 'latin1':
+        raise InputError('holds bytes that are damaged')
+    return text.encode('latin1')
+
+
+# Under the names that files have for them: all that a file may name.
+STAND_INS = {
+    'argparse.Namespace': argparse.Namespace,
+    'mmengine.logging.history_buffer.HistoryBuffer': History,
+    'builtins.getattr': method_of_history,
+    'numpy.ndarray': Array,
+    'numpy.dtype': Dtype,
+    'collections.OrderedDict': filled(OrderedDict, list, tuple),
+    'collections.Counter': filled(Counter, dict, tuple),
+    'builtins.set': filled(set, list, tuple),
+    'torch.Size': filled(tuple, list, tuple),
+    'torch.device': torch.device,
+    '_codecs.encode': encoded,
+    'torch._utils._rebuild_tensor_v2': tensor,
+    'torch._utils._rebuild_parameter': parameter,
+    'torch._utils._rebuild_parameter_with_state': parameter,
+}
+for _module in ('numpy.core', 'numpy._core'):  # as NumPy 1 and NumPy 2 write it
+    STAND_INS |= {f'{_module}.multiarray._reconstruct': Array, f'{_module}.multiarray.scalar': scalar}
+STAND_INS |= {str(dtype): dtype for dtype in NUMBERS}
+STAND_INS |= {
+    f'torch.{name}Storage': torch.serialization.StorageType(f'{name}Storage')
+    for name in ('Half', 'BFloat16', 'Float', 'Double', 'Bool', 'Byte', 'Char', 'Short', 'Int', 'Long')
+}
+
+
+def rebuild(content: object, done: dict[int, tuple]) -> object:
     """The content of a checkpoint with data in the place of what stands in for them; containers are changed in place.
+
+    Args:
+        content: what was unpickled.
+        done: gets all that is in it, as pairs of what it was and what it is now.
 
     Raises:
         InputError: where something in it is damaged, or a tensor that is not a plain one.
         RecursionError: where it is nested as no checkpoint is.
     """
-    done = {} if done is None else done
     if id(content) in done:
         return done[id(content)][1]
     new = content
     if isinstance(content, Array | History):
         new = content.rebuilt()
-    elif isinstance(content, Tensor) and (content.is_sparse or content.is_quantized or content.is_meta):
-        raise InputError('holds a tensor that is sparse, quantized or without content; only plain ones are read')
+    elif isinstance(content, Tensor):
+        require_plain(content)
     # With the content, which must stay alive as long as its number stands for it.
     done[id(content)] = content, new
     if isinstance(content, dict):
@@ -135,6 +203,8 @@ def rebuild(content: object, done: dict[int, tuple] | None = None) -> object:
             for name in set(vars(content)) - {'_metadata'}:  # could be in the place of its methods
                 del content.__dict__[name]
         for key, value in content.items():
+            if not isinstance(key, str | bytes | int | float | None):
+                raise InputError(f'holds a {type(key).__name__} for a name; only text and numbers are read')
             content[key] = rebuild(value, done)
     elif isinstance(content, list):
         content[:] = [rebuild(value, done) for value in content]

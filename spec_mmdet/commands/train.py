@@ -22,7 +22,7 @@ from mmengine.device import get_device
 
 from ..configs import CONFIGS
 from ..errors import InputError
-from ..training.resume import locked, newest_whole, require_no_checkpoints
+from ..training.resume import locked, newest_whole, require_no_checkpoints, resume_or_say_why
 from ..training.saving import listening
 from ..training.schedule import set_epochs, set_image_size
 from .common import (
@@ -134,4 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_cache_size_limit_of_dynamo()
     terminal = None if args.verbose else Terminal()
     with locked(work) if is_first_process() else nullcontext(), running(), listening(), terminal or nullcontext():
-        build_runner(cfg, terminal).train()
+        runner = build_runner(cfg, terminal)
+        resume_or_say_why(runner)
+        runner.train()

@@ -157,7 +157,8 @@ def describe_conditioning(state_dict: dict[str, Tensor]) -> str:
         record = _RECORD.search(key)
         if record and record[3] == 'lam':
             per_head = ', per_head=True' if value.ndim else ''
-            described.add(f"dict(type='identity', lam={value.flatten()[0].item():g}{per_head})")
+            lam = f'{value.flatten()[0].item():g}' if value.numel() else 'nothing'
+            described.add(f"dict(type='identity', lam={lam}{per_head})")
         elif record:
             described.add("dict(type='svd')")
     return ' and '.join(sorted(described)) or 'None'

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmengine.runner import Runner
+
 from ..checkpoints.reading import load, require_training_state, state_dict_of
 from ..errors import InputError, some
 from ..files import aside_of
@@ -67,6 +69,22 @@ def require_no_checkpoints(folder: Path) -> None:
     if names := [path.name for path in checkpoints_in(folder)]:
         raise InputError(f'{folder}: holds a training already ({some(names)}): --resume goes on with it, another '
                          '--work-dir leaves it alone')  # fmt: skip
+
+
+def resume_or_say_why(runner: Runner) -> None:
+    """Have whatever MMEngine stumbles over in a checkpoint's training state be an error of one line."""
+    load_or_resume = runner.load_or_resume
+
+    def load_or_resume_or_say_why() -> None:
+        try:
+            load_or_resume()
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:200]
+            raise InputError(f'checkpoint {runner._load_from}: no training can go on from it ({reason})') from error
+
+    runner.load_or_resume = load_or_resume_or_say_why
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""Every way by which a checkpoint comes in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CONFIG, options, run_tool
+from mmdet.apis import DetInferencer, init_detector
+
+from spec_mmdet import InputError
+
+# These take the weights alone: what is forged elsewhere has nothing to do with them, and they would go on to work.
+OF_WEIGHTS = ('load_from', 'init_cfg', 'export', 'convert', 'analyze')
+
+
+def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[str, Callable[[Path], None]]:
+    """The entries, as functions of a checkpoint's path.
+
+    Args:
+        shapes: a data set of shapes.
+        work: a folder to write to.
+    """
+
+    def train(*extra):
+        few = ['train_dataloader.dataset.indices=4', 'default_hooks.checkpoint.interval=9', 'val_cfg=None']
+        few += ['val_dataloader=None', 'val_evaluator=None', 'train_cfg.max_epochs=1']
+        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'train', *options(shapes), *few, *extra)
+
+    def resume(path):
+        # All of the file's training is done already: what is tried is reading it.
+        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'resume', '--resume', path, *options(shapes))
+
+    def convert(path):
+        run_tool(monkeypatch, 'convert_checkpoint', path, work / f'{path.stem}.safetensors')
+
+    def analyze(path):
+        run_tool(monkeypatch, 'analyze_conditioning', CONFIG, path, '--out', work / 'analyze')
+
+    def predict(path):
+        run_tool(monkeypatch, 'predict', CONFIG, path, image, '--out', work / path.stem, '--device', 'cpu')
+
+    init_cfg = 'model.backbone.init_cfg'
+    image = shapes / 'val' / '000001.png'
+    test = ['--work-dir', work / 'test', *options(shapes), 'test_dataloader.dataset.indices=2']
+    return {
+        'train --resume': resume,
+        'load_from': lambda path: train(f'load_from={path}'),
+        'init_cfg': lambda path: train(f'{init_cfg}.type=Pretrained', f'{init_cfg}.checkpoint={path}'),
+        'test': lambda path: run_tool(monkeypatch, 'test', CONFIG, path, *test),
+        'predict': predict,
+        'export': lambda path: run_tool(monkeypatch, 'export', CONFIG, path, work / f'{path.stem}.onnx'),
+        'convert': convert,
+        'analyze': analyze,
+        'DetInferencer with a config': lambda path: DetInferencer(str(CONFIG), str(path), 'cpu'),
+        'DetInferencer without': lambda path: DetInferencer(None, str(path), 'cpu'),
+        'init_detector': lambda path: init_detector(str(CONFIG), str(path), device='cpu'),
+    }
+
+
+def try_entry(enter: Callable[[Path], None], path: Path) -> str:
+    """What comes of a checkpoint: '' where it is taken, else the error's one line; anything else is raised."""
+    try:
+        enter(path)
+    except InputError as error:
+        says = str(error)
+    except ValueError as error:
+        if 'the config inside of a checkpoint is code' not in str(error):
+            raise
+        says = str(error)
+    except SystemExit as ended:
+        if not ended.code:
+            return ''
+        says = str(ended.code)
+        assert says.startswith('error: '), says
+    else:
+        return ''
+    assert '\n' not in says and len(says) < 2000, says
+    return says
