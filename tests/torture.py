@@ -82,6 +82,7 @@ def child(action: Callable[[], None]) -> int:
     process = os.fork()
     if process == 0:
         with contextlib.suppress(BaseException), Path(os.devnull).open('w') as silence:
+            sys.stdout = sys.stderr = silence  # pytest's are files
             os.dup2(silence.fileno(), 1)
             os.dup2(silence.fileno(), 2)
             action()

@@ -177,10 +177,10 @@ def run_command(*command: str | Path) -> None:
 
 # What PyTorch says when something other than the program has gone wrong, and what to say of it.
 TROUBLES = {
-    'DataLoader worker': 'a worker that loads images has died, often for want of memory or shared memory '
-    '(train_dataloader.num_workers=0 needs no shared memory)',
-    'DataLoader timed out': 'no worker has loaded images for so long: full shared memory (df /dev/shm), or a disk '
-    'that does not answer; train_dataloader.num_workers=0 needs no shared memory',
+    'DataLoader worker': 'a worker that loads images has died, often for want of memory or shared memory (df /dev/shm; '
+    'docker run --shm-size=8g gives a container more; --cfg-options train_dataloader.num_workers=0 needs none)',
+    'DataLoader timed out': 'no worker has loaded images for so long: a disk that does not answer, or a process that '
+    'is stopped',
     'Timed out waiting': 'another process has not answered within env_cfg.dist_cfg.timeout: it hangs, or has ended',
     'Connection closed by peer': 'another process has ended',
     'Connection reset by peer': 'another process has ended',

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 from math import isfinite
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -125,14 +126,26 @@ def numbers(figures: dict[str, Tensor | float]) -> dict[str, float]:
     return {**figures, **dict(zip(tensors, values))}
 
 
+def end_worker(error: Exception, content: object) -> None:
+    """End a loader's worker that cannot hand over what it has loaded, as where shared memory is full.
+
+    It would go on without it, and the training wait.
+    """
+    os.write(2, f'a worker that loads images ends: {str(error).partition(chr(10))[0]}\n'.encode())
+    os._exit(1)
+
+
 class WorkerStart:
-    """How a loader's worker begins: it leaves signals to the training, and ends with it, however that ends."""
+    """How a loader's worker begins: it leaves signals to the training, and ends with it, however that ends, or where it
+    can hand over nothing.
+    """
 
     def __init__(self, then: object) -> None:
         self.then = then
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Queue._on_queue_feeder_error = staticmethod(end_worker)
         if os.name == 'posix' and os.uname().sysname == 'Linux':
             set_parent_death_signal = 1
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

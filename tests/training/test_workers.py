@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 
 from spec_mmdet.commands.common import running
@@ -24,7 +25,14 @@ class Troubled(toy.Noise):
             time.sleep(3600)
         if index == 3 and self.trouble == 'dies':
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3 and self.trouble == 'fills':
+            torch.UntypedStorage._share_fd_cpu_ = no_space
         return super().__getitem__(index)
+
+
+def no_space(*args, **kwargs) -> None:
+    """What PyTorch says where /dev/shm is full; `make torture` fills it."""
+    raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
 
 
 def troubled(folder: Path, trouble: str, timeout: float):
@@ -35,12 +43,22 @@ def troubled(folder: Path, trouble: str, timeout: float):
     return toy.runner(folder / 'work', train_dataloader=loader, custom_hooks=hooks)
 
 
-@pytest.mark.parametrize(('trouble', 'says'), [('hangs', 'no worker has loaded'), ('dies', 'a worker .* has died')])
-def test_trouble_ends_the_run(tmp_path, trouble, says):
+@pytest.mark.parametrize(
+    ('trouble', 'says', 'timeout'),
+    [
+        ('hangs', 'no worker has loaded', 2),
+        ('dies', 'a worker .* has died', 600),
+        ('fills', 'a worker .* has died.*--shm-size', 600),
+    ],
+)
+def test_trouble_ends_the_run(tmp_path, capfd, trouble, says, timeout):
     start = time.time()
     with pytest.raises(InputError, match=says), running():
-        troubled(tmp_path, trouble, timeout=2).train()
+        troubled(tmp_path, trouble, timeout).train()
     assert time.time() - start < 60
+    said = capfd.readouterr().err
+    assert 'Traceback' not in said
+    assert trouble != 'fills' or 'a worker that loads images ends: unable to allocate shared memory' in said
 
 
 def alive(process: int) -> bool:

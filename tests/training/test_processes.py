@@ -1,0 +1,132 @@
+"""Signals, and several processes: agreed on, and never waited for without end. Each process is a fork."""
+
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.commands.common import running
+from spec_mmdet.errors import InputError
+from spec_mmdet.training.saving import listening
+
+
+def fork(action: Callable[[], None], says: Path) -> int:
+    """Run something in a process of its own, which ends as a command does and leaves its one line in a file."""
+    process = os.fork()
+    if process == 0:
+        with (Path(f'{says}.log')).open('w') as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        status = 2
+        try:
+            with running(), listening():
+                action()
+            status = 0
+        except InputError as error:
+            says.write_text(str(error))
+            status = 1
+        except SystemExit as ended:
+            status = ended.code
+        except BaseException:
+            says.write_text(traceback.format_exc())
+        finally:
+            os._exit(status)
+    return process
+
+
+def status_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def wait_for(path: Path) -> None:
+    until = time.time() + 60
+    while not path.exists():
+        assert time.time() < until, f'no {path}'
+        time.sleep(0.01)
+
+
+@HOOKS.register_module()
+class At(Hook):
+    """In an iteration of one process, say so in a file and wait; or send oneself a signal."""
+
+    def __init__(self, iteration: int, rank: int, flag: Path, number: int = 0) -> None:
+        self.iteration, self.rank, self.flag, self.number = iteration, rank, Path(flag), number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.iter + 1 == self.iteration and runner.rank == self.rank:
+            self.flag.touch()
+            if self.number:
+                os.kill(os.getpid(), self.number)
+            else:
+                time.sleep(60)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    flag = tmp_path / 'flag'
+    hooks = [dict(type='At', iteration=6, rank=0, flag=str(flag))]
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+        work = tmp_path / f'{first}{second}'
+        process = fork(lambda work=work: toy.runner(work, custom_hooks=hooks).train(), tmp_path / 'says')
+        wait_for(flag)
+        os.kill(process, first)
+        time.sleep(0.3)
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)  # it waits for its iteration
+        start = time.time()
+        os.kill(process, second)
+        assert status_of(process) == 128 + second
+        assert time.time() - start < 5
+        assert not (work / 'interrupted.pth').exists()
+        assert load(work / 'epoch_1.pth')['meta']['iter'] == 4
+        flag.unlink()
+
+
+def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
+    """A training by two processes that are connected by gloo."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def train(rank: int) -> None:
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        os.environ.update({name: str(value) for name, value in names.items()})
+        torch.cuda.set_device = lambda device: None  # which MMEngine calls without a GPU, too, and a fork may not
+        hooks = [dict(type='FiniteGuard'), dict(type='At', flag=str(folder / 'flag'), **at)]
+        group = dict(dist_cfg=dict(backend='gloo', timeout=timeout))
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+        settings = dict(launcher='pytorch', env_cfg=group, custom_hooks=hooks, cfg=dict(model_wrapper_cfg=wrapper))
+        toy.runner(folder / 'work', **settings).train()
+
+    return [fork(lambda rank=rank: train(rank), folder / f'says_{rank}') for rank in range(2)]
+
+
+def test_processes_agree_on_a_signal(tmp_path):
+    # The second one alone is told, in the midst of an epoch: both end after the same iteration, and one saves it.
+    processes = two_processes(tmp_path, iteration=3, rank=1, number=int(signal.SIGTERM))
+    assert [status_of(process) for process in processes] == [143, 143]
+    content = load(tmp_path / 'work' / 'interrupted.pth')
+    assert content['meta']['iter'] == 3 and (tmp_path / 'work' / 'last_checkpoint').read_text() == 'interrupted.pth'
+
+
+@pytest.mark.parametrize('trouble', [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_does_not_answer_ends_the_others(tmp_path, trouble):
+    first, second = two_processes(tmp_path, timeout=3, iteration=3, rank=1)
+    wait_for(tmp_path / 'flag')
+    start = time.time()
+    os.kill(second, trouble)
+    assert status_of(first) == 1
+    assert time.time() - start < 20
+    says = (tmp_path / 'says_0').read_text()
+    assert 'another process has' in says and '\n' not in says
+    if trouble == signal.SIGSTOP:
+        os.kill(second, signal.SIGKILL)
+    status_of(second)
