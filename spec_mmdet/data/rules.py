@@ -177,6 +177,19 @@ def fault_of_mask(mask: object, width: int, height: int) -> str:
     return 'masks that are neither polygons nor RLE'
 
 
+def can_be_measured(mask: object, width: int, height: int) -> bool:
+    """Whether pycocotools ends with a segmentation, in little memory: be it empty, or cut at the image's edge."""
+    if fault_of_size(width, height):
+        return False
+    if isinstance(mask, list):
+        fault = fault_of_mask(mask, width, height)
+        reaches_out = fault.startswith('polygons that reach out')
+        return not fault or reaches_out and max(map(abs, extent_of_polygons(mask))) <= 10 * max(width, height)
+    counts = mask.get('counts') if isinstance(mask, dict) else None
+    runs = runs_of_rle(counts) if isinstance(counts, list | str) else None
+    return runs is not None and mask.get('size') == [height, width] and runs.sum() == width * height
+
+
 def extent_of_polygons(polygons: list[list[float]]) -> Corners:
     xs, ys = ([v for polygon in polygons for v in polygon[first::2]] for first in (0, 1))
     return min(xs), min(ys), max(xs), max(ys)

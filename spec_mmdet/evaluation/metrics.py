@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data import rules
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 
@@ -32,6 +33,25 @@ def numbers(ids: Iterable[int | str], least: int = 0, ascending: bool = False) -
     return {index: number for number, index in enumerate(ids, start=1)}
 
 
+def require_measurable(truth: COCO, kind: str) -> None:
+    """Refuse objects with which an evaluation would not end, or take all memory, as where the checks were left out.
+
+    Raises:
+        InputError: at the first one.
+    """
+    sizes = {image['id']: (image['width'], image['height']) for image in truth.dataset['images']}
+    for annotation in truth.dataset['annotations']:
+        box, size = annotation['bbox'], sizes.get(annotation['image_id'], (0, 0))
+        sound = rules.is_finite(box) and len(box) == 4
+        if kind == 'segm':
+            sound = rules.can_be_measured(annotation.get('segmentation'), *size)
+        if not sound:
+            raise InputError(
+                f'the {"mask" if kind == "segm" else "box"} of annotation {annotation["id"]!r:.40} is none that can be '
+                'measured by; spec-mmdet prepare lists all that is wrong'
+            )
+
+
 class Numbered:
     """A mixin for pycocotools' ``COCOeval``, for ids that it cannot hold: it works on :func:`numbers` in their place.
 
@@ -43,6 +63,7 @@ class Numbered:
         if truth is None:
             super().__init__(None, None, kind, **kwargs)
             return
+        require_measurable(truth, kind)
         self.images = numbers(image['id'] for image in truth.dataset['images'])
         self.categories = numbers((category['id'] for category in truth.dataset['categories']), ascending=True)
         super().__init__(self.numbered(truth), self.numbered(found), kind, **kwargs)

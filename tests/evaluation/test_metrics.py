@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 import spec_mmdet.evaluation.metrics
 from spec_mmdet import InputError
-from spec_mmdet.evaluation.metrics import fast_evaluation
+from spec_mmdet.evaluation.metrics import Evaluation, fast_evaluation
 
 ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class's first detection alone, where it is right
 
@@ -146,3 +147,36 @@ def test_without_faster_coco_eval(monkeypatch):
     monkeypatch.setattr(spec_mmdet.evaluation.metrics, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match='pip install faster-coco-eval'):
         METRICS.build(dict(type='FastCocoMetric'))
+
+
+ABSURD = dict(
+    segm=[
+        dict(size=[64, 64], counts=[2**31, 2**31]),
+        dict(size=[64, 64], counts=[1] * 9),
+        dict(size=[2**20, 2**20], counts=[2**40]),
+        dict(size=[64, 64], counts='0' * 1000),
+        dict(size=[64, 64], counts='oo'),
+        [[1e30, 1, 5e30, 1, 5, 5]],
+        [[1, 1, 1e9, 1, 5, 5]],
+        [[1, 1]],
+        None,
+    ],
+    bbox=[[0, 0, float('nan'), 1], [0, 0, float('inf'), 1], [0, 0, 1], 'box'],
+)
+
+
+@pytest.mark.parametrize('kind', ABSURD)
+@pytest.mark.parametrize('evaluator', [Evaluation, fast_evaluation])
+def test_an_evaluation_of_absurd_objects_ends(kind, evaluator):
+    truth, found = scene(np.random.default_rng(0), 4)
+    for absurd in ABSURD[kind]:
+        spoilt = copy.deepcopy(truth)
+        spoilt['annotations'][3][dict(segm='segmentation', bbox='bbox')[kind]] = absurd
+        with pytest.raises(InputError, match='of annotation .* is none that can be measured by'):
+            evaluated(evaluator, spoilt, found, kind)
+    # A mask that reaches out of its image is cut, and a box of any size is one.
+    truth['annotations'][3]['segmentation'] = polygon([-50.0, 1.0, 200.0, 20.0])
+    truth['annotations'][3]['bbox'] = [0, 0, 1e30, 1e30]
+    start = time.process_time()
+    evaluated(evaluator, truth, found, kind)
+    assert time.process_time() - start < 10

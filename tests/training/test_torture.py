@@ -18,6 +18,6 @@ def test_what_is_lost_is_seen(tmp_path, monkeypatch):
     assert row.lost == 1
     # A reader that a change of a byte brings down, by an exception or by a crash.
     for fault in (lambda *args: 1 / 0, lambda *args: torture.os.abort()):
-        monkeypatch.setitem(torture.fuzzing.ENTRIES, 'reader', (fault, torture.fuzzing.reader_seeds))
-        reader, *_ = torture.Fuzzing(tmp_path, 1, guided=False).wait()
+        monkeypatch.setattr(torture.fuzzing, 'ENTRIES', dict(reader=(fault, torture.fuzzing.reader_seeds)))
+        (reader,) = torture.Fuzzing(tmp_path, 1, guided=False).wait()
         assert reader.lost
