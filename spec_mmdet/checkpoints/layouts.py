@@ -134,6 +134,8 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
         num_heads = weights['blocks.0.attn.temperature'].shape[0]
     except (KeyError, IndexError) as error:
         raise InputError('lacks the attention of the first block; is it an XCiT?') from error
+    if not dim or not num_heads:
+        raise InputError('its attention has no channels or no heads')
     blocks = {m[1] for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m}
     depth = len(blocks)
     if blocks != {str(i) for i in range(depth)}:
@@ -172,7 +174,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
     block |= {'gamma1': (dim,), 'gamma2': (dim,)}
     classifier = {'cls_token': (1, 1, dim), 'norm.weight': (dim,), 'norm.bias': (dim,)}
     classifier |= {f'cls_attn_blocks.{i}.{name}': shape for i in range(2) for name, shape in block.items()}
-    classes = len(tensors['head.weight']) if 'head.weight' in tensors else 0
+    classes = tensors['head.weight'].shape[:1] if 'head.weight' in tensors else ()
 
     # Corrections of the first layer's form, in all of them; class attention's is dropped with it.
     heads = (own['blocks.0.attn.temperature'][0],)
@@ -197,7 +199,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
         fpn={name: shape for name, shape in own.items() if name.startswith('fpn')},
         **corrections,
         classifier=classifier,
-        head={'head.weight': (classes, dim), 'head.bias': (classes,)},
+        head={'head.weight': (*classes, dim), 'head.bias': (*classes,)},
     )
 
 
