@@ -17,6 +17,7 @@ class Troubled(toy.Noise):
     """Notes who loads, and then has trouble with the third sample."""
 
     def __init__(self, folder: Path, trouble: str) -> None:
+        super().__init__()
         self.folder, self.trouble = folder, trouble
 
     def __getitem__(self, index: int) -> dict:
