@@ -4,8 +4,6 @@ import os
 import signal
 import socket
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,37 +13,6 @@ from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.commands.common import running
-from spec_mmdet.errors import InputError
-from spec_mmdet.training.saving import listening
-
-
-def fork(action: Callable[[], None], says: Path) -> int:
-    """Run something in a process of its own, which ends as a command does and leaves its one line in a file."""
-    process = os.fork()
-    if process == 0:
-        with (Path(f'{says}.log')).open('w') as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        status = 2
-        try:
-            with running(), listening():
-                action()
-            status = 0
-        except InputError as error:
-            says.write_text(str(error))
-            status = 1
-        except SystemExit as ended:
-            status = ended.code
-        except BaseException:
-            says.write_text(traceback.format_exc())
-        finally:
-            os._exit(status)
-    return process
-
-
-def status_of(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def wait_for(path: Path) -> None:
@@ -76,14 +43,14 @@ def test_a_second_signal_ends_at_once(tmp_path):
     hooks = [dict(type='At', iteration=6, rank=0, flag=str(flag))]
     for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
         work = tmp_path / f'{first}{second}'
-        process = fork(lambda work=work: toy.runner(work, custom_hooks=hooks).train(), tmp_path / 'says')
+        process = toy.fork(lambda work=work: toy.runner(work, custom_hooks=hooks).train(), tmp_path / 'says')
         wait_for(flag)
         os.kill(process, first)
         time.sleep(0.3)
         assert os.waitpid(process, os.WNOHANG) == (0, 0)  # it waits for its iteration
         start = time.time()
         os.kill(process, second)
-        assert status_of(process) == 128 + second
+        assert toy.status_of(process) == 128 + second
         assert time.time() - start < 5
         assert not (work / 'interrupted.pth').exists()
         assert load(work / 'epoch_1.pth')['meta']['iter'] == 4
@@ -106,13 +73,13 @@ def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
         settings = dict(launcher='pytorch', env_cfg=group, custom_hooks=hooks, cfg=dict(model_wrapper_cfg=wrapper))
         toy.runner(folder / 'work', **settings).train()
 
-    return [fork(lambda rank=rank: train(rank), folder / f'says_{rank}') for rank in range(2)]
+    return [toy.fork(lambda rank=rank: train(rank), folder / f'says_{rank}') for rank in range(2)]
 
 
 def test_processes_agree_on_a_signal(tmp_path):
     # The second one alone is told, in the midst of an epoch: both end after the same iteration, and one saves it.
     processes = two_processes(tmp_path, iteration=3, rank=1, number=int(signal.SIGTERM))
-    assert [status_of(process) for process in processes] == [143, 143]
+    assert [toy.status_of(process) for process in processes] == [143, 143]
     content = load(tmp_path / 'work' / 'interrupted.pth')
     assert content['meta']['iter'] == 3 and (tmp_path / 'work' / 'last_checkpoint').read_text() == 'interrupted.pth'
 
@@ -123,10 +90,10 @@ def test_a_process_that_does_not_answer_ends_the_others(tmp_path, trouble):
     wait_for(tmp_path / 'flag')
     start = time.time()
     os.kill(second, trouble)
-    assert status_of(first) == 1
+    assert toy.status_of(first) == 1
     assert time.time() - start < 20
     says = (tmp_path / 'says_0').read_text()
     assert 'another process has' in says and '\n' not in says
     if trouble == signal.SIGSTOP:
         os.kill(second, signal.SIGKILL)
-    status_of(second)
+    toy.status_of(second)

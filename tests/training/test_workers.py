@@ -1,5 +1,6 @@
 """Workers of loaders: waited for no longer than said, and gone when their training is."""
 
+import ctypes
 import os
 import signal
 import time
@@ -32,7 +33,7 @@ class Troubled(toy.Noise):
 
 
 def no_space(*args, **kwargs) -> None:
-    """What PyTorch says where /dev/shm is full; `make torture` fills it."""
+    """What PyTorch says where /dev/shm is full."""
     raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
 
 
@@ -60,6 +61,42 @@ def test_trouble_ends_the_run(tmp_path, capfd, trouble, says, timeout):
     said = capfd.readouterr().err
     assert 'Traceback' not in said
     assert trouble != 'fills' or 'a worker that loads images ends: unable to allocate shared memory' in said
+
+
+def fill_shared_memory() -> bool:
+    """Give this process a /dev/shm of its own, of 64 KB; whether it may."""
+    libc, new_mounts, recursive, private = ctypes.CDLL(None), 0x20000, 0x4000, 1 << 18
+    return not (
+        libc.unshare(new_mounts)
+        or libc.mount(b'none', b'/', None, recursive | private, None)
+        or libc.mount(b'tmpfs', b'/dev/shm', b'tmpfs', 0, b'size=64k')
+    )
+
+
+class Large(toy.Noise):
+    def __getitem__(self, index: int) -> dict:
+        return dict(super().__getitem__(index), inputs=torch.zeros(3, 100_000))
+
+
+@pytest.mark.skipif(os.uname().sysname != 'Linux', reason='shared memory is elsewhere')
+def test_full_shared_memory_ends_the_run(tmp_path):
+    loader = dict(batch_size=2, num_workers=2, dataset=Large(), sampler=dict(type='DefaultSampler', shuffle=True))
+
+    def train() -> None:
+        if not fill_shared_memory():
+            (tmp_path / 'not allowed').touch()
+            return
+        hooks = [dict(type='LoaderGuard')]
+        toy.runner(tmp_path / 'work', train_dataloader=loader, custom_hooks=hooks).train()
+
+    start = time.time()
+    status = toy.status_of(toy.fork(train, tmp_path / 'says'))
+    if (tmp_path / 'not allowed').exists():
+        pytest.skip('mounting a small /dev/shm is not allowed here; what happens then is tried above')
+    says = (tmp_path / 'says').read_text()
+    assert status == 1 and '--shm-size' in says and '\n' not in says
+    assert time.time() - start < 60
+    assert 'Traceback' not in (tmp_path / 'says.log').read_text()
 
 
 def alive(process: int) -> bool:

@@ -1,5 +1,8 @@
 """The smallest training that has everything: a line fitted to noise by MMEngine's Runner, with this project's hooks."""
 
+import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,6 +10,10 @@ from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
+
+from spec_mmdet.commands.common import running
+from spec_mmdet.errors import InputError
+from spec_mmdet.training.saving import listening
 
 SCORES = [1.0, 3.0, 2.0, 4.0]  # by epoch
 
@@ -80,3 +87,31 @@ def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **setti
         load_from=None if resume_from is None else str(resume_from),
     )
     return Runner(**(arguments | settings))
+
+
+def fork(action: Callable[[], None], says: Path) -> int:
+    """Run something in a process of its own, which ends as a command does and leaves its one line in a file."""
+    process = os.fork()
+    if process == 0:
+        with (Path(f'{says}.log')).open('w') as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        status = 2
+        try:
+            with running(), listening():
+                action()
+            status = 0
+        except InputError as error:
+            says.write_text(str(error))
+            status = 1
+        except SystemExit as ended:
+            status = ended.code
+        except BaseException:
+            says.write_text(traceback.format_exc())
+        finally:
+            os._exit(status)
+    return process
+
+
+def status_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
