@@ -53,7 +53,7 @@ SKIPPED = {
     'make test': 'CI runs it',
     'make test-onedl': 'CI runs it',
     'make clean': 'would remove the environment that the other commands need',
-    'make torture': 'takes a quarter of an hour; a short form of it is in the suite',
+    'make torture': 'takes half an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
     'spec-mmdet gpu-check': 'needs a GPU; the suite runs it on the CPU',
     'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',

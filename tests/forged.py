@@ -171,6 +171,7 @@ def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
         'integers for weights': dict(good, state_dict=weights | {first: weights[first].long()}),
         'numbers for names': dict(good, state_dict=dict(enumerate(weights.values()))),
         'tuples for names': dict(good, state_dict={(name, 0): value for name, value in weights.items()}),
+        'text for what is known of them': dict(good, meta='epoch 1'),
         'text for weights': dict(good, state_dict=dict.fromkeys(weights, 'text')),
         'a list for weights': dict(good, state_dict=list(weights.values())),
         'nothing': None,

@@ -65,6 +65,9 @@ def as_data(content: object, size: int | None = None) -> object:
     if size is not None and sum(new.nbytes for _, new in done.values() if isinstance(new, Tensor)) > SHARED * size:
         raise InputError('holds tensors that are larger than the file')
     meta, hub = (content.get(key) for key in ('meta', 'message_hub')) if isinstance(content, dict) else (None, None)
+    for key, part in (('meta', meta), ('message_hub', hub)):
+        if not isinstance(part, dict | None):
+            raise InputError(f'its "{key}" is a {type(part).__name__}, and not a dict')
     if isinstance(meta, dict):
         meta.pop('config', None)  # when it resumes
         if 'cfg' in meta:
@@ -175,8 +178,13 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
 
 @CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
 def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
-    """MMEngine's loader for files and addresses: its own run code, or cannot read what MMEngine has written itself."""
-    return load(filename, map_location)
+    """MMEngine's loader for files and addresses: its own run code, or cannot read what MMEngine has written itself.
+
+    Whoever calls it wants weights: without any, or with such as are not finite, it is an InputError.
+    """
+    content = load(filename, map_location)
+    state_dict_of(content, f'checkpoint {filename}')
+    return content
 
 
 def safely(loader: Callable) -> Callable:
