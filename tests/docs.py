@@ -56,6 +56,8 @@ SKIPPED = {
     'make torture': 'takes half an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
     'spec-mmdet gpu-check': 'needs a GPU; the suite runs it on the CPU',
+    'spec-mmdet test work_dirs/plain_0/xcit_spec_shapes.py': 'is of trainings that take an hour; the suite runs it',
+    'spec-mmdet compare': 'is of trainings that take an hour; the suite runs it',
     'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',
 }
 

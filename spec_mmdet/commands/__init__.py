@@ -21,6 +21,8 @@ COMMANDS = {
     'predict': 'find objects in images, folders and videos',
     'convert': 'convert a checkpoint of XCiT from any layout there is, or back',
     'export': 'write a detector, or its backbone alone, as ONNX',
+    'publish': 'a folder for others: weights alone, config, model card, checksums',
+    'compare': 'several trainings: AP over seeds, differences and their noise, curves',
     'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
     'benchmark': "time and memory against timm's XCiT and others",
     'gpu-check': 'everything that only a GPU shows: what is right on it, and how fast it is',

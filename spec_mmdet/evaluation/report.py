@@ -214,7 +214,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         confusion, thresholds = embedded_figure(draw_confusion(matrix, names)), embedded_figure(draw_scores(scores))
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
-    page = jinja2.Template(Path(__file__).with_name('report.html').read_text('utf-8'), autoescape=True).render(
+    page = page_of(
+        'report.html',
         mark=MARK,
         title=Path(cfg.filename).stem,
         checkpoint=shown(checkpoint),
@@ -257,6 +258,12 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         config_text=cfg.pretty_text,
     )
     (folder / PAGE).write_text(page, 'utf-8')
+
+
+def page_of(template: str, **values: object) -> str:
+    """A page of this folder, filled in."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
+    return jinja2.Environment(loader=loader, autoescape=True).get_template(template).render(values)
 
 
 def totals(outcome_of: dict[int, Outcome]) -> dict[str, object]:

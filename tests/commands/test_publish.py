@@ -1,0 +1,45 @@
+"""A published folder is whole by itself: checksums that hold, and weights that find what the checkpoint found."""
+
+import json
+import subprocess
+
+import torch
+from conftest import complaint, run_tool
+from safetensors.torch import load_file
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.commands import run
+
+
+def test_a_published_detector_finds_the_same(monkeypatch, trained, shapes, tmp_path, capsys):
+    checkpoint, out = trained / 'epoch_1.pth', tmp_path / 'published'
+    run('publish', [str(checkpoint), '--out', str(out), '--licence', 'CC-BY-4.0'])
+    assert sorted(path.name for path in out.iterdir()) == [
+        'README.md', 'SHA256SUMS', 'config.py', 'model.pth', 'model.safetensors'
+    ]  # fmt: skip
+    subprocess.run(['sha256sum', '--check', 'SHA256SUMS'], cwd=out, check=True, stdout=subprocess.DEVNULL)
+    whole, published, tensors = load(checkpoint), load(out / 'model.pth'), load_file(out / 'model.safetensors')
+    assert set(published) == {'meta', 'state_dict'} and set(published['meta']) == {'dataset_meta'}
+    for name, value in whole['state_dict'].items():
+        assert torch.equal(value, published['state_dict'][name]) and torch.equal(value, tensors[name])
+    card = (out / 'README.md').read_text()
+    assert all(text in card for text in ("dict(type='identity', lam=1)", 'circle, square', 'CC-BY-4.0', 'bbox_mAP |'))
+    assert str(trained) not in (out / 'config.py').read_text()
+
+    image = shapes / 'val' / '000001.png'
+    for name, config, model in (
+        ('a', trained / 'xcit_spec_shapes.py', checkpoint),
+        ('b', out / 'config.py', out / 'model.safetensors'),
+    ):
+        run_tool(monkeypatch, 'predict', config, model, image, '--score', 0, '--no-pictures', '--out', tmp_path / name)
+    expected, found = (json.loads((tmp_path / name / 'predictions.json').read_text()) for name in 'ab')
+    assert expected == found and len(found) > 10
+
+
+def test_what_is_not_published(monkeypatch, trained):
+    for args, says in (
+        (['absent.pth'], 'no such file'),
+        ([trained / 'epoch_1.pth', '--config', 'absent.py'], '--config absent.py: no such file'),
+        ([trained / 'epoch_1.pth', '--out', trained], 'not an empty folder'),
+    ):
+        assert says in complaint(monkeypatch, 'publish', *args)
