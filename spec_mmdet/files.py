@@ -11,11 +11,12 @@ from pathlib import Path
 from .errors import InputError
 
 ASIDE = '.partial'  # the folder, within the one that is written, for what is not whole yet
+LEFT = '.*.partial'  # what files are called that a run that was killed was writing
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file is written until it is whole."""
-    return path.with_name(f'.{path.name}.partial')
+    """Where a file is written until it is whole; one place a process, as several may write the same file."""
+    return path.with_name(f'.{path.name}.{os.getpid()}.partial')
 
 
 @contextmanager

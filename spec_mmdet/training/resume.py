@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints.reading import load, require_training_state, state_dict_of
 from ..errors import InputError, some
-from ..files import aside_of
+from ..files import LEFT
 from .saving import INTERRUPTED
 
 
@@ -105,7 +105,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             lock.seek(0)
             raise InputError(f'{folder}: another training is writing there ({lock.read() or "unknown"})') from error
-        for left in folder.glob(aside_of(Path('*')).name):
+        for left in folder.glob(LEFT):
             left.unlink()
         lock.truncate(0)
         with suppress(OSError):  # on a full disk the holder has no name
