@@ -49,6 +49,8 @@ def command_line() -> Iterator[None]:
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
         # Names of files and classes would stop the run, in MMEngine's logs if nowhere else.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+    if os.environ.get('MPLBACKEND', '').startswith('module://'):
+        del os.environ['MPLBACKEND']  # a notebook's, which belongs to its own environment
     # Whatever scheme a checkpoint is loaded by.
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     try:

@@ -36,7 +36,7 @@ from ..evaluation.comparison import (
     Run,
     arms_of,
     differences,
-    draw_curves,
+    draw_curve,
     draw_differences,
 )
 from ..evaluation.figures import embedded_figure
@@ -174,11 +174,10 @@ def said(entry: Difference) -> str:
 
 def as_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
     """The comparison as HTML."""
-    figures = [
-        draw_differences(found, KINDS),
-        draw_curves(runs, 'Validation during the training', [f'{name} AP' for name in KINDS.values()]),
-        draw_curves(runs, 'Training', ['loss'], log=True),
-        draw_curves(runs, 'Condition numbers, with the correction (medians over the layers)', MEDIANS[:4], log=True),
+    curves = [
+        *(draw_curve(runs, f'{name} AP') for name in KINDS.values()),
+        draw_curve(runs, 'loss', log=True),
+        *(draw_curve(runs, name, log=True) for name in MEDIANS[:4]),
     ]
     return page_of(
         'comparison.html',
@@ -198,7 +197,8 @@ def as_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
         kinds=[KINDS[kind] for kind in runs[0].ap],
         kappas=MEDIANS[:4],
         sentences=[said(entry) for entry in found],
-        figures=[embedded_figure(figure) for figure in figures if figure],
+        intervals=embedded_figure(draw_differences(found, KINDS)),
+        curves=[embedded_figure(figure) for figure in curves if figure],
     )  # fmt: skip
 
 

@@ -126,22 +126,18 @@ def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figu
     return figure
 
 
-def draw_curves(runs: Sequence[Run], title: str, names: Sequence[str], log: bool = False) -> Figure | None:
-    """Curves of these names over the iterations, an arm a colour; None where no run has one."""
+def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | None:
+    """A curve over the iterations, an arm a colour; None where no run has it."""
     colours = {arm: f'C{i % 10}' for i, arm in enumerate(arms_of(runs))}
-    known = [name for name in names if any(name in run.curves for run in runs)]
-    if not known:
+    if not any(name in run.curves for run in runs):
         return None
-    figure = Figure(figsize=(5.2 * len(known) if len(known) < 3 else 15.6, 3.6), layout='constrained')
-    for axis, name in zip(figure.subplots(1, len(known), squeeze=False)[0], known):
-        labelled = set()
-        for run in runs:
-            if name in run.curves:
-                label = run.arm if run.arm not in labelled else None
-                axis.plot(*run.curves[name], color=colours[run.arm], label=label, marker='.', linewidth=1)
-                labelled.add(run.arm)
-        axis.set(title=name, xlabel='iteration', **(dict(yscale='log') if log else {}))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
+    figure = Figure(figsize=(5.2, 3.4), layout='constrained')
+    axis = figure.subplots()
+    for run in runs:
+        axis.plot(*run.curves.get(name, ([], [])), color=colours[run.arm], marker='.', linewidth=1)
+    for arm, colour in colours.items():
+        axis.plot([], [], color=colour, label=arm)
+    axis.set(title=name.replace('_', ' '), xlabel='iteration', **(dict(yscale='log') if log else {}))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return figure

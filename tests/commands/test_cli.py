@@ -1,6 +1,7 @@
 """spec-mmdet itself: its commands, what it says of wrong ones, and MMDetection's own options and scripts beside it."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from mmengine.config import Config
 from torch._utils import ExceptionWrapper
 
 from spec_mmdet import InputError, __version__, find_config
-from spec_mmdet.commands import COMMANDS, main
+from spec_mmdet.commands import COMMANDS, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
 from spec_mmdet.commands.common import running
@@ -139,3 +140,10 @@ def test_an_error_of_a_process_that_loads_data_is_its_own_line_alone():
     with pytest.raises(InputError) as refused, running():
         passed_on.reraise()
     assert str(refused.value) == 'image a.png: damaged'
+
+
+def test_a_notebooks_backend_of_matplotlib_is_left_to_it(monkeypatch):
+    for name, stays in (('module://matplotlib_inline.backend_inline', False), ('agg', True)):
+        monkeypatch.setenv('MPLBACKEND', name)
+        with command_line():
+            assert ('MPLBACKEND' in os.environ) == stays
