@@ -1,7 +1,7 @@
 """A config of each family that MMDetection ships, without a compiled mmcv: built, trained for a step, predicted with.
 
-    python tests/ops/families.py           makes the table in docs/operators.md
-    python tests/ops/families.py NAME ...  prints the rows of these folders
+    python tests/ops/zoo.py           makes the table in docs/operators.md
+    python tests/ops/zoo.py NAME ...  prints the rows of these folders
 
 Models are as large as their configs have them, and random; images are small. What CUDA tensors would go through, goes
 through our operators here: mmcv's deformable attention of CPU tensors is made to call them.

@@ -1,4 +1,4 @@
-"""A few of the families of the table in docs/operators.md, of each operator one; families.py goes through them all."""
+"""A few of the families of the table in docs/operators.md, of each operator one; zoo.py goes through them all."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import families
+import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -18,23 +18,23 @@ def recording_ends(monkeypatch):
     monkeypatch.setattr(
         deform_attn, 'multi_scale_deformable_attn_pytorch', deform_attn.multi_scale_deformable_attn_pytorch
     )
-    for name, operator in families.OPERATORS.items():
+    for name, operator in zoo.OPERATORS.items():
         monkeypatch.setattr(mmcv._ext, name, operator)
 
 
-TABLE = families.PAGE.read_text()
+TABLE = zoo.PAGE.read_text()
 of_the_table = f'mmdet {mmdet.__version__},' in TABLE
 
 
 @pytest.mark.parametrize('family', ['centernet', 'dcn', 'deformable_detr', 'guided_anchoring'])
 def test_a_family_trains_and_predicts(family):
-    line = families.examine(family)
+    line = zoo.examine(family)
     assert line.count(' | yes') == 2
     if of_the_table:
-        assert line in TABLE.splitlines(), f'run python tests/ops/families.py: {line}'
+        assert line in TABLE.splitlines(), f'run python tests/ops/zoo.py: {line}'
 
 
 @pytest.mark.skipif(not of_the_table, reason='the table is of another version of MMDetection')
 def test_every_family_is_in_the_table():
-    rows = TABLE.partition(families.HEADING)[2].splitlines()
-    assert [row.split(' | ')[0].removeprefix('| ') for row in rows] == families.families()
+    rows = TABLE.partition(zoo.HEADING)[2].splitlines()
+    assert [row.split(' | ')[0].removeprefix('| ') for row in rows] == zoo.families()
