@@ -1,5 +1,6 @@
 """The smallest training that has everything: a line fitted to noise by MMEngine's Runner, with this project's hooks."""
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def fork(action: Callable[[], None], says: Path) -> int:
     """Run something in a process of its own, which ends as a command does and leaves its one line in a file."""
     process = os.fork()
     if process == 0:
+        gc.freeze()  # what tests before have left may wait, when it is collected, for threads that are not in a fork
         with (Path(f'{says}.log')).open('w') as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
