@@ -66,7 +66,7 @@ def test_family(arch, patch_size):
 def test_optimiser():
     cfg = load('xcit_spec_maskrcnn')
     model = MODELS.build(cfg.model)
-    assert [block.drop_path.drop_prob for block in model.backbone.blocks] == [0.05] * 12
+    assert [block.drop_path for block in model.backbone.blocks] == [0.05] * 12
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     cfg.optim_wrapper.type = 'OptimWrapper'
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
