@@ -161,14 +161,24 @@ def test_graph_finds_what_the_detector_does(cfg):
 def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, capsys):
     """Predictions from the exported file are those from the checkpoint."""
     detector, config, out = trained / 'epoch_1.pth', trained / 'xcit_spec_shapes.py', tmp_path / 'detector.onnx'
-    run_tool(monkeypatch, 'export', config, detector, out, '--images', shapes / 'val')
+    run_tool(monkeypatch, 'export', config, detector, out, '--images', shapes / 'val' / '000001.png')
     printed = capsys.readouterr().out
-    assert printed.count('.png') == 12 and printed.count('noise') == 2 and 'conditioning: dict' in printed
+    assert printed.count('.png') == 1 and printed.count('noise') == 2 and 'conditioning: dict' in printed
     for name, model in (('torch', detector), ('onnx', out)):
-        run_tool(monkeypatch, 'predict', config, model, shapes / 'val', '--score', 0.1, '--out', tmp_path / name)
+        run_tool(
+            monkeypatch,
+            'predict',
+            config,
+            model,
+            f'{shapes}/val/00000[1-4].png',
+            '--score',
+            0.1,
+            '--out',
+            tmp_path / name,
+        )
     assert (tmp_path / 'onnx' / '000001.png').is_file()
     expected, found = (json.loads((tmp_path / name / 'predictions.json').read_text()) for name in ('torch', 'onnx'))
-    assert len(expected) == len(found) > 20
+    assert len(expected) == len(found) > 5
     for ours, theirs in zip(found, expected):
         assert (ours['image_id'], ours['category_id']) == (theirs['image_id'], theirs['category_id'])
         np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
