@@ -105,22 +105,23 @@ def curves_of(folder: Path) -> dict[str, tuple[list, list]]:
     return curves
 
 
-def read_run(text: str, weights: dict[Path, np.ndarray]) -> Run:
-    """A run as the command line names it, measured; ``weights`` gets the draws of the images, by annotation file."""
+def read_run(text: str, truths: dict[Path, AnnotationFile]) -> Run:
+    """A run as the command line names it, measured; ``truths`` gets the annotations, by their file."""
     name, equals, rest = text.partition('=')
     folder = Path(rest if equals else text)
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder')
     files = detections_of(folder)
     path = truth_of(folder)
-    if weights and path.resolve() not in weights:
-        other = next(iter(weights))
+    if truths and path.resolve() not in truths:
+        other = next(iter(truths))
         raise InputError(f'{folder} is measured by {path}, and the runs before it by {other}: not to be compared')
     facts = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
     arm = name if equals else f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
     run = Run(arm, facts.get('seed'), folder, {}, {}, facts, curves_of(folder))
     with redirect_stdout(io.StringIO()):
-        truth = AnnotationFile(str(path))
+        if path.resolve() not in truths:
+            truths[path.resolve()] = AnnotationFile(str(path))
         for kind, file in files.items():
             results = json.loads(file.read_bytes())
             if not results:
@@ -128,8 +129,8 @@ def read_run(text: str, weights: dict[Path, np.ndarray]) -> Run:
             if kind == 'segm':
                 for result in results:
                     result.pop('bbox', None)  # or its area would be taken for the mask's
-            resampled = ResampledAP(truth, results, kind)
-            drawn = weights.setdefault(path.resolve(), draw_weights(len(resampled.images), DRAWS))
+            resampled = ResampledAP(truths[path.resolve()], results, kind)
+            drawn = draw_weights(len(resampled.images), DRAWS)  # the same for all runs
             run.ap[kind] = resampled(np.ones(len(resampled.images)))
             run.drawn[kind] = np.array([resampled(row) for row in drawn])
     return run
@@ -225,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = args.out / 'index.html'
     if args.out.exists() and not is_empty(args.out) and not (page.is_file() and MARK in page.read_text('utf-8')):
         raise InputError(f'--out {args.out}: holds something other than a comparison; name a new folder')
-    weights: dict[Path, np.ndarray] = {}
-    runs = [read_run(text, weights) for text in args.runs]
+    truths: dict[Path, AnnotationFile] = {}
+    runs = [read_run(text, truths) for text in args.runs]
     require_comparable(runs)
     found = differences(runs)
     with folder_written_aside(args.out) as aside:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+from .metrics import Evaluation
 
 
 class ResampledAP:
@@ -19,7 +20,7 @@ class ResampledAP:
     """
 
     def __init__(self, truth: COCO, results: Sequence[dict], kind: str) -> None:
-        evaluation = COCOeval(truth, truth.loadRes(list(results)), kind)
+        evaluation = Evaluation(truth, truth.loadRes(list(results)), kind)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ['all']
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
