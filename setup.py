@@ -45,7 +45,7 @@ setup(
     # configs/ is in the package as MMEngine expects it, by a link: .mim/configs.
     package_data={
         'spec_mmdet': ['py.typed', '.mim/configs/*.py', '.mim/configs/*/*.py'],
-        'spec_mmdet.evaluation': ['*.html', '*.css'],
+        'spec_mmdet.evaluation': ['*.html', '*.css', '*.md'],
     },
     data_files=[('', ['spec_mmdet/spec_mmdet.pth'])],
     cmdclass={'install_data': InstallStartup},
@@ -60,6 +60,7 @@ setup(
         'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', *reports],
         'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', *reports],
         'export': export,
+        'pretrain': ['timm'],
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],
         'test': [

@@ -4,8 +4,10 @@ from .checkpoints.pretrained import StrictPretrainedInit
 from .configs import find_config
 from .data.images import LoadImageFromFile
 from .data.reading import CocoDataset
+from .evaluation.accuracy import TopK
 from .evaluation.drawing import DetLocalVisualizer, PictureHook
 from .evaluation.metrics import CocoMetric, FastCocoMetric
+from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
 from .models.padding import MaskedDataPreprocessor
 from .models.tta import MaskTTAModel
@@ -23,9 +25,11 @@ __all__ += [
     'ExactTrainLoop',
     'FastCocoMetric',
     'FiniteGuard',
+    'ImageClassifier',
     'LayerDecayConstructor',
     'LoadImageFromFile',
     'LoaderGuard',
 ]
 __all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'OnnxDetector', 'PictureHook', 'ResultsHook']
-__all__ += ['ScheduleGuard', 'SpecXCiT', 'StrictPretrainedInit', 'WarmUpLR', 'find_config']
+__all__ += ['ScheduleGuard', 'SpecXCiT', 'SpecXCiTClassifier']
+__all__ += ['StrictPretrainedInit', 'TopK', 'WarmUpLR', 'find_config']

@@ -41,6 +41,7 @@ _PATTERNS = {
     'reference': ((r'^pos_embeder\.token_projection\.', 'pos_embeder.token_projection.'),),
 }
 
+CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # what a detection backbone has no use for
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.C)$')
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..conditioning import require_same_conditioning
 from ..errors import InputError, naming
 from ..models.xcit import SpecXCiT
-from .layouts import recognise
+from .layouts import CLASSIFIER, recognise
 from .reading import load, mismatches
 
 
@@ -20,7 +20,8 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     """Load a checkpoint in any layout that :func:`recognise` knows into a backbone, all of it or nothing.
 
     Args:
-        backbone: its fpn1 to fpn4 stay as they are where the checkpoint has none.
+        backbone: its fpn1 to fpn4 stay as they are where the checkpoint has none. A classifier's class attention, norm
+            and head stay as they are in any case.
         path: a file, or an address.
 
     Raises:
@@ -31,13 +32,16 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     found = recognise(load(path), name)
     with naming(name):
         require_same_conditioning(found.backbone, backbone.state_dict())
-    kept = {key: value for key, value in backbone.state_dict().items() if key in found.missing}
-    faults = mismatches(backbone, {**kept, **found.backbone})
+    own = backbone.state_dict()
+    # A classifier has no pyramid, and what is a classifier's is not taken from one either.
+    taken = {key: value for key, value in found.backbone.items() if key in own or not key.startswith('fpn')}
+    kept = {key: value for key, value in own.items() if key in found.missing or key.startswith(CLASSIFIER)}
+    faults = mismatches(backbone, {**kept, **taken})
     if faults:
         raise InputError(f'{name} is of another XCiT than the configured one ({found}): {faults}')
-    backbone.load_state_dict({**kept, **found.backbone})
-    left = f'; not in it, and initialised: {", ".join(found.missing)}' if found.missing else ''
-    MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(found.backbone)} tensors{left}')
+    backbone.load_state_dict({**kept, **taken})
+    left = f'; not taken from it, and initialised: {", ".join(kept)}' if kept else ''
+    MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(taken)} tensors{left}')
 
 
 # In the place of MMEngine's own, so that a backbone need not know of checkpoints.

@@ -17,6 +17,7 @@ COMMANDS = {
     'demo': 'the whole way on generated data, from images to COCO AP, in minutes on a CPU',
     'prepare': 'check a data set before training on it, split it, or take a part of it',
     'train': 'train a detector',
+    'pretrain': 'train a classifier, for a backbone to start from',
     'test': 'evaluate a detector: COCO AP, a page with the results',
     'predict': 'find objects in images, folders and videos',
     'convert': 'convert a checkpoint of XCiT from any layout there is, or back',
@@ -29,7 +30,9 @@ COMMANDS = {
     'benchmark-evaluator': 'time of faster-coco-eval against pycocotools',
     'flops': 'parameters and multiply-adds of configs',
     'shapes': "write the demo's generated data",
+    'scenes': 'write scenes of figures or garments, and pictures of others to pretrain on',
     'overfit': 'learn a few images of COCO by heart, as a check of everything between file and AP',
+    'experiment': 'does the conditioning help a detector: arms, seeds, controls, and a report',
     'paper-figures': "condition numbers during the demo's training, plain against conditioned",
 }
 

@@ -89,13 +89,13 @@ def load_run_config(
 
     Args:
         args: the command line, with the options of :func:`add_run_options`.
-        splits: the loops that --data is for, of 'train', 'val' and 'test'.
+        splits: the loops that --data is for, of 'train', 'val' and 'test'; none where ``change`` sees to it.
         change: what a command's own options change of the config; --cfg-options come after it.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
     cfg = Config.fromfile(path)
-    if args.data:
+    if args.data and splits:
         use_folder(cfg, args.data, splits)
     if change:
         change(cfg)

@@ -82,7 +82,7 @@ def truth_of(folder: Path) -> Path:
 
 
 def curves_of(folder: Path) -> dict[str, tuple[list, list]]:
-    """Loss, AP and condition numbers over the iterations, as the training recorded them."""
+    """Loss, AP, other metrics and condition numbers over the iterations, as the training recorded them."""
     curves: dict[str, tuple[list, list]] = {}
 
     def add(name: str, iteration: float, value: float) -> None:
@@ -99,6 +99,8 @@ def curves_of(folder: Path) -> dict[str, tuple[list, list]]:
             for kind, name in KINDS.items():
                 if key == f'coco/{kind}_mAP':
                     add(f'{name} AP', last, value)
+            if not key.startswith('coco/'):
+                add(key, last, value)
         for name in MEDIANS:
             if f'{CONDITIONING}/{name}' in entry:
                 add(name, entry['step'], entry[f'{CONDITIONING}/{name}'])

@@ -41,23 +41,25 @@ from .terminal import Terminal
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('train', __doc__)
     add_run_options(options)
+    add_training_options(options)
+    options.add_argument('--image-size', type=positive(int), metavar='N', help='the shorter side of a test image in '
+                         'pixels; the sizes and crops of training go with it')  # fmt: skip
     options.add_argument('--preset', choices=sorted(path.stem for path in (CONFIGS / 'presets').glob('*.py')),
                          help='a schedule in the place of the config\'s: finetune, for pretrained weights')  # fmt: skip
+    return options.parse_args(argv)
+
+
+def add_training_options(options: argparse.ArgumentParser) -> None:
+    """What trainings of detectors and of classifiers have in common."""
     options.add_argument('--epochs', type=positive(int), metavar='N', help='train so long, warm-up and drops of the '
                          'learning rate with it')  # fmt: skip
     options.add_argument('--batch-size', type=positive(int), metavar='N', help='images a step, on each device')
-    options.add_argument('--image-size', type=positive(int), metavar='N', help='the shorter side of a test image in '
-                         'pixels; the sizes and crops of training go with it')  # fmt: skip
     options.add_argument('--lr', type=positive(float), metavar='RATE', help='the learning rate')
     options.add_argument('--amp', action='store_true', help='train in mixed precision')
     options.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the images a step')
     options.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                          help='go on from a checkpoint (default: the newest whole one in the work '
                          'directory; if there is none, the training starts)')  # fmt: skip
-    args = options.parse_args(argv)
-    if args.lr and args.auto_scale_lr:
-        raise InputError('--lr says the learning rate, which --auto-scale-lr would change: leave one of them out')
-    return args
 
 
 def positive(kind: type) -> Callable[[str], float]:
@@ -75,14 +77,12 @@ def set_schedule(cfg: Config, args: argparse.Namespace) -> None:
     """What the options of the schedule say, wherever the config has it; changes ``cfg``.
 
     Raises:
-        InputError: if the config has no place for one of them.
+        InputError: if the config has no place for one of them, or they contradict each other.
     """
-    if args.preset:
-        cfg.merge_from_dict(Config.fromfile(CONFIGS / 'presets' / f'{args.preset}.py').to_dict())
+    if args.lr and args.auto_scale_lr:
+        raise InputError('--lr says the learning rate, which --auto-scale-lr would change: leave one of them out')
     if args.epochs:
         set_epochs(cfg, args.epochs)
-    if args.image_size:
-        set_image_size(cfg, args.image_size)
     if args.batch_size:
         cfg.train_dataloader.batch_size = args.batch_size
     if args.lr:
@@ -94,7 +94,7 @@ def set_precision(cfg: Config, amp: bool) -> None:
     if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and get_device() == 'cpu':
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and get_device() == 'cpu':
         print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
         cfg.optim_wrapper.type = 'OptimWrapper'
         cfg.optim_wrapper.pop('loss_scale', None)
@@ -114,8 +114,26 @@ def scale_learning_rate(cfg: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    cfg = load_run_config(args, ('train', 'val', 'test'), lambda cfg: set_schedule(cfg, args))
 
+    def change(cfg: Config) -> None:
+        if args.preset:
+            cfg.merge_from_dict(Config.fromfile(CONFIGS / 'presets' / f'{args.preset}.py').to_dict())
+        set_schedule(cfg, args)
+        if args.image_size:
+            set_image_size(cfg, args.image_size)
+
+    cfg = load_run_config(args, ('train', 'val', 'test'), change)
+    train(cfg, args, lambda classes: fit_to_data(cfg, ('train', 'val'), classes, not args.no_check))
+
+
+def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None], None]) -> None:
+    """Train what a config says, from the start or from where a checkpoint is.
+
+    Args:
+        cfg: the whole config.
+        args: the command line, with the options of :func:`add_training_options`.
+        fit: checks the data and has the config know the classes, given those of the checkpoint if it says.
+    """
     work = Path(cfg.work_dir)
     if args.resume is None:
         require_no_checkpoints(work)
@@ -125,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg.resume, cfg.load_from = True, str(resumed)
     elif cfg.get('load_from'):
         read_classes(cfg.load_from)  # a new training may start from a detector of other classes
-    fit_to_data(cfg, ('train', 'val'), classes, not args.no_check)
+    fit(classes)
 
     set_precision(cfg, args.amp)
     if args.auto_scale_lr:

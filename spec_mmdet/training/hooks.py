@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from ..conditioning import measure
 from ..errors import InputError
+from ..models.classifier import SpecXCiTClassifier
 from ..models.jacobians import jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .saving import unwrapped
@@ -38,10 +39,11 @@ class ScheduleGuard(Hook):
             InputError: if the backbone is frozen, all or in part, at random weights.
         """
         for doubt in doubts_of_schedule(runner):
-            runner.logger.warning(f'{doubt}; train --epochs N fits the whole schedule to N epochs, and --preset '
+            runner.logger.warning(f'{doubt}; --epochs N fits the whole schedule to N epochs, and train --preset '
                                   'finetune is for pretrained weights')  # fmt: skip
         backbone = unwrapped(runner).backbone
-        if not isinstance(backbone, SpecXCiT) or backbone.init_cfg or runner._load_from or runner._resume:
+        to_be_learnt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
+        if to_be_learnt or backbone.init_cfg or runner._load_from or runner._resume:
             return
         if backbone.frozen_stages >= 0:
             raise InputError(

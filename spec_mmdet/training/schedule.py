@@ -18,13 +18,13 @@ SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size')  # i
 
 @PARAM_SCHEDULERS.register_module()
 class WarmUpLR(LinearLR):
-    """MMEngine's LinearLR over a part of an epoch or several, and at least one iteration, however few there are."""
+    """MMEngine's LinearLR over a part of an epoch or several, and at least two iterations: over one, it never ends."""
 
     @classmethod
     def build_iter_from_epoch(cls, *args, begin: float = 0, end: float, epoch_length: int, by_epoch=True, **kwargs):
         """From a config in epochs, which may be fractions, with convert_to_iter_based=True; see MMEngine."""
         first = int(begin * epoch_length)
-        last = max(first + 1, math.ceil(end * epoch_length))
+        last = max(first + 2, math.ceil(end * epoch_length))
         return cls(*args, begin=first, end=last, by_epoch=False, **kwargs)
 
 

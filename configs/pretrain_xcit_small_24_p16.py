@@ -1,0 +1,4 @@
+# XCiT on ImageNet, for backbones to start from.
+_base_ = '_base_/imagenet_400e.py'
+
+model = dict(backbone=dict(arch='small_24', drop_path_rate=0.1))

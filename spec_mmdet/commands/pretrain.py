@@ -1,0 +1,50 @@
+"""Train a classifier on SpecXCiT's blocks, for a detector's backbone to start from.
+
+    spec-mmdet pretrain pretrain_xcit_small_12_p16 --data FOLDER
+    spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16/epoch_400.pth backbone.pth
+
+FOLDER/train/CLASS/ and FOLDER/val/CLASS/ hold the images. A conditioned backbone is pretrained with its conditioning:
+--cfg-options model.backbone.conditioning.type=identity model.backbone.conditioning.lam=10. Signals and --resume are as
+for train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+from ..errors import InputError
+from .common import add_run_options, load_run_config, parser
+from .train import add_training_options, positive, set_schedule, train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser('pretrain', __doc__)
+    add_run_options(options)
+    add_training_options(options)
+    options.add_argument('--image-size', type=positive(int), metavar='N', help='height and width of the images that '
+                         'the classifier sees, in pixels')  # fmt: skip
+    args = options.parse_args(argv)
+    try:
+        from ..data.classification import SPLITS, check_class_folders, use_class_folders
+    except ImportError as error:
+        raise InputError(f"pretraining needs timm: pip install 'spec_mmdet[pretrain]' ({error})") from error
+
+    def change(cfg: Config) -> None:
+        if cfg.get('model', {}).get('type') != 'ImageClassifier':
+            raise InputError(f'{args.config}: trains no ImageClassifier; detectors are trained by spec-mmdet train')
+        if args.data:
+            use_class_folders(cfg, args.data)
+        set_schedule(cfg, args)
+        for split in SPLITS if args.image_size else ():
+            cfg[f'{split}_dataloader'].dataset.transform.input_size = args.image_size
+
+    def fit(known: list[str] | None) -> None:
+        classes = check_class_folders(cfg, not args.no_check)
+        if known and list(known) != classes:
+            raise InputError(f'the checkpoint is of {len(known)} other classes than the data ({len(classes)})')
+        cfg.model.backbone.num_classes = len(classes)
+
+    cfg = load_run_config(args, (), change)
+    train(cfg, args, fit)

@@ -1,0 +1,138 @@
+"""Folders of images by class, as classifiers are trained on: timm's augmentation and sampling on torchvision's reader.
+
+Needs timm, and is imported by the configs that pretrain alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import DATA_SAMPLERS, DATASETS
+from mmengine.config import Config
+from mmengine.dist import get_rank, get_world_size
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torchvision.datasets import ImageFolder
+
+from ..errors import InputError, some
+from .images import read
+
+SPLITS = ('train', 'val')
+LOOKED_AT = 500  # images of a split that are decoded before the start
+
+
+def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    """timm's, which asks for 0 bits at its greatest magnitude; Pillow 12 takes 1 at least."""
+    return auto_augment.posterize(image, max(bits, 1), **kwargs)
+
+
+auto_augment.NAME_TO_OP['PosterizeIncreasing'] = posterize
+
+
+def read_rgb(path: str) -> Image.Image:
+    """An image, whole.
+
+    Raises:
+        InputError: naming the file, where it cannot be decoded to its end.
+    """
+    try:
+        return Image.fromarray(np.ascontiguousarray(read(Path(path))[..., ::-1]))
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from error
+
+
+@DATASETS.register_module()
+class ClassFolder(ImageFolder):
+    """Images in folders that are named for their classes, as ImageNet is kept.
+
+    Args:
+        root: the folder of those folders.
+        transform: arguments of timm's create_transform, which also normalises by ImageNet's mean and deviation.
+
+    Raises:
+        InputError: if there are none, or one is empty.
+    """
+
+    def __init__(self, root: str, transform: dict) -> None:
+        try:
+            super().__init__(root, create_transform(**transform), loader=read_rgb)
+        except OSError as error:
+            raise InputError(
+                f'{root}: has no folders of images named for their classes ({error}); --data FOLDER takes '
+                'FOLDER/train/CLASS/ and FOLDER/val/CLASS/'
+            ) from error
+        self.metainfo = dict(classes=tuple(self.classes))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """An image, float32, shape (3, H, W), under 'inputs', and the index of its class under 'targets'."""
+        image, target = super().__getitem__(index)
+        return dict(inputs=image, targets=target)
+
+
+@DATA_SAMPLERS.register_module()
+class RepeatedAugmentation(RepeatAugSampler):
+    """timm's sampler, in which an image comes several times to an epoch of as many samples (arXiv 1901.09335).
+
+    Args:
+        dataset: what is sampled.
+        repeats: how often an image comes.
+        seed: of the order; timm's own has the same one in every run.
+    """
+
+    def __init__(self, dataset: ImageFolder, repeats: int = 3, seed: int = 0) -> None:
+        super().__init__(dataset, num_replicas=get_world_size(), rank=get_rank(), num_repeats=repeats)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order the images by the seed and the epoch."""
+        super().set_epoch(int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))
+
+
+def use_class_folders(cfg: Config, folder: Path) -> None:
+    """Point a config at FOLDER/train and FOLDER/val; changes ``cfg``.
+
+    Raises:
+        InputError: if one of them is not there.
+    """
+    for split in SPLITS:
+        if not (folder / split).is_dir():
+            raise InputError(f'--data {folder}: lacks the folder {split}/ of folders of images named for their classes')
+        cfg[f'{split}_dataloader'].dataset.root = str((folder / split).absolute())
+
+
+def check_class_folders(cfg: Config, thorough: bool) -> list[str]:
+    """Check what a config trains a classifier on, before it does.
+
+    Args:
+        cfg: the whole config.
+        thorough: whether to decode :data:`LOOKED_AT` images of each split.
+
+    Returns:
+        The classes.
+
+    Raises:
+        InputError: if the splits have different classes, images cannot be read, or they are fewer than a batch.
+    """
+    splits = {split: DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in SPLITS}
+    train, val = (splits[split] for split in SPLITS)
+    if differing := set(train.classes) ^ set(val.classes):
+        raise InputError(f'classes that are in one of {train.root} and {val.root} alone: {some(sorted(differing))}')
+    batch = cfg.train_dataloader.batch_size
+    if len(train) < batch * get_world_size():
+        raise InputError(f'{train.root}: its {len(train)} images are fewer than a batch of {batch * get_world_size()}')
+    if batch % 2 and cfg.model.get('mixing'):
+        raise InputError(f'train_dataloader.batch_size is {batch}: images are mixed in pairs, so it must be even')
+    for dataset in splits.values() if thorough else ():
+        faults = []
+        for path, _ in dataset.samples[:: max(1, len(dataset) // LOOKED_AT)]:
+            try:
+                read(Path(path))
+            except InputError as error:
+                faults.append(f'{path} ({error})')
+        if faults:
+            raise InputError(f'images that cannot be read, of those looked at: {some(faults)}; --no-check goes on')
+    print(f'{len(train.classes)} classes: {some(train.classes)}; {len(train)} images, {len(val)} for validation')
+    return train.classes

@@ -1,0 +1,301 @@
+"""The report of the experiment, from the logs of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Template
+from matplotlib.figure import Figure
+from scipy import stats
+
+from ..files import write, written_aside
+from .comparison import Difference, Run, arms_of, difference, draw_curve
+
+KINDS = ('box', 'mask')
+KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
+FIRST = 'plain'  # the arm that the others are measured from
+LEVEL = 0.05
+
+
+def write_report(folder: Path, path: Path) -> Path:
+    """Write the report, and its pictures beside the logs.
+
+    Args:
+        folder: of a folder of logs for each size of the experiment.
+        path: the Markdown file.
+
+    Returns:
+        ``path``.
+    """
+    sections, said = [], dict(detection='', classification='', kappa='')
+    for own in sorted(own for own in folder.iterdir() if own.is_dir()):
+        logs = [json.loads(file.read_text()) for file in sorted(own.glob('*.json'))]
+        if logs:
+            sections += section(own, logs, path.parent, said)
+    template = Path(__file__).with_name('experiment.md').read_text('utf-8')
+    write(path, Template(template, keep_trailing_newline=True).render(sections='\n'.join(sections).strip(), said=said))
+    return path
+
+
+def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]) -> list[str]:
+    """The report of one size; ``said`` gets what it comes to."""
+    hours = sum(log['seconds'] for log in logs) / 3600
+    screening = [log for log in logs if log['stage'] == 'screening']
+    tuned, scratch = ([log for log in logs if log['stage'] == stage] for stage in ('pretrained', 'scratch'))
+    commits = sorted({str(log['commit'])[:12] for log in logs})
+    lines = [
+        f'## {folder.name}\n',
+        f'{len(logs)} runs: {len(screening)} of the screening, {len(tuned)} fine-tuned, {len(scratch)} from scratch; '
+        f'{hours:.1f} hours of trainings, several at a time; {", ".join(sorted({log["device"] for log in logs}))}; '
+        f'code of {", ".join(commits)}.\n',
+    ]
+    if screening:
+        lines += ['### Screening of lambda, one seed\n', *table(
+            ['arm', 'lambda', 'top-1', 'box AP', 'mask AP', *KAPPAS],
+            [[log['arm'], (log['conditioning'] or {}).get('lam', ''), last(log, 'pretraining', 'accuracy/top1', '.1f'),
+              *(f'{100 * log["ap"][kind]:.1f}' for kind in KINDS),
+              *(last(log, 'detection', name, '.3g') for name in KAPPAS)]
+             for log in screening],
+        ), '', 'kappa at the end of fine-tuning, medians over the layers.\n']  # fmt: skip
+    found: dict[str, list[tuple[Difference, float]]] = {}
+    for title, own in (('Fine-tuned from pretraining', tuned), ('From scratch', scratch)):
+        if own:
+            found[title] = measured(own)
+            lines += [f'### {title}\n', *table_of_arms(own, found[title]), '']
+    if tuned and scratch:
+        lines += against_scratch(tuned, scratch)
+    if tuned:
+        runs = as_runs(tuned)
+        name = folder / 'ap.png'
+        save(draw_curve(runs, 'box AP'), name)
+        save(draw_intervals(found['Fine-tuned from pretraining']), folder / 'differences.png')
+        lines += [
+            f'![differences]({(folder / "differences.png").relative_to(root)})\n',
+            f'![box AP]({name.relative_to(root)})\n',
+        ]
+        lines += conditioning(tuned, found)
+    every = [*screening, *tuned]
+    if len(every) > 4:
+        lines += correlations(every, folder / 'kappa.png', root, said, folder.name)
+    conclude(found, said, folder.name, tuned)
+    lines += ['### What it supports\n', *sentences(found, tuned, scratch), '']
+    return lines
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of Markdown."""
+    return ['| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)]
+
+
+def last(log: dict, stage: str, name: str, form: str) -> str:
+    """The last value of a curve."""
+    values = log['curves'].get(stage, {}).get(name, [[], []])[1]
+    return format(values[-1], form) if values else ''
+
+
+def as_runs(logs: Sequence[dict]) -> list[Run]:
+    """As comparisons take them, over seeds alone; the reference first."""
+    logs = sorted(logs, key=lambda log: log['arm'] != FIRST)
+    return [
+        Run(log['arm'], log['seed'], Path(), log['ap'], {kind: np.array([log['ap'][kind]]) for kind in KINDS},
+            curves={name: (xs, ys) for name, (xs, ys) in log['curves']['detection'].items()})
+        for log in logs
+    ]  # fmt: skip
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several tests, by Holm's method."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(np.sort(p) * (len(p) - np.arange(len(p))))
+    return [float(min(1, adjusted[list(order).index(i)])) for i in range(len(p))]
+
+
+def measured(logs: Sequence[dict]) -> list[tuple[Difference, float]]:
+    """Of every arm from plain on the seeds that both have, with p by Holm's method; those with two seeds or more."""
+    arms = arms_of(as_runs(logs))
+    found: list[tuple[Difference, float]] = []
+    for kind in KINDS:
+        own, p = [], []
+        for arm, runs in arms.items():
+            seeds = {run.seed for run in runs} & {run.seed for run in arms.get(FIRST, [])}
+            if arm == FIRST or len(seeds) < 2:
+                continue
+            ours, theirs = ([run for run in of if run.seed in seeds] for of in (runs, arms[FIRST]))
+            own.append(difference(ours, theirs, kind))
+            p.append(float(stats.ttest_rel(*([run.ap[kind] for run in of] for of in (ours, theirs))).pvalue))
+        found += zip(own, holm(np.nan_to_num(p, nan=1.0)) if p else [])
+    return found
+
+
+def interval(entry: Difference) -> str:
+    return f'{100 * entry.value:+.1f} [{100 * entry.seeds[0]:+.1f}, {100 * entry.seeds[1]:+.1f}]'
+
+
+def spread(values: Sequence[float], scale: float = 100) -> str:
+    """Mean and standard deviation over the seeds."""
+    mean = f'{scale * np.mean(values):.1f}'
+    return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
+
+
+def table_of_arms(logs: Sequence[dict], found: Sequence[tuple[Difference, float]]) -> list[str]:
+    """A row for each arm."""
+    rows = []
+    for arm, runs in arms_of(as_runs(logs)).items():
+        top1 = [ys[-1] for log in logs if log['arm'] == arm for _, ys in [log['curves'].get('pretraining', {}).get(
+            'accuracy/top1', ([], []))] if ys]  # fmt: skip
+        apart = {entry.kind: (entry, p) for entry, p in found if entry.arm == arm}
+        rows.append([
+            arm, ', '.join(str(run.seed) for run in runs), spread(top1, 1) if top1 else '',
+            *(spread([run.ap[kind] for run in runs]) for kind in KINDS),
+            *(f'{interval(apart[kind][0])}, p {apart[kind][1]:.2g}' if kind in apart else '' for kind in KINDS),
+        ])  # fmt: skip
+    return table(['arm', 'seeds', 'top-1', 'box AP', 'mask AP', 'box, from plain', 'mask, from plain'], rows)
+
+
+def against_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
+    """What pretraining gains at equal detection budget."""
+    lines = ['Pretraining gains, at the same budget of detection:\n']
+    for arm, runs in arms_of(as_runs(scratch)).items():
+        others = {run.seed: run for run in as_runs(tuned) if run.arm == arm}
+        pairs = [(others[run.seed], run) for run in runs if run.seed in others]
+        if pairs:
+            gains = [
+                f'{kind} AP {spread([ours.ap[kind] - theirs.ap[kind] for ours, theirs in pairs])}' for kind in KINDS
+            ]
+            lines.append(f'* {arm}: {", ".join(gains)} ({len(pairs)} seeds)')
+    return [*lines, '']
+
+
+def conditioning(logs: Sequence[dict], found: dict) -> list[str]:
+    """Condition numbers along the way."""
+    moments: dict[str, Callable[[dict, str], float]] = {
+        'at the start': lambda log, name: log['curves']['pretraining'][name][1][0],
+        'pretrained': lambda log, name: log['curves']['pretraining'][name][1][-1],
+        'fine-tuned': lambda log, name: log['curves']['detection'][name][1][-1],
+    }
+    rows = []
+    for arm in arms_of(as_runs(logs)):
+        own = [log for log in logs if log['arm'] == arm]
+        rows.append([arm, *(
+            ' / '.join(f'{stats.gmean([moment(log, name) for log in own]):.3g}' for moment in moments.values())
+            for name in KAPPAS
+        )])  # fmt: skip
+    return [
+        '### Condition numbers\n',
+        f'{", ".join(moments)}: medians over the layers, of W + C where there is a C, geometric means over the seeds; J is '
+        "the attention's Jacobian on an image.\n",
+        *table(['arm', *KAPPAS], rows),
+        '',
+    ]
+
+
+def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, str], name: str) -> list[str]:
+    """Whether a run's condition numbers tell its AP."""
+    rows, telling = [], []
+    box = [log['ap']['box'] for log in logs]
+    for kappa in KAPPAS:
+        row = [kappa]
+        for stage, moment in (('pretraining', 0), ('pretraining', -1), ('detection', -1)):
+            values = [log['curves'][stage][kappa][1][moment] for log in logs]
+            test = stats.spearmanr(values, box)
+            row.append(f'{test.statistic:+.2f} (p {test.pvalue:.2g})')
+            telling.append((test.pvalue, test.statistic))
+        rows.append(row)
+    figure = Figure(figsize=(11, 3), layout='constrained')
+    for axis, kappa in zip(figure.subplots(1, 4, sharey=True), KAPPAS):
+        for i, arm in enumerate(dict.fromkeys(log['arm'] for log in logs)):
+            own = [log for log in logs if log['arm'] == arm]
+            values = [log['curves']['detection'][kappa][1][-1] for log in own]
+            axis.plot(values, [100 * log['ap']['box'] for log in own],
+                      'osv^'[i // 10 % 4], color=f'C{i % 10}', markersize=4)  # fmt: skip
+        axis.set(xscale='log', title=kappa)
+        axis.grid(alpha=0.3)
+    figure.supylabel('box AP')
+    save(figure, path)
+    threshold = LEVEL / len(telling)
+    better = [rho for p, rho in telling if p < threshold]
+    said['kappa'] += (
+        f'{name}: over {len(logs)} runs, {len(better)} of {len(telling)} rank correlations of a condition number with box '
+        f'AP are beyond chance (p < {threshold:.2g})'
+        + (f', {sum(rho < 0 for rho in better)} of them in the direction that is claimed' if better else '')
+        + '. '
+    )
+    return [
+        '### Does a condition number tell the AP?\n',
+        f"Spearman's rank correlation with box AP over {len(logs)} runs that were fine-tuned, screening and all; negative "
+        'is as claimed: the better conditioned, the better.\n',
+        *table(['', 'at the start', 'pretrained', 'fine-tuned'], rows),
+        '',
+        f'![box AP over condition numbers]({path.relative_to(root)})\n',
+    ]
+
+
+def beyond(found: Sequence[tuple[Difference, float]], better: bool) -> list[str]:
+    """Arms that differ beyond the noise, in words."""
+    return [f'{entry.arm} ({entry.kind} AP {interval(entry)}, p {p:.2g})' for entry, p in found
+            if p < LEVEL and (entry.value > 0) == better]  # fmt: skip
+
+
+def conclude(found: dict, said: dict[str, str], name: str, tuned: Sequence[dict]) -> None:
+    """What the tables say to the paper's rows."""
+    own = {
+        entry.kind: (entry, p) for entry, p in found.get('Fine-tuned from pretraining', []) if entry.arm == 'full, 10'
+    }
+    if own:
+        said['detection'] += (
+            f'{name}: ' + ', '.join(f'{kind} AP {interval(entry)}' for kind, (entry, _) in own.items()) + '. '
+        )
+    pairs = {
+        arm: {log['seed']: log['curves']['pretraining']['accuracy/top1'][1][-1] for log in tuned if log['arm'] == arm}
+        for arm in (FIRST, 'full, 10')
+    }
+    if seeds := sorted(pairs[FIRST].keys() & pairs['full, 10'].keys()):
+        apart = [pairs['full, 10'][seed] - pairs[FIRST][seed] for seed in seeds]
+        said['classification'] += (
+            f'{name}: top-1 {np.mean(apart):+.1f} points ({", ".join(f"{a:+.1f}" for a in apart)}). '
+        )
+
+
+def sentences(found: dict, tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
+    """What the tables support, and what they do not."""
+    lines = []
+    for title, entries in found.items():
+        if not entries:
+            lines.append(f'* {title}: no arm has two seeds yet; nothing can be said.')
+            continue
+        better, worse = beyond(entries, True), beyond(entries, False)
+        lines.append(
+            f'* {title}: {"; ".join(better) + " better" if better else "no arm is better"} than plain beyond the noise '
+            f'of the seeds; {"; ".join(worse) + " worse" if worse else "none is worse"}.'
+        )
+        least = min((entry.seeds[1] - entry.seeds[0]) / 2 for entry, _ in entries)
+        seen = ": a gain like the paper's 0.7 could not be seen" * (least > 0.007)
+        lines.append(f'  The narrowest of its intervals is ± {100 * least:.1f} points{seen}.')
+    if not lines:
+        lines.append('* Nothing yet: the runs with several seeds are owed.')
+    return [
+        *lines,
+        '* It is a small model on generated images: what holds here need not hold for XCiT-S on COCO, nor the reverse.',
+    ]
+
+
+def draw_intervals(found: Sequence[tuple[Difference, float]]) -> Figure:
+    """Every difference with its interval over the seeds."""
+    figure = Figure(figsize=(8, 1 + 0.3 * max(1, len(found))), layout='constrained')
+    axis = figure.subplots()
+    for row, (entry, _) in enumerate(reversed(found)):
+        axis.plot([100 * end for end in entry.seeds], [row, row], color=f'C{KINDS.index(entry.kind)}', linewidth=3)
+        axis.plot(100 * entry.value, row, 'ko', markersize=4)
+    axis.axvline(0, color='gray', linewidth=1)
+    axis.set_yticks(range(len(found)), [f'{entry.arm}, {entry.kind} AP' for entry, _ in reversed(found)])
+    axis.set_xlabel('points of AP from plain, 95 % over seeds')
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=80, format='png')

@@ -1,0 +1,158 @@
+"""Classifiers on SpecXCiT's blocks, which backbones are pretrained as."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from .attention import scaled
+from .xcit import MLP, SpecXCiT
+
+
+class ClassAttention(nn.Module):
+    """Softmax attention of which the first token, the class token, alone has a query (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        for layer in (self.qkv, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """x: tokens, shape (B, N, C); returns shape (B, 1, C), its channels scaled by gamma."""
+        C = x.shape[2]
+        W_q, W_kv = self.qkv.weight.split((C, 2 * C))
+        b_q, b_kv = self.qkv.bias.split((C, 2 * C))
+        q = F.linear(x[:, :1], W_q, b_q).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, W_kv, b_kv).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), *scaled(self.proj, gamma))
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and MLP of the class token.
+
+    Args:
+        dim: channels.
+        num_heads: heads of the attention.
+        eta: initial value of LayerScale.
+        tokens_norm: whether the second norm is for all tokens, or for the class token alone.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+        self.tokens_norm = tokens_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: the class token and the image's, shape (B, 1 + N, C); returns the same shape."""
+        # The image's tokens go through no attention and no MLP: the reference adds their norm, and themselves.
+        normed = self.norm1(x)
+        token = x[:, :1] + self.attn(normed, self.gamma1)
+        others = torch.addcmul(x[:, 1:], normed[:, 1:], self.gamma1)
+        token = self.norm2(token)
+        if self.tokens_norm:
+            others = self.norm2(others)
+        return torch.cat([token + self.mlp(token, self.gamma2), 2 * others], dim=1)
+
+
+@MODELS.register_module()
+class SpecXCiTClassifier(SpecXCiT):
+    """XCiT's classifier: SpecXCiT's blocks, two of class attention, a norm and a linear head.
+
+    Parameter names are those of the reference implementation (facebookresearch/xcit). The conditioning is that of the
+    blocks that a detector takes over; class attention, which it does not, stays plain.
+
+    Args:
+        num_classes: of the head.
+        arch: as for :class:`SpecXCiT`.
+        tokens_norm: whether the second norm of class attention is for all tokens; by default for all but nano_12, as in
+            the reference.
+        **backbone: SpecXCiT's other arguments.
+    """
+
+    def __init__(
+        self, num_classes: int, arch: str | dict = 'small_12', tokens_norm: bool | None = None, **backbone
+    ) -> None:
+        super().__init__(arch, **backbone)
+        del self.fpn1, self.fpn2, self.fpn3, self.fpn4  # a detector's
+        first = self.blocks[0]
+        dim, eta = len(first.gamma1), first.gamma1[0].item()
+        tokens_norm = arch != 'nano_12' if tokens_norm is None else tokens_norm
+        self.num_classes = num_classes
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(dim, first.attn.num_heads, eta, tokens_norm) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees of images of shape (B, 3, H, W): shape (B, dim)."""
+        x = self.taps(x)[-1].flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
+        for block in self.cls_attn_blocks:
+            x = block(x)
+        return self.norm(x[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images of shape (B, 3, H, W): shape (B, num_classes)."""
+        return self.head(self.features(x))
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A classifier that MMEngine's runner trains, with the cross-entropy of images that timm has mixed.
+
+    Args:
+        backbone: config of a :class:`SpecXCiTClassifier`.
+        mixing: arguments of timm.data.Mixup; None mixes nothing.
+        smoothing: of the labels.
+        data_preprocessor: MMEngine's.
+        init_cfg: MMEngine's.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        mixing: dict | None = None,
+        smoothing: float = 0.0,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        self.backbone = MODELS.build(backbone)
+        self.smoothing = smoothing
+        self.mixing = None
+        if mixing:
+            from timm.data import Mixup
+
+            self.mixing = Mixup(**mixing, label_smoothing=0.0, num_classes=self.backbone.num_classes)
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'tensor') -> dict[str, Tensor] | Tensor:
+        """The loss of a batch in mode 'loss', else its logits, shape (B, num_classes).
+
+        Args:
+            inputs: normalised images, shape (B, 3, H, W). To be mixed, they must be an even number.
+            targets: their classes, shape (B,).
+            mode: MMEngine's.
+        """
+        if mode != 'loss':
+            return self.backbone(inputs)
+        if self.mixing:
+            inputs, targets = self.mixing(inputs, targets)
+        # With soft targets this is timm's SoftTargetCrossEntropy; smoothed after mixing, or before, is the same.
+        loss = F.cross_entropy(self.backbone(inputs).float(), targets, label_smoothing=self.smoothing)
+        return dict(loss=loss)
