@@ -81,10 +81,25 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
     options = options or {}
     for key in options:
         check_key(cfg, key, options)
+        make_room(cfg, key)
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'--cfg-options: {error}') from error
+
+
+def make_room(cfg: Config, key: str) -> None:
+    """Take away what is None in a config where a key of --cfg-options has a dict; changes ``cfg``."""
+    node = cfg._cfg_dict
+    for part in key.split('.')[:-1]:
+        if isinstance(node, (list, tuple)):
+            node = node[int(part)]
+        elif isinstance(node, dict) and node.get(part) is not None:
+            node = node[part]
+        else:
+            if isinstance(node, dict):
+                node.pop(part, None)
+            return
 
 
 def settle(cfg: Config) -> None:
@@ -132,7 +147,9 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
                 return  # what is below it is new, and for the class that it is given to
             node = node[part]
         else:
-            hint = f'; to make it a dict, add {here}._delete_=True' if node is not None else ''
+            if node is None or options.get(f'{here}._delete_'):  # a new dict takes its place
+                return
+            hint = f'; to make it a dict, add {here}._delete_=True'
             raise InputError(f'--cfg-options {key}: {here} is {node!r:.60} in the config, not a dict{hint}')
         above.append(part)
 

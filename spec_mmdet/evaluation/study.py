@@ -185,8 +185,8 @@ def conditioning(logs: Sequence[dict], found: dict) -> list[str]:
         )])  # fmt: skip
     return [
         '### Condition numbers\n',
-        f'{", ".join(moments)}: medians over the layers, of W + C where there is a C, geometric means over the seeds; J is '
-        "the attention's Jacobian on an image.\n",
+        f'{", ".join(moments)}: medians over the layers, of W + C where there is a C, geometric means over the seeds; '
+        "J is the attention's Jacobian on an image.\n",
         *table(['arm', *KAPPAS], rows),
         '',
     ]
@@ -218,15 +218,15 @@ def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, s
     threshold = LEVEL / len(telling)
     better = [rho for p, rho in telling if p < threshold]
     said['kappa'] += (
-        f'{name}: over {len(logs)} runs, {len(better)} of {len(telling)} rank correlations of a condition number with box '
-        f'AP are beyond chance (p < {threshold:.2g})'
+        f'{name}: over {len(logs)} runs, {len(better)} of {len(telling)} rank correlations of a condition number with '
+        f'box AP are beyond chance (p < {threshold:.2g})'
         + (f', {sum(rho < 0 for rho in better)} of them in the direction that is claimed' if better else '')
         + '. '
     )
     return [
         '### Does a condition number tell the AP?\n',
-        f"Spearman's rank correlation with box AP over {len(logs)} runs that were fine-tuned, screening and all; negative "
-        'is as claimed: the better conditioned, the better.\n',
+        f"Spearman's rank correlation with box AP over {len(logs)} runs that were fine-tuned, screening and all; "
+        'negative is as claimed: the better conditioned, the better.\n',
         *table(['', 'at the start', 'pretrained', 'fine-tuned'], rows),
         '',
         f'![box AP over condition numbers]({path.relative_to(root)})\n',

@@ -152,3 +152,13 @@ def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
     finetune = ['--work-dir', tmp_path / 'other', '--preset', 'finetune', *few]
     says = complaint(monkeypatch, 'train', CONFIG, '--data', shapes, *finetune)
     assert 'frozen_stages' in says and 'model.backbone.init_cfg.checkpoint=FILE' in says
+
+
+def test_a_dict_takes_the_place_of_nothing_and_of_what_is_deleted():
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.backbone.conditioning = None
+    cfg.model.backbone.arch = 'nano_12'
+    arch = dict(dim=16, depth=4, num_heads=2)
+    options = {f'model.backbone.arch.{key}': value for key, value in (dict(_delete_=True) | arch).items()}
+    merge(cfg, {'model.backbone.conditioning.type': 'svd', **options})
+    assert cfg.model.backbone.conditioning == dict(type='svd') and cfg.model.backbone.arch == arch

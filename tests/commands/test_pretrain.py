@@ -1,0 +1,133 @@
+"""Pretraining: the runner's accuracy, resuming, what a detector takes over, and what is refused."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import complaint, run_tool
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from PIL import Image
+from timm.data import create_transform
+from torchvision.datasets import ImageFolder
+
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.data.scenes import Figures, write_crops
+from spec_mmdet.models.xcit import SpecXCiT
+
+CONFIG = 'pretrain_xcit_nano_12_p16'
+ARCH = dict(dim=16, depth=4, num_heads=2)
+CONDITIONING = dict(type='identity', lam=2.0)
+
+
+def options(work: Path, *more: str) -> list:
+    settings = ['model.backbone.arch._delete_=True']
+    settings += [f'model.backbone.arch.{key}={value}' for key, value in ARCH.items()]
+    settings += [f'model.backbone.conditioning.{key}={value}' for key, value in CONDITIONING.items()]
+    settings += ['model.backbone.patch_size=8', 'default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=1']
+    settings += ['custom_hooks.5.momentum=0.3']  # a moving average that follows eight iterations
+    for split in ('train', 'val'):
+        settings += [f'{split}_dataloader.num_workers=0', f'{split}_dataloader.persistent_workers=False']
+    sizes = ['--image-size', 32, '--batch-size', 8, '--epochs', 2, '--lr', 0.01]
+    return [*sizes, '--work-dir', work, *more, '--cfg-options', *settings]
+
+
+@pytest.fixture(scope='module')
+def crops(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('crops')
+    for i, (split, images) in enumerate(dict(train=32, val=16).items()):
+        write_crops(root, split, images, 32, Figures(), np.random.default_rng(i))
+    return root
+
+
+@pytest.fixture(scope='module')
+def pretrained(crops, tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp('pretrained') / 'work'
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_tool(monkeypatch, 'pretrain', CONFIG, '--data', crops, *options(work))
+    return work
+
+
+def test_accuracy_is_that_of_the_saved_weights(pretrained, crops, capsys):
+    cfg = Config.fromfile(next(pretrained.glob('*.py')))
+    model = MODELS.build(cfg.model)
+    model.load_state_dict(load(pretrained / 'epoch_2.pth')['state_dict'])
+    images = ImageFolder(crops / 'val', create_transform(32, interpolation='bicubic', crop_pct=1.0))
+    inputs, targets = zip(*images)
+    with torch.no_grad():
+        found = model.eval()(torch.stack(inputs), torch.tensor(targets)).argsort(descending=True)
+    right = found == torch.tensor(targets)[:, None]
+    lines = [line for path in sorted(pretrained.glob('*/*.log')) for line in path.read_text().splitlines()]
+    said = next(line for line in reversed(lines) if 'accuracy/top1' in line)
+    for k in (1, 5):
+        assert f'accuracy/top{k}: {100 * right[:, :k].any(dim=1).float().mean():.4f}' in said
+
+
+def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path):
+    work = tmp_path / 'work'
+    work.mkdir()
+    shutil.copy(pretrained / 'epoch_1.pth', work)
+    run_tool(monkeypatch, 'pretrain', CONFIG, '--data', crops, *options(work, '--resume'))
+    ours, theirs = (load(folder / 'epoch_2.pth') for folder in (work, pretrained))
+    for part in ('state_dict', 'ema_state_dict'):  # of which the first is the average
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), (part, name)
+    assert any(not torch.equal(theirs['state_dict'][name], theirs['ema_state_dict'][f'module.{name}'])
+               for name in theirs['state_dict'])  # fmt: skip
+
+
+def test_detector_takes_the_backbone_over(monkeypatch, pretrained, tmp_path):
+    converted = tmp_path / 'backbone.pth'
+    run_tool(monkeypatch, 'convert_checkpoint', pretrained / 'epoch_2.pth', converted)
+    cfg = Config.fromfile(next(pretrained.glob('*.py')))
+    classifier = MODELS.build(cfg.model)
+    classifier.load_state_dict(load(pretrained / 'epoch_2.pth')['state_dict'])
+    init_cfg = dict(type='Pretrained', checkpoint=str(converted))
+    backbone = SpecXCiT(ARCH, 8, CONDITIONING, init_cfg=init_cfg)
+    backbone.init_weights()
+    image = torch.randn(1, 3, 40, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(backbone.eval().taps(image), classifier.backbone.eval().taps(image), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
+    data = tmp_path / 'data'
+
+    def refused(config: str = CONFIG, *more) -> str:
+        return complaint(monkeypatch, 'pretrain', config, '--data', data, *options(tmp_path / 'work', *more))
+
+    assert 'detectors are trained by spec-mmdet train' in refused('xcit_maskrcnn')
+    assert 'lacks the folder train/' in refused()
+    shutil.copytree(crops, data)
+    assert 'fewer than a batch of 64' in refused(CONFIG, '--batch-size', '64')
+    assert 'must be even' in refused(CONFIG, '--batch-size', '7')
+    victim = next((data / 'val').rglob('*.png'))
+    victim.write_bytes(victim.read_bytes()[:200])
+    assert f'{victim} (images that cannot be decoded to their end)' in refused()
+    shutil.rmtree(victim.parent)
+    assert f'in one of {data}/train and {data}/val alone: {victim.parent.name}' in refused()
+    shutil.rmtree(data / 'val')
+    (data / 'val').mkdir()
+    assert 'no folders of images named for their classes' in refused()
+    assert not (tmp_path / 'work').exists()
+
+
+def test_timm_is_named_where_it_is_absent(monkeypatch, crops, tmp_path):
+    monkeypatch.delitem(sys.modules, 'spec_mmdet.data.classification', raising=False)
+    monkeypatch.setitem(sys.modules, 'timm.data', None)
+    assert "pip install 'spec_mmdet[pretrain]'" in complaint(monkeypatch, 'pretrain', CONFIG, '--data', crops)
+
+
+def test_images_are_as_timm_reads_them(crops):
+    from spec_mmdet.data.classification import ClassFolder
+
+    transform = dict(input_size=32, interpolation='bicubic', crop_pct=1.0)
+    ours = ClassFolder(str(crops / 'val'), transform)
+    path, target = ours.samples[5]
+    expected = create_transform(**transform)(Image.open(path).convert('RGB'))
+    assert torch.equal(ours[5]['inputs'], expected) and ours[5]['targets'] == target
