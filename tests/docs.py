@@ -58,6 +58,9 @@ SKIPPED = {
     'spec-mmdet gpu-check': 'needs a GPU; the suite runs it on the CPU',
     'spec-mmdet test work_dirs/plain_0/xcit_spec_shapes.py': 'is of trainings that take an hour; the suite runs it',
     'spec-mmdet compare': 'is of trainings that take an hour; the suite runs it',
+    'spec-mmdet experiment': 'takes hours; what it runs are the commands of the page about pretraining',
+    'make experiment': 'likewise',
+    'apt-get': 'is for root, and Debian',
     'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',
 }
 
@@ -84,6 +87,11 @@ TRAIN = (
 ON_CPU = (
     'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
 )
+OF_IMAGENET = (
+    '--image-size 32 --epochs 1 --batch-size 8 --cfg-options train_dataloader.num_workers=0 '
+    'val_dataloader.num_workers=0'
+)
+AS_400 = '(cd work_dirs/pretrain_xcit_small_12_p16 && cp epoch_1.pth epoch_400.pth)'
 LAST_EPOCH = 'for f in work_dirs/*/last_checkpoint; do (cd ${f%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
 
 # A training does not start in a directory that holds the checkpoints of another.
@@ -93,6 +101,8 @@ PREPENDED = {
     'spec-mmdet train xcit_spec_maskrcnn --data data/coco': ANEW,
     'tools/dist_train.sh': ANEW,
     'torchrun': ANEW,
+    'spec-mmdet pretrain pretrain_xcit_small_12_p16': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
+    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
 }
 
 # Of several keys that fit a command, the longest counts.
@@ -108,6 +118,11 @@ APPENDED = {
     # The notebook is small already.
     'spec-mmdet train xcit_spec_shapes': '',
     'spec-mmdet test own-data': '',
+    'spec-mmdet scenes': '--train 16 --val 8 --crops 128',
+    'spec-mmdet pretrain pretrain_xcit_small_12_p16': f'{OF_IMAGENET} && {AS_400}',
+    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': f'{OF_IMAGENET} {ON_CPU} && {AS_400}',
+    'spec-mmdet train experiment_maskrcnn': '',
+    'spec-mmdet test work_dirs/experiment_maskrcnn': '',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
@@ -133,6 +148,7 @@ PLACEHOLDERS = {
     'IMAGES --annotations FILE': shlex.join(
         [f'{COCO.resolve()}/val2017', '--annotations', f'{COCO.resolve()}/annotations/instances_val2017.json']
     ),
+    'IMAGENET': 'data/scenes/pretraining',
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
@@ -149,6 +165,11 @@ NEEDS = {
     'xcit_spec_maskrcnn': 'mkdir -p data',
     'work_dirs/xcit_spec_maskrcnn/': 'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr',
     'work_dirs/demo/': 'make demo',
+    'data/scenes': 'spec-mmdet scenes',
+    'work_dirs/experiment_pretraining/': 'spec-mmdet pretrain experiment_pretraining',
+    'work_dirs/backbone.pth': 'spec-mmdet convert work_dirs/experiment_pretraining',
+    'work_dirs/experiment_maskrcnn/': 'spec-mmdet train experiment_maskrcnn',
+    'work_dirs/pretrain_xcit_small_12_p16/': 'spec-mmdet pretrain pretrain_xcit_small_12_p16',
     'data/mine': 'spec-mmdet prepare IMAGES',
     'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
     'train my_detector.py': "_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'",

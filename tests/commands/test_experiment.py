@@ -1,0 +1,201 @@
+"""The experiment: what its arms start from and train with, and what its report makes of its logs."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from scipy import stats
+
+from spec_mmdet import InputError
+from spec_mmdet.commands import experiment
+from spec_mmdet.commands.experiment import Arm, Run, Size
+from spec_mmdet.conditioning import condition_number, svd_correction
+from spec_mmdet.evaluation import study
+
+ARCH = dict(dim=16, depth=4, num_heads=2)
+BACKBONE = dict(arch=ARCH, patch_size=8)
+FULL = dict(type='identity', lam=10.0, per_head=False)
+PLAIN = Arm('plain')
+FASTER = Arm('full, 10, faster rows', FULL, rate=125)
+
+
+def logs_of(ap: dict[str, list[float]], stage: str, seeds=(1, 2, 3)) -> list[dict]:
+    """Logs of arms, given the box AP of each seed."""
+    curve = {name: [[1, 2], [10.0, 20.0]] for name in study.KAPPAS}
+    return [
+        dict(arm=arm, seed=seed, stage=stage, conditioning=None, ap=dict(box=value, mask=value / 2), seconds=60,
+             commit='c', device='d', curves=dict(pretraining={**curve, 'accuracy/top1': [[1], [50.0]]},
+                                                 detection={**curve, 'box AP': [[1], [value]]}))
+        for arm, values in ap.items() for seed, value in zip(seeds, values)
+    ]  # fmt: skip
+
+
+def test_all_arms_start_from_the_same_weights(tmp_path):
+    arms = dict(
+        plain=PLAIN,
+        full=Arm('full', FULL),
+        head=Arm('head', dict(FULL, per_head=True)),
+        svd=Arm('svd', dict(type='svd')),
+        decayed=Arm('decayed', start='W0 + C', initial=FULL),
+        conditioned=Arm('conditioned', start='conditioned'),
+    )
+    starts = {}
+    for name, arm in arms.items():
+        experiment.write_start(tmp_path / f'{name}.pth', BACKBONE, arm, seed=3)
+        starts[name] = torch.load(tmp_path / f'{name}.pth', weights_only=True)['state_dict']
+    W0 = starts['plain']
+    for name, weights in starts.items():
+        for key, value in W0.items():
+            if name in ('decayed', 'conditioned') and key.endswith('attn.qkv.weight'):
+                assert not torch.equal(weights[key], value)
+            else:
+                assert torch.equal(weights[key], value), (name, key)
+    for i in range(ARCH['depth']):
+        W = W0[f'blocks.{i}.attn.qkv.weight']
+        assert starts['full'][f'blocks.{i}.attn.correction.lam'] == 10
+        assert starts['head'][f'blocks.{i}.attn.correction.lam'].tolist() == [10, 10]
+        C = svd_correction(W.unflatten(0, (3, -1))).flatten(0, 1)
+        torch.testing.assert_close(starts['svd'][f'blocks.{i}.attn.correction.C'], C)
+        decayed = starts['decayed'][f'blocks.{i}.attn.qkv.weight']
+        torch.testing.assert_close(decayed - W, 10 * torch.eye(16).repeat(3, 1), atol=1e-5, rtol=0)
+        kappa = condition_number(starts['conditioned'][f'blocks.{i}.attn.qkv.weight'].unflatten(0, (3, 2, -1)))
+        torch.testing.assert_close(kappa, torch.ones(3, 2, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('base', [experiment.PRETRAINING, experiment.DETECTION])
+def test_configs_differ_in_conditioning_and_rate_alone(base, tmp_path):
+    cfgs = {}
+    for arm in (PLAIN, FASTER):
+        path = tmp_path / f'{arm.rate}.py'
+        experiment.write_config(path, base, arm, 7, Path('start.pth'), ARCH)
+        cfgs[arm.rate] = Config.fromfile(path)
+    plain, faster = (cfgs[arm.rate].to_dict() for arm in (PLAIN, FASTER))
+    assert faster['randomness']['seed'] == 7
+    keys = faster['optim_wrapper']['paramwise_cfg']['custom_keys']
+    faster['optim_wrapper']['paramwise_cfg']['custom_keys'] = {k: v for k, v in keys.items() if 'qkv' not in k}
+    assert faster['model']['backbone'].pop('conditioning') == FULL
+    assert not plain['model']['backbone'].pop('conditioning', None)
+    assert plain == faster
+
+    rates = {}
+    for arm in (PLAIN, FASTER):
+        cfg = cfgs[arm.rate]
+        cfg.model.backbone.init_cfg = None
+        cfg.optim_wrapper.update(type='OptimWrapper')
+        cfg.optim_wrapper.pop('loss_scale', None)
+        model = MODELS.build(cfg.model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+        rates[arm.rate] = {
+            names[id(p)]: (group['lr'], group['weight_decay']) for group in groups for p in group['params']
+        }
+    for name, (rate, decay) in rates[1].items():
+        raised = name.startswith('backbone.blocks.') and name.endswith('attn.qkv.weight')
+        assert rates[125][name] == (pytest.approx(rate * (125 if raised else 1)), decay), name
+
+
+def test_final_arms_follow_the_screening():
+    arms = [arm.name for arm in experiment.screened(BACKBONE)]
+    assert len(arms) == 11
+    sigma = max(torch.linalg.matrix_norm(W, 2) for W in seeded_projections())
+    assert experiment.screened(BACKBONE)[3].conditioning['lam'] == pytest.approx(2 * sigma.item(), rel=1e-2)
+    ap = {name: [0.1] for name in arms} | {'full, 2 sigma': [0.3], 'per head, 10': [0.2]}
+    logs = logs_of(ap, 'screening', seeds=[0])
+    names = [arm.name for arm in experiment.final(BACKBONE, logs)]
+    assert names[:4] == ['plain', 'full, 2 sigma', 'full, 10', 'per head, 10'] and len(names) == 8
+    assert names[-1] == 'full, 10, faster rows'
+    assert experiment.final(BACKBONE, logs)[-1].rate == 125  # 10 / (0.02 sqrt(16))
+    with pytest.raises(InputError, match='the screening lacks full, 10'):
+        experiment.final(BACKBONE, [log for log in logs if log['arm'] != 'full, 10'])
+
+
+def seeded_projections() -> list[torch.Tensor]:
+    torch.manual_seed(experiment.SCREENING_SEED)
+    model = experiment.SpecXCiT(**BACKBONE)
+    return [W for block in model.blocks for W in block.attn.qkv.weight.unflatten(0, (3, -1))]
+
+
+def test_holm_is_the_step_down_method():
+    p = [0.04, 0.001, 0.03, 0.6]
+    expected = dict.fromkeys(range(4), 0.0)
+    running = 0.0
+    for rank, i in enumerate(sorted(range(4), key=p.__getitem__)):
+        running = max(running, min(1, (4 - rank) * p[i]))
+        expected[i] = running
+    assert study.holm(p) == pytest.approx(list(expected.values()))
+
+
+def test_report_says_what_the_logs_support(tmp_path):
+    folder = tmp_path / 'experiment' / 'cpu'
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    base = np.array([0.30, 0.33, 0.28])
+    better, noise = base + 0.05 + [0.001, -0.001, 0], base + [0.02, -0.03, 0.011]
+    logs = logs_of(dict(plain=base, svd=better, chance=noise), 'pretrained')
+    logs += logs_of(dict(plain=base - 0.2), 'scratch')
+    for log in logs:
+        for name in study.KAPPAS:  # of which the AP knows nothing
+            for stage in log['curves'].values():
+                stage[name] = [[1, 2], rng.uniform(1, 100, 2).tolist()]
+    for i, log in enumerate(logs):
+        (folder / f'{i}.json').write_text(experiment.json.dumps(log))
+    text = study.write_report(tmp_path / 'experiment', tmp_path / 'experiment.md').read_text()
+    assert '9 fine-tuned, 3 from scratch' in text
+    p = [stats.ttest_rel(ours, base).pvalue for ours in (better, noise)]
+    low, high = stats.ttest_rel(better, base).confidence_interval(0.95)
+    assert f'+5.0 [{100 * low:+.1f}, {100 * high:+.1f}], p {2 * min(p):.2g}' in text
+    assert '* Fine-tuned from pretraining: svd (box AP +5.0' in text and 'none is worse' in text
+    assert '* plain: box AP 20.0 ± 0.0' in text
+    assert '0 of 12 rank correlations' in text
+    for picture in ('ap', 'differences', 'kappa'):
+        assert f'(experiment/cpu/{picture}.png)' in text and (folder / f'{picture}.png').is_file()
+
+
+def test_a_run_is_a_chain_of_commands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def step(self, work, command, *argv):  # which leaves what the command would
+        calls.append((command, *argv))
+        if command == 'convert':
+            return
+        cfg = Config.fromfile(argv[0])
+        assert cfg.model.backbone.conditioning == FULL and cfg.randomness.seed == 5
+        here = argv[argv.index('--work-dir') + 1]
+        (here / 'run' / 'vis_data').mkdir(parents=True)
+        (here / 'last_checkpoint').write_text('epoch_5.pth')
+        metrics = {'accuracy/top1': 12.5} if command == 'pretrain' else {'coco/bbox_mAP': 0.25, 'coco/segm_mAP': 0.125}
+        records = [dict(loss=2.0, iter=4, step=4), {'step': 5, 'conditioning/kappa_Q': 3.0}, dict(metrics, step=1)]
+        (here / 'run/vis_data/scalars.json').write_text('\n'.join(map(experiment.json.dumps, records)))
+
+    monkeypatch.setattr(experiment.Chain, 'step', step)
+    chain = experiment.Chain(Size(16, 8, 128, 64, 32, ARCH), Path('data'), 1)
+    work = experiment.WORK / 'full-10-faster-rows_seed5_pretrained'
+    log = chain(Run(FASTER, 5))
+    assert [call[0] for call in calls] == ['pretrain', 'convert', 'train']
+    assert calls[1][1:] == (work / 'pretraining/epoch_5.pth', work / 'backbone.pth')
+    starts = [Config.fromfile(calls[i][1]).model.backbone.init_cfg.checkpoint for i in (0, 2)]
+    assert starts == [str((work / name).absolute()) for name in ('start.pth', 'backbone.pth')]
+    assert (log['arm'], log['seed'], log['stage']) == (FASTER.name, 5, 'pretrained')
+    assert log['ap'] == dict(box=0.25, mask=0.125)
+    assert log['curves']['pretraining']['accuracy/top1'] == [[4], [12.5]]
+    assert log['curves']['detection']['kappa_Q'] == [[5], [3.0]]
+
+    calls.clear()
+    chain(Run(FASTER, 5, experiment.SCRATCH))
+    assert [call[0] for call in calls] == ['train']
+    assert Path(Config.fromfile(calls[0][1]).model.backbone.init_cfg.checkpoint).name == 'start.pth'
+
+
+def test_a_step_that_fails_says_where_to_look(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    chain = experiment.Chain(Size(16, 8, 128, 64, 32), Path('data'), 1)
+    chain.context = multiprocessing.get_context('fork')  # which has imported everything
+    with pytest.raises(InputError, match='spec-mmdet scenes failed for scenes: .*scenes.log says why'):
+        chain.step(tmp_path / 'scenes', 'scenes', 'out', '--fashion-mnist', 'nowhere')
+    assert (tmp_path / 'scenes.log').is_file()
