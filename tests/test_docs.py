@@ -32,7 +32,7 @@ def test_what_a_page_links_to_is_there(page):
 
 def test_every_picture_is_shown():
     shown = {name for page in PAGES for name in re.findall(r'!\[[^]]*\]\((?:docs/)?([\w.]+)\)', read_page(page))}
-    assert shown == {picture.name for picture in (ROOT / 'docs').glob('*.png')}
+    assert shown == {picture.name for picture in (ROOT / 'docs').glob('*.[jp][pn]g')}
 
 
 def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():

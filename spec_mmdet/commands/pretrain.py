@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from ..data.classification import SPLITS, check_class_folders, use_class_folders
     except ImportError as error:
-        raise InputError(f"pretraining needs timm: pip install 'spec_mmdet[pretrain]' ({error})") from error
+        raise InputError(f'pretraining needs timm: pip install timm ({error})') from error
 
     def change(cfg: Config) -> None:
         if cfg.get('model', {}).get('type') != 'ImageClassifier':

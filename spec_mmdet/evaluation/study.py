@@ -43,11 +43,11 @@ def write_report(folder: Path, path: Path) -> Path:
 def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]) -> list[str]:
     """The report of one size; ``said`` gets what it comes to."""
     hours = sum(log['seconds'] for log in logs) / 3600
-    screening = [log for log in logs if log['stage'] == 'screening']
+    screening = sorted((log for log in logs if log['stage'] == 'screening'), key=by_lambda)
     tuned, scratch = ([log for log in logs if log['stage'] == stage] for stage in ('pretrained', 'scratch'))
     commits = sorted({str(log['commit'])[:12] for log in logs})
     lines = [
-        f'## {folder.name}\n',
+        f'## Size {folder.name}\n',
         f'{len(logs)} runs: {len(screening)} of the screening, {len(tuned)} fine-tuned, {len(scratch)} from scratch; '
         f'{hours:.1f} hours of trainings, several at a time; {", ".join(sorted({log["device"] for log in logs}))}; '
         f'code of {", ".join(commits)}.\n',
@@ -83,6 +83,12 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
     conclude(found, said, folder.name, tuned)
     lines += ['### What it supports\n', *sentences(found, tuned, scratch), '']
     return lines
+
+
+def by_lambda(log: dict) -> tuple[bool, float]:
+    """The order of the screening: plain, the full form, per head, each by lambda."""
+    conditioning = log['conditioning'] or dict(per_head=False, lam=0)
+    return conditioning['per_head'], conditioning['lam']
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
