@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from mmengine.config import Config
@@ -136,11 +137,7 @@ def final(backbone: dict, logs: Sequence[dict]) -> list[Arm]:
         Arm('svd', dict(type='svd')),
         Arm('W0 + 10 I, decayed to 0', start='W0 + C', initial=full),
         Arm('conditioned initialisation', start='conditioned'),
-        Arm(
-            'full, 10, faster rows',
-            full,
-            rate=round(PAPER / (0.02 * math.sqrt(len(SpecXCiT(**backbone).blocks[0].gamma1)))),
-        ),
+        Arm('full, 10, faster rows', full, rate=round(PAPER / (0.02 * math.sqrt(backbone['arch']['dim'])))),
     ]
 
 
@@ -164,17 +161,21 @@ class Run:
         return f'{"-".join(words)}_seed{self.seed}_{self.start}'
 
 
+SEEDED = Lock()  # trainings begin in threads of one process, which has one generator of random numbers
+
+
 def write_start(path: Path, backbone: dict, arm: Arm, seed: int) -> None:
     """Write the weights that an arm starts from: those that the seed gives to all, changed as the arm says."""
-    torch.manual_seed(seed)
-    model = SpecXCiT(**backbone, conditioning=arm.conditioning)
-    weights = model.state_dict()
-    for name in [name for name in weights if name.endswith('.attn.qkv.weight')]:
-        W, heads = weights[name], model.blocks[0].attn.num_heads
-        if arm.start == 'W0 + C':
-            weights[name] = Correction(W, **arm.initial, heads=heads)(W)
-        elif arm.start == 'conditioned':
-            weights[name] = conditioned_initialisation(W.unflatten(0, (3, -1)), 'QKV', heads).flatten(0, 1)
+    with SEEDED:
+        torch.manual_seed(seed)
+        model = SpecXCiT(**backbone, conditioning=arm.conditioning)
+        weights = model.state_dict()
+        for name in [name for name in weights if name.endswith('.attn.qkv.weight')]:
+            W, heads = weights[name], model.blocks[0].attn.num_heads
+            if arm.start == 'W0 + C':
+                weights[name] = Correction(W, **arm.initial, heads=heads)(W)
+            elif arm.start == 'conditioned':
+                weights[name] = conditioned_initialisation(W.unflatten(0, (3, -1)), 'QKV', heads).flatten(0, 1)
     write(path, serialized(dict(state_dict=weights)))
 
 

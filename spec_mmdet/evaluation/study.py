@@ -31,12 +31,17 @@ def write_report(folder: Path, path: Path) -> Path:
         ``path``.
     """
     sections, said = [], dict(detection='', classification='', kappa='')
-    for own in sorted(own for own in folder.iterdir() if own.is_dir()):
+    for own in sorted(own for own in folder.glob('*') if own.is_dir()):
         logs = [json.loads(file.read_text()) for file in sorted(own.glob('*.json'))]
         if logs:
             sections += section(own, logs, path.parent, said)
     template = Path(__file__).with_name('experiment.md').read_text('utf-8')
-    write(path, Template(template, keep_trailing_newline=True).render(sections='\n'.join(sections).strip(), said=said))
+    write(
+        path,
+        Template(template, keep_trailing_newline=True).render(
+            sections='\n'.join(sections).strip() or 'No run is there yet.', said=said
+        ),
+    )
     return path
 
 

@@ -1,6 +1,7 @@
 """The experiment: what its arms start from and train with, and what its report makes of its logs."""
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,15 @@ def test_all_arms_start_from_the_same_weights(tmp_path):
         conditioned=Arm('conditioned', start='conditioned'),
     )
     starts = {}
-    for name, arm in arms.items():
-        experiment.write_start(tmp_path / f'{name}.pth', BACKBONE, arm, seed=3)
+    with ThreadPoolExecutor(len(arms)) as pool:  # as trainings begin
+        for name, arm in arms.items():
+            pool.submit(experiment.write_start, tmp_path / f'{name}.pth', BACKBONE, arm, seed=3)
+    torch.manual_seed(3)
+    alone = experiment.SpecXCiT(**BACKBONE).state_dict()
+    for name in arms:
         starts[name] = torch.load(tmp_path / f'{name}.pth', weights_only=True)['state_dict']
     W0 = starts['plain']
+    assert all(torch.equal(W0[key], value) for key, value in alone.items())
     for name, weights in starts.items():
         for key, value in W0.items():
             if name in ('decayed', 'conditioned') and key.endswith('attn.qkv.weight'):
