@@ -36,12 +36,8 @@ def write_report(folder: Path, path: Path) -> Path:
         if logs:
             sections += section(own, logs, path.parent, said)
     template = Path(__file__).with_name('experiment.md').read_text('utf-8')
-    write(
-        path,
-        Template(template, keep_trailing_newline=True).render(
-            sections='\n'.join(sections).strip() or 'No run is there yet.', said=said
-        ),
-    )
+    text = '\n'.join(sections).strip() or 'No run is there yet.'
+    write(path, Template(template, keep_trailing_newline=True).render(sections=text, said=said))
     return path
 
 
@@ -81,12 +77,12 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
             f'![differences]({(folder / "differences.png").relative_to(root)})\n',
             f'![box AP]({name.relative_to(root)})\n',
         ]
-        lines += conditioning(tuned, found)
+        lines += conditioning(tuned)
     every = [*screening, *tuned]
     if len(every) > 4:
         lines += correlations(every, folder / 'kappa.png', root, said, folder.name)
     conclude(found, said, folder.name, tuned)
-    lines += ['### What it supports\n', *sentences(found, tuned, scratch), '']
+    lines += ['### What it supports\n', *sentences(found), '']
     return lines
 
 
@@ -180,7 +176,7 @@ def against_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]
     return [*lines, '']
 
 
-def conditioning(logs: Sequence[dict], found: dict) -> list[str]:
+def conditioning(logs: Sequence[dict]) -> list[str]:
     """Condition numbers along the way."""
     moments: dict[str, Callable[[dict, str], float]] = {
         'at the start': lambda log, name: log['curves']['pretraining'][name][1][0],
@@ -270,7 +266,7 @@ def conclude(found: dict, said: dict[str, str], name: str, tuned: Sequence[dict]
         )
 
 
-def sentences(found: dict, tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
+def sentences(found: dict) -> list[str]:
     """What the tables support, and what they do not."""
     lines = []
     for title, entries in found.items():
@@ -308,5 +304,6 @@ def draw_intervals(found: Sequence[tuple[Difference, float]]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=80, format='png')
