@@ -10,12 +10,13 @@ for train.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from ..errors import InputError
-from .common import add_run_options, load_run_config, parser
+from ..errors import InputError, some
+from .common import add_run_options, is_first_process, load_run_config, parser
 from .train import add_training_options, positive, set_schedule, train
 
 
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             cfg[f'{split}_dataloader'].dataset.transform.input_size = args.image_size
 
     def fit(known: list[str] | None) -> None:
-        classes = check_class_folders(cfg, not args.no_check)
+        first = is_first_process()  # one process of several is enough to find fault
+        classes = check_class_folders(cfg, first and not args.no_check, int(os.environ.get('WORLD_SIZE', 1)))
+        if first:
+            print(f'{len(classes)} classes: {some(classes)}')
         if known and list(known) != classes:
             raise InputError(f'the checkpoint is of {len(known)} other classes than the data ({len(classes)})')
         cfg.model.backbone.num_classes = len(classes)

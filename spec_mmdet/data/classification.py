@@ -103,12 +103,13 @@ def use_class_folders(cfg: Config, folder: Path) -> None:
         cfg[f'{split}_dataloader'].dataset.root = str((folder / split).absolute())
 
 
-def check_class_folders(cfg: Config, thorough: bool) -> list[str]:
+def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list[str]:
     """Check what a config trains a classifier on, before it does.
 
     Args:
         cfg: the whole config.
         thorough: whether to decode :data:`LOOKED_AT` images of each split.
+        processes: that train together.
 
     Returns:
         The classes.
@@ -121,8 +122,8 @@ def check_class_folders(cfg: Config, thorough: bool) -> list[str]:
     if differing := set(train.classes) ^ set(val.classes):
         raise InputError(f'classes that are in one of {train.root} and {val.root} alone: {some(sorted(differing))}')
     batch = cfg.train_dataloader.batch_size
-    if len(train) < batch * get_world_size():
-        raise InputError(f'{train.root}: its {len(train)} images are fewer than a batch of {batch * get_world_size()}')
+    if len(train) < batch * processes:
+        raise InputError(f'{train.root}: its {len(train)} images are fewer than a batch of {batch * processes}')
     if batch % 2 and cfg.model.get('mixing'):
         raise InputError(f'train_dataloader.batch_size is {batch}: images are mixed in pairs, so it must be even')
     for dataset in splits.values() if thorough else ():
@@ -134,5 +135,4 @@ def check_class_folders(cfg: Config, thorough: bool) -> list[str]:
                 faults.append(f'{path} ({error})')
         if faults:
             raise InputError(f'images that cannot be read, of those looked at: {some(faults)}; --no-check goes on')
-    print(f'{len(train.classes)} classes: {some(train.classes)}; {len(train)} images, {len(val)} for validation')
     return train.classes
