@@ -1,4 +1,6 @@
-"""The configs that this package ships: by name on the command line, as ``spec_mmdet::NAME.py`` in a config's _base_."""
+"""Where configs are: those that this package ships, by name on the command line and as ``spec_mmdet::NAME.py`` in a
+config's _base_, and that of a training, in its work directory.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,18 @@ def find_config(name: str) -> Path:
             return path
     names = ', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))
     raise InputError(f'config {name}: no such file, nor the name of one that spec_mmdet ships ({names})')
+
+
+def config_of(work_dir: Path) -> Path:
+    """The config that a training wrote into its work directory.
+
+    Raises:
+        InputError: if there is none, or there are several.
+    """
+    found = sorted(work_dir.glob('*.py'))
+    if len(found) != 1:
+        raise InputError(f'{work_dir}: has {len(found)} configs (*.py), and one is wanted, as a training leaves it')
+    return found[0]
 
 
 def _get_cfg_path(cfg_path: str, filename: str, of_mmengine=Config._get_cfg_path) -> tuple[str, str | None]:

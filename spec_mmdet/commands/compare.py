@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
+from ..configs import config_of
 from ..data.fitting import evaluators
 from ..data.reading import AnnotationFile
 from ..errors import InputError
@@ -40,14 +41,15 @@ from ..evaluation.comparison import (
     draw_differences,
 )
 from ..evaluation.figures import embedded_figure
-from ..evaluation.report import page_of, rounded
-from ..files import folder_written_aside, is_empty, shown
+from ..evaluation.metrics import read_detections
+from ..evaluation.pages import PAGE, page_of, require_free
+from ..evaluation.report import rounded
+from ..files import folder_written_aside, shown
 from ..training.hooks import CONDITIONING, MEDIANS
 from ..training.results import RUN, as_csv, metrics_of, read_scalars
 from .common import parser
 
 KINDS = dict(bbox='box', segm='mask')
-MARK = '<meta name="generator" content="spec_mmdet comparison">'
 
 
 def detections_of(folder: Path) -> dict[str, Path]:
@@ -69,16 +71,14 @@ def truth_of(folder: Path) -> Path:
     Raises:
         InputError: where there is no config, or several, or the file is not there.
     """
-    configs = list(folder.glob('*.py'))
-    if len(configs) != 1:
-        raise InputError(f'{folder}: has {len(configs)} configs (*.py); one is wanted, as a training writes it')
-    for evaluator in evaluators(Config.fromfile(configs[0]), 'test'):
+    config = config_of(folder)
+    for evaluator in evaluators(Config.fromfile(config), 'test'):
         if 'ann_file' in evaluator:
             path = Path(evaluator.ann_file)
             if not path.is_file():
-                raise InputError(f'{path}: no such file, from here; {configs[0]} is measured by it')
+                raise InputError(f'{path}: no such file, from here; {config} is measured by it')
             return path
-    raise InputError(f'{configs[0]}: has no ann_file in its test_evaluator')
+    raise InputError(f'{config}: has no ann_file in its test_evaluator')
 
 
 def curves_of(folder: Path) -> dict[str, tuple[list, list]]:
@@ -125,12 +125,9 @@ def read_run(text: str, truths: dict[Path, AnnotationFile]) -> Run:
         if path.resolve() not in truths:
             truths[path.resolve()] = AnnotationFile(str(path))
         for kind, file in files.items():
-            results = json.loads(file.read_bytes())
+            results = read_detections(file, kind)
             if not results:
                 raise InputError(f'{file}: is empty: this detector has found nothing')
-            if kind == 'segm':
-                for result in results:
-                    result.pop('bbox', None)  # or its area would be taken for the mask's
             resampled = ResampledAP(truths[path.resolve()], results, kind)
             drawn = draw_weights(len(resampled.images), DRAWS)  # the same for all runs
             run.ap[kind] = resampled(np.ones(len(resampled.images)))
@@ -183,8 +180,7 @@ def as_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
         *(draw_curve(runs, name, log=True) for name in MEDIANS[:4]),
     ]
     return page_of(
-        'comparison.html',
-        mark=MARK,
+        'comparison',
         title=' against '.join(reversed(arms_of(runs))),
         arms=[
             dict(
@@ -225,15 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--out', type=Path, default=Path('work_dirs/comparison'), help='a folder that is new, empty, '
                          'or an earlier comparison (default: work_dirs/comparison)')  # fmt: skip
     args = options.parse_args(argv)
-    page = args.out / 'index.html'
-    if args.out.exists() and not is_empty(args.out) and not (page.is_file() and MARK in page.read_text('utf-8')):
-        raise InputError(f'--out {args.out}: holds something other than a comparison; name a new folder')
+    require_free('--out', args.out, 'comparison')
     truths: dict[Path, AnnotationFile] = {}
     runs = [read_run(text, truths) for text in args.runs]
     require_comparable(runs)
     found = differences(runs)
     with folder_written_aside(args.out) as aside:
-        (aside / 'index.html').write_text(as_page(runs, found), 'utf-8')
+        (aside / PAGE).write_text(as_page(runs, found), 'utf-8')
         (aside / 'runs.csv').write_text(as_csv(table(runs)))
         (aside / 'differences.csv').write_text(as_csv([
             dict(arm=d.arm, reference=d.reference, kind=KINDS[d.kind], difference=d.value, images_low=d.images[0],
@@ -245,4 +239,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         ap = ', '.join(f'{KINDS[kind]} AP {spread([run.ap[kind] for run in own])}' for kind in own[0].ap)
         print(f'{arm}: {ap} ({len(own)} runs)')
     print(*map(said, found), sep='\n')
-    print(f'wrote {page}')
+    print(f'wrote {args.out / PAGE}')

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation import report
+from ..evaluation.pages import PAGE
 from ..files import replaced
 from .common import parser, run_command
 
@@ -27,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
         run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--report', WORK / 'report')
     print(f'\ntook {time.time() - start:.0f} s; pictures, curves and tables are in {WORK}')
-    print(f'the results as a page: {WORK / "report" / report.PAGE}')
+    print(f'the results as a page: {WORK / "report" / PAGE}')

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..checkpoints.reading import classes_of, load, run_of, state_dict_of
 from ..conditioning import describe_conditioning
+from ..configs import config_of
 from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError, some
 from ..files import write
@@ -34,20 +35,6 @@ from .common import parser
 from .predict import load_inferencer
 
 UNKNOWN = 'not known'
-
-
-def config_beside(checkpoint: Path) -> Path:
-    """The config that the training wrote into its work directory.
-
-    Raises:
-        InputError: where there is none, or several.
-    """
-    found = sorted(checkpoint.parent.glob('*.py'))
-    if len(found) != 1:
-        raise InputError(
-            f'{checkpoint.parent}: {len(found)} configs (*.py) beside the checkpoint: name one by --config'
-        )
-    return found[0]
 
 
 def measured(checkpoint: Path, epoch: object) -> dict[str, float]:
@@ -139,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = load(args.checkpoint)
     weights = state_dict_of(content, f'checkpoint {args.checkpoint}')
-    config = args.config or config_beside(args.checkpoint)
+    config = args.config or config_of(args.checkpoint.parent)
     if not config.is_file():
         raise InputError(f'--config {config}: no such file')
     out = args.out or args.checkpoint.parent / 'published'

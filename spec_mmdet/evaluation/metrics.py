@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 from unittest.mock import patch
 
 from mmdet.evaluation import CocoMetric as MMDetCocoMetric
@@ -53,6 +55,15 @@ def require_measurable(truth: COCO, kind: str) -> None:
                 f'the {"mask" if kind == "segm" else "box"} of annotation {annotation["id"]!r:.40} is none that can be '
                 'measured by; spec-mmdet prepare lists all that is wrong'
             )
+
+
+def read_detections(path: Path, kind: str) -> list[dict]:
+    """Detections of a kind, 'bbox' or 'segm', from a file in COCO's format for results."""
+    results = json.loads(path.read_bytes())
+    if kind == 'segm':
+        for result in results:
+            result.pop('bbox', None)  # or its area would be taken for the mask's
+    return results
 
 
 class Numbered:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
 import time
@@ -13,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import jinja2
 import mmdet
 import numpy as np
 import torch
@@ -31,11 +29,12 @@ from ..data.fitting import coco_datasets, configured_classes, evaluators
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
-from ..files import ASIDE, is_empty, shown
+from ..files import ASIDE, shown
 from .drawing import names_drawn
 from .figures import COLOURS, draw_confusion, draw_precision, draw_scores, draw_worst, embedded_figure
-from .metrics import Evaluation
+from .metrics import Evaluation, read_detections
 from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, outcomes, scores_of
+from .pages import PAGE, page_of, require_free
 
 # COCO's twelve numbers, as pycocotools has them, and what they are.
 STATS = {
@@ -52,8 +51,7 @@ STATS = {
     'ARm': 'objects from 32² to 96²',
     'ARl': 'objects above 96²',
 }
-PAGE, IMAGES = 'index.html', 'images'
-MARK = '<meta name="generator" content="spec_mmdet report">'
+IMAGES = 'images'
 ROLES = dict(Q='queries', K='keys', V='values')
 
 
@@ -115,10 +113,7 @@ def prepare(folder: Path, cfg: Config) -> None:
     Raises:
         InputError: if the folder holds anything else, or the config has no COCO evaluation to report on.
     """
-    if folder.exists():
-        page = folder / PAGE
-        if not is_empty(folder) and not (page.is_file() and MARK in page.read_text('utf-8')):
-            raise InputError(f'--report {folder}: holds something other than a report; name a new folder')
+    require_free('--report', folder, 'report')
     evaluator = coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
@@ -144,10 +139,7 @@ def evaluate(coco: COCO, detections: Path, kind: str, categories: list[int | str
         kind: 'bbox' or 'segm'.
         categories: ids of those to evaluate.
     """
-    results = json.loads(detections.read_bytes())
-    if kind == 'segm':
-        for result in results:
-            del result['bbox']  # or its area would be taken for the mask's
+    results = read_detections(detections, kind)
     if results:
         found = coco.loadRes(results)
     else:  # loadRes cannot tell of what kind no results are
@@ -215,8 +207,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
     page = page_of(
-        'report.html',
-        mark=MARK,
+        'report',
         title=Path(cfg.filename).stem,
         checkpoint=shown(checkpoint),
         **totals(outcome_of),
@@ -258,12 +249,6 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         config_text=cfg.pretty_text,
     )
     (folder / PAGE).write_text(page, 'utf-8')
-
-
-def page_of(template: str, **values: object) -> str:
-    """A page of this folder, filled in."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
-    return jinja2.Environment(loader=loader, autoescape=True).get_template(template).render(values)
 
 
 def totals(outcome_of: dict[int, Outcome]) -> dict[str, object]:
