@@ -24,7 +24,9 @@ from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, some
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
+from ..evaluation.pages import PAGE
 from ..files import folder_written_aside, shown
+from ..training.guards import end_workers
 from .common import (
     add_run_options,
     build_runner,
@@ -113,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner = build_runner(cfg, terminal)
             if args.out:
                 runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
-            metrics = runner.test()
+            try:
+                metrics = runner.test()
+            finally:
+                end_workers(runner)
             if reported:
                 tested = report.Tested.of(runner, run_of(load(args.checkpoint, mmap=True)))
             del runner
@@ -122,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             command = ['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)]
             report.write(aside, cfg, args.checkpoint, command, tested)
     if reported:
-        print(f'report: {shown(reported / report.PAGE)}')
+        print(f'report: {shown(reported / PAGE)}')

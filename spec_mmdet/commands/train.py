@@ -22,6 +22,7 @@ from mmengine.device import get_device
 
 from ..configs import CONFIGS
 from ..errors import InputError
+from ..training.guards import end_workers
 from ..training.resume import locked, newest_whole, require_no_checkpoints, resume_or_say_why
 from ..training.saving import listening
 from ..training.schedule import set_epochs, set_image_size
@@ -154,4 +155,7 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
     with locked(work) if is_first_process() else nullcontext(), running(), listening(), terminal or nullcontext():
         runner = build_runner(cfg, terminal)
         resume_or_say_why(runner)
-        runner.train()
+        try:
+            runner.train()
+        finally:
+            end_workers(runner)

@@ -155,7 +155,7 @@ class WorkerStart:
 
 @HOOKS.register_module()
 class LoaderGuard(Hook):
-    """Have no worker of a loader outlive its run, and none be waited for without end.
+    """Have no worker of a loader outlive its run's process, and none be waited for without end.
 
     Args:
         timeout: seconds to wait for a batch, after which the run ends with an error.
@@ -166,8 +166,22 @@ class LoaderGuard(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Prepare the loaders of all loops."""
-        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-            loader = getattr(loop, 'dataloader', None)
-            if isinstance(loader, DataLoader) and loader.num_workers:
-                loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
-                loader.timeout = loader.timeout or self.timeout
+        for loader in loaders_of(runner):
+            loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+            loader.timeout = loader.timeout or self.timeout
+
+
+def loaders_of(runner: Runner) -> list[DataLoader]:
+    """The loaders with workers that a runner has made."""
+    loops = (runner._train_loop, runner._val_loop, runner._test_loop)
+    loaders = (getattr(loop, 'dataloader', None) for loop in loops)
+    return [loader for loader in loaders if isinstance(loader, DataLoader) and loader.num_workers]
+
+
+def end_workers(runner: Runner) -> None:
+    """End the workers that a runner's loaders have kept.
+
+    Those that are collected with it, in a reference cycle, are told so by nobody, and PyTorch waits 5 seconds for each.
+    """
+    for loader in loaders_of(runner):
+        loader._iterator = None

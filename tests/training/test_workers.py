@@ -12,6 +12,7 @@ import toy
 
 from spec_mmdet.commands.common import running
 from spec_mmdet.errors import InputError
+from spec_mmdet.training.guards import end_workers
 
 
 class Troubled(toy.Noise):
@@ -123,3 +124,13 @@ def test_no_worker_outlives_its_training(tmp_path):
     while any(map(alive, workers)) and time.time() < until:
         time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+def test_workers_that_are_kept_end_with_their_run(tmp_path):
+    loader = toy.loader(num_workers=2, persistent_workers=True)
+    runner = toy.runner(tmp_path, epochs=2, train_dataloader=loader)
+    runner.train()
+    processes = [worker.pid for worker in runner.train_dataloader._iterator._workers]
+    start = time.time()
+    end_workers(runner)
+    assert time.time() - start < 4 and not any(map(alive, processes))
