@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mmdet
 from mmengine.config import Config
 
 from .errors import InputError
 
 CONFIGS = Path(__file__).parent / '.mim' / 'configs'  # MMEngine's convention; in the repository, a link to configs/
+CONFIGS_OF_MMDET = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
 
 def find_config(name: str) -> Path:
@@ -41,8 +43,28 @@ def config_of(work_dir: Path) -> Path:
 
 def _get_cfg_path(cfg_path: str, filename: str, of_mmengine=Config._get_cfg_path) -> tuple[str, str | None]:
     package, _, name = cfg_path.partition('::')
-    return (str(CONFIGS / name), None) if package == 'spec_mmdet' else of_mmengine(cfg_path, filename)
+    if package == 'spec_mmdet':
+        return str(CONFIGS / name), None
+    if package == 'mmdet' and (path := CONFIGS_OF_MMDET / name).is_file():
+        return str(path), package
+    return of_mmengine(cfg_path, filename)
 
 
-# MMEngine resolves the names of OpenMMLab's own projects alone, from a list in its code.
+# MMEngine resolves the names of OpenMMLab's own projects alone, from a list in its code, and reads each time all that
+# MMDetection tells of its models for a path that is the name itself.
 Config._get_cfg_path = staticmethod(_get_cfg_path)
+
+_formatted: dict[str, str] = {}
+
+
+def _pretty_text(config: Config, of_mmengine=Config.pretty_text.fget) -> str:
+    content = repr(config)
+    if content not in _formatted:
+        _formatted.clear()
+        _formatted[content] = of_mmengine(config)
+    return _formatted[content]
+
+
+# MMEngine has yapf format the same config for the log, the work directory, TensorBoard and every checkpoint: once is
+# enough.
+Config.pretty_text = property(_pretty_text)

@@ -171,6 +171,7 @@ class ResultsHook(Hook):
     def __init__(self) -> None:
         self.facts: dict = {}
         self.tiles: list[np.ndarray] = []
+        self.drawn = -1  # at which iteration
 
     def before_train(self, runner: Runner) -> None:
         """Write what tells this run from others."""
@@ -227,10 +228,12 @@ class ResultsHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Write the curves of a training without a validation."""
-        self._write_curves(runner)
+        """Write the curves, of what has been trained since the last validation too."""
+        if self.drawn != runner.iter:
+            self._write_curves(runner)
 
     def _write_curves(self, runner: Runner) -> None:
+        self.drawn = runner.iter
         records = read_scalars(Path(runner.work_dir))
         if rows := list(by_epoch(records)):
             self._write(runner, TABLE, as_csv(rows).encode())
