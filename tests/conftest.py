@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 import os
 import runpy
 import subprocess
@@ -22,10 +23,14 @@ from spec_mmdet.data.shapes import write_split
 from spec_mmdet.evaluation.drawing import DetLocalVisualizer
 
 ROOT = Path(__file__).parent.parent
+BARE = ROOT / 'tests' / 'bare'
+# Processes that tests start begin with this checkout, and without what takes seconds to import.
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(BARE), str(ROOT), os.environ.get('PYTHONPATH'))))
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
+gc.freeze()  # what has been imported is not looked through at every collection, of which MMDetection asks for many
 
 
 def run_tool(monkeypatch, name: str, *args) -> None:

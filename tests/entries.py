@@ -24,14 +24,17 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
         work: a folder to write to.
     """
 
+    unchecked = [CONFIG, '--no-check', '--work-dir']
+    few = ['train_dataloader.dataset.indices=4', 'default_hooks.checkpoint.interval=9', 'val_cfg=None']
+    few += ['val_dataloader=None', 'val_evaluator=None']
+
     def train(*extra):
-        few = ['train_dataloader.dataset.indices=4', 'default_hooks.checkpoint.interval=9', 'val_cfg=None']
-        few += ['val_dataloader=None', 'val_evaluator=None', 'train_cfg.max_epochs=1']
-        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'train', *options(shapes), *few, *extra)
+        run_tool(monkeypatch, 'train', *unchecked, work / 'train', *options(shapes), *few, *extra)
 
     def resume(path):
         # All of the file's training is done already: what is tried is reading it.
-        run_tool(monkeypatch, 'train', CONFIG, '--work-dir', work / 'resume', '--resume', path, *options(shapes))
+        without = [setting for setting in few if 'indices' not in setting]
+        run_tool(monkeypatch, 'train', *unchecked, work / 'resume', '--resume', path, *options(shapes), *without)
 
     def convert(path):
         run_tool(monkeypatch, 'convert_checkpoint', path, work / f'{path.stem}.safetensors')
@@ -44,7 +47,7 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
 
     init_cfg = 'model.backbone.init_cfg'
     image = shapes / 'val' / '000001.png'
-    test = ['--work-dir', work / 'test', *options(shapes), 'test_dataloader.dataset.indices=2']
+    test = ['--no-check', '--work-dir', work / 'test', *options(shapes), 'test_dataloader.dataset.indices=2']
     return {
         'train --resume': resume,
         'load_from': lambda path: train(f'load_from={path}'),

@@ -142,7 +142,7 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
 def demo(args: argparse.Namespace) -> Iterator[Row]:
     """The demo's training, and that it is resumed."""
     data, work = args.out / 'shapes', args.out / 'demo'
-    count = 16 if args.small else 800
+    count = 8 if args.small else 800
     for split, images in dict(train=count, val=8).items():
         write_split(data, split, images, 256, np.random.default_rng(images))
     for epochs in ('1', '2'):

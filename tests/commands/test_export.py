@@ -22,9 +22,17 @@ LAMBDA = ['--backbone', '--cfg-options', 'model.backbone.conditioning.lam=10.0']
 
 
 @pytest.fixture(scope='module')
-def conditioned(tmp_path_factory) -> tuple[nn.Module, Path]:
-    """The shapes config's backbone (96 wide, 6 blocks) with lambda = 10 and weights far from initial; its detector."""
-    cfg = Config.fromfile(CONFIG)
+def config(tmp_path_factory) -> Path:
+    """The shapes config, with a backbone of 4 blocks."""
+    path = tmp_path_factory.mktemp('config') / 'short.py'
+    path.write_text(f'_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(arch=dict(depth=4)))\n')
+    return path
+
+
+@pytest.fixture(scope='module')
+def conditioned(tmp_path_factory, config) -> tuple[nn.Module, Path]:
+    """The config's backbone (96 wide) with lambda = 10 and weights far from initial; its detector."""
+    cfg = Config.fromfile(config)
     cfg.model.backbone.conditioning.lam = 10.0
     torch.manual_seed(1)
     detector = MODELS.build(cfg.model).eval()
@@ -38,10 +46,10 @@ def conditioned(tmp_path_factory) -> tuple[nn.Module, Path]:
     return detector.backbone, path
 
 
-def test_exported_backbone_computes_the_same(monkeypatch, conditioned, tmp_path):
+def test_exported_backbone_computes_the_same(monkeypatch, config, conditioned, tmp_path):
     backbone, checkpoint = conditioned
     out = tmp_path / 'folder' / 'backbone.onnx'
-    run_tool(monkeypatch, 'export', CONFIG, checkpoint, out, *LAMBDA)
+    run_tool(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
     assert [path.name for path in out.parent.iterdir()] == ['backbone.onnx']
     session = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider'])
     for shape in ((1, 3, 64, 64), (3, 3, 65, 79), (1, 3, 333, 300)):
@@ -55,10 +63,10 @@ def test_exported_backbone_computes_the_same(monkeypatch, conditioned, tmp_path)
     assert metadata['mean'] == [123.675, 116.28, 103.53] and metadata['std'] == [58.395, 57.12, 57.375]
     assert metadata['channels'] == 'RGB' and metadata['strides'] == [4, 8, 16, 32]
     assert metadata['conditioning'] == "dict(type='identity', lam=10)"
-    assert 'is there already' in complaint(monkeypatch, 'export', CONFIG, checkpoint, out, *LAMBDA)
+    assert 'is there already' in complaint(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
 
 
-def test_other_features_are_not_left_behind(monkeypatch, conditioned, tmp_path):
+def test_other_features_are_not_left_behind(monkeypatch, config, conditioned, tmp_path):
     """An export that computes zeros, as its stand-in does, is refused."""
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_text('zeros')
@@ -75,12 +83,12 @@ def test_other_features_are_not_left_behind(monkeypatch, conditioned, tmp_path):
             return [np.zeros((n, 96, h // s, w // s), np.float32) for s in (4, 8, 16, 32)]
 
     monkeypatch.setattr(onnxruntime, 'InferenceSession', Zeros)
-    args = [CONFIG, conditioned[1], tmp_path / 'backbone.onnx', *LAMBDA]
+    args = [config, conditioned[1], tmp_path / 'backbone.onnx', *LAMBDA]
     assert 'it does not compute what the backbone does' in complaint(monkeypatch, 'export', *args)
     assert not list(tmp_path.iterdir())
 
 
-def test_unusable_inputs(monkeypatch, conditioned, trained, tmp_path):
+def test_unusable_inputs(monkeypatch, config, conditioned, trained, tmp_path):
     backbone, checkpoint = conditioned
     whole = trained / 'epoch_1.pth'
     alone = tmp_path / 'without_fpn.pth'
@@ -88,16 +96,16 @@ def test_unusable_inputs(monkeypatch, conditioned, trained, tmp_path):
     out = tmp_path / 'out' / 'backbone.onnx'
     for args, says in (
         (['absent.py', checkpoint, out], 'config absent.py: no such file'),
-        ([CONFIG, 'absent.pth', out], 'checkpoint absent.pth: no such file'),
-        ([CONFIG, checkpoint, out.with_suffix('.pt')], 'must end in .onnx'),
-        ([CONFIG, alone, out, *LAMBDA], 'lacks fpn1'),
-        ([CONFIG, checkpoint, out], 'made with conditioning'),
-        ([CONFIG, checkpoint, out, '--backbone'], 'made with conditioning'),
-        ([CONFIG, checkpoint, out, '--backbone', '--images', out.parent], 'not compared of a --backbone'),
+        ([config, 'absent.pth', out], 'checkpoint absent.pth: no such file'),
+        ([config, checkpoint, out.with_suffix('.pt')], 'must end in .onnx'),
+        ([config, alone, out, *LAMBDA], 'lacks fpn1'),
+        ([config, checkpoint, out], 'made with conditioning'),
+        ([config, checkpoint, out, '--backbone'], 'made with conditioning'),
+        ([config, checkpoint, out, '--backbone', '--images', out.parent], 'not compared of a --backbone'),
         ([CONFIG, whole, out, '--images', out.parent], 'no such file or folder'),
         ([CONFIG, whole, out, '--cfg-options', 'model.test_cfg.rcnn.nms.type=soft_nms'], 'other than the plain one'),
-        ([CONFIG, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'is of another XCiT'),
-        ([CONFIG, checkpoint, out, *LAMBDA, 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
+        ([config, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'is of another XCiT'),
+        ([config, checkpoint, out, *LAMBDA, 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
     ):
         assert says in complaint(monkeypatch, 'export', *args)
     assert not out.parent.exists()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.reading import AnnotationFile, read_coco
@@ -90,7 +89,7 @@ def test_a_locale_that_is_not_utf_8(tmp_path):
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
         (tmp_path / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco()))
-    env = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=str(ROOT))
+    env = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     command = [sys.executable, '-m', 'spec_mmdet', 'prepare', str(tmp_path), '--findings', str(tmp_path / 'all.csv')]
     run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
     assert run.returncode == 1 and 'größe.png' in run.stderr.decode() and 'Traceback' not in run.stderr.decode()
