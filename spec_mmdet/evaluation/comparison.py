@@ -109,7 +109,7 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figure:
     """Every difference with its two intervals, in points of AP."""
-    figure = Figure(figsize=(8, 1.2 + 0.55 * len(found)), layout='constrained')
+    figure = Figure(figsize=(5.6, 1.2 + 0.55 * len(found)), layout='constrained')
     axis = figure.subplots()
     for row, entry in enumerate(reversed(found)):
         for place, interval, colour in ((0.12, entry.images, 'C0'), (-0.12, entry.seeds, 'C1')):
@@ -117,7 +117,7 @@ def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figu
                 axis.plot([100 * end for end in interval], [row + place] * 2, color=colour, linewidth=3)
         axis.plot(100 * entry.value, row, 'ko', markersize=5)
     axis.axvline(0, color='gray', linewidth=1)
-    axis.set_yticks(range(len(found)), [f'{entry.arm}, {names[entry.kind]} AP' for entry in reversed(found)])
+    axis.set_yticks(range(len(found)), [f'{entry.arm}\n{names[entry.kind]} AP' for entry in reversed(found)])
     axis.plot([], [], color='C0', linewidth=3, label='95 %, other images')
     axis.plot([], [], color='C1', linewidth=3, label='95 %, other seeds')
     axis.set(xlabel='points of AP from ' + found[0].reference, ylim=(-0.6, len(found) - 0.4))
