@@ -45,7 +45,7 @@ class Heard(logging.StreamHandler):  # a backend of MMEngine's takes all handler
     """Shows of MMEngine's log what must be known: what this package says, errors, warnings that say something."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        own = PACKAGE in Path(record.pathname).parents
+        own = PACKAGE in Path(record.pathname).parents or record.module == 'early_stopping_hook'
         says = record.levelno >= logging.WARNING and not SAY_NOTHING.search(record.getMessage())
         return is_main_process() and (own or says) or record.levelno >= logging.ERROR
 
@@ -182,6 +182,13 @@ class Terminal(Hook):
     def after_train(self, runner: Runner) -> None:
         """Say where the checkpoints are."""
         self._end()
+        loop = runner.train_loop
+        if getattr(loop, 'stop_training', False):
+            by_epoch = isinstance(loop, EpochBasedTrainLoop)
+            reached = (
+                f'epoch {loop.epoch} of {loop.max_epochs}' if by_epoch else f'iteration {loop.iter} of {loop.max_iters}'
+            )
+            say(f'stopped early, after {reached}')
         saved = {name: runner.message_hub.runtime_info.get(f'{key}_ckpt') for name, key in
                  (('last checkpoint', 'last'), ('best checkpoint', 'best'))}  # fmt: skip
         say('', *(f'{name}: {shown(path)}' for name, path in saved.items() if path))

@@ -1,13 +1,14 @@
 """From what people have to a trained detector and drawn predictions: prepare, train, test, predict, no file edited."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import complaint, run_tool
+from conftest import ROOT, complaint, run_tool
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data import shapes
@@ -159,6 +160,19 @@ def test_four_commands(monkeypatch, source, configs, tmp_path, capsys, make, con
     assert len([*Path('found').rglob('*.png')]) == 2
     results = json.loads(Path('found/predictions.json').read_text())
     assert results and all(('segmentation' in result) == (config == 'mask') for result in results)
+
+
+def test_early_stopping_as_it_is_documented(monkeypatch, source, configs, tmp_path, capsys):
+    page = (ROOT / 'docs' / 'training.md').read_text()
+    (documented,) = re.findall('`--cfg-options (default_hooks.stop.type=.+?)`', page)
+    roboflow(source, tmp_path / 'export')
+    monkeypatch.chdir(tmp_path)
+    small = ['--data', 'export', '--work-dir', 'work', '--epochs', 6, '--batch-size', 8, '--image-size', 64]
+    soon = ['default_hooks.stop.patience=2', 'default_hooks.stop.min_delta=1']
+    run_tool(monkeypatch, 'train', configs / 'mask.py', *small, '--cfg-options', *documented.split(), *soon)
+    printed = capsys.readouterr().out
+    assert 'did not improve in the last 2 records' in printed and 'stopped early, after epoch 3 of 6' in printed
+    assert load('work/epoch_3.pth')['meta']['epoch'] == 3 and not Path('work/epoch_4.pth').exists()
 
 
 def test_boxes_alone_are_no_data_of_mask_rcnn(monkeypatch, source, configs, tmp_path):
