@@ -32,7 +32,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmdet.testing import demo_mm_inputs, demo_mm_proposals, demo_track_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.structures import InstanceData
 
@@ -242,6 +242,7 @@ def train_a_step(model, cfg, side) -> None:
     Raises:
         AssertionError: if a loss or a gradient is not finite, or there are no gradients.
     """
+    MessageHub.get_current_instance().update_info_dict(dict(epoch=0, iter=0))  # as a runner does
     optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-6))
     optimizer.zero_grad = lambda **kwargs: None
     model.train()  # of some it returns nothing
