@@ -123,6 +123,8 @@ APPENDED = {
     'spec-mmdet test work_dirs/experiment_maskrcnn': '',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'spec-mmdet analyze': '--max-images 1',
+    'spec-mmdet systems': '--seeds 1 --steps 2',
+    'spec-mmdet systems vit --out docs/systems/vit': '',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
     'spec-mmdet benchmark-evaluator': '--images 200',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',

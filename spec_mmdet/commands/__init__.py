@@ -33,6 +33,7 @@ COMMANDS = {
     'scenes': 'write scenes of figures or garments, and pictures of others to pretrain on',
     'overfit': 'learn a few images of COCO by heart, as a check of everything between file and AP',
     'experiment': 'does the conditioning help a detector: arms, seeds, controls, and a report',
+    'systems': "the paper's other systems, small: ListOps, a ViT and BERT, plain against conditioned",
     'paper-figures': "condition numbers during the demo's training, plain against conditioned",
 }
 

@@ -131,33 +131,42 @@ class Report(Sequence[Spectrum]):
             f'sigma_max {worst.sigma_max:.3g}. lam should be well above sigma_max'
         )
 
-    def saturation(self, tokens: int = 197) -> str:
-        """Say in words how many keys conditioned softmax attention leaves to a query; '' where none is conditioned.
+    def keys_left(self, tokens: int = 197) -> list[tuple[float, float | None]]:
+        """How many keys each layer of softmax attention leaves to a query, and without C, where there is one.
 
         See :func:`~.effects.keys_left`. Attention that normalises queries and keys is left out.
+
+        Args:
+            tokens: how many keys there are.
         """
-        layers: dict[nn.Module, dict[str, tuple[Tensor, ...]]] = {}
+        layers: dict[nn.Module, dict[str, tuple[Tensor, Tensor | None]]] = {}
         heads: dict[nn.Module, int | None] = {}
         for projection in self._found:
+            if normalises(projection.attention):
+                continue
             _, W, W_plus_C = self._pair(projection)
-            if (W_plus_C is not None or self._by_head) and not normalises(projection.attention):
-                by_role = zip(projection.roles, *(M for M in (W_plus_C, W) if M is not None))
-                layers.setdefault(projection.attention, {}).update({role: matrices for role, *matrices in by_role})
-                if 'Q' in projection.roles:
-                    heads[projection.attention] = projection.heads
+            pairs = zip(W, [None] * len(W)) if W_plus_C is None else zip(W_plus_C, W)
+            layers.setdefault(projection.attention, {}).update(zip(projection.roles, pairs))
+            if 'Q' in projection.roles:
+                heads[projection.attention] = projection.heads
         left = []
         for attention, of in layers.items():
             if 'Q' in of and 'K' in of and heads[attention]:
                 d = len(of['Q'][0]) // heads[attention]
                 if len(of['K'][0]) % d == 0:  # or something else than Q K^T comes first
                     pairs = zip(of['Q'], of['K'])
-                    left.append([keys_left(W_Q, W_K, heads[attention], tokens) for W_Q, W_K in pairs])
+                    left.append(tuple(Q if Q is None else keys_left(Q, K, heads[attention], tokens) for Q, K in pairs))
+        return left
+
+    def saturation(self, tokens: int = 197) -> str:
+        """Say in words how many keys conditioned softmax attention leaves to a query; '' where none is conditioned."""
+        left = [pair for pair in self.keys_left(tokens) if self._by_head or pair[1] is not None]
         if not left:
             return ''
-        after, *before = (median(column) for column in zip(*left))
+        after, before = (median(column) if None not in column else None for column in zip(*left))
         return (
             f'softmax attention: a query attends to {after:.3g} of {tokens} keys'
-            + (f', without C to {before[0]:.3g}' if before else '')
+            + ('' if before is None else f', without C to {before:.3g}')
             + f' (exp of the entropy; independent normalised tokens, median of {len(left)} layers)'
             + ('; near 1, hardly any gradient reaches Q and K' if after < 2 else '')
         )

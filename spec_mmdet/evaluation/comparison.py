@@ -81,6 +81,25 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {arm: sorted(own, key=lambda run: (run.seed is None, run.seed)) for arm, own in arms.items()}
 
 
+def interval_of_seeds(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> tuple[float, float] | None:
+    """The interval that other seeds would leave a difference of means in, by Student's t; None for a single run.
+
+    Args:
+        ours, theirs: a figure of each run of two arms.
+        paired: whether they are by the same seeds, in the same order.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    apart = np.subtract(ours, theirs) if paired else None
+    if paired and not apart.std():  # of which there is no t
+        return float(apart[0]), float(apart[0])
+    test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+    low, high = map(float, test.confidence_interval(LEVEL))
+    if math.isnan(low) or math.isnan(high):  # no spread at all in either arm
+        return (float(np.mean(ours) - np.mean(theirs)),) * 2
+    return low, high
+
+
 def difference(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Difference:
     """How far two arms are apart."""
     ours, theirs = ([run.ap[kind] for run in runs] for runs in (arm, reference))
@@ -88,16 +107,7 @@ def difference(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Diffe
     tail = (1 - LEVEL) / 2
     images = tuple(float(value) for value in np.nanquantile(drawn, [tail, 1 - tail]))
     paired = [run.seed for run in arm] == [run.seed for run in reference]
-    seeds = None
-    if min(len(ours), len(theirs)) > 1:
-        apart = np.subtract(ours, theirs) if paired else None
-        if paired and not apart.std():  # of which there is no t
-            seeds = (float(apart[0]), float(apart[0]))
-        else:
-            test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-            seeds = tuple(float(value) for value in test.confidence_interval(LEVEL))
-            if any(map(math.isnan, seeds)):  # no spread at all in either arm
-                seeds = (float(np.mean(ours) - np.mean(theirs)),) * 2
+    seeds = interval_of_seeds(ours, theirs, paired)
     return Difference(arm[0].arm, reference[0].arm, kind, float(np.mean(ours) - np.mean(theirs)), images, seeds, paired)
 
 
