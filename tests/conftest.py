@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools.coco import COCO
@@ -35,8 +36,9 @@ gc.freeze()  # what has been imported is not looked through at every collection,
 
 def run_tool(monkeypatch, name: str, *args) -> None:
     """Run a tool as its command does, in this process."""
-    for known in (Visualizer, DetLocalVisualizer):
-        known._instance_dict.clear()  # or it would draw with the classes of the test before
+    # Runs are known by the second that they begin in; one would log where that of the test before did.
+    for known in (Visualizer, DetLocalVisualizer, MMLogger, MessageHub):
+        known._instance_dict.clear()
     monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
     runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
 

@@ -40,7 +40,7 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     if faults:
         raise InputError(f'{name} is of another XCiT than the configured one ({found}): {faults}')
     backbone.load_state_dict({**kept, **taken})
-    left = f'; not taken from it, and initialised: {", ".join(kept)}' if kept else ''
+    left = f'; not in it, and initialised: {", ".join(kept)}' if kept else ''
     MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(taken)} tensors{left}')
 
 
