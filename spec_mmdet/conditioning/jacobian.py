@@ -233,7 +233,12 @@ def xca_singular_values(
     A_inv = torch.linalg.inv(A)
     EET = torch.einsum('ij,jakc,lk->ialc', A_inv, G.view(k, u, k, u), A_inv).reshape(k * u, k * u)
     eye = torch.eye(k * u).to(EET)
-    shrink = eye - torch.cholesky_inverse(torch.linalg.cholesky(eye + EET))
+    L, failed = torch.linalg.cholesky_ex(eye + EET)
+    if failed:  # by rounding, where A is nearly singular, as with few tokens: no eigenvalue of E E^T is negative
+        squares, vectors = torch.linalg.eigh((EET + EET.T) / 2)
+        shrink = eye - vectors / (1 + squares.clamp_min(0)) @ vectors.T
+    else:
+        shrink = eye - torch.cholesky_inverse(L)
 
     def gram_inverse(Y: Tensor) -> Tensor:
         Y = Y / s @ A_inv.T

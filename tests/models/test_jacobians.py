@@ -58,3 +58,10 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]) and value.dtype == before[key].dtype
+
+
+def test_few_tokens_make_attention_nearly_singular_and_no_error():
+    torch.manual_seed(0)
+    model = SpecXCiT(dict(dim=96, depth=4, num_heads=2), 16)
+    spectra = jacobian_spectra(model, torch.randn(1, 3, 32, 32), heads=1)  # 4 tokens for 48 channels
+    assert all(0 <= spectrum.sigma_min < 1e-2 < spectrum.sigma_max < 1e3 for spectrum in spectra)
