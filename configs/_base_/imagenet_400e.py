@@ -67,12 +67,5 @@ optim_wrapper = dict(
 auto_scale_lr = dict(base_batch_size=1024, enable=False)
 
 default_hooks = dict(checkpoint=dict(interval=5, save_best='accuracy/top1'))
-custom_hooks = [
-    dict(type='CheckpointGuard'),
-    dict(type='ConditioningHook'),
-    dict(type='ScheduleGuard'),
-    dict(type='FiniteGuard'),
-    dict(type='LoaderGuard', timeout=600),
-    # The average is evaluated and saved as the checkpoint's weights.
-    dict(type='EMAHook', momentum=4e-5, update_buffers=True),
-]
+# The average is evaluated and saved as the checkpoint's weights.
+custom_hooks = [*_base_.guards, dict(type='EMAHook', momentum=4e-5, update_buffers=True)]

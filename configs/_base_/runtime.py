@@ -3,14 +3,14 @@ _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(imports=['spec_mmdet'])
 
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='coco/segm_mAP'))
-custom_hooks = [
+guards = [
     dict(type='CheckpointGuard'),
     dict(type='ConditioningHook'),
     dict(type='ScheduleGuard'),
     dict(type='FiniteGuard'),
     dict(type='LoaderGuard', timeout=600),
-    dict(type='ResultsHook'),
 ]
+custom_hooks = [*guards, dict(type='ResultsHook')]
 env_cfg = dict(dist_cfg=dict(timeout=600))  # seconds to wait for another process
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
 visualizer = dict(vis_backends=vis_backends)

@@ -39,6 +39,7 @@ from ..evaluation.comparison import (
     differences,
     draw_curve,
     draw_differences,
+    spread,
 )
 from ..evaluation.figures import embedded_figure
 from ..evaluation.metrics import read_detections
@@ -155,12 +156,6 @@ def require_comparable(runs: Sequence[Run]) -> None:
 def last(run: Run, name: str) -> str:
     """The last value of a curve, to be read."""
     return rounded(run.curves[name][1][-1]) if run.curves.get(name, ((), ()))[1] else '–'
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation, in points."""
-    mean = f'{100 * np.mean(values):.1f}'
-    return f'{mean} ± {100 * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
 
 
 def said(entry: Difference) -> str:

@@ -25,7 +25,7 @@ from threading import Lock
 import torch
 from mmengine.config import Config
 
-from ..conditioning import Correction, conditioned_initialisation
+from ..conditioning import Correction, Report, conditioned_initialisation, projections
 from ..configs import find_config
 from ..errors import InputError
 from ..evaluation import study
@@ -101,13 +101,9 @@ def screened(backbone: dict) -> list[Arm]:
     """The arms of the screening, for a backbone whose initial weights say what sigma_max is."""
     torch.manual_seed(SCREENING_SEED)
     model = SpecXCiT(**backbone)
-    heads = model.blocks[0].attn.num_heads
     arms = [Arm('plain')]
     for per_head in (False, True):
-        sigma = max(
-            torch.linalg.matrix_norm(block.attn.qkv.weight.unflatten(0, (3, heads if per_head else 1, -1)), 2).max()
-            for block in model.blocks
-        )
+        sigma = max(row.sigma_max for row in Report(list(projections(model)), by_head=per_head))
         arms += [
             Arm(f'{form(per_head)}, {times:g} sigma', identity(float(f'{times * sigma:.3g}'), per_head))
             for times in SCREENED

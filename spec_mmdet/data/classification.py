@@ -18,10 +18,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.datasets import ImageFolder
 
 from ..errors import InputError, some
+from .checks import LOOKED_AT
 from .images import read
 
 SPLITS = ('train', 'val')
-LOOKED_AT = 500  # images of a split that are decoded before the start
 
 
 def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:

@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..errors import InputError
-from .shapes import background
+from .shapes import annotation_of, background, noisy, write_png
 
 FIGURE = 96  # pixels that a figure is drawn in
 MIN_VISIBLE = 0.4  # no object is placed of which less than this would stay visible
@@ -203,18 +203,8 @@ def make_scene(rng: np.random.Generator, size: int, source: Source, split: str) 
         if whole < 30 or any(visible.sum() < MIN_VISIBLE * pixels for _, visible, pixels in below):
             continue
         image, placed = candidate, [*below, (category, there, whole)]
-    annotations = []
-    for category, visible, _ in placed:
-        rle = mask_utils.encode(np.asfortranarray(visible.astype(np.uint8)))
-        annotations.append(
-            dict(
-                category_id=category + 1,
-                iscrowd=0,
-                area=float(mask_utils.area(rle)),
-                bbox=mask_utils.toBbox(rle).tolist(),
-                segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
-            )
-        )
+    masks = [mask_utils.encode(np.asfortranarray(visible.astype(np.uint8))) for _, visible, _ in placed]
+    annotations = [annotation_of(rle, category) for rle, (category, _, _) in zip(masks, placed)]
     return noisy(rng, image), annotations
 
 
@@ -226,15 +216,10 @@ def make_crop(rng: np.random.Generator, size: int, source: Source, category: str
     return noisy(rng, image)
 
 
-def noisy(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
-
-
 def write_crops(root: Path, split: str, images: int, size: int, source: Source, rng: np.random.Generator) -> None:
     """Write so many pictures of single objects to root/split/CATEGORY."""
     for number in range(images):
         category = source.pretraining[number % len(source.pretraining)]
         folder = root / split / category
         folder.mkdir(parents=True, exist_ok=True)
-        image = make_crop(rng, size, source, category, split)
-        (folder / f'{number:06}.png').write_bytes(cv2.imencode('.png', image)[1])
+        write_png(folder / f'{number:06}.png', make_crop(rng, size, source, category, split))

@@ -74,6 +74,27 @@ def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
     cv2.polylines(image, [fixed_point], True, [c // 2 for c in colour], 1, cv2.LINE_AA, shift=8)
 
 
+def annotation_of(rle: dict, category: int, iscrowd: int = 0) -> dict:
+    """The COCO annotation, but for the ids, of a mask that pycocotools has encoded."""
+    return dict(
+        category_id=category + 1,
+        iscrowd=iscrowd,
+        area=float(mask_utils.area(rle)),
+        bbox=mask_utils.toBbox(rle).tolist(),
+        segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+    )
+
+
+def noisy(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """An image with the noise of a camera."""
+    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image, or fail: OpenCV's own imwrite may not notice a full disk."""
+    path.write_bytes(cv2.imencode('.png', image)[1])
+
+
 def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
     """An image of size x size pixels, BGR, and its COCO annotations but for the ids."""
     image = background(rng, size)
@@ -91,15 +112,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
             paint(image, member, rng)
         taken = MultiPolygon(members).buffer(0).convex_hull.intersection(frame)
         rle = mask_utils.frPyObjects([np.asarray(taken.exterior.coords).ravel().tolist()], size, size)[0]
-        annotations.append(
-            dict(
-                category_id=category + 1,
-                iscrowd=1,
-                area=float(mask_utils.area(rle)),
-                bbox=mask_utils.toBbox(rle).tolist(),
-                segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
-            )
-        )
+        annotations.append(annotation_of(rle, category, iscrowd=1))
 
     placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
     for _ in range(rng.integers(3, 7)):
@@ -126,8 +139,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
                 segmentation=[np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in polygons],
             )
         )
-    noise = rng.normal(0, 6, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8), annotations
+    return noisy(rng, image), annotations
 
 
 def write_split(
@@ -162,7 +174,7 @@ def write_split(
     for image_id in range(1, images + 1):
         image, annotations = make(rng, size)
         name = f'{image_id:06}.png'
-        (root / split / name).write_bytes(cv2.imencode('.png', image)[1])  # imwrite may not notice a full disk
+        write_png(root / split / name, image)
         coco['images'].append(dict(id=image_id, file_name=name, width=size, height=size))
         for annotation in annotations:
             coco['annotations'].append(dict(annotation, id=len(coco['annotations']) + 1, image_id=image_id))

@@ -117,6 +117,12 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     return [difference(arm, reference, kind) for kind in reference[0].ap for _, arm in others]
 
 
+def spread(values: Sequence[float], scale: float = 100) -> str:
+    """Mean and standard deviation over seeds, in points or by another scale."""
+    mean = f'{scale * np.mean(values):.1f}'
+    return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
+
+
 def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figure:
     """Every difference with its two intervals, in points of AP."""
     figure = Figure(figsize=(5.6, 1.2 + 0.55 * len(found)), layout='constrained')

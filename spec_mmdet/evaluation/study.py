@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..files import write, written_aside
-from .comparison import Difference, Run, arms_of, difference, draw_curve
+from .comparison import Difference, Run, arms_of, difference, draw_curve, spread
 
 KINDS = ('box', 'mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
@@ -139,12 +139,6 @@ def measured(logs: Sequence[dict]) -> list[tuple[Difference, float]]:
 
 def interval(entry: Difference) -> str:
     return f'{100 * entry.value:+.1f} [{100 * entry.seeds[0]:+.1f}, {100 * entry.seeds[1]:+.1f}]'
-
-
-def spread(values: Sequence[float], scale: float = 100) -> str:
-    """Mean and standard deviation over the seeds."""
-    mean = f'{scale * np.mean(values):.1f}'
-    return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
 
 
 def table_of_arms(logs: Sequence[dict], found: Sequence[tuple[Difference, float]]) -> list[str]:
