@@ -280,8 +280,9 @@ def stages(backbone: dict, logs: Callable[[], list[dict]]) -> Iterator[list[Run]
     """The runs of each stage, that of the next one known when the logs of the one before it are there."""
     yield [Run(arm, SCREENING_SEED) for arm in screened(backbone)]
     arms = final(backbone, logs())
-    yield [Run(arm, seed) for seed in SEEDS for arm in arms]
-    yield [Run(arm, seed, SCRATCH) for seed in SEEDS for arm in from_scratch(arms)]
+    every = ((PRETRAINED, arms), (SCRATCH, from_scratch(arms)))
+    # Seed by seed, so that an experiment cut short still compares all arms.
+    yield [Run(arm, seed, start) for seed in SEEDS for start, own in every for arm in own]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
