@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -136,6 +138,37 @@ def test_holm_is_the_step_down_method():
     assert study.holm(p) == pytest.approx(list(expected.values()))
 
 
+def test_two_arms_are_compared_by_the_paired_t_test():
+    plain, other = [0.30, 0.33, 0.28], [0.31, 0.35, 0.27]
+    box, mask = study.measured(logs_of(dict(other=other, plain=plain), 'pretrained'))
+    test = stats.ttest_rel(other, plain)
+    assert box.p == pytest.approx(test.pvalue) == pytest.approx(mask.p)
+    assert box.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert mask.interval == pytest.approx(tuple(end / 2 for end in box.interval))
+    assert box.pairs == pytest.approx([0.01, 0.02, -0.01])
+    assert study.measured(logs_of(dict(other=other, plain=plain[:1]), 'pretrained')) == []
+
+
+@given(st.integers(2, 5), st.integers(2, 5), st.randoms(use_true_random=False))
+def test_more_arms_share_the_error_of_a_block_design(arms, seeds, random):
+    ap = np.array([[random.uniform(0.1, 0.5) for _ in range(seeds)] for _ in range(arms + 1)])
+    names = ['plain', *map(str, range(arms))]
+    logs = logs_of({name: row.tolist() for name, row in zip(names, ap)}, 'pretrained', range(seeds))
+    logs += logs_of({'1': [0.4]}, 'pretrained', [99])  # a seed that plain has not
+    rest = ap - ap.mean(0) - ap.mean(1, keepdims=True) + ap.mean()
+    freedom = arms * (seeds - 1)
+    error = np.sqrt(2 * (rest**2).sum() / freedom / seeds)
+    assume(error > 1e-6)
+    found = [effect for effect in study.measured(logs) if effect.kind == 'box']
+    values = ap[1:].mean(1) - ap[0].mean()
+    assert [effect.arm for effect in found] == names[1:]
+    assert [effect.value for effect in found] == pytest.approx(values)
+    margin = stats.t.ppf(0.975, freedom) * error
+    assert [effect.interval[1] - effect.value for effect in found] == pytest.approx([margin] * arms)
+    p = 2 * stats.t.cdf(-abs(values) / error, freedom)
+    assert [effect.p for effect in found] == pytest.approx(study.holm(p))
+
+
 def test_report_says_what_the_logs_support(tmp_path):
     folder = tmp_path / 'experiment' / 'cpu'
     folder.mkdir(parents=True)
@@ -152,10 +185,8 @@ def test_report_says_what_the_logs_support(tmp_path):
         (folder / f'{i}.json').write_text(experiment.json.dumps(log))
     text = study.write_report(tmp_path / 'experiment', tmp_path / 'experiment.md').read_text()
     assert '9 fine-tuned, 3 from scratch' in text
-    p = [stats.ttest_rel(ours, base).pvalue for ours in (better, noise)]
-    low, high = stats.ttest_rel(better, base).confidence_interval(0.95)
-    assert f'+5.0 [{100 * low:+.1f}, {100 * high:+.1f}], p {2 * min(p):.2g}' in text
     assert '* Fine-tuned from pretraining: svd (box AP +5.0' in text and 'none is worse' in text
+    assert '+5.1, +4.9, +5.0)' in text and '+2.0, -3.0, +1.1)' in text
     assert '* plain: box AP 20.0 ± 0.0' in text
     assert '0 of 12 rank correlations' in text
     for picture in ('ap', 'differences', 'kappa'):
