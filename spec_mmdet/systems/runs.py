@@ -22,12 +22,14 @@ NOT_ASKED = -100  # a target that counts in no loss and no accuracy, as cross_en
 HELD_OUT = 2**32  # the seed of what is tested on; those of trainings are below
 
 # What each arm passes to condition(); the first does not condition. A lambda of '2 sigma' is twice the largest
-# sigma_max of the initial projections.
+# sigma_max of the initial projections. The last has the size of W + C, and the condition numbers of W.
 _FORMS = {'lambda 2 sigma': dict(lam='2 sigma'), 'lambda 10': dict(lam=10.0), 'svd': dict(type='svd')}
+LARGER = 'larger W'
 ARMS: dict[str, dict | None] = {
     'plain': None,
     **_FORMS,
     **{f'{name}, per head': dict(form, per_head=True) for name, form in _FORMS.items()},
+    LARGER: _FORMS['lambda 2 sigma'],
 }
 
 
@@ -111,6 +113,9 @@ class System(ABC):
 def initial(system: System, arm: str, seed: int) -> tuple[nn.Module, Corrections, float | None]:
     """A system's model at the start of a run: the same W in all arms of a seed, and the arm's C on it.
 
+    In the arm 'larger W' there is no C, but W multiplied: each layer's has the Frobenius norm of its W + C with lambda
+    of 2 sigma.
+
     Returns:
         the model, the corrections to keep fixed, and lambda, where there is one.
     """
@@ -122,7 +127,13 @@ def initial(system: System, arm: str, seed: int) -> tuple[nn.Module, Corrections
     lam = form.get('lam')
     if lam == '2 sigma':
         lam = 2 * max(row.sigma_max for row in measure(model))
-    return model, condition(model, **dict(form, lam=lam)).corrections, lam
+    corrections = condition(model, **dict(form, lam=lam)).corrections
+    if arm == LARGER:
+        for entry in corrections.values():
+            W = entry.weight.detach() - entry.C
+            entry.weight.data = W * (entry.weight.norm() / W.norm())
+        return model, Corrections(), None
+    return model, corrections, lam
 
 
 def condition_numbers(model: nn.Module) -> dict[str, float]:

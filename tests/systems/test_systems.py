@@ -10,10 +10,11 @@ import torch
 from conftest import complaint, run_tool
 
 from spec_mmdet.commands import systems as command
+from spec_mmdet.conditioning import projections
 from spec_mmdet.systems import SYSTEMS
 from spec_mmdet.systems.bert import Bert, text
 from spec_mmdet.systems.listops import ListOps
-from spec_mmdet.systems.runs import ARMS, NOT_ASKED, initial, run
+from spec_mmdet.systems.runs import ARMS, LARGER, NOT_ASKED, condition_numbers, initial, run
 from spec_mmdet.systems.vit import ViT
 
 
@@ -22,7 +23,7 @@ def test_all_arms_start_from_the_same_weights(name):
     system = SYSTEMS[name]()
     plain = initial(system, 'plain', 1)[0].state_dict()
     other = initial(system, 'plain', 2)[0].state_dict()
-    for arm in list(ARMS)[1:]:
+    for arm in list(ARMS)[1:-1]:
         model, corrections, lam = initial(system, arm, 1)
         corrected = {id(entry.weight): entry.C for entry in corrections.values()}
         assert len(corrected) == system.layers * (1 if name == 'vit' else 3)
@@ -36,6 +37,20 @@ def test_all_arms_start_from_the_same_weights(name):
                 blocks = plain[key].split(system.width)
                 assert all(lam >= 2 * torch.linalg.matrix_norm(W, 2) * (1 - 1e-5) for W in blocks)
                 assert lam < 3 * max(torch.linalg.matrix_norm(W, 2) for W in blocks)
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_larger_weights_have_the_size_of_conditioned_ones_and_kappa_of_plain_ones(name):
+    system = SYSTEMS[name]()
+    (model, none, _), (of_plain, _, _), (_, corrections, _) = (
+        initial(system, arm, 1) for arm in (LARGER, 'plain', 'lambda 2 sigma')
+    )
+    assert not none and len(list(projections(model))) == len(corrections)
+    for ours, plain, conditioned in zip(projections(model), projections(of_plain), corrections.values()):
+        factor = conditioned.weight.norm() / plain.weight.norm()
+        torch.testing.assert_close(ours.weight, factor * plain.weight, atol=2e-6, rtol=0)
+        assert factor > 1.5
+    assert condition_numbers(model) == pytest.approx(condition_numbers(of_plain), rel=1e-3)
 
 
 def test_weight_decay_leaves_the_correction():
@@ -86,7 +101,7 @@ def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     run_tool(monkeypatch, 'systems', *arguments)
     table = capsys.readouterr().out
-    assert not ran and '14 of 14 runs have their logs' in table
+    assert not ran and '16 of 16 runs have their logs' in table
 
     right = {
         arm: [json.loads((tmp_path / f'{file}_{seed}.json').read_text())['accuracy'] for seed in range(2)]
