@@ -18,7 +18,8 @@ from .comparison import Run, arms_of, draw_curve, spread
 KINDS = ('box', 'mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
 FIRST = 'plain'  # the arm that the others are measured from
-GAINS = dict(box=0.007, mask=0.004)  # that the paper reports for its detector with lambda = 10
+# What the paper reports with lambda = 10, for its detector and its largest classifier.
+GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
 LEVEL = 0.05
 
 
@@ -28,15 +29,15 @@ class Effect:
 
     Attributes:
         arm: its name.
-        kind: of AP.
-        value: the arm's mean AP minus plain's, over seeds.
+        outcome: what is compared: 'box AP', 'mask AP' or 'top-1', all from 0 to 1.
+        value: the arm's mean minus plain's, over seeds.
         interval: that of 95 % for ``value``.
         p: of no difference, adjusted for the number of arms.
-        pairs: the arm's AP minus plain's, of each seed that both have.
+        pairs: the arm's outcome minus plain's, of each seed that both have.
     """
 
     arm: str
-    kind: str
+    outcome: str
     value: float
     interval: tuple[float, float]
     p: float
@@ -108,7 +109,7 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
     every = [*screening, *tuned]
     if len(every) > 4:
         lines += correlations(every, folder / 'kappa.png', root, said, folder.name)
-    conclude(found, said, folder.name, tuned)
+    conclude(found, said, folder.name)
     lines += ['### What it supports\n', *sentences(found), '']
     return lines
 
@@ -134,7 +135,7 @@ def as_runs(logs: Sequence[dict]) -> list[Run]:
     """As comparisons take them, over seeds alone; the reference first."""
     logs = sorted(logs, key=lambda log: log['arm'] != FIRST)
     return [
-        Run(log['arm'], log['seed'], Path(), log['ap'], {kind: np.array([log['ap'][kind]]) for kind in KINDS},
+        Run(log['arm'], log['seed'], Path(), log['ap'], drawn={},
             curves={name: (xs, ys) for name, (xs, ys) in log['curves']['detection'].items()})
         for log in logs
     ]  # fmt: skip
@@ -147,6 +148,14 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(min(1, adjusted[list(order).index(i)])) for i in range(len(p))]
 
 
+def outcomes(log: dict) -> dict[str, float]:
+    """What a run came to, each from 0 to 1."""
+    found = {f'{kind} AP': log['ap'][kind] for kind in KINDS}
+    if 'pretraining' in log['curves']:
+        found['top-1'] = log['curves']['pretraining']['accuracy/top1'][1][-1] / 100
+    return found
+
+
 def measured(logs: Sequence[dict]) -> list[Effect]:
     """Of every arm, by least squares over arms and seeds with one error for all (a randomised block design).
 
@@ -157,9 +166,9 @@ def measured(logs: Sequence[dict]) -> list[Effect]:
         logs: of one stage.
 
     Returns:
-        The effects by kind and arm; none where the runs are too few to tell the noise.
+        The effects by outcome and arm; none where the runs are too few to tell the noise.
     """
-    values = {(log['arm'], log['seed']): log['ap'] for log in logs}
+    values = {(log['arm'], log['seed']): outcomes(log) for log in logs}
     seeds = sorted(seed for arm, seed in values if arm == FIRST)
     runs = [(arm, seed) for arm, seed in values if seed in seeds]
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if arm != FIRST]
@@ -169,37 +178,39 @@ def measured(logs: Sequence[dict]) -> list[Effect]:
     if freedom < 1 or not arms:
         return []
     found = []
-    for kind in KINDS:
-        ap = np.array([values[run][kind] for run in runs])
-        means = np.linalg.lstsq(design, ap, rcond=None)[0]
-        noise = np.square(ap - design @ means).sum() / freedom
+    for outcome in values[runs[0]]:
+        ys = np.array([values[run][outcome] for run in runs])
+        means = np.linalg.lstsq(design, ys, rcond=None)[0]
+        noise = np.square(ys - design @ means).sum() / freedom
         errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))[: len(arms)]
         effects = means[: len(arms)]
         with np.errstate(divide='ignore', invalid='ignore'):
             p = holm(2 * stats.t.sf(np.nan_to_num(abs(effects) / errors), freedom))
         margins = stats.t.isf(LEVEL / 2, freedom) * errors
         for arm, value, margin, own in zip(arms, effects, margins, p):
-            pairs = [values[arm, seed][kind] - values[FIRST, seed][kind] for seed in seeds if (arm, seed) in values]
-            found.append(Effect(arm, kind, float(value), (float(value - margin), float(value + margin)), own, pairs))
+            pairs = [
+                values[arm, seed][outcome] - values[FIRST, seed][outcome] for seed in seeds if (arm, seed) in values
+            ]
+            found.append(Effect(arm, outcome, float(value), (float(value - margin), float(value + margin)), own, pairs))
     return found
 
 
 def table_of_arms(logs: Sequence[dict], found: Sequence[Effect]) -> list[str]:
     """A row for each arm."""
+    names = list(outcomes(logs[0]))
     rows = []
-    for arm, runs in arms_of(as_runs(logs)).items():
-        top1 = [ys[-1] for log in logs if log['arm'] == arm for _, ys in [log['curves'].get('pretraining', {}).get(
-            'accuracy/top1', ([], []))] if ys]  # fmt: skip
-        apart = {
-            effect.kind: f'{effect}, p {effect.p:.2g}<br>({", ".join(f"{100 * pair:+.1f}" for pair in effect.pairs)})'
-            for effect in found if effect.arm == arm
-        }  # fmt: skip
+    for arm in arms_of(as_runs(logs)):
+        own = sorted((log for log in logs if log['arm'] == arm), key=lambda log: log['seed'])
+        apart = {}
+        for effect in (effect for effect in found if effect.arm == arm):
+            pairs = ', '.join(f'{100 * pair:+.1f}' for pair in effect.pairs)
+            apart[effect.outcome] = f'{effect}, p {effect.p:.2g}<br>({pairs})'
         rows.append([
-            arm, ', '.join(str(run.seed) for run in runs), spread(top1, 1) if top1 else '',
-            *(spread([run.ap[kind] for run in runs]) for kind in KINDS),
-            *(apart.get(kind, '') for kind in KINDS),
+            arm, ', '.join(str(log['seed']) for log in own),
+            *(spread([outcomes(log)[name] for log in own]) for name in names),
+            *(apart.get(name, '') for name in names),
         ])  # fmt: skip
-    return table(['arm', 'seeds', 'top-1', 'box AP', 'mask AP', 'box, from plain', 'mask, from plain'], rows)
+    return table(['arm', 'seeds', *names, *(f'{name}, from plain' for name in names)], rows)
 
 
 def against_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
@@ -232,8 +243,9 @@ def conditioning(logs: Sequence[dict]) -> list[str]:
         )])  # fmt: skip
     return [
         '### Condition numbers\n',
-        f'{", ".join(moments)}: medians over the layers, of W + C where there is a C, geometric means over the seeds; '
-        "J is the attention's Jacobian on an image.\n",
+        f'{", ".join(moments).capitalize()}: medians over the layers, of W + C where there is a C, geometric means over '
+        "the seeds; of each head's rows in the arms *per head*, else of whole projections, of which the conditioned "
+        "initialisation, which is of each head's rows, knows nothing. J is the attention's Jacobian on an image.\n",
         *table(['arm', *KAPPAS], rows),
         '',
     ]
@@ -282,24 +294,16 @@ def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, s
 
 def beyond(found: Sequence[Effect], better: bool) -> list[str]:
     """Arms that differ beyond the noise, in words."""
-    return [f'{effect.arm} ({effect.kind} AP {effect}, p {effect.p:.2g})' for effect in found
+    return [f'{effect.arm} ({effect.outcome} {effect}, p {effect.p:.2g})' for effect in found
             if effect.p < LEVEL and (effect.value > 0) == better]  # fmt: skip
 
 
-def conclude(found: dict[str, list[Effect]], said: dict[str, str], name: str, tuned: Sequence[dict]) -> None:
+def conclude(found: dict[str, list[Effect]], said: dict[str, str], name: str) -> None:
     """What the tables say to the paper's rows."""
     own = [effect for effect in found.get('Fine-tuned from pretraining', []) if effect.arm == 'full, 10']
-    if own:
-        said['detection'] += f'{name}: ' + ', '.join(f'{effect.kind} AP {effect}' for effect in own) + '. '
-    pairs = {
-        arm: {log['seed']: log['curves']['pretraining']['accuracy/top1'][1][-1] for log in tuned if log['arm'] == arm}
-        for arm in (FIRST, 'full, 10')
-    }
-    if seeds := sorted(pairs[FIRST].keys() & pairs['full, 10'].keys()):
-        apart = [pairs['full, 10'][seed] - pairs[FIRST][seed] for seed in seeds]
-        said['classification'] += (
-            f'{name}: top-1 {np.mean(apart):+.1f} points ({", ".join(f"{a:+.1f}" for a in apart)}). '
-        )
+    for row, names in (('detection', [f'{kind} AP' for kind in KINDS]), ('classification', ['top-1'])):
+        if effects := [f'{effect.outcome} {effect}' for effect in own if effect.outcome in names]:
+            said[row] += f'{name}: {", ".join(effects)}. '
 
 
 def sentences(found: dict[str, list[Effect]]) -> list[str]:
@@ -314,11 +318,11 @@ def sentences(found: dict[str, list[Effect]]) -> list[str]:
             f'* {title}: {"; ".join(better) + " better" if better else "no arm is better"} than plain beyond the noise '
             f'of the seeds; {"; ".join(worse) + " worse" if worse else "none is worse"}.'
         )
-        for kind in KINDS:
-            least = min((effect.interval[1] - effect.interval[0]) / 2 for effect in effects if effect.kind == kind)
-            gain = GAINS[kind]
-            seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (least > gain)
-            lines.append(f'  The narrowest interval of {kind} AP is ± {100 * least:.1f} points{seen}.')
+        for name, gain in GAINS.items():
+            widths = [(effect.interval[1] - effect.interval[0]) / 2 for effect in effects if effect.outcome == name]
+            if widths:
+                seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (min(widths) > gain)
+                lines.append(f'  The narrowest interval of {name} is ± {100 * min(widths):.1f} points{seen}.')
     if not lines:
         lines.append('* Nothing yet: the runs with several seeds are owed.')
     return [
@@ -329,16 +333,21 @@ def sentences(found: dict[str, list[Effect]]) -> list[str]:
 
 def draw_effects(found: Sequence[Effect]) -> Figure:
     """Every effect with its interval, and the pairs that it is from."""
-    figure = Figure(figsize=(8, 1 + 0.3 * max(1, len(found))), layout='constrained')
-    axis = figure.subplots()
-    for row, effect in enumerate(reversed(found)):
-        axis.plot([100 * end for end in effect.interval], [row, row], color=f'C{KINDS.index(effect.kind)}', linewidth=3)
-        axis.plot([100 * pair for pair in effect.pairs], [row] * len(effect.pairs), '|', color='gray')
-        axis.plot(100 * effect.value, row, 'ko', markersize=4)
-    axis.axvline(0, color='gray', linewidth=1)
-    axis.set_yticks(range(len(found)), [f'{effect.arm}, {effect.kind} AP' for effect in reversed(found)])
-    axis.set_xlabel('points of AP from plain: mean, 95 %, and the seeds')
-    axis.grid(alpha=0.3)
+    names = list(dict.fromkeys(effect.outcome for effect in found))
+    arms = list(dict.fromkeys(effect.arm for effect in found))
+    figure = Figure(figsize=(11, 1 + 0.3 * len(arms)), layout='constrained')
+    for axis, name in zip(figure.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0], names):
+        for effect in found:
+            if effect.outcome == name:
+                row = -arms.index(effect.arm)
+                axis.plot([100 * end for end in effect.interval], [row, row], color='C0', linewidth=3)
+                axis.plot([100 * pair for pair in effect.pairs], [row] * len(effect.pairs), '|', color='gray')
+                axis.plot(100 * effect.value, row, 'ko', markersize=4)
+        axis.axvline(0, color='gray', linewidth=1)
+        axis.set_yticks([-row for row in range(len(arms))], arms)
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    figure.supxlabel('points from plain: mean, 95 %, and the seeds', fontsize='medium')
     return figure
 
 

@@ -32,7 +32,7 @@ def logs_of(ap: dict[str, list[float]], stage: str, seeds=(1, 2, 3)) -> list[dic
     curve = {name: [[1, 2], [10.0, 20.0]] for name in study.KAPPAS}
     return [
         dict(arm=arm, seed=seed, stage=stage, conditioning=None, ap=dict(box=value, mask=value / 2), seconds=60,
-             commit='c', device='d', curves=dict(pretraining={**curve, 'accuracy/top1': [[1], [50.0]]},
+             commit='c', device='d', curves=dict(pretraining={**curve, 'accuracy/top1': [[1], [50 * value]]},
                                                  detection={**curve, 'box AP': [[1], [value]]}))
         for arm, values in ap.items() for seed, value in zip(seeds, values)
     ]  # fmt: skip
@@ -140,11 +140,12 @@ def test_holm_is_the_step_down_method():
 
 def test_two_arms_are_compared_by_the_paired_t_test():
     plain, other = [0.30, 0.33, 0.28], [0.31, 0.35, 0.27]
-    box, mask = study.measured(logs_of(dict(other=other, plain=plain), 'pretrained'))
+    box, mask, top1 = study.measured(logs_of(dict(other=other, plain=plain), 'pretrained'))
     test = stats.ttest_rel(other, plain)
     assert box.p == pytest.approx(test.pvalue) == pytest.approx(mask.p)
     assert box.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert mask.interval == pytest.approx(tuple(end / 2 for end in box.interval))
+    for half in (mask, top1):
+        assert half.interval == pytest.approx(tuple(end / 2 for end in box.interval))
     assert box.pairs == pytest.approx([0.01, 0.02, -0.01])
     assert study.measured(logs_of(dict(other=other, plain=plain[:1]), 'pretrained')) == []
 
@@ -159,7 +160,7 @@ def test_more_arms_share_the_error_of_a_block_design(arms, seeds, random):
     freedom = arms * (seeds - 1)
     error = np.sqrt(2 * (rest**2).sum() / freedom / seeds)
     assume(error > 1e-6)
-    found = [effect for effect in study.measured(logs) if effect.kind == 'box']
+    found = [effect for effect in study.measured(logs) if effect.outcome == 'box AP']
     values = ap[1:].mean(1) - ap[0].mean()
     assert [effect.arm for effect in found] == names[1:]
     assert [effect.value for effect in found] == pytest.approx(values)
