@@ -61,8 +61,8 @@ class ClassFolder(ImageFolder):
             super().__init__(root, create_transform(**transform), loader=read_rgb)
         except OSError as error:
             raise InputError(
-                f'{root}: has no folders of images named for their classes ({error}); --data FOLDER takes '
-                'FOLDER/train/CLASS/ and FOLDER/val/CLASS/'
+                f'{root}: {error}; --data FOLDER takes FOLDER/train/CLASS/ and FOLDER/val/CLASS/, with images of the '
+                'class that the folder is named for'
             ) from error
         self.metainfo = dict(classes=tuple(self.classes))
 
@@ -115,12 +115,15 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
         The classes.
 
     Raises:
-        InputError: if the splits have different classes, images cannot be read, or they are fewer than a batch.
+        InputError: if the splits have different classes, or a single one, images cannot be read, or they are fewer
+            than a batch.
     """
     splits = {split: DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in SPLITS}
     train, val = (splits[split] for split in SPLITS)
     if differing := set(train.classes) ^ set(val.classes):
         raise InputError(f'classes that are in one of {train.root} and {val.root} alone: {some(sorted(differing))}')
+    if len(train.classes) < 2:
+        raise InputError(f'{train.root}: all images are of one class, {train.classes[0]}: there is nothing to learn')
     batch = cfg.train_dataloader.batch_size
     if len(train) < batch * processes:
         raise InputError(f'{train.root}: its {len(train)} images are fewer than a batch of {batch * processes}')

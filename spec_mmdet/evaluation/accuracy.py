@@ -14,7 +14,10 @@ from ..errors import InputError
 
 @METRICS.register_module()
 class TopK(BaseMetric):
-    """Per cent of the images whose class is among the k most probable ones: top1 and, of more than 5 classes, top5."""
+    """Per cent of the images whose class is among the k most probable ones: top1 and, of more than 5 classes, top5.
+
+    Of classes with the same logit the first counts as more probable, as argmax has it.
+    """
 
     default_prefix = 'accuracy'
 
@@ -23,7 +26,7 @@ class TopK(BaseMetric):
         for target, logits in zip(data_batch['targets'].tolist(), data_samples):
             if not logits.isfinite().all():
                 raise InputError("the classifier's logits are not finite: its training has gone wrong")
-            rank = int((logits > logits[target]).sum())
+            rank = int((logits > logits[target]).sum() + (logits[:target] == logits[target]).sum())
             self.results.append((len(logits), rank))
 
     def compute_metrics(self, results: list[tuple[int, int]]) -> dict[str, float]:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import complaint, run_tool
+from hypothesis import given
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from PIL import Image
@@ -16,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.scenes import Figures, write_crops
+from spec_mmdet.evaluation.accuracy import TopK
 from spec_mmdet.models.xcit import SpecXCiT
 
 CONFIG = 'pretrain_xcit_nano_12_p16'
@@ -66,6 +69,16 @@ def test_accuracy_is_that_of_the_saved_weights(pretrained, crops, capsys):
         assert f'accuracy/top{k}: {100 * right[:, :k].any(dim=1).float().mean():.4f}' in said
 
 
+@given(st.integers(2, 9), st.randoms(use_true_random=False))
+def test_classes_of_the_same_logit_are_ranked_as_argmax_ranks_them(classes, random):
+    logits = torch.tensor([[float(random.randint(0, 2)) for _ in range(classes)] for _ in range(8)])
+    targets = torch.tensor([random.randrange(classes) for _ in range(8)])
+    metric = TopK()
+    metric.process(dict(targets=targets), list(logits))
+    right = 100 * (logits.numpy().argmax(1) == targets.numpy()).mean()
+    assert metric.compute_metrics(metric.results)['top1'] == pytest.approx(right)
+
+
 def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path):
     work = tmp_path / 'work'
     work.mkdir()
@@ -113,7 +126,11 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
     assert f'in one of {data}/train and {data}/val alone: {victim.parent.name}' in refused()
     shutil.rmtree(data / 'val')
     (data / 'val').mkdir()
-    assert 'no folders of images named for their classes' in refused()
+    assert f"{data}/val: Couldn't find any class folder" in refused()
+    for folder in (victim.parent.parent, data / 'train'):
+        shutil.rmtree(folder)
+        shutil.copytree(crops / 'train' / victim.parent.name, folder / victim.parent.name)
+    assert f'all images are of one class, {victim.parent.name}' in refused(CONFIG, '--batch-size', '2')
     assert not (tmp_path / 'work').exists()
 
 
