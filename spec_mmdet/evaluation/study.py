@@ -19,6 +19,11 @@ from .comparison import Run, arms_of, draw_curve, spread
 KINDS = ('box', 'mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
 FIRST = 'plain'  # the arm that the others are measured from
+PAPER = 'full, 10'
+CONTROLS = {
+    'W0 + 10 I, decayed to 0': 'below 0 if a C that stays does more than one that is an initialisation only',
+    'full, 10, faster rows': 'above 0 if it learns slowly because long rows turn slowly',
+}
 # What the paper reports with lambda = 10, for its detector and its largest classifier.
 GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
 LEVEL = 0.05
@@ -26,15 +31,15 @@ LEVEL = 0.05
 
 @dataclass
 class Effect:
-    """Of an arm, against plain.
+    """Of an arm, against another.
 
     Attributes:
         arm: its name.
         outcome: what is compared: 'box AP', 'mask AP' or 'top-1', all from 0 to 1.
-        value: the arm's mean minus plain's, over seeds.
+        value: the arm's mean minus the other's, over seeds.
         interval: that of 95 % for ``value``.
         p: of no difference, adjusted for the number of arms.
-        pairs: the arm's outcome minus plain's, of each seed that both have.
+        pairs: the arm's outcome minus the other's, of each seed that both have.
     """
 
     arm: str
@@ -62,6 +67,7 @@ def write_report(folder: Path, path: Path) -> Path:
     sections, said = [], dict(detection='', classification='', kappa='')
     for own in sorted(own for own in folder.glob('*') if own.is_dir()):
         logs = [json.loads(file.read_text()) for file in sorted(own.glob('*.json'))]
+        logs.sort(key=lambda log: of_ten(log['arm']))
         if logs:
             sections += section(own, logs, path.parent, said)
     template = Path(__file__).with_name('experiment.md').read_text('utf-8')
@@ -94,7 +100,7 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
     for title, own in (('Fine-tuned from pretraining', tuned), ('From scratch', scratch)):
         if own:
             found[title] = measured(own)
-            lines += [f'### {title}\n', *table_of_arms(own, found[title]), '']
+            lines += [f'### {title}\n', *table_of_arms(own, found[title]), '', *controls(own)]
     if tuned and scratch:
         lines += against_scratch(tuned, scratch)
     if tuned:
@@ -157,42 +163,54 @@ def outcomes(log: dict) -> dict[str, float]:
     return found
 
 
-def measured(logs: Sequence[dict]) -> list[Effect]:
+def of_ten(arm: str) -> bool:
+    """Whether lambda is 10 in an arm, or was when it began."""
+    return '10' in re.findall(r'\d+', arm)
+
+
+def measured(logs: Sequence[dict], reference: str = FIRST) -> list[Effect]:
     """Of every arm, by least squares over arms and seeds with one error for all (a randomised block design).
 
     Of two arms alone this is the paired t-test; of more, all their residuals tell what the noise is, which three pairs
-    by themselves hardly do. Seeds without plain are left out.
+    by themselves hardly do. The arms of lambda = 10, which seeds move more, have an error of their own. Seeds without
+    the reference are left out.
 
     Args:
         logs: of one stage.
+        reference: the arm that the others are measured from.
 
     Returns:
         The effects by outcome and arm; none where the runs are too few to tell the noise.
     """
     values = {(log['arm'], log['seed']): outcomes(log) for log in logs}
-    seeds = sorted(seed for arm, seed in values if arm == FIRST)
+    seeds = sorted(seed for arm, seed in values if arm == reference)
     runs = [(arm, seed) for arm, seed in values if seed in seeds]
-    arms = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if arm != FIRST]
-    columns = [*((0, arm) for arm in arms), *((1, seed) for seed in seeds)]
-    design = np.array([[run[of] == name for of, name in columns] for run in runs], float)
-    freedom = len(runs) - len(arms) - len(seeds)
-    if freedom < 1 or not arms:
-        return []
-    found = []
-    for outcome in values[runs[0]]:
-        ys = np.array([values[run][outcome] for run in runs])
-        means = np.linalg.lstsq(design, ys, rcond=None)[0]
-        noise = np.square(ys - design @ means).sum() / freedom
-        errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))[: len(arms)]
-        effects = means[: len(arms)]
-        with np.errstate(divide='ignore', invalid='ignore'):
-            p = holm(2 * stats.t.sf(np.nan_to_num(abs(effects) / errors), freedom))
-        margins = stats.t.isf(LEVEL / 2, freedom) * errors
-        for arm, value, margin, own in zip(arms, effects, margins, p):
-            pairs = [
-                values[arm, seed][outcome] - values[FIRST, seed][outcome] for seed in seeds if (arm, seed) in values
-            ]
-            found.append(Effect(arm, outcome, float(value), (float(value - margin), float(value + margin)), own, pairs))
+    arms = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if arm != reference]
+    found: list[Effect] = []
+    for outcome in values[runs[0]] if runs else ():
+        effects: list[Effect] = []
+        for group in ([arm for arm in arms if not of_ten(arm)], [arm for arm in arms if of_ten(arm)]):
+            own = [run for run in runs if run[0] in (reference, *group)]
+            freedom = len(own) - len(group) - len(seeds)
+            if freedom < 1 or not group:
+                continue
+            columns = [*((0, arm) for arm in group), *((1, seed) for seed in seeds)]
+            design = np.array([[run[of] == name for of, name in columns] for run in own], float)
+            ys = np.array([values[run][outcome] for run in own])
+            means = np.linalg.lstsq(design, ys, rcond=None)[0]
+            noise = np.square(ys - design @ means).sum() / freedom
+            errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))
+            for arm, value, error in zip(group, map(float, means), map(float, errors)):
+                p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(not value)
+                margin = float(stats.t.isf(LEVEL / 2, freedom)) * error
+                pairs = [
+                    values[arm, seed][outcome] - values[reference, seed][outcome]
+                    for seed in seeds if (arm, seed) in values
+                ]  # fmt: skip
+                effects.append(Effect(arm, outcome, value, (value - margin, value + margin), p, pairs))
+        for effect, p in zip(effects, holm([effect.p for effect in effects])):
+            effect.p = p
+        found += effects
     return found
 
 
@@ -212,6 +230,16 @@ def table_of_arms(logs: Sequence[dict], found: Sequence[Effect]) -> list[str]:
             *(apart.get(name, '') for name in names),
         ])  # fmt: skip
     return table(['arm', 'seeds', *names, *(f'{name}, from plain' for name in names)], rows)
+
+
+def controls(logs: Sequence[dict]) -> list[str]:
+    """What the controls of lambda = 10 come to, from that arm."""
+    by_arm: dict[str, list[Effect]] = {}
+    for effect in measured([log for log in logs if of_ten(log['arm'])], PAPER):
+        by_arm.setdefault(effect.arm, []).append(effect)
+    told = {arm: ', '.join(f'{effect.outcome} {effect}' for effect in by_arm.get(arm, [])) for arm in CONTROLS}
+    lines = [f'* {arm} ({CONTROLS[arm]}): {text}' for arm, text in told.items() if text]
+    return [f'From *{PAPER}*:\n', *lines, ''] if lines else []
 
 
 def against_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
@@ -273,7 +301,7 @@ def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, s
     ]
     for title, own in (
         ('all', logs),
-        ('without the arms of lambda = 10', [log for log in logs if '10' not in re.findall(r'\d+', log['arm'])]),
+        ('without the arms of lambda = 10', [log for log in logs if not of_ten(log['arm'])]),
     ):
         if len(own) > 4:
             rows, told = ranked(own)
@@ -303,15 +331,9 @@ def ranked(logs: Sequence[dict]) -> tuple[list[list[str]], str]:
     )
 
 
-def beyond(found: Sequence[Effect], better: bool) -> list[str]:
-    """Arms that differ beyond the noise, in words."""
-    return [f'{effect.arm} ({effect.outcome} {effect}, p {effect.p:.2g})' for effect in found
-            if effect.p < LEVEL and (effect.value > 0) == better]  # fmt: skip
-
-
 def conclude(found: dict[str, list[Effect]], said: dict[str, str], name: str) -> None:
     """What the tables say to the paper's rows."""
-    own = [effect for effect in found.get('Fine-tuned from pretraining', []) if effect.arm == 'full, 10']
+    own = [effect for effect in found.get('Fine-tuned from pretraining', []) if effect.arm == PAPER]
     for row, names in (('detection', [f'{kind} AP' for kind in KINDS]), ('classification', ['top-1'])):
         if effects := [f'{effect.outcome} {effect}' for effect in own if effect.outcome in names]:
             said[row] += f'{name}: {", ".join(effects)}. '
@@ -324,16 +346,23 @@ def sentences(found: dict[str, list[Effect]]) -> list[str]:
         if not effects:
             lines.append(f'* {title}: no two arms have two seeds yet; nothing can be said.')
             continue
-        better, worse = beyond(effects, True), beyond(effects, False)
-        lines.append(
-            f'* {title}: {"; ".join(better) + " better" if better else "no arm is better"} than plain beyond the noise '
-            f'of the seeds; {"; ".join(worse) + " worse" if worse else "none is worse"}.'
-        )
+        lines.append(f'* {title}, beyond the noise of the seeds:')
         for name, gain in GAINS.items():
-            widths = [(effect.interval[1] - effect.interval[0]) / 2 for effect in effects if effect.outcome == name]
-            if widths:
-                seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (min(widths) > gain)
-                lines.append(f'  The narrowest interval of {name} is ± {100 * min(widths):.1f} points{seen}.')
+            own = [effect for effect in effects if effect.outcome == name]
+            if not own:
+                continue
+            telling = [effect for effect in own if effect.p < LEVEL]
+            signs = (
+                [f'{effect.arm} ({effect}, p {effect.p:.2g})' for effect in telling if (effect.value > 0) == better]
+                for better in (True, False)
+            )
+            better, worse = map('; '.join, signs)
+            width = min((effect.interval[1] - effect.interval[0]) / 2 for effect in own)
+            seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (width > gain)
+            lines += [
+                f'  * {name}: {better or "no arm"} is better than plain.',
+                f'    {worse or "None"} is worse. The narrowest interval is ± {100 * width:.1f} points{seen}.',
+            ]
     if not lines:
         lines.append('* Nothing yet: the runs with several seeds are owed.')
     return [

@@ -176,7 +176,9 @@ def test_report_says_what_the_logs_support(tmp_path):
     rng = np.random.default_rng(0)
     base = np.array([0.30, 0.33, 0.28])
     better, noise = base + 0.05 + [0.001, -0.001, 0], base + [0.02, -0.03, 0.011]
-    logs = logs_of(dict(plain=base, svd=better, chance=noise), 'pretrained')
+    paper = base - [0.04, 0.05, 0.03]
+    arms = {'plain': base, 'svd': better, 'chance': noise, 'full, 10': paper, 'full, 10, faster rows': paper + 0.02}
+    logs = logs_of(arms, 'pretrained')
     logs += logs_of(dict(plain=base - 0.2), 'scratch')
     for log in logs:
         for name in study.KAPPAS:  # of which the AP knows nothing
@@ -185,8 +187,10 @@ def test_report_says_what_the_logs_support(tmp_path):
     for i, log in enumerate(logs):
         (folder / f'{i}.json').write_text(experiment.json.dumps(log))
     text = study.write_report(tmp_path / 'experiment', tmp_path / 'experiment.md').read_text()
-    assert '9 fine-tuned, 3 from scratch' in text
-    assert '* Fine-tuned from pretraining: svd (box AP +5.0' in text and 'none is worse' in text
+    assert '15 fine-tuned, 3 from scratch' in text
+    assert '* full, 10, faster rows (above 0 if it learns slowly because long rows turn slowly): box AP +2.0 [' in text
+    assert '| cpu: box AP -4.0 [' in text
+    assert '  * box AP: svd (+5.0 [' in text and '    full, 10 (-4.0 [' in text
     assert '+5.1, +4.9, +5.0)' in text and '+2.0, -3.0, +1.1)' in text
     assert '* plain: box AP 20.0 ± 0.0' in text
     assert '0 of 12 rank correlations' in text
