@@ -147,7 +147,8 @@ def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | No
     colours = {arm: f'C{i % 10}' for i, arm in enumerate(arms_of(runs))}
     if not any(name in run.curves for run in runs):
         return None
-    figure = Figure(figsize=(5.2, 3.4), layout='constrained')
+    beside = len(colours) > 4  # else a legend hides curves
+    figure = Figure(figsize=(7.6 if beside else 5.2, 3.4), layout='constrained')
     axis = figure.subplots()
     for run in runs:
         axis.plot(*run.curves.get(name, ([], [])), color=colours[run.arm], marker='.', linewidth=1)
@@ -155,5 +156,5 @@ def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | No
         axis.plot([], [], color=colour, label=arm)
     axis.set(title=name.replace('_', ' '), xlabel='iteration', **(dict(yscale='log') if log else {}))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, **(dict(loc='upper left', bbox_to_anchor=(1, 1)) if beside else {}))
     return figure

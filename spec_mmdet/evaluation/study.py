@@ -283,16 +283,18 @@ def conditioning(logs: Sequence[dict]) -> list[str]:
 
 def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, str], name: str) -> list[str]:
     """Whether a run's condition numbers tell its AP."""
-    figure = Figure(figsize=(11, 3), layout='constrained')
-    for axis, kappa in zip(figure.subplots(1, 4, sharey=True), KAPPAS):
+    figure = Figure(figsize=(14, 4), layout='constrained')
+    axes = figure.subplots(1, 4, sharey=True)
+    for axis, kappa in zip(axes, KAPPAS):
         for i, arm in enumerate(dict.fromkeys(log['arm'] for log in logs)):
             own = [log for log in logs if log['arm'] == arm]
             values = [log['curves']['detection'][kappa][1][-1] for log in own]
             axis.plot(values, [100 * log['ap']['box'] for log in own],
-                      'osv^'[i // 10 % 4], color=f'C{i % 10}', markersize=4)  # fmt: skip
+                      'osv^'[i // 10 % 4], color=f'C{i % 10}', markersize=4, label=arm)  # fmt: skip
         axis.set(xscale='log', title=kappa)
         axis.grid(alpha=0.3)
     figure.supylabel('box AP')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     save(figure, path)
     lines = [
         '### Does a condition number tell the AP?\n',
@@ -360,8 +362,8 @@ def sentences(found: dict[str, list[Effect]]) -> list[str]:
             width = min((effect.interval[1] - effect.interval[0]) / 2 for effect in own)
             seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (width > gain)
             lines += [
-                f'  * {name}: {better or "no arm"} is better than plain.',
-                f'    {worse or "None"} is worse. The narrowest interval is ± {100 * width:.1f} points{seen}.',
+                f'  * {name}, better than plain: {better or "none"}.',
+                f'    Worse: {worse or "none"}. The narrowest interval is ± {100 * width:.1f} points{seen}.',
             ]
     if not lines:
         lines.append('* Nothing yet: the runs with several seeds are owed.')

@@ -190,7 +190,7 @@ def test_report_says_what_the_logs_support(tmp_path):
     assert '15 fine-tuned, 3 from scratch' in text
     assert '* full, 10, faster rows (above 0 if it learns slowly because long rows turn slowly): box AP +2.0 [' in text
     assert '| cpu: box AP -4.0 [' in text
-    assert '  * box AP: svd (+5.0 [' in text and '    full, 10 (-4.0 [' in text
+    assert '  * box AP, better than plain: svd (+5.0 [' in text and '    Worse: full, 10 (-4.0 [' in text
     assert '+5.1, +4.9, +5.0)' in text and '+2.0, -3.0, +1.1)' in text
     assert '* plain: box AP 20.0 ± 0.0' in text
     assert '0 of 12 rank correlations' in text
