@@ -184,33 +184,50 @@ def measured(logs: Sequence[dict], reference: str = FIRST) -> list[Effect]:
     """
     values = {(log['arm'], log['seed']): outcomes(log) for log in logs}
     seeds = sorted(seed for arm, seed in values if arm == reference)
-    runs = [(arm, seed) for arm, seed in values if seed in seeds]
-    arms = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if arm != reference]
+    arms = [arm for arm in dict.fromkeys(arm for arm, seed in values if seed in seeds) if arm != reference]
     found: list[Effect] = []
-    for outcome in values[runs[0]] if runs else ():
+    for outcome in outcomes(logs[0]) if logs else ():
+        own = {(arm, seed): value[outcome] for (arm, seed), value in values.items() if seed in seeds}
         effects: list[Effect] = []
         for group in ([arm for arm in arms if not of_ten(arm)], [arm for arm in arms if of_ten(arm)]):
-            own = [run for run in runs if run[0] in (reference, *group)]
-            freedom = len(own) - len(group) - len(seeds)
-            if freedom < 1 or not group:
-                continue
-            columns = [*((0, arm) for arm in group), *((1, seed) for seed in seeds)]
-            design = np.array([[run[of] == name for of, name in columns] for run in own], float)
-            ys = np.array([values[run][outcome] for run in own])
-            means = np.linalg.lstsq(design, ys, rcond=None)[0]
-            noise = np.square(ys - design @ means).sum() / freedom
-            errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))
-            for arm, value, error in zip(group, map(float, means), map(float, errors)):
-                p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(not value)
-                margin = float(stats.t.isf(LEVEL / 2, freedom)) * error
-                pairs = [
-                    values[arm, seed][outcome] - values[reference, seed][outcome]
-                    for seed in seeds if (arm, seed) in values
-                ]  # fmt: skip
+            for arm, (value, margin, p) in least_squares(own, group, reference).items():
+                pairs = [own[arm, seed] - own[reference, seed] for seed in seeds if (arm, seed) in own]
                 effects.append(Effect(arm, outcome, value, (value - margin, value + margin), p, pairs))
         for effect, p in zip(effects, holm([effect.p for effect in effects])):
             effect.p = p
         found += effects
+    return found
+
+
+def least_squares(
+    values: dict[tuple[str, int], float], arms: Sequence[str], reference: str
+) -> dict[str, tuple[float, float, float]]:
+    """Differences of arms from a reference, with what is the seeds' own taken out.
+
+    Args:
+        values: by arm and seed.
+        arms: which to fit, together.
+        reference: the arm that they are measured from, on their seeds.
+
+    Returns:
+        Of each arm its difference, the margin of 95 % and p; nothing where the values are too few to tell the noise.
+    """
+    runs = [run for run in values if run[0] in (reference, *arms)]
+    seeds = sorted({seed for _, seed in runs})
+    freedom = len(runs) - len(arms) - len(seeds)
+    if freedom < 1 or not arms:
+        return {}
+    columns = [*((0, arm) for arm in arms), *((1, seed) for seed in seeds)]
+    design = np.array([[run[of] == name for of, name in columns] for run in runs], float)
+    ys = np.array([values[run] for run in runs])
+    means = np.linalg.lstsq(design, ys, rcond=None)[0]
+    noise = np.square(ys - design @ means).sum() / freedom
+    errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))
+    quantile = float(stats.t.isf(LEVEL / 2, freedom))
+    found = {}
+    for arm, value, error in zip(arms, means.tolist(), errors.tolist()):
+        p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(not value)
+        found[arm] = value, quantile * error, p
     return found
 
 

@@ -170,6 +170,15 @@ def test_more_arms_share_the_error_of_a_block_design(arms, seeds, random):
     assert [effect.p for effect in found] == pytest.approx(study.holm(p))
 
 
+def test_arms_of_lambda_10_have_an_error_of_their_own():
+    ap = {'plain': [0.30, 0.33, 0.28], 'svd': [0.31, 0.33, 0.29], 'full, 10': [0.1, 0.3, 0.2]}
+    together = study.measured(logs_of(ap, 'pretrained'))
+    for arm in ('svd', 'full, 10'):
+        alone = study.measured(logs_of({name: ap[name] for name in ('plain', arm)}, 'pretrained'))
+        own = [effect for effect in together if effect.arm == arm]
+        assert [effect.interval for effect in own] == [pytest.approx(effect.interval) for effect in alone]
+
+
 def test_report_says_what_the_logs_support(tmp_path):
     folder = tmp_path / 'experiment' / 'cpu'
     folder.mkdir(parents=True)
