@@ -81,12 +81,17 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
     hours = sum(log['seconds'] for log in logs) / 3600
     screening = sorted((log for log in logs if log['stage'] == 'screening'), key=by_lambda)
     tuned, scratch = ([log for log in logs if log['stage'] == stage] for stage in ('pretrained', 'scratch'))
+    stages = {'Fine-tuned from pretraining': tuned, 'From scratch': scratch}
+    found = {title: measured(own) for title, own in stages.items() if own}
     commits = sorted({str(log['commit'])[:12] for log in logs})
     lines = [
         f'## Size {folder.name}\n',
         f'{len(logs)} runs: {len(screening)} of the screening, {len(tuned)} fine-tuned, {len(scratch)} from scratch; '
         f'{hours:.1f} hours of trainings, several at a time; {", ".join(sorted({log["device"] for log in logs}))}; '
         f'code of {", ".join(commits)}.\n',
+        '### What it supports\n',
+        *sentences(found),
+        '',
     ]
     if screening:
         lines += ['### Screening of lambda, one seed\n', *table(
@@ -96,11 +101,8 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
               *(last(log, 'detection', name, '.3g') for name in KAPPAS)]
              for log in screening],
         ), '', 'kappa at the end of fine-tuning, medians over the layers.\n']  # fmt: skip
-    found: dict[str, list[Effect]] = {}
-    for title, own in (('Fine-tuned from pretraining', tuned), ('From scratch', scratch)):
-        if own:
-            found[title] = measured(own)
-            lines += [f'### {title}\n', *table_of_arms(own, found[title]), '', *controls(own)]
+    for title, effects in found.items():
+        lines += [f'### {title}\n', *table_of_arms(stages[title], effects), '', *controls(stages[title])]
     if tuned and scratch:
         lines += against_scratch(tuned, scratch)
     if tuned:
@@ -117,7 +119,6 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
     if len(every) > 4:
         lines += correlations(every, folder / 'kappa.png', root, said, folder.name)
     conclude(found, said, folder.name)
-    lines += ['### What it supports\n', *sentences(found), '']
     return lines
 
 
