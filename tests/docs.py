@@ -163,6 +163,7 @@ torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.p
 # With --only, what is in a command (as it is run) and the command that has to run before it.
 NEEDS = {
     'xcit_spec_maskrcnn': 'mkdir -p data',
+    'data/coco': 'mkdir -p data',
     'work_dirs/xcit_spec_maskrcnn/': 'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr',
     'work_dirs/demo/': 'make demo',
     'data/scenes': 'spec-mmdet scenes',
@@ -170,6 +171,7 @@ NEEDS = {
     'work_dirs/backbone.pth': 'spec-mmdet convert work_dirs/experiment_pretraining',
     'work_dirs/experiment_maskrcnn/': 'spec-mmdet train experiment_maskrcnn',
     'work_dirs/pretrain_xcit_small_12_p16/': 'spec-mmdet pretrain pretrain_xcit_small_12_p16',
+    'checkpoint=backbone.pth': 'spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16',
     'data/mine': 'spec-mmdet prepare IMAGES',
     'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
     'train my_detector.py': "_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'",
