@@ -303,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
 
     if not args.report:
-        if not data.is_dir():
+
+        def write_data() -> None:
             counts = ('--train', size.scenes, '--val', size.val, '--crops', size.crops)
             sizes = ('--size', size.pixels, '--crop-size', size.crop_pixels)
             garments = ('--fashion-mnist', args.fashion_mnist) if args.fashion_mnist else ()
@@ -322,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for runs in stages(chain.backbone, logs):
             left = [run for run in runs if not (folder / f'{run.name}.json').is_file()]
             print(f'{len(runs)} runs, of which {len(runs) - len(left)} are there', flush=True)
+            if left and not data.is_dir():
+                write_data()
             with ThreadPoolExecutor(jobs) as pool:
                 for result in [pool.submit(finish, run) for run in left]:
                     result.result()
