@@ -241,6 +241,15 @@ class Chain:
         if process.exitcode:
             raise InputError(f'spec-mmdet {command} failed for {work.name}: {log} says why')
 
+    def write_data(self, fashion_mnist: Path | None) -> None:
+        """Write the scenes, of figures or of the garments in a folder."""
+        size = self.size
+        counts = ('--train', size.scenes, '--val', size.val, '--crops', size.crops)
+        sizes = ('--size', size.pixels, '--crop-size', size.crop_pixels)
+        garments = ('--fashion-mnist', fashion_mnist) if fashion_mnist else ()
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.step(WORK / 'scenes', 'scenes', self.data, *counts, *sizes, *garments)
+
     def __call__(self, run: Run) -> dict:
         """Train and evaluate; returns the log."""
         work, begun = WORK / run.name, time.time()
@@ -304,13 +313,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not args.report:
 
-        def write_data() -> None:
-            counts = ('--train', size.scenes, '--val', size.val, '--crops', size.crops)
-            sizes = ('--size', size.pixels, '--crop-size', size.crop_pixels)
-            garments = ('--fashion-mnist', args.fashion_mnist) if args.fashion_mnist else ()
-            WORK.mkdir(parents=True, exist_ok=True)
-            chain.step(WORK / 'scenes', 'scenes', data, *counts, *sizes, *garments)
-
         def finish(run: Run) -> None:
             log = chain(run)
             folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             left = [run for run in runs if not (folder / f'{run.name}.json').is_file()]
             print(f'{len(runs)} runs, of which {len(runs) - len(left)} are there', flush=True)
             if left and not data.is_dir():
-                write_data()
+                chain.write_data(args.fashion_mnist)
             with ThreadPoolExecutor(jobs) as pool:
                 for result in [pool.submit(finish, run) for run in left]:
                     result.result()

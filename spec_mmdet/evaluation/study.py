@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,13 @@ KINDS = ('box', 'mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
 FIRST = 'plain'  # the arm that the others are measured from
 PAPER = 'full, 10'
+TUNED = 'Fine-tuned from pretraining'
 CONTROLS = {
     'W0 + 10 I, decayed to 0': 'below 0 if a C that stays does more than one that is an initialisation only',
     'full, 10, faster rows': 'above 0 if it learns slowly because long rows turn slowly',
 }
+# When a condition number is taken: the curves that it is in, and which of their values.
+MOMENTS = {'at the start': ('pretraining', 0), 'pretrained': ('pretraining', -1), 'fine-tuned': ('detection', -1)}
 # What the paper reports with lambda = 10, for its detector and its largest classifier.
 GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
 LEVEL = 0.05
@@ -64,10 +67,10 @@ def write_report(folder: Path, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    sections, said = [], dict(detection='', classification='', kappa='')
+    sections, said = [], dict(detection=[], classification=[], kappa=[])
     for own in sorted(own for own in folder.glob('*') if own.is_dir()):
         logs = [json.loads(file.read_text()) for file in sorted(own.glob('*.json'))]
-        logs.sort(key=lambda log: of_ten(log['arm']))
+        logs.sort(key=lambda log: (log['arm'] != FIRST, of_ten(log['arm'])))  # and by seed, as the files are
         if logs:
             sections += section(own, logs, path.parent, said)
     template = Path(__file__).with_name('experiment.md').read_text('utf-8')
@@ -76,12 +79,12 @@ def write_report(folder: Path, path: Path) -> Path:
     return path
 
 
-def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]) -> list[str]:
+def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, list[str]]) -> list[str]:
     """The report of one size; ``said`` gets what it comes to."""
     hours = sum(log['seconds'] for log in logs) / 3600
     screening = sorted((log for log in logs if log['stage'] == 'screening'), key=by_lambda)
     tuned, scratch = ([log for log in logs if log['stage'] == stage] for stage in ('pretrained', 'scratch'))
-    stages = {'Fine-tuned from pretraining': tuned, 'From scratch': scratch}
+    stages = {TUNED: tuned, 'From scratch': scratch}
     found = {title: measured(own) for title, own in stages.items() if own}
     commits = sorted({str(log['commit'])[:12] for log in logs})
     lines = [
@@ -109,7 +112,7 @@ def section(folder: Path, logs: Sequence[dict], root: Path, said: dict[str, str]
         runs = as_runs(tuned)
         name = folder / 'ap.png'
         save(draw_curve(runs, 'box AP'), name)
-        save(draw_effects(found['Fine-tuned from pretraining']), folder / 'differences.png')
+        save(draw_effects(found[TUNED]), folder / 'differences.png')
         lines += [
             f'![differences]({(folder / "differences.png").relative_to(root)})\n',
             f'![box AP]({name.relative_to(root)})\n',
@@ -133,6 +136,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
     return ['| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)]
 
 
+def by_arm(logs: Sequence[dict]) -> dict[str, list[dict]]:
+    """Logs by their arms, in the logs' order."""
+    arms: dict[str, list[dict]] = {}
+    for log in logs:
+        arms.setdefault(log['arm'], []).append(log)
+    return arms
+
+
+def kappa_at(log: dict, name: str, moment: str) -> float:
+    """A condition number of a run that was pretrained, at one of :data:`MOMENTS`."""
+    stage, index = MOMENTS[moment]
+    return log['curves'][stage][name][1][index]
+
+
 def last(log: dict, stage: str, name: str, form: str) -> str:
     """The last value of a curve."""
     values = log['curves'].get(stage, {}).get(name, [[], []])[1]
@@ -140,8 +157,7 @@ def last(log: dict, stage: str, name: str, form: str) -> str:
 
 
 def as_runs(logs: Sequence[dict]) -> list[Run]:
-    """As comparisons take them, over seeds alone; the reference first."""
-    logs = sorted(logs, key=lambda log: log['arm'] != FIRST)
+    """As comparisons take them, over seeds alone."""
     return [
         Run(log['arm'], log['seed'], Path(), log['ap'], drawn={},
             curves={name: (xs, ys) for name, (xs, ys) in log['curves']['detection'].items()})
@@ -236,8 +252,7 @@ def table_of_arms(logs: Sequence[dict], found: Sequence[Effect]) -> list[str]:
     """A row for each arm."""
     names = list(outcomes(logs[0]))
     rows = []
-    for arm in arms_of(as_runs(logs)):
-        own = sorted((log for log in logs if log['arm'] == arm), key=lambda log: log['seed'])
+    for arm, own in by_arm(logs).items():
         apart = {}
         for effect in (effect for effect in found if effect.arm == arm):
             pairs = ', '.join(f'{100 * pair:+.1f}' for pair in effect.pairs)
@@ -252,10 +267,8 @@ def table_of_arms(logs: Sequence[dict], found: Sequence[Effect]) -> list[str]:
 
 def controls(logs: Sequence[dict]) -> list[str]:
     """What the controls of lambda = 10 come to, from that arm."""
-    by_arm: dict[str, list[Effect]] = {}
-    for effect in measured([log for log in logs if of_ten(log['arm'])], PAPER):
-        by_arm.setdefault(effect.arm, []).append(effect)
-    told = {arm: ', '.join(f'{effect.outcome} {effect}' for effect in by_arm.get(arm, [])) for arm in CONTROLS}
+    effects = measured([log for log in logs if of_ten(log['arm'])], PAPER)
+    told = {arm: ', '.join(f'{one.outcome} {one}' for one in effects if one.arm == arm) for arm in CONTROLS}
     lines = [f'* {arm} ({CONTROLS[arm]}): {text}' for arm, text in told.items() if text]
     return [f'From *{PAPER}*:\n', *lines, ''] if lines else []
 
@@ -276,21 +289,13 @@ def against_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]
 
 def conditioning(logs: Sequence[dict]) -> list[str]:
     """Condition numbers along the way."""
-    moments: dict[str, Callable[[dict, str], float]] = {
-        'at the start': lambda log, name: log['curves']['pretraining'][name][1][0],
-        'pretrained': lambda log, name: log['curves']['pretraining'][name][1][-1],
-        'fine-tuned': lambda log, name: log['curves']['detection'][name][1][-1],
-    }
     rows = []
-    for arm in arms_of(as_runs(logs)):
-        own = [log for log in logs if log['arm'] == arm]
-        rows.append([arm, *(
-            ' / '.join(f'{stats.gmean([moment(log, name) for log in own]):.3g}' for moment in moments.values())
-            for name in KAPPAS
-        )])  # fmt: skip
+    for arm, own in by_arm(logs).items():
+        means = ([stats.gmean([kappa_at(log, name, moment) for log in own]) for moment in MOMENTS] for name in KAPPAS)
+        rows.append([arm, *(' / '.join(f'{mean:.3g}' for mean in row) for row in means)])
     return [
         '### Condition numbers\n',
-        f'{", ".join(moments).capitalize()}: medians over the layers, of W + C where there is a C, geometric means '
+        f'{", ".join(MOMENTS).capitalize()}: medians over the layers, of W + C where there is a C, geometric means '
         "over the seeds; of each head's rows in the arms *per head*, else of whole projections, of which the "
         "conditioned initialisation, which is of each head's rows, knows nothing. J is the attention's Jacobian on an "
         'image.\n',
@@ -299,15 +304,13 @@ def conditioning(logs: Sequence[dict]) -> list[str]:
     ]
 
 
-def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, str], name: str) -> list[str]:
+def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, list[str]], name: str) -> list[str]:
     """Whether a run's condition numbers tell its AP."""
     figure = Figure(figsize=(14, 4), layout='constrained')
     axes = figure.subplots(1, 4, sharey=True)
     for axis, kappa in zip(axes, KAPPAS):
-        for i, arm in enumerate(dict.fromkeys(log['arm'] for log in logs)):
-            own = [log for log in logs if log['arm'] == arm]
-            values = [log['curves']['detection'][kappa][1][-1] for log in own]
-            axis.plot(values, [100 * log['ap']['box'] for log in own],
+        for i, (arm, own) in enumerate(by_arm(logs).items()):
+            axis.plot([kappa_at(log, kappa, 'fine-tuned') for log in own], [100 * log['ap']['box'] for log in own],
                       'osv^'[i // 10 % 4], color=f'C{i % 10}', markersize=4, label=arm)  # fmt: skip
         axis.set(xscale='log', title=kappa)
         axis.grid(alpha=0.3)
@@ -325,8 +328,8 @@ def correlations(logs: Sequence[dict], path: Path, root: Path, said: dict[str, s
     ):
         if len(own) > 4:
             rows, told = ranked(own)
-            said['kappa'] += f'{name}, {title}: {told}. '
-            columns = [f'{title}, {len(own)} runs', 'at the start', 'pretrained', 'fine-tuned']
+            said['kappa'].append(f'{name}, {title}: {told}.')
+            columns = [f'{title}, {len(own)} runs', *MOMENTS]
             lines += [*table(columns, rows), '', f'{told[0].upper()}{told[1:]}.\n']
     return [*lines, f'![box AP over condition numbers]({path.relative_to(root)})\n']
 
@@ -336,8 +339,8 @@ def ranked(logs: Sequence[dict]) -> tuple[list[list[str]], str]:
     rows, tests = [], []
     for kappa in KAPPAS:
         row = [kappa]
-        for stage, moment in (('pretraining', 0), ('pretraining', -1), ('detection', -1)):
-            values = [log['curves'][stage][kappa][1][moment] for log in logs]
+        for moment in MOMENTS:
+            values = [kappa_at(log, kappa, moment) for log in logs]
             test = stats.spearmanr(values, [log['ap']['box'] for log in logs])
             row.append(f'{test.statistic:+.2f} (p {test.pvalue:.2g})')
             tests.append(test)
@@ -351,12 +354,12 @@ def ranked(logs: Sequence[dict]) -> tuple[list[list[str]], str]:
     )
 
 
-def conclude(found: dict[str, list[Effect]], said: dict[str, str], name: str) -> None:
+def conclude(found: dict[str, list[Effect]], said: dict[str, list[str]], name: str) -> None:
     """What the tables say to the paper's rows."""
-    own = [effect for effect in found.get('Fine-tuned from pretraining', []) if effect.arm == PAPER]
+    own = [effect for effect in found.get(TUNED, []) if effect.arm == PAPER]
     for row, names in (('detection', [f'{kind} AP' for kind in KINDS]), ('classification', ['top-1'])):
         if effects := [f'{effect.outcome} {effect}' for effect in own if effect.outcome in names]:
-            said[row] += f'{name}: {", ".join(effects)}. '
+            said[row].append(f'{name}: {", ".join(effects)}.')
 
 
 def sentences(found: dict[str, list[Effect]]) -> list[str]:
