@@ -29,7 +29,7 @@ def find_config(name: str) -> Path:
     raise InputError(f'config {name}: no such file, nor the name of one that spec_mmdet ships ({names})')
 
 
-def config_of(work_dir: Path) -> Path:
+def find_run_config(work_dir: Path) -> Path:
     """The config that a training wrote into its work directory.
 
     Raises:

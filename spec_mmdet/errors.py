@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def prefix_errors(name: str) -> Iterator[None]:
     """Begin the message of an InputError raised inside with the name of the input."""
     try:
         yield
@@ -21,6 +21,6 @@ def naming(name: str) -> Iterator[None]:
         raise InputError(f'{name}: {error}') from error
 
 
-def some(names: Sequence[str]) -> str:
+def list_briefly(names: Sequence[str]) -> str:
     """Names for a message: no more than five of them, and how many they are."""
     return ', '.join(names[:5]) + (f', ... {len(names)} in all' if len(names) > 5 else '')

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from .errors import InputError
 
-ASIDE = '.partial'  # the folder, within the one that is written, for what is not whole yet
-LEFT = '.*.partial'  # what files are called that a run that was killed was writing
+PARTIAL = '.partial'  # the folder, within the one that is written, for what is not whole yet
+LEFTOVERS = '.*.partial'  # what files are called that a run that was killed was writing
 
 
-def aside_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where a file is written until it is whole; one place a process, as several may write the same file."""
     return path.with_name(f'.{path.name}.{os.getpid()}.partial')
 
 
 @contextmanager
-def writing(path: Path, folder: Path) -> Iterator[None]:
+def one_line_write_errors(path: Path, folder: Path) -> Iterator[None]:
     """Have an OSError within a folder, or of one above it, be the one line that says what could not be written.
 
     Raises:
@@ -38,7 +38,7 @@ def writing(path: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
+def create_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it; where things fail, remove the ones that are empty again."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def made(folder: Path) -> Iterator[None]:
         raise
 
 
-def rename(aside: Path, path: Path) -> None:
+def replace_file(aside: Path, path: Path) -> None:
     """Flush a file to the disk, and give it the name of another, which may be there."""
     with aside.open('rb') as file:
         os.fsync(file.fileno())
@@ -64,7 +64,7 @@ def rename(aside: Path, path: Path) -> None:
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a path to write to, which takes the name of the file once it is whole and on the disk.
 
     Whatever happens, a file of that name is whole: the one that was there before, or the new one. Its folder is made.
@@ -73,24 +73,24 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         InputError: where it cannot be written, as on a disk that is full; nothing half-written is left then.
     """
     path = Path(path)
-    aside = aside_of(path)
-    with writing(path, path.parent), made(path.parent):
+    aside = temporary_path(path)
+    with one_line_write_errors(path, path.parent), create_folder(path.parent):
         try:
             yield aside
-            rename(aside, path)
+            replace_file(aside, path)
         finally:
             with suppress(OSError):  # read-only, so that there is none
                 aside.unlink(missing_ok=True)
 
 
 def write(path: str | Path, content: bytes | str) -> None:
-    """Write a whole file; see :func:`written_aside`."""
-    with written_aside(path) as aside:
+    """Write a whole file; see :func:`write_atomically`."""
+    with write_atomically(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def folder_written_aside(folder: str | Path) -> Iterator[Path]:
+def write_folder_atomically(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write to, whose files go to another one together, once all of them are whole.
 
     They take the places of those that have their names; others stay. The folder is made.
@@ -99,8 +99,8 @@ def folder_written_aside(folder: str | Path) -> Iterator[Path]:
         InputError: where one cannot be written; the folder is as it was then.
     """
     folder = Path(folder)
-    aside = folder / ASIDE
-    with writing(folder, folder), made(folder):
+    aside = folder / PARTIAL
+    with one_line_write_errors(folder, folder), create_folder(folder):
         shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
         try:
             aside.mkdir()
@@ -110,7 +110,7 @@ def folder_written_aside(folder: str | Path) -> Iterator[Path]:
                 if path.is_dir():
                     place.mkdir(exist_ok=True)
                 elif place.exists():
-                    rename(path, place)
+                    replace_file(path, place)
                 else:
                     os.replace(path, place)
         finally:
@@ -118,10 +118,10 @@ def folder_written_aside(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[None]:
+def replace_folder(folder: Path) -> Iterator[None]:
     """Make way for a new folder of that name. Where things fail, the one that was there comes back."""
     before = folder.with_name(f'.{folder.name}.before')
-    with writing(folder, folder.parent):
+    with one_line_write_errors(folder, folder.parent):
         if before.exists():  # a run was killed
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.exists():
@@ -138,10 +138,10 @@ def replaced(folder: Path) -> Iterator[None]:
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run that was killed left."""
-    return folder.is_dir() and not any(path.name != ASIDE for path in folder.iterdir())
+    return folder.is_dir() and not any(path.name != PARTIAL for path in folder.iterdir())
 
 
-def shown(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """A path from where the command was started, where it lies below that; else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith('..') or '://' in str(path) else relative

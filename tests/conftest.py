@@ -56,7 +56,7 @@ def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: 
         assert evaluation.stats[1] > 0
 
 
-def complaint(monkeypatch, name: str, *args) -> str:
+def error_line(monkeypatch, name: str, *args) -> str:
     """The one line with which a tool refuses its arguments."""
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, name, *args)

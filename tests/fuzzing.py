@@ -33,7 +33,7 @@ except ImportError:  # without it, inputs are changed at random
 PARTS = ['spec_mmdet', 'json']
 with atheris.instrument_imports(include=PARTS) if atheris and __name__ == '__main__' else nullcontext():
     from spec_mmdet.checkpoints.layouts import WRAPPERS, recognise, to_layout
-    from spec_mmdet.checkpoints.reading import classes_of, load, require_training_state, state_dict_of
+    from spec_mmdet.checkpoints.reading import get_classes, get_state_dict, load, require_training_state
     from spec_mmdet.data.checks import check_annotations, check_contents, without_faults
     from spec_mmdet.data.findings import Findings
     from spec_mmdet.data.reading import read_coco
@@ -89,9 +89,9 @@ def fuzz_reader(data: bytes, folder: Path) -> None:
     path.write_bytes(content)
     for mmap in (False, True):
         found = only_input_errors(lambda mmap=mmap: load(path, mmap=mmap))
-        for use in (state_dict_of, require_training_state, recognise):
+        for use in (get_state_dict, require_training_state, recognise):
             only_input_errors(use, found, 'it')
-        classes_of(found)
+        get_classes(found)
 
 
 def xcits() -> list[dict]:

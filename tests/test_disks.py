@@ -14,14 +14,14 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, complaint, options
+from conftest import CONFIG, error_line, options
 from mmengine.logging import MMLogger
 
 from spec_mmdet import InputError
 from spec_mmdet.commands import demo, paper_figures
 from spec_mmdet.data.findings import Findings, Place
 from spec_mmdet.evaluation.pages import PAGE, mark_of
-from spec_mmdet.files import replaced
+from spec_mmdet.files import replace_folder
 
 LEFT = 8192  # bytes
 
@@ -139,7 +139,7 @@ def test_a_command(monkeypatch, shapes, trained, without_exporting, disk, tmp_pa
     monkeypatch.chdir(elsewhere)
     command = WRITERS[writer](Places(shapes, trained, elsewhere, old, disk.folder / 'new'))
     disk.spoil(how)
-    says = complaint(monkeypatch, *command)
+    says = error_line(monkeypatch, *command)
     assert 'could not be written (' in says or 'cannot be written (' in says
     after = tree(disk.folder)
     if writer == 'work directory':  # what can be read of why
@@ -194,10 +194,10 @@ def test_a_run_that_was_killed_is_replaced(tmp_path):
     for path, text in ((tmp_path / '.demo.before', 'first'), (folder, 'half of the second')):
         path.mkdir()
         (path / 'text').write_text(text)
-    with pytest.raises(InputError), replaced(folder):
+    with pytest.raises(InputError), replace_folder(folder):
         raise InputError('')
     assert tree(tmp_path) == {'demo': None, 'demo/text': b'first'}
-    with replaced(folder):
+    with replace_folder(folder):
         folder.mkdir()
         (folder / 'text').write_text('third')
     assert tree(tmp_path) == {'demo': None, 'demo/text': b'third'}

@@ -39,7 +39,7 @@ from forged import is_harmless, write_forged  # noqa: E402
 from spec_mmdet import files  # noqa: E402
 from spec_mmdet.checkpoints.reading import load  # noqa: E402
 from spec_mmdet.data.shapes import write_split  # noqa: E402
-from spec_mmdet.training.resume import locked, newest_whole  # noqa: E402
+from spec_mmdet.training.resume import find_newest_checkpoint, lock_folder  # noqa: E402
 
 SECONDS, MEGABYTES = (
     60,
@@ -67,8 +67,8 @@ class Row:
 
 def train(work: Path) -> None:
     """Go on with the training in a directory, as the command does."""
-    newest = newest_whole(work)
-    with locked(work):
+    newest = find_newest_checkpoint(work)
+    with lock_folder(work):
         runner = toy.runner(work, resume_from=newest)
         epoch = load(newest)['meta']['epoch'] if newest else 0
         record = work / 'last_evaluation'
@@ -103,7 +103,7 @@ def finish(work: Path, truth: dict) -> bool:
 def lost_ground(work: Path, reached: int) -> tuple[int, bool]:
     """The iteration of the newest whole checkpoint, and whether that is before one that was there already."""
     with contextlib.redirect_stdout(io.StringIO()):
-        newest = newest_whole(work)
+        newest = find_newest_checkpoint(work)
     iteration = load(newest)['meta']['iter'] if newest else 0
     return iteration, iteration < reached
 
@@ -145,7 +145,7 @@ def kills(folder: Path, truth: dict, count: int, rng: random.Random) -> tuple[Ro
 
 def signals(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
     """SIGTERM and SIGINT at random moments: status 143 or 130, and nothing lost."""
-    from spec_mmdet.training.saving import listening
+    from spec_mmdet.training.saving import stop_on_signals
 
     row = Row('SIGTERM, SIGINT')
     for i in range(count):
@@ -154,7 +154,7 @@ def signals(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
 
         def action(work: Path = work) -> None:
             try:
-                with listening():
+                with stop_on_signals():
                     (work / 'ready').touch()
                     train(work)
             except SystemExit as ended:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Correction, describe_conditioning
-from ..errors import InputError, naming, some
+from ..errors import InputError, list_briefly, prefix_errors
 from ..models.xcit import ARCHS, SpecXCiT
 from .reading import is_state_dict
 
@@ -89,7 +89,7 @@ def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str
     for name in WRAPPERS if key is None else (key,):
         if is_state_dict(known.get(name)):
             return known[name], name
-    found = some([f'{name!s:.40}' for name in known]) or 'nothing'
+    found = list_briefly([f'{name!s:.40}' for name in known]) or 'nothing'
     raise InputError(
         f'holds no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; it has {found}'
     )
@@ -263,7 +263,7 @@ def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoi
         InputError: where it is none of these; where tensors are missing, not known, of a shape that contradicts the
             others', or not finite.
     """
-    with naming(name):
+    with prefix_errors(name):
         return _recognise(checkpoint, key)
 
 

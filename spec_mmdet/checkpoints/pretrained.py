@@ -10,10 +10,10 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
 from ..conditioning import require_same_conditioning
-from ..errors import InputError, naming
+from ..errors import InputError, prefix_errors
 from ..models.xcit import SpecXCiT
 from .layouts import CLASSIFIER, recognise
-from .reading import load, mismatches
+from .reading import describe_mismatches, load
 
 
 def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
@@ -30,13 +30,13 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     """
     name = f'checkpoint {path}'
     found = recognise(load(path), name)
-    with naming(name):
+    with prefix_errors(name):
         require_same_conditioning(found.backbone, backbone.state_dict())
     own = backbone.state_dict()
     # A classifier has no pyramid, and what is a classifier's is not taken from one either.
     taken = {key: value for key, value in found.backbone.items() if key in own or not key.startswith('fpn')}
     kept = {key: value for key, value in own.items() if key in found.missing or key.startswith(CLASSIFIER)}
-    faults = mismatches(backbone, {**kept, **taken})
+    faults = describe_mismatches(backbone, {**kept, **taken})
     if faults:
         raise InputError(f'{name} is of another XCiT than the configured one ({found}): {faults}')
     backbone.load_state_dict({**kept, **taken})

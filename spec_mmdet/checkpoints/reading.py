@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, _weights_only_unpickler, nn
 
-from ..errors import InputError, naming, some
+from ..errors import InputError, list_briefly, prefix_errors
 from .records import STAND_INS, rebuild
 
 # Seconds that a server may be silent.
@@ -136,7 +136,7 @@ def load(
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
         return CheckpointLoader.load_checkpoint(str(path), map_location)
     file = local_file(path)
-    with naming(f'checkpoint {path}'):
+    with prefix_errors(f'checkpoint {path}'):
         return _load(file, map_location, mmap, trust_pickle)
 
 
@@ -183,7 +183,7 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     Whoever calls it wants weights: without any, or with such as are not finite, it is an InputError.
     """
     content = load(filename, map_location)
-    state_dict_of(content, f'checkpoint {filename}')
+    get_state_dict(content, f'checkpoint {filename}')
     return content
 
 
@@ -214,12 +214,12 @@ def is_state_dict(content: object) -> bool:
     return bool(pairs) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs)
 
 
-def not_finite(weights: dict[str, Tensor]) -> list[str]:
+def find_nonfinite(weights: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity."""
     return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
-def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
+def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
     """The weights in a checkpoint of MMEngine, or of weights alone, without the prefix of a parallel wrapper.
 
     Args:
@@ -232,8 +232,8 @@ def state_dict_of(checkpoint: object, name: str) -> dict[str, Tensor]:
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not is_state_dict(weights):
         raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
-    if spoilt := not_finite(weights):
-        raise InputError(f'{name}: its weights are not finite ({some(spoilt)}); an earlier one is to be taken')
+    if spoilt := find_nonfinite(weights):
+        raise InputError(f'{name}: its weights are not finite ({list_briefly(spoilt)}); an earlier one is to be taken')
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 
@@ -261,7 +261,7 @@ def require_training_state(checkpoint: object, name: str) -> None:
                          'one from its weights: --cfg-options load_from=FILE')  # fmt: skip
 
 
-def classes_of(checkpoint: object) -> list[str] | None:
+def get_classes(checkpoint: object) -> list[str] | None:
     """The names of the classes that MMEngine's training wrote into a checkpoint; None where there are none."""
     found = checkpoint
     for key in ('meta', 'dataset_meta', 'classes'):
@@ -270,14 +270,14 @@ def classes_of(checkpoint: object) -> list[str] | None:
     return list(found) if named else None
 
 
-def run_of(checkpoint: object) -> dict[str, object]:
+def get_run_info(checkpoint: object) -> dict[str, object]:
     """What a training of this package says of itself in its checkpoints (``run.json``); empty where it says nothing."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     run = meta.get('run') if isinstance(meta, dict) else None
     return run if isinstance(run, dict) else {}
 
 
-def mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
+def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
     """Say how weights do not fit a model: which are missing, not known, or of another shape; '' where they fit.
 
     Args:

@@ -64,9 +64,9 @@ def command_line() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ImportError) and 'libGL' in str(error):
             sys.exit(f'error: {NO_LIBGL} ({error})')
-        from .options import fault_of_config
+        from .options import explain_config_error
 
-        if (fault := fault_of_config(error)) is None:
+        if (fault := explain_config_error(error)) is None:
             raise
         sys.exit(f'error: {fault}')
     except KeyboardInterrupt:

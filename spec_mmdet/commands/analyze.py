@@ -23,7 +23,7 @@ from mmengine.logging import MMLogger
 from ..checkpoints.pretrained import load_backbone
 from ..conditioning import Report, measure
 from ..errors import InputError
-from ..files import folder_written_aside
+from ..files import write_folder_atomically
 from ..models.jacobians import JacobianSpectrum, jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .common import add_config, load_config, parser
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'on {len(images)} images: {", ".join(path.name for path in images)}')
     elif images:
         print('\nno Jacobians: they are known for XCA layers alone')
-    with folder_written_aside(args.out) as aside:
+    with write_folder_atomically(args.out) as aside:
         write_csv(aside / 'projections.csv', projections)
         if jacobians:
             write_csv(aside / 'jacobians.csv', rows)

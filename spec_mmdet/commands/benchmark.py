@@ -50,10 +50,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoints.layouts import to_layout
 from ..configs import find_config
 from ..data.folders import use_folder
-from ..files import folder_written_aside
+from ..files import write_folder_atomically
 from ..models.products import linear
 from ..models.xcit import ARCHS, SpecXCiT
-from .common import fit_to_data, parser
+from .common import adapt_to_data, parser
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -345,7 +345,7 @@ def measure_loading(folder: Path, count: int = 64) -> list[dict]:
     register_all_modules()
     cfg = Config.fromfile(find_config('xcit_maskrcnn'))
     use_folder(cfg, folder, ['train'])
-    fit_to_data(cfg, ['train'], None, thorough=False)
+    adapt_to_data(cfg, ['train'], None, thorough=False)
     cv2.setNumThreads(0)  # as in MMEngine's workers
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     dataset.full_init()
@@ -430,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += measure(names, args, tuple(map(int, size.split('x'))))
         print_table([row for row in rows if f'{row["height"]}x{row["width"]}' == size], size)
     settings = {k: str(v) for k, v in vars(args).items()} | dict(device_name=where, torch=torch.__version__)
-    with folder_written_aside(args.out) as aside:
+    with write_folder_atomically(args.out) as aside:
         (aside / 'benchmark.json').write_text(json.dumps(dict(settings=settings, rows=rows), indent=1))
         if len(args.sizes) > 1:
             draw(rows, aside / 'benchmark.png', f'{title}, {where}')

@@ -18,7 +18,7 @@ from mmdet.registry import RUNNERS
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import classes_of, load, require_training_state, state_dict_of
+from ..checkpoints.reading import get_classes, get_state_dict, load, require_training_state
 from ..configs import find_config
 from ..data.checks import check_inputs
 from ..data.fitting import (
@@ -29,8 +29,8 @@ from ..data.fitting import (
     use_masks_as_the_model,
 )
 from ..data.folders import use_folder
-from ..errors import InputError, some
-from .options import CfgOptions, Parser, merge, settle
+from ..errors import InputError, list_briefly
+from .options import CfgOptions, Parser, adjust_dependent_settings, merge
 from .runners import QuietRunner, WholeConfigRunner
 from .terminal import Terminal
 
@@ -61,7 +61,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     cfg = Config.fromfile(find_config(args.config))
     merge(cfg, args.cfg_options)
-    settle(cfg)
+    adjust_dependent_settings(cfg)
     return cfg
 
 
@@ -100,7 +100,7 @@ def load_run_config(
     if change:
         change(cfg)
     merge(cfg, args.cfg_options)
-    settle(cfg)
+    adjust_dependent_settings(cfg)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
     return cfg
@@ -122,13 +122,13 @@ def read_classes(path: str, resume: bool = False) -> list[str] | None:
         InputError: if it cannot be read, or is no detector's, or has not what a training needs.
     """
     content = load(path, mmap=True)
-    state_dict_of(content, f'checkpoint {path}')
+    get_state_dict(content, f'checkpoint {path}')
     if resume:
         require_training_state(content, f'checkpoint {path}')
-    return classes_of(content)
+    return get_classes(content)
 
 
-def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
+def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
     """Check the data that a run will read, and have its config know the classes; changes ``cfg``.
 
     Args:
@@ -143,7 +143,7 @@ def fit_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None
         print('a detector without a mask head: masks are neither loaded nor measured')
     if is_first_process():  # one process of several is enough to find fault
         classes = check_inputs(cfg, loops, classes, thorough)
-        print(f'{len(classes)} classes: {some(classes)}' if classes else 'classes: those of the config')
+        print(f'{len(classes)} classes: {list_briefly(classes)}' if classes else 'classes: those of the config')
     elif classes is None:
         classes = check_inputs(cfg, loops[:1], thorough=False)
     if classes:
@@ -188,7 +188,7 @@ TROUBLES = {
 
 
 @contextmanager
-def running() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """What a run happens in: its errors are a line each, and it leaves the other processes at its end."""
     logging.raiseExceptions = False  # a full disk is one line, not one of each of the log's
     try:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
-from ..configs import config_of
+from ..configs import find_run_config
 from ..data.fitting import evaluators
 from ..data.reading import AnnotationFile
 from ..errors import InputError
@@ -45,9 +45,9 @@ from ..evaluation.figures import embedded_figure
 from ..evaluation.metrics import read_detections
 from ..evaluation.pages import PAGE, page_of, require_free
 from ..evaluation.report import rounded
-from ..files import folder_written_aside, shown
+from ..files import display_path, write_folder_atomically
 from ..training.hooks import CONDITIONING, MEDIANS
-from ..training.results import RUN, as_csv, metrics_of, read_scalars
+from ..training.results import RUN, format_csv, read_scalars, select_metrics
 from .common import parser
 
 KINDS = dict(bbox='box', segm='mask')
@@ -72,7 +72,7 @@ def truth_of(folder: Path) -> Path:
     Raises:
         InputError: where there is no config, or several, or the file is not there.
     """
-    config = config_of(folder)
+    config = find_run_config(folder)
     for evaluator in evaluators(Config.fromfile(config), 'test'):
         if 'ann_file' in evaluator:
             path = Path(evaluator.ann_file)
@@ -96,7 +96,7 @@ def curves_of(folder: Path) -> dict[str, tuple[list, list]]:
         if 'loss' in entry:
             last = entry['iter']
             add('loss', last, entry['loss'])
-        for key, value in metrics_of(entry).items():
+        for key, value in select_metrics(entry).items():
             for kind, name in KINDS.items():
                 if key == f'coco/{kind}_mAP':
                     add(f'{name} AP', last, value)
@@ -187,7 +187,7 @@ def as_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
             )
             for arm, own in arms_of(runs).items()
         ],
-        runs=[dict(row, folder=shown(run.folder), facts=run.facts) for row, run in zip(table(runs), runs)],
+        runs=[dict(row, folder=display_path(run.folder), facts=run.facts) for row, run in zip(table(runs), runs)],
         kinds=[KINDS[kind] for kind in runs[0].ap],
         kappas=MEDIANS[:4],
         sentences=[said(entry) for entry in found],
@@ -221,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [read_run(text, truths) for text in args.runs]
     require_comparable(runs)
     found = differences(runs)
-    with folder_written_aside(args.out) as aside:
+    with write_folder_atomically(args.out) as aside:
         (aside / PAGE).write_text(as_page(runs, found), 'utf-8')
-        (aside / 'runs.csv').write_text(as_csv(table(runs)))
-        (aside / 'differences.csv').write_text(as_csv([
+        (aside / 'runs.csv').write_text(format_csv(table(runs)))
+        (aside / 'differences.csv').write_text(format_csv([
             dict(arm=d.arm, reference=d.reference, kind=KINDS[d.kind], difference=d.value, images_low=d.images[0],
                  images_high=d.images[1], seeds_low=d.seeds and d.seeds[0], seeds_high=d.seeds and d.seeds[1],
                  paired=d.paired, verdict=d.verdict)

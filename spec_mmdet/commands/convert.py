@@ -25,13 +25,13 @@ from safetensors.torch import save as safetensors
 from torch import Tensor
 
 from ..checkpoints import layouts
-from ..checkpoints.reading import classes_of, load, local_file, mismatches
+from ..checkpoints.reading import describe_mismatches, get_classes, load, local_file
 from ..conditioning import describe_conditioning
 from ..configs import find_config
 from ..data.fitting import set_classes
-from ..errors import InputError, naming
+from ..errors import InputError, prefix_errors
 from ..files import write
-from ..training.saving import serialized
+from ..training.saving import serialize
 from .common import parser
 
 
@@ -48,7 +48,7 @@ def save(weights: dict[str, Tensor], meta: dict, key: str, destination: Path) ->
     if destination.suffix == '.safetensors':
         content = safetensors({name: value.contiguous() for name, value in weights.items()}, meta['converted'])
     else:
-        content = serialized({key: weights, 'meta': meta})
+        content = serialize({key: weights, 'meta': meta})
     write(destination, content)
 
 
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
     loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
     found = layouts.recognise(loaded, name, args.key)
-    classes = classes_of(loaded)
+    classes = get_classes(loaded)
     print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
 
     backbone = found.backbone
-    with naming(name):
+    with prefix_errors(name):
         if args.conditioning:
             backbone = layouts.state_conditioning(backbone, args.conditioning, args.lam)
         if args.fold:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = Config.fromfile(find_config(args.detector))
         if classes:
             set_classes(cfg, classes)
-        faults = mismatches(MODELS.build(cfg.model), weights)
+        faults = describe_mismatches(MODELS.build(cfg.model), weights)
         if faults:
             raise InputError(f'{name} is not the detector that {args.detector} configures: {faults}')
     elif args.to:

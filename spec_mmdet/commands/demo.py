@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.pages import PAGE
-from ..files import replaced
+from ..files import replace_folder
 from .common import parser, run_command
 
 CONFIG = 'xcit_spec_shapes'
@@ -21,7 +21,7 @@ WORK = Path('work_dirs/demo')
 def main(argv: Sequence[str] | None = None) -> None:
     parser('demo', __doc__).parse_args(argv)
     start = time.time()
-    with replaced(WORK):
+    with replace_folder(WORK):
         run_command('shapes', DATA)
         run_command('train', CONFIG, '--work-dir', WORK)
         checkpoint = WORK / (WORK / 'last_checkpoint').read_text()

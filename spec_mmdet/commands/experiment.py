@@ -29,10 +29,10 @@ from ..conditioning import Correction, Report, conditioned_initialisation, proje
 from ..configs import find_config
 from ..errors import InputError
 from ..evaluation import study
-from ..files import replaced, write
+from ..files import replace_folder, write
 from ..models.xcit import SpecXCiT
-from ..training.results import commit_of
-from ..training.saving import serialized
+from ..training.results import find_commit
+from ..training.saving import serialize
 from .benchmark import processor
 from .common import parser
 from .compare import curves_of
@@ -172,7 +172,7 @@ def write_start(path: Path, backbone: dict, arm: Arm, seed: int) -> None:
                 weights[name] = Correction(W, **arm.initial, heads=heads)(W)
             elif arm.start == 'conditioned':
                 weights[name] = conditioned_initialisation(W.unflatten(0, (3, -1)), 'QKV', heads).flatten(0, 1)
-    write(path, serialized(dict(state_dict=weights)))
+    write(path, serialize(dict(state_dict=weights)))
 
 
 def write_config(path: Path, base: str, arm: Arm, seed: int, checkpoint: Path, arch: dict | None) -> None:
@@ -253,7 +253,7 @@ class Chain:
     def __call__(self, run: Run) -> dict:
         """Train and evaluate; returns the log."""
         work, begun = WORK / run.name, time.time()
-        with replaced(work):
+        with replace_folder(work):
             work.mkdir(parents=True)
             log: dict = dict(arm=run.arm.name, seed=run.seed, conditioning=run.arm.conditioning)
             log['stage'] = 'screening' if run.seed == SCREENING_SEED else run.start
@@ -280,7 +280,7 @@ class Chain:
             curves={stage: {name: [xs, [float(f'{y:.4g}') for y in ys]] for name, (xs, ys) in own.items()}
                     for stage, own in curves.items()},
             seconds=round(time.time() - begun),
-            commit=commit_of(Path(__file__)),
+            commit=find_commit(Path(__file__)),
             device=processor('cuda' if torch.cuda.device_count() else 'cpu'),
         )  # fmt: skip
 

@@ -46,7 +46,7 @@ from ..checkpoints.pretrained import load_backbone
 from ..checkpoints.reading import load
 from ..conditioning import describe_conditioning, fold
 from ..errors import InputError
-from ..files import written_aside
+from ..files import write_atomically
 from ..models import xcit
 from ..models.attention import XCA
 from ..models.onnx import INPUTS, OUTPUTS, DetectorGraph, OnnxDetector
@@ -137,7 +137,7 @@ def export_backbone(cfg: Config, args: argparse.Namespace) -> dict[str, object]:
 
     sides = {0: Dim('batch'), 2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
     outputs = [f'stride{stride}' for stride in STRIDES]
-    with written_aside(args.out) as aside:
+    with write_atomically(args.out) as aside:
         example = (torch.zeros(2, 3, 128, 192),)
         export(Features(backbone), example, (sides,), aside, ['image'], outputs, metadata)
         difference = largest_difference([run_onnx(aside, x) for x in images], exact)
@@ -190,7 +190,7 @@ def export_detector(cfg: Config, args: argparse.Namespace) -> dict[str, object]:
     noise = [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in ((96, 96), (272, 288))]
     example = (torch.zeros(1, 3, 2 * least, 3 * least, dtype=torch.uint8), torch.tensor([100, 150]), torch.tensor(0.05))
     sides = {2: Dim('height', min=least), 3: Dim('width', min=least)}
-    with written_aside(args.out) as aside:
+    with write_atomically(args.out) as aside:
         outputs = OUTPUTS if graph.with_mask else OUTPUTS[:3]
         export(graph, example, (sides, None, None), aside, INPUTS, outputs, metadata)
         exported = OnnxDetector(aside, device='cpu')

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from ..data.fitting import walk
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from ..models.xcit import ARCHS
 
 # What MMEngine's runner and the commands read of a config; every other name in it is one that its own lines use.
@@ -81,14 +81,14 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
     options = options or {}
     for key in options:
         check_key(cfg, key, options)
-        make_room(cfg, key)
+        remove_none_parents(cfg, key)
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'--cfg-options: {error}') from error
 
 
-def make_room(cfg: Config, key: str) -> None:
+def remove_none_parents(cfg: Config, key: str) -> None:
     """Take away what is None in a config where a key of --cfg-options has a dict; changes ``cfg``."""
     node = cfg._cfg_dict
     for part in key.split('.')[:-1]:
@@ -102,7 +102,7 @@ def make_room(cfg: Config, key: str) -> None:
             return
 
 
-def settle(cfg: Config) -> None:
+def adjust_dependent_settings(cfg: Config) -> None:
     """Have a config's settings follow from those that they depend on, saying so; changes ``cfg``."""
     for loop in ('train', 'val', 'test'):
         loader = cfg.get(f'{loop}_dataloader') or {}
@@ -138,9 +138,9 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
                 )
             node = node[int(part)]
         elif isinstance(node, dict):
-            known = readers(cfg, above, node, options)
+            known = find_readable_keys(cfg, above, node, options)
             if known is not None and part not in known and (part not in node or not above):
-                raise InputError(f'--cfg-options {key}: {complaint(cfg, part, here, known)}')
+                raise InputError(f'--cfg-options {key}: {describe_unread_key(cfg, part, here, known)}')
             if part not in node and (name in UNTYPED or part in UNTYPED):
                 node = {part: {}}
             if part not in node:
@@ -154,25 +154,25 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
         above.append(part)
 
 
-def readers(cfg: Config, above: list[str], node: dict, options: dict[str, object]) -> set[str] | None:
+def find_readable_keys(cfg: Config, above: list[str], node: dict, options: dict[str, object]) -> set[str] | None:
     """What is read of a dict in a config, by name; None where anything may be."""
     here = '.'.join(above)
     if not above:
         return TOP
     kind = options.get(f'{here}.type', node.get('type'))
     if kind is not None:
-        return arguments(kind)
+        return find_arguments(kind)
     names = UNTYPED.get(here, UNTYPED.get(above[-1]))
     if names is not None:
         return names | OF_BUILDERS
     if above[0] == 'model' and above[1:2] in (['train_cfg'], ['test_cfg']):
-        return {*node, *words_of_model(cfg)}
+        return {*node, *collect_model_words(cfg)}
     new = {key.removeprefix(f'{here}.').split('.')[0] for key in options if key.endswith('.type')}
     unlike = {key.removeprefix(f'{here}.').split('.')[0] for key in options if key.startswith(f'{here}.')}
     return {*node, *new, *(name for name in unlike if not get_close_matches(name, node, cutoff=0.75))}
 
 
-def classes_named(kind: object) -> Iterator[type]:
+def find_classes(kind: object) -> Iterator[type]:
     """The classes, or functions, that a type in a config may mean, in any of MMDetection's registries."""
     if not isinstance(kind, str):
         yield kind
@@ -182,10 +182,10 @@ def classes_named(kind: object) -> Iterator[type]:
             yield found
 
 
-def arguments(kind: object) -> set[str] | None:
+def find_arguments(kind: object) -> set[str] | None:
     """The arguments that a type in a config takes; None where that is not known, or it takes any."""
     names: set[str] = set()
-    for found in classes_named(kind):
+    for found in find_classes(kind):
         for cls in inspect.getmro(found) if inspect.isclass(found) else [found]:
             made_by = cls.__dict__.get('__init__') if inspect.isclass(cls) else cls
             if made_by is None:
@@ -199,17 +199,17 @@ def arguments(kind: object) -> set[str] | None:
     return names - {'self', 'args', 'kwargs'} | OF_BUILDERS if names else None
 
 
-def words_of_model(cfg: Config) -> set[str]:
+def collect_model_words(cfg: Config) -> set[str]:
     """Every word in the sources of a model's parts, to which train_cfg and test_cfg are handed through."""
     modules = {mmcv.ops.nms}
     for _, node in walk(cfg.model):
-        for found in classes_named(node.get('type')) if 'type' in node else ():
+        for found in find_classes(node.get('type')) if 'type' in node else ():
             modules |= {inspect.getmodule(cls) for cls in inspect.getmro(found)} if inspect.isclass(found) else set()
     sources = (inspect.getsource(module) for module in modules if module and module.__name__ != 'builtins')
     return {word for source in sources for word in re.findall(r'\w+', source)}
 
 
-def complaint(cfg: Config, part: str, here: str, known: set[str]) -> str:
+def describe_unread_key(cfg: Config, part: str, here: str, known: set[str]) -> str:
     """What is wrong with a key that nothing reads, and what may be meant."""
     where = here or 'the config'
     if not here and part not in cfg and part in INSTEAD:
@@ -228,7 +228,7 @@ def complaint(cfg: Config, part: str, here: str, known: set[str]) -> str:
         meant = f'is {here + "." if here else ""}{near[0]} meant?'
     else:
         places = [name for name in walk_names(cfg) if name.split('.')[-1] == (near or [part])[0]]
-        names = some(sorted(known - OF_BUILDERS)) if len(known) < 100 else ''
+        names = list_briefly(sorted(known - OF_BUILDERS)) if len(known) < 100 else ''
         meant = f'is {places[0]} meant?' if places else f'it has {names}' if names else 'leave it out'
     return f'nothing reads {part} in {where}; {meant}'
 
@@ -242,14 +242,14 @@ def walk_keys(cfg: Config) -> set[str]:
     return {name.split('.')[-1] for name in walk_names(cfg)}
 
 
-def fault_of_config(error: BaseException) -> str | None:
+def explain_config_error(error: BaseException) -> str | None:
     """What is wrong with a config, in one line, where an exception comes of building what it names; else None.
 
     The exception comes of the config if it was raised below MMEngine's build_from_cfg, or by what the runner builds
     itself. An exception other than a ValueError that this package's own code raised there is a fault of the program.
     """
     if isinstance(error, ImportError) and not (error.name or '').startswith('spec_mmdet'):
-        return one_line(error)
+        return to_one_line(error)
     frames, last = [], None
     traceback = error.__traceback__
     while traceback:
@@ -271,11 +271,11 @@ def fault_of_config(error: BaseException) -> str | None:
         if ' is not in the ' in str(error):
             return f'config: there is no {kind} in the {registry.name} registry' + f'; is {near[0]} meant?' * bool(near)
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-        near = get_close_matches(unknown[1], arguments(kind) or (), 1)
+        near = get_close_matches(unknown[1], find_arguments(kind) or (), 1)
     name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
     meant = f'; is {near[0]} meant?' if near else ''
-    return f'config: {kind} cannot be built: {name}{one_line(error)}{meant}'
+    return f'config: {kind} cannot be built: {name}{to_one_line(error)}{meant}'
 
 
-def one_line(error: BaseException) -> str:
+def to_one_line(error: BaseException) -> str:
     return ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

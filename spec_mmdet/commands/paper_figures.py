@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-from ..files import replaced, written_aside
+from ..files import replace_folder, write_atomically
 from ..training.results import read_scalars
 from .common import parser, run_command
 from .demo import CONFIG, DATA
@@ -41,7 +41,7 @@ def series(name: str, matrix: str, figure: str) -> tuple[list[int], list[list[fl
 def main(argv: Sequence[str] | None = None) -> None:
     parser('paper-figures', __doc__).parse_args(argv)
     start = time.time()
-    with replaced(WORK):
+    with replace_folder(WORK):
         run_command('shapes', DATA)
         for name, options in RUNS.items():
             options = [*options, 'custom_hooks.1.interval=10', 'custom_hooks.1.heads=4']
@@ -73,6 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             axis.legend()
         axes[1, 2].set(xlabel='epoch', xticks=[entry['step'] for entry in epochs], title='images not trained on')
         axes[1, 2].legend()
-        with written_aside(WORK / 'conditioning.png') as aside:
+        with write_atomically(WORK / 'conditioning.png') as aside:
             figure.savefig(aside, dpi=80, format='png')
     print(f'\nwrote {WORK / "conditioning.png"}; took {time.time() - start:.0f} s')

@@ -38,12 +38,12 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-from ..checkpoints.reading import classes_of, load, mismatches, state_dict_of
+from ..checkpoints.reading import describe_mismatches, get_classes, get_state_dict, load
 from ..data import images
 from ..data.fitting import configured_classes, set_classes
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from ..evaluation.drawing import names_drawn
-from ..files import folder_written_aside, is_empty
+from ..files import is_empty, write_folder_atomically
 from .common import add_config, load_config, parser
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
@@ -69,7 +69,7 @@ def find_inputs(names: list[str]) -> list[Path]:
             hidden = [entry.name for entry in found if entry.name.startswith('.')]
             found = [entry for entry in found if entry.name not in hidden]
             if hidden:
-                print(f'{name}: passed over hidden files: {some(hidden)}')
+                print(f'{name}: passed over hidden files: {list_briefly(hidden)}')
             if not found:
                 raise InputError(f'{name}: no images ({", ".join(IMAGES)}) in this folder')
         elif path.exists():
@@ -205,11 +205,11 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
         return know_classes(inferencer, inferencer.model.classes)
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
-    weights = state_dict_of(content, name)
-    classes = classes_of(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's has none
+    weights = get_state_dict(content, name)
+    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's has none
     set_classes(cfg, classes)
     inferencer = DetInferencer(cfg, checkpoint, device, show_progress=False)
-    faults = mismatches(inferencer.model, weights)
+    faults = describe_mismatches(inferencer.model, weights)
     if faults:
         raise InputError(f'{name} does not fit the configured model: {faults}')
     return know_classes(inferencer, classes)
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = track(in_batches(stream(paths, damaged), args.batch_size), 'predicting', total)
     pictures, image_id = Pictures(), 0
     with (
-        folder_written_aside(out) as aside,
+        write_folder_atomically(out) as aside,
         json_list(aside / 'predictions.json') as add_result,
         names_drawn(() if args.no_pictures else inferencer.model.dataset_meta['classes']),
         json_list(aside / 'images.json', json.dumps(about)[:-1] + ', "images": [', ']}') as add_image,

@@ -32,8 +32,8 @@ from ..data.formats import WHOLE, read_folder
 from ..data.images import check_images
 from ..data.reading import read_coco
 from ..data.splits import draw_for_validation
-from ..errors import InputError, naming
-from ..files import folder_written_aside, is_empty
+from ..errors import InputError, prefix_errors
+from ..files import is_empty, write_folder_atomically
 from .common import parser
 
 
@@ -192,7 +192,7 @@ def conclude(splits: list[Split], found: Findings, folder: Path, listing: Path) 
         found.write(listing)
         print(f'\nall of them: {listing}')
     print()
-    with naming(f'{folder}: not ready for training'):
+    with prefix_errors(f'{folder}: not ready for training'):
         found.require_none(f'All are listed in {listing}; --drop --out DIR leaves what has one out')
 
 
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f'{folder}: not ready for training; it lacks images for validation (--val 0.2 --out DIR splits some off)'
         )
     if out:
-        with folder_written_aside(out) as aside:
+        with write_folder_atomically(out) as aside:
             for split in splits:
                 as_it_was = split.images.name.startswith(split.name) and not whole  # train2017
                 write_split(aside, split.images.name if as_it_was else split.name, split.coco, split.images)

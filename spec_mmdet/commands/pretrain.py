@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from .common import add_run_options, is_first_process, load_run_config, parser
 from .train import add_training_options, positive, set_schedule, train
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         first = is_first_process()  # one process of several is enough to find fault
         classes = check_class_folders(cfg, first and not args.no_check, int(os.environ.get('WORLD_SIZE', 1)))
         if first:
-            print(f'{len(classes)} classes: {some(classes)}')
+            print(f'{len(classes)} classes: {list_briefly(classes)}')
         if known and list(known) != classes:
             raise InputError(f'the checkpoint is of {len(known)} other classes than the data ({len(classes)})')
         cfg.model.backbone.num_classes = len(classes)

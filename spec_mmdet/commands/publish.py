@@ -23,14 +23,14 @@ from mmengine.logging import MMLogger
 from safetensors.torch import save
 from torch import nn
 
-from ..checkpoints.reading import classes_of, load, run_of, state_dict_of
+from ..checkpoints.reading import get_classes, get_run_info, get_state_dict, load
 from ..conditioning import describe_conditioning
-from ..configs import config_of
+from ..configs import find_run_config
 from ..data.fitting import configured_classes, set_classes
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from ..files import write
 from ..training.results import TABLE
-from ..training.saving import serialized
+from ..training.saving import serialize
 from .common import parser
 from .predict import load_inferencer
 
@@ -62,14 +62,14 @@ def paths_of(dataloader: dict | None) -> str:
                 look(value)
 
     look(dataloader)
-    return some(found) if found else UNKNOWN
+    return list_briefly(found) if found else UNKNOWN
 
 
 def card(
     name: str, cfg: Config, model: nn.Module, classes: Sequence[str], content: dict, ap: dict, licence: str | None
 ) -> str:
     """The model card, in Markdown."""
-    run = run_of(content)
+    run = get_run_info(content)
     meta = content.get('meta', {}) if isinstance(content, dict) else {}
     backbone = getattr(model, 'backbone', None)
     facts = {
@@ -125,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
 
     content = load(args.checkpoint)
-    weights = state_dict_of(content, f'checkpoint {args.checkpoint}')
-    config = args.config or config_of(args.checkpoint.parent)
+    weights = get_state_dict(content, f'checkpoint {args.checkpoint}')
+    config = args.config or find_run_config(args.checkpoint.parent)
     if not config.is_file():
         raise InputError(f'--config {config}: no such file')
     out = args.out or args.checkpoint.parent / 'published'
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_current_instance().setLevel('ERROR')  # it lists every tensor that it loads
     cfg = Config.fromfile(config)
     model = load_inferencer(copy.deepcopy(cfg), str(args.checkpoint), 'cpu').model
-    classes = classes_of(content) or configured_classes(cfg.test_dataloader.dataset)
+    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
     for key in ('work_dir', 'load_from', 'resume'):  # of the machine that it was trained on
         cfg.pop(key, None)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     meta = dict(dataset_meta=dict(classes=tuple(classes)))
     files = {
-        'model.pth': serialized(dict(meta=meta, state_dict=weights)),
+        'model.pth': serialize(dict(meta=meta, state_dict=weights)),
         'model.safetensors': save({key: value.contiguous() for key, value in weights.items()},
                                   dict(classes=json.dumps(classes))),
         'config.py': cfg.pretty_text.encode(),

@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from ..files import write
-from .terminal import Heard
+from .terminal import ImportantLogHandler
 
 
 class WholeConfigRunner(Runner):
@@ -29,5 +29,5 @@ class QuietRunner(WholeConfigRunner):
         """MMEngine's logger, all of it in the file."""
         logger = super().build_logger(*args, **kwargs)
         logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
-        logger.handlers.append(Heard())
+        logger.handlers.append(ImportantLogHandler())
         return logger

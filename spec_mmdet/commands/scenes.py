@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.scenes import Figures, Garments, make_scene, write_crops
 from ..data.shapes import write_split
-from ..files import folder_written_aside
+from ..files import write_folder_atomically
 from .common import parser
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     source = Garments(args.fashion_mnist) if args.fashion_mnist else Figures()
     crops = dict(train=args.crops, val=args.crops // 10)
-    with folder_written_aside(args.root) as aside:
+    with write_folder_atomically(args.root) as aside:
         for i, (split, images) in enumerate(dict(train=args.train, val=args.val).items()):
             rng, make = np.random.default_rng([args.seed, i]), partial(make_scene, source=source, split=split)
             write_split(aside / 'detection', split, images, args.size, rng, make, source.detection)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.shapes import write_split
-from ..files import folder_written_aside
+from ..files import write_folder_atomically
 from .common import parser
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--size', type=int, default=256, help='height and width of the images in pixels')
     options.add_argument('--seed', type=int, default=0)
     args = options.parse_args(argv)
-    with folder_written_aside(args.root) as aside:
+    with write_folder_atomically(args.root) as aside:
         for i, (split, images) in enumerate(dict(train=args.train, val=args.val).items()):
             write_split(aside, split, images, args.size, np.random.default_rng([args.seed, i]))
     print(f'{args.root}: {args.train} training and {args.val} validation images of {args.size} pixels')

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import InputError
 from ..evaluation.comparison import interval_of_seeds
-from ..files import made, shown, writing
+from ..files import create_folder, display_path, one_line_write_errors
 from ..systems import SYSTEMS
 from ..systems.runs import ARMS, Log, System, read_log, run, write_log
 from .common import parser
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     planned = [(seed, arm) for seed in range(args.seeds) for arm in ARMS]
     logs = {key: log for key in planned if (log := read_log(folder, *key, system))}
     if logs:
-        print(f'{len(logs)} of {len(planned)} runs have their logs in {shown(folder)}', flush=True)
+        print(f'{len(logs)} of {len(planned)} runs have their logs in {display_path(folder)}', flush=True)
     torch.set_num_threads(1)  # for tensors this small more do not help, and what they round would differ
-    with writing(folder, folder), made(folder):
+    with one_line_write_errors(folder, folder), create_folder(folder):
         for seed, arm in planned:
             if (seed, arm) not in logs:
                 log = logs[seed, arm] = run(system, arm, seed)
@@ -91,4 +91,4 @@ def main(argv: Sequence[str] | None = None) -> None:
                 told = f'{100 * log.accuracy:.2f} % right, loss {log.loss:.3f}, {log.seconds:.0f} s'
                 print(f'seed {seed}, {arm}: {told}', flush=True)
     print(f'\n{table(args.system, system, {arm: [logs[seed, arm] for seed in range(args.seeds)] for arm in ARMS})}')
-    print(f'\nlogs of the runs: {shown(folder)}')
+    print(f'\nlogs of the runs: {display_path(folder)}')

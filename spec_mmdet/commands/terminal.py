@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ..conditioning.correction import describe_conditioning
-from ..files import shown
+from ..files import display_path
 from ..models.xcit import SpecXCiT
-from ..training.hooks import warm_up_and_drops
-from ..training.saving import unwrapped
+from ..training.hooks import summarise_schedule
+from ..training.saving import unwrap_model
 
 PACKAGE = Path(__file__).parents[1]
 # Of libraries' warnings, those that are for who writes a library, and those that an error of ours takes the place of.
@@ -41,7 +41,7 @@ def say(*lines: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-class Heard(logging.StreamHandler):  # a backend of MMEngine's takes all handlers for some with a stream
+class ImportantLogHandler(logging.StreamHandler):  # a backend of MMEngine's takes all handlers for some with a stream
     """Shows of MMEngine's log what must be known: what this package says, errors, warnings that say something."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -57,7 +57,7 @@ class Heard(logging.StreamHandler):  # a backend of MMEngine's takes all handler
 class Bar(Progress):
     """A line of how far it is, and below it one of figures."""
 
-    figures = ''
+    format_progress = ''
 
     def get_renderables(self):
         yield from super().get_renderables()
@@ -111,13 +111,13 @@ class Terminal(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Say what is trained, from what, how long, on what, and where its log is."""
-        say('', *about_model(runner), *about_schedule(runner), *about_device(runner), about_log(runner), '')
+        say('', *describe_model(runner), *describe_schedule(runner), *describe_device(runner), describe_log(runner), '')
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._begin('training', runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
         """Say what is tested, and on what."""
-        say('', *about_model(runner), *about_device(runner), about_log(runner), '')
+        say('', *describe_model(runner), *describe_device(runner), describe_log(runner), '')
 
     # How far it is.
 
@@ -131,11 +131,11 @@ class Terminal(Hook):
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         done, total = (batch_idx + 1, len(runner.train_dataloader)) if by_epoch else (runner.iter + 1, runner.max_iters)
         if self.bar:
-            self.bar.figures = figures(runner, len(data_batch['inputs']), runner.log_processor.window_size)
+            self.bar.figures = format_progress(runner, len(data_batch['inputs']), runner.log_processor.window_size)
             self.bar.update(self.bar.task_ids[0], completed=done)
         if done == total or not self.bar and done % self.interval == 0:
             where = f'epoch {runner.epoch + 1}/{runner.max_epochs}  ' if by_epoch else ''
-            line = figures(runner, len(data_batch['inputs']), min(done, self.interval))
+            line = format_progress(runner, len(data_batch['inputs']), min(done, self.interval))
             say(f'{where}{done:{len(str(total))}}/{total}  {line}')
 
     def before_val_epoch(self, runner: Runner) -> None:
@@ -161,10 +161,10 @@ class Terminal(Hook):
         """Say the metrics in a line."""
         self._end()
         if not isinstance(runner._train_loop, EpochBasedTrainLoop):
-            say(', '.join(in_words(metrics or {})))
+            say(', '.join(format_metrics(metrics or {})))
             return
         best = Path(runner.message_hub.runtime_info.get('best_ckpt') or '').stem.endswith(f'_epoch_{runner.epoch}')
-        say(f'epoch {runner.epoch}/{runner.max_epochs}  validation: {", ".join(in_words(metrics or {}))}'
+        say(f'epoch {runner.epoch}/{runner.max_epochs}  validation: {", ".join(format_metrics(metrics or {}))}'
                  f'{": the best so far" * best}')  # fmt: skip
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -177,7 +177,7 @@ class Terminal(Hook):
             values = [rest.pop(f'{key}{suffix}', float('nan')) for suffix in SIZES.values()]
             rest.pop(f'{key}_copypaste', None)
             say(f'{name:8}' + ''.join(f'{value:9.3f}' for value in values))
-        say(*in_words(rest))
+        say(*format_metrics(rest))
 
     def after_train(self, runner: Runner) -> None:
         """Say where the checkpoints are."""
@@ -191,15 +191,15 @@ class Terminal(Hook):
             say(f'stopped early, after {reached}')
         saved = {name: runner.message_hub.runtime_info.get(f'{key}_ckpt') for name, key in
                  (('last checkpoint', 'last'), ('best checkpoint', 'best'))}  # fmt: skip
-        say('', *(f'{name}: {shown(path)}' for name, path in saved.items() if path))
+        say('', *(f'{name}: {display_path(path)}' for name, path in saved.items() if path))
 
 
-def counted(number: int, what: str) -> str:
+def pluralise(number: int, what: str) -> str:
     return f'{number} {what}{"s" * (number != 1)}'
 
 
-def about_model(runner: Runner) -> list[str]:
-    model = unwrapped(runner)
+def describe_model(runner: Runner) -> list[str]:
+    model = unwrap_model(runner)
     backbone = getattr(model, 'backbone', None)
     count = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -211,25 +211,25 @@ def about_model(runner: Runner) -> list[str]:
         conditioning = describe_conditioning(backbone.state_dict())
         lines.append(f'          conditioning: {conditioning if conditioning != "None" else "none, a plain XCiT"}')
     if runner._load_from:
-        source = f'{"resumed from" if runner._resume else "from"} {shown(runner._load_from)}'
+        source = f'{"resumed from" if runner._resume else "from"} {display_path(runner._load_from)}'
     else:
         init_cfg = getattr(backbone, 'init_cfg', None) or {}
         pretrained = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-        source = f"the backbone's from {shown(pretrained)}, the rest random" if pretrained else 'random'
+        source = f"the backbone's from {display_path(pretrained)}, the rest random" if pretrained else 'random'
     return [*lines, f'weights   {source}']
 
 
-def about_schedule(runner: Runner) -> list[str]:
+def describe_schedule(runner: Runner) -> list[str]:
     loader, loop = runner.train_dataloader, runner.train_loop
     images = len(loader.dataset)
     of_images = f'{images} images in batches of {loader.batch_sampler.batch_size * get_world_size()}'
     long = f'{runner.max_iters} iterations'
     if isinstance(loop, EpochBasedTrainLoop):
-        long = f'{counted(runner.max_epochs, "epoch")} of {counted(len(loader), "iteration")}'
-    warm_up, drops = warm_up_and_drops(runner)
+        long = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
+    warm_up, drops = summarise_schedule(runner)
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
     rate = f', {type(optimizer).__name__} at {peak_rate(optimizer):.2g}' if optimizer else ''
-    rate += f' after {counted(warm_up, "iteration")} of warm-up' * (warm_up > 0)
+    rate += f' after {pluralise(warm_up, "iteration")} of warm-up' * (warm_up > 0)
     rate += f', lower from {", ".join(map(str, sorted(drops)))} on' * bool(drops)
     return [f'data      {of_images}', f'schedule  {long}{rate}']
 
@@ -238,20 +238,21 @@ def peak_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group.get('initial_lr', group['lr']) for group in optimizer.param_groups)
 
 
-def about_device(runner: Runner) -> list[str]:
-    device = next(unwrapped(runner).parameters()).device
+def describe_device(runner: Runner) -> list[str]:
+    device = next(unwrap_model(runner).parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type.upper()
-    threads = f', {counted(torch.get_num_threads(), "thread")}' * (device.type == 'cpu')
+    threads = f', {pluralise(torch.get_num_threads(), "thread")}' * (device.type == 'cpu')
     several = f', {get_world_size()} processes' * (get_world_size() > 1)
     mixed = isinstance(getattr(runner, 'optim_wrapper', None), AmpOptimWrapper)
     return [f'device    {name}{threads}{several}, {"mixed precision" if mixed else "float32"}']
 
 
-def about_log(runner: Runner) -> str:
-    return f'log       {shown(runner.logger.log_file)} (config, environment and everything else; --verbose shows it)'
+def describe_log(runner: Runner) -> str:
+    path = display_path(runner.logger.log_file)
+    return f'log       {path} (config, environment and everything else; --verbose shows it)'
 
 
-def figures(runner: Runner, images: int, window: int) -> str:
+def format_progress(runner: Runner, images: int, window: int) -> str:
     """Losses, the rate, images a second, memory and the time that is left, over the last iterations."""
     hub = runner.message_hub
     means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
@@ -262,12 +263,12 @@ def figures(runner: Runner, images: int, window: int) -> str:
     line = f'loss {means.get("loss", float("nan")):.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
     if 'time' in means:
         line += f'  {images * get_world_size() / means["time"]:.1f} images/s'
-    line += f'  {memory() / 2**30:.1f} GiB'
+    line += f'  {measure_peak_memory() / 2**30:.1f} GiB'
     eta = hub.runtime_info.get('eta')
     return line + f'  {timedelta(seconds=int(eta))} left' * (eta is not None)
 
 
-def memory() -> float:
+def measure_peak_memory() -> float:
     """The most memory, in bytes, that was taken of the GPU, or else of the machine by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -276,7 +277,7 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def in_words(metrics: dict[str, float]) -> list[str]:
+def format_metrics(metrics: dict[str, float]) -> list[str]:
     """Metrics by their usual names, those of COCO with AP50 and AP75 behind them."""
     said, rest = [], dict(metrics)
     for key, name in METRICS.items():

@@ -19,23 +19,23 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
-from ..checkpoints.reading import load, run_of
+from ..checkpoints.reading import get_run_info, load
 from ..data.fitting import coco_datasets, configured_classes
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
 from ..evaluation.pages import PAGE
-from ..files import folder_written_aside, shown
+from ..files import display_path, write_folder_atomically
 from ..training.guards import end_workers
 from .common import (
+    adapt_to_data,
     add_run_options,
     build_runner,
-    fit_to_data,
     is_first_process,
     load_run_config,
+    one_line_errors,
     parser,
     read_classes,
-    running,
 )
 from .terminal import Terminal
 
@@ -89,13 +89,13 @@ def require_measured(metrics: dict[str, float]) -> None:
     """
     nothing = [name for name, value in metrics.items() if name.endswith('_mAP') and value == -1]
     if nothing:
-        raise InputError(f'{some(nothing)} is -1: there is no object to measure by (crowds do not count)')
+        raise InputError(f'{list_briefly(nothing)} is -1: there is no object to measure by (crowds do not count)')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cfg = load_run_config(args, splits=('test',))
-    fit_to_data(cfg, ('test',), read_classes(args.checkpoint), not args.no_check)
+    adapt_to_data(cfg, ('test',), read_classes(args.checkpoint), not args.no_check)
     cfg.load_from = args.checkpoint
     reported = args.report if is_first_process() else None
     if reported:
@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
     terminal = None if args.verbose else Terminal()
     names = [name for dataset in datasets for name in configured_classes(dataset)]
-    with folder_written_aside(reported) if reported else nullcontext() as aside:
-        with running(), names_drawn(names), terminal or nullcontext():
+    with write_folder_atomically(reported) if reported else nullcontext() as aside:
+        with one_line_errors(), names_drawn(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)
             if args.out:
                 runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
@@ -120,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             finally:
                 end_workers(runner)
             if reported:
-                tested = report.Tested.of(runner, run_of(load(args.checkpoint, mmap=True)))
+                tested = report.TestResults.of(runner, get_run_info(load(args.checkpoint, mmap=True)))
             del runner
         require_measured(metrics)
         if reported:
             command = ['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)]
             report.write(aside, cfg, args.checkpoint, command, tested)
     if reported:
-        print(f'report: {shown(reported / PAGE)}')
+        print(f'report: {display_path(reported / PAGE)}')

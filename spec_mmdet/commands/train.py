@@ -23,18 +23,18 @@ from mmengine.device import get_device
 from ..configs import CONFIGS
 from ..errors import InputError
 from ..training.guards import end_workers
-from ..training.resume import locked, newest_whole, require_no_checkpoints, resume_or_say_why
-from ..training.saving import listening
+from ..training.resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
+from ..training.saving import stop_on_signals
 from ..training.schedule import set_epochs, set_image_size
 from .common import (
+    adapt_to_data,
     add_run_options,
     build_runner,
-    fit_to_data,
     is_first_process,
     load_run_config,
+    one_line_errors,
     parser,
     read_classes,
-    running,
 )
 from .terminal import Terminal
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_image_size(cfg, args.image_size)
 
     cfg = load_run_config(args, ('train', 'val', 'test'), change)
-    train(cfg, args, lambda classes: fit_to_data(cfg, ('train', 'val'), classes, not args.no_check))
+    train(cfg, args, lambda classes: adapt_to_data(cfg, ('train', 'val'), classes, not args.no_check))
 
 
 def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None], None]) -> None:
@@ -138,7 +138,7 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
     work = Path(cfg.work_dir)
     if args.resume is None:
         require_no_checkpoints(work)
-    resumed = newest_whole(work) if args.resume == 'auto' else args.resume
+    resumed = find_newest_checkpoint(work) if args.resume == 'auto' else args.resume
     classes = read_classes(str(resumed), resume=True) if resumed else None
     if resumed:
         cfg.resume, cfg.load_from = True, str(resumed)
@@ -152,9 +152,14 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
 
     setup_cache_size_limit_of_dynamo()
     terminal = None if args.verbose else Terminal()
-    with locked(work) if is_first_process() else nullcontext(), running(), listening(), terminal or nullcontext():
+    with (
+        lock_folder(work) if is_first_process() else nullcontext(),
+        one_line_errors(),
+        stop_on_signals(),
+        terminal or nullcontext(),
+    ):
         runner = build_runner(cfg, terminal)
-        resume_or_say_why(runner)
+        explain_resume_errors(runner)
         try:
             runner.train()
         finally:

@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from .correction import Correction
 
 
@@ -106,7 +106,7 @@ class Corrections(dict[str, Corrected]):
             if key not in own or key not in state_dict or own[key].shape != state_dict[key].shape
         ]
         if differing:
-            raise InputError(f'these corrections are not those of this model: {some(sorted(differing))}')
+            raise InputError(f'these corrections are not those of this model: {list_briefly(sorted(differing))}')
         for name, corrected in self.items():
             correction = corrected.correction
             correction.load_state_dict({record: state_dict[f'{name}.{record}'] for record in correction.state_dict()})

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from mmengine.config import Config
 
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from . import rules
 from .findings import Findings, Place
 from .fitting import coco_datasets, evaluators, has_masks
@@ -166,7 +166,9 @@ def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequenc
     if list(categories) == list(classes):
         return
     lacking, besides = ([n for n in a if n not in b] for a, b in ((classes, categories), (categories, classes)))
-    faults = [f'it lacks {some(lacking)}'] * bool(lacking) + [f'it has {some(besides)} besides'] * bool(besides)
+    faults = [f'it lacks {list_briefly(lacking)}'] * bool(lacking) + [f'it has {list_briefly(besides)} besides'] * bool(
+        besides
+    )
     raise InputError(
         f'annotation file {ann_file}: its categories are not the {len(classes)} classes trained for '
         f"({' and '.join(faults) or 'they are in another order'}). Give it the list of categories of the training's "

@@ -17,7 +17,7 @@ from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.datasets import ImageFolder
 
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 from .checks import LOOKED_AT
 from .images import read
 
@@ -121,7 +121,9 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
     splits = {split: DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in SPLITS}
     train, val = (splits[split] for split in SPLITS)
     if differing := set(train.classes) ^ set(val.classes):
-        raise InputError(f'classes that are in one of {train.root} and {val.root} alone: {some(sorted(differing))}')
+        raise InputError(
+            f'classes that are in one of {train.root} and {val.root} alone: {list_briefly(sorted(differing))}'
+        )
     if len(train.classes) < 2:
         raise InputError(f'{train.root}: all images are of one class, {train.classes[0]}: there is nothing to learn')
     batch = cfg.train_dataloader.batch_size
@@ -137,5 +139,7 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
             except InputError as error:
                 faults.append(f'{path} ({error})')
         if faults:
-            raise InputError(f'images that cannot be read, of those looked at: {some(faults)}; --no-check goes on')
+            raise InputError(
+                f'images that cannot be read, of those looked at: {list_briefly(faults)}; --no-check goes on'
+            )
     return train.classes

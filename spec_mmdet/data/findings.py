@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import written_aside
+from ..files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Findings:
 
     def write(self, path: Path) -> None:
         """All of them as CSV."""
-        with written_aside(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
+        with write_atomically(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
             writer.writerows(self.rows())

@@ -9,7 +9,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from ..errors import InputError, some
+from ..errors import InputError, list_briefly
 
 LOOPS = ('train', 'val', 'test')
 NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # of proposals, which have no class, and of other classes (stuff)
@@ -78,7 +78,8 @@ def state_classes_once(cfg: Config) -> list[str]:
     for name, other in others:
         if set(other) != set(classes):
             raise InputError(
-                f'{name} is ({some(other)}) and {first} is ({some(classes)}) in the config: give both the same classes'
+                f'{name} is ({list_briefly(other)}) and {first} is ({list_briefly(classes)}) in the config: give both '
+                'the same classes'
             )
     for dataset in coco_datasets(cfg._cfg_dict):
         dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
@@ -130,7 +131,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         if head['num_classes'] not in inherited:
             raise InputError(
                 f'{name}.num_classes is {head["num_classes"]} in the config, but {source} has {len(classes)} classes '
-                f'({some(classes)}): leave num_classes out, it is set by the data'
+                f'({list_briefly(classes)}): leave num_classes out, it is set by the data'
             )
         head['num_classes'] = len(classes)
     metainfo = dict(classes=tuple(classes))

@@ -22,7 +22,7 @@ from ..data.reading import AnnotationFile
 from ..errors import InputError
 
 
-def numbers(ids: Iterable[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
+def remap_ids(ids: Iterable[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
     """Whole numbers for ids: themselves where the evaluators hold all of them, or else 1 to n, in their order.
 
     They go through NumPy's int64 and float64; an annotation's id of 0 stands for no match; and MMDetection takes the
@@ -66,8 +66,8 @@ def read_detections(path: Path, kind: str) -> list[dict]:
     return results
 
 
-class Numbered:
-    """A mixin for pycocotools' ``COCOeval``, for ids that it cannot hold: it works on :func:`numbers` in their place.
+class RemapIds:
+    """A mixin for pycocotools' ``COCOeval``, for ids that it cannot hold: it works on :func:`remap_ids` in their place.
 
     Its parameters are to be set in the data set's own ids; they and all that it computes are numbers after
     ``evaluate``, as are the ids in its ``cocoGt`` and ``cocoDt``.
@@ -78,15 +78,15 @@ class Numbered:
             super().__init__(None, None, kind, **kwargs)
             return
         require_measurable(truth, kind)
-        self.images = numbers(image['id'] for image in truth.dataset['images'])
-        self.categories = numbers((category['id'] for category in truth.dataset['categories']), ascending=True)
+        self.images = remap_ids(image['id'] for image in truth.dataset['images'])
+        self.categories = remap_ids((category['id'] for category in truth.dataset['categories']), ascending=True)
         super().__init__(self.numbered(truth), self.numbered(found), kind, **kwargs)
         self.params.imgIds, self.params.catIds = list(self.images), list(self.categories)
 
     def numbered(self, coco: COCO) -> COCO:
         """The same with numbers for ids; itself where they are."""
         objects = coco.dataset['annotations']
-        annotations = numbers((annotation['id'] for annotation in objects), least=1)
+        annotations = remap_ids((annotation['id'] for annotation in objects), least=1)
         if all(index is number for ids in (self.images, self.categories, annotations) for index, number in ids.items()):
             return coco
         result = COCO()
@@ -114,7 +114,7 @@ class Numbered:
         super().evaluate()
 
 
-class Evaluation(Numbered, COCOeval):
+class Evaluation(RemapIds, COCOeval):
     """pycocotools' COCOeval for any ids."""
 
 
@@ -132,7 +132,7 @@ def fast_evaluation(truth: COCO | None, found: COCO | None, kind: str) -> COCOev
         raise InputError('FastCocoMetric needs faster-coco-eval, which is not installed: pip install faster-coco-eval')
     from faster_coco_eval import COCOeval_faster
 
-    class FastEvaluation(Numbered, COCOeval_faster):
+    class FastEvaluation(RemapIds, COCOeval_faster):
         # Its own takes AP at the last of maxDets, pycocotools' at 100.
         summarize = COCOeval.summarize
 

@@ -29,7 +29,7 @@ from ..data.fitting import coco_datasets, configured_classes, evaluators
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
-from ..files import ASIDE, shown
+from ..files import PARTIAL, display_path
 from .drawing import names_drawn
 from .figures import COLOURS, draw_confusion, draw_precision, draw_scores, draw_worst, embedded_figure
 from .metrics import Evaluation, read_detections
@@ -56,7 +56,7 @@ ROLES = dict(Q='queries', K='keys', V='values')
 
 
 @dataclass
-class Tested:
+class TestResults:
     """What a report tells of the detector, beside what it found.
 
     Attributes:
@@ -73,7 +73,7 @@ class Tested:
     run: dict[str, object]
 
     @classmethod
-    def of(cls, runner: Runner, run: dict[str, object]) -> Tested:
+    def of(cls, runner: Runner, run: dict[str, object]) -> TestResults:
         """Of a runner after its test."""
         model = runner.model.module if hasattr(runner.model, 'module') else runner.model
         backbone = getattr(model, 'backbone', None) or nn.Identity()
@@ -84,7 +84,7 @@ class Tested:
 
 
 def spectra_of(backbone: nn.Module) -> list[tuple[str, ...]]:
-    """The rows of :class:`Tested`."""
+    """The rows of :class:`TestResults`."""
     try:
         measured = list(measure(backbone))
     except InputError:  # of a backbone without attention, or one that is not known
@@ -119,7 +119,7 @@ def prepare(folder: Path, cfg: Config) -> None:
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
     if not any(coco_datasets(cfg.test_dataloader)):
         raise InputError('--report: needs a CocoDataset in test_dataloader')
-    evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / ASIDE / 'detections')
+    evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / PARTIAL / 'detections')
 
 
 def coco_evaluator(cfg: Config) -> dict:
@@ -166,7 +166,7 @@ def printed(value: float) -> str:
     return f'{value:.3f}' if value > -1 else '–'
 
 
-def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested: Tested) -> None:
+def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested: TestResults) -> None:
     """Write the report of an evaluation for which :func:`prepare` prepared the config.
 
     Args:
@@ -209,7 +209,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     page = page_of(
         'report',
         title=Path(cfg.filename).stem,
-        checkpoint=shown(checkpoint),
+        checkpoint=display_path(checkpoint),
         **totals(outcome_of),
         images=len(coco.imgs),
         detections=len(boxes.cocoDt.anns),
@@ -241,11 +241,11 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         worst=worst,
         tested=tested,
         command=' '.join(map(word_shown, command)),
-        data=shown(evaluator.ann_file),
-        folder=shown(images),
+        data=display_path(evaluator.ann_file),
+        folder=display_path(images),
         versions=f'torch {torch.__version__}, mmdet {mmdet.__version__}, spec_mmdet {version("spec_mmdet")}',
         device=device,
-        config=shown(cfg.filename),
+        config=display_path(cfg.filename),
         config_text=cfg.pretty_text,
     )
     (folder / PAGE).write_text(page, 'utf-8')

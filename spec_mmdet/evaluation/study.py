@@ -13,7 +13,7 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ..files import write, written_aside
+from ..files import write, write_atomically
 from .comparison import Run, arms_of, draw_curve, spread
 
 KINDS = ('box', 'mask')
@@ -416,5 +416,5 @@ def draw_effects(found: Sequence[Effect]) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
-    with written_aside(path) as aside:
+    with write_atomically(path) as aside:
         figure.savefig(aside, dpi=80, format='png')

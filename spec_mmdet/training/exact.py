@@ -21,7 +21,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..errors import InputError
-from .saving import EVALUATED, saved_after
+from .saving import EVALUATED, count_progress
 
 # The two kinds of places, so that their numbers differ.
 SAMPLE, ITERATION = range(2)
@@ -100,7 +100,7 @@ class SeededBatches:
                 return
 
 
-def seeded(loader: DataLoader, seed: int, endless: bool = False) -> DataLoader:
+def seed_loader(loader: DataLoader, seed: int, endless: bool = False) -> DataLoader:
     """A loader like another one, its samples drawn by their places."""
     return DataLoader(
         SeededDataset(loader.dataset),
@@ -130,7 +130,7 @@ class ExactLoop:
     resumed_from: dict = {}
 
     @property
-    def steps(self) -> dict[str, int]:
+    def step_settings(self) -> dict[str, int]:
         """What makes a step of the optimiser the same one whatever the processes are."""
         batch = self.dataloader.batch_sampler.batches.batch_size
         return {
@@ -139,9 +139,9 @@ class ExactLoop:
             'iterations a step': self.runner.optim_wrapper._accumulative_counts,
         }
 
-    def _take_up(self, may_differ: tuple[str, ...] = ()) -> None:
+    def _restore_run(self, may_differ: tuple[str, ...] = ()) -> None:
         """Go on with the seed of the run that is resumed, and with its steps, which an InputError says are others."""
-        theirs, ours = self.resumed_from.get('steps', {}), self.steps
+        theirs, ours = self.resumed_from.get('steps', {}), self.step_settings
         if not isinstance(theirs, dict) or any(type(number) is not int for number in theirs.values()):
             raise InputError('the checkpoint: what it says of its steps are no numbers')
         for what in ours.keys() & theirs.keys() - set(may_differ):
@@ -159,7 +159,7 @@ class ExactLoop:
 
     def _is_evaluated(self) -> bool:
         record = Path(self.runner.work_dir, EVALUATED)
-        known = torch.tensor(int(record.is_file() and record.read_text() == str(saved_after(self.runner))))
+        known = torch.tensor(int(record.is_file() and record.read_text() == str(count_progress(self.runner))))
         broadcast(known)  # as the first process sees it
         return bool(known)
 
@@ -180,13 +180,13 @@ class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
     """MMEngine's loop over epochs, under its name, which goes on within an epoch, too.
 
     Attributes:
-        began: the iteration at which the epoch began.
+        epoch_start: the iteration at which the epoch began.
     """
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         super().__init__(runner, dataloader, *args, **kwargs)
-        self.dataloader = seeded(self.dataloader, runner.seed)
-        self.began = 0
+        self.dataloader = seed_loader(self.dataloader, runner.seed)
+        self.epoch_start = 0
 
     def run(self) -> torch.nn.Module:
         """Train from where a checkpoint says that it was saved, or from the start.
@@ -195,8 +195,8 @@ class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
             InputError: where its steps were others.
         """
         within = self.resumed_from.get('iter_in_epoch', 0)
-        self._take_up(may_differ=() if within else ('images',))
-        self.began = self._iter - within
+        self._restore_run(may_differ=() if within else ('images',))
+        self.epoch_start = self._iter - within
         self.runner.call_hook('before_train')
         if self._epoch and not within and not self._is_evaluated():
             self._evaluate_if_due()
@@ -212,12 +212,12 @@ class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = self.dataloader.batch_sampler
-        batches.epoch, batches.start = self._epoch, self._iter - self.began
+        batches.epoch, batches.start = self._epoch, self._iter - self.epoch_start
         for idx, data_batch in enumerate(self.dataloader, batches.start):
             self.run_iter(idx, data_batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
-        self.began = self._iter
+        self.epoch_start = self._iter
 
 
 @LOOPS.register_module('IterBasedTrainLoop')
@@ -229,7 +229,7 @@ class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
             dataloader = runner.build_dataloader(dataloader, runner.seed)
         # MMEngine's starts the workers here, before it is known where to go on.
         super().__init__(runner, DataLoader(dataloader.dataset), *args, **kwargs)
-        self.dataloader = seeded(dataloader, runner.seed, endless=True)
+        self.dataloader = seed_loader(dataloader, runner.seed, endless=True)
 
     def run(self) -> torch.nn.Module:
         """Train from where a checkpoint was saved, or from the start.
@@ -237,7 +237,7 @@ class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
         Raises:
             InputError: where its steps were others.
         """
-        self._take_up()
+        self._restore_run()
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         if self._iter and not self._is_evaluated():

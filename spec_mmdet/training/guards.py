@@ -18,11 +18,11 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpoints.reading import mismatches, state_dict_of
+from ..checkpoints.reading import describe_mismatches, get_state_dict
 from ..conditioning import require_same_conditioning
-from ..errors import InputError, naming, some
+from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write
-from .saving import last_good, serialized, unwrapped
+from .saving import describe_last_checkpoint, serialize, unwrap_model
 
 
 @HOOKS.register_module()
@@ -39,13 +39,13 @@ class CheckpointGuard(Hook):
         Raises:
             InputError: where they do not fit.
         """
-        model = unwrapped(runner)
+        model = unwrap_model(runner)
         name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
-        weights = state_dict_of(checkpoint, name)
-        with naming(name):
+        weights = get_state_dict(checkpoint, name)
+        with prefix_errors(name):
             require_same_conditioning(weights, model.state_dict())
         fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
-        faults = mismatches(model, weights, part='backbone.' if fine_tuning else '')
+        faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}')
 
@@ -83,7 +83,7 @@ class FiniteGuard(Hook):
             InputError: where one is not finite. It names the images and the last good checkpoint, and where the batch
                 was written.
         """
-        figures = numbers(outputs or {})
+        figures = to_floats(outputs or {})
         if outputs:
             outputs.update(figures)
         wrong = [f'{name} {value}' for name, value in figures.items() if not isfinite(value)]
@@ -103,10 +103,11 @@ class FiniteGuard(Hook):
             return
         images = [Path(getattr(sample, 'img_path', '?')).name for sample in data_batch.get('data_samples', [])]
         dump = Path(runner.work_dir, f'not_finite_{runner.iter + 1}_{get_rank()}.pth')
-        write(dump, serialized(dict(iter=runner.iter + 1, figures=figures, images=images, inputs=data_batch['inputs'])))
+        write(dump, serialize(dict(iter=runner.iter + 1, figures=figures, images=images, inputs=data_batch['inputs'])))
         raise InputError(
-            f'iteration {runner.iter + 1}: not finite: {some(wrong)}; images: {", ".join(images)}. Training stopped; '
-            f'{last_good(runner)}. The batch is in {dump}. A lower learning rate or optim_wrapper.clip_grad may help.'
+            f'iteration {runner.iter + 1}: not finite: {list_briefly(wrong)}; images: {", ".join(images)}. Training '
+            f'stopped; {describe_last_checkpoint(runner)}. The batch is in {dump}. A lower learning rate or '
+            'optim_wrapper.clip_grad may help.'
         )
 
 
@@ -116,7 +117,7 @@ def is_scaled(runner: Runner) -> bool:
     return isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
 
 
-def numbers(figures: dict[str, Tensor | float]) -> dict[str, float]:
+def to_floats(figures: dict[str, Tensor | float]) -> dict[str, float]:
     """Figures as plain numbers, taken from the GPU all at once."""
     tensors = {name: value.detach().float().reshape(()) for name, value in figures.items() if torch.is_tensor(value)}
     if not tensors:
@@ -166,12 +167,12 @@ class LoaderGuard(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Prepare the loaders of all loops."""
-        for loader in loaders_of(runner):
+        for loader in find_loaders(runner):
             loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
             loader.timeout = loader.timeout or self.timeout
 
 
-def loaders_of(runner: Runner) -> list[DataLoader]:
+def find_loaders(runner: Runner) -> list[DataLoader]:
     """The loaders with workers that a runner has made."""
     loops = (runner._train_loop, runner._val_loop, runner._test_loop)
     loaders = (getattr(loop, 'dataloader', None) for loop in loops)
@@ -183,5 +184,5 @@ def end_workers(runner: Runner) -> None:
 
     Those that are collected with it, in a reference cycle, are told so by nobody, and PyTorch waits 5 seconds for each.
     """
-    for loader in loaders_of(runner):
+    for loader in find_loaders(runner):
         loader._iterator = None

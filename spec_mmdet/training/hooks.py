@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models.classifier import SpecXCiTClassifier
 from ..models.jacobians import jacobian_spectra
 from ..models.xcit import SpecXCiT
-from .saving import unwrapped
+from .saving import unwrap_model
 
 LITTLE_DATA = 10_000  # images; detectors have been trained from random weights on that many, hardly on fewer
 
@@ -38,26 +38,26 @@ class ScheduleGuard(Hook):
         Raises:
             InputError: if the backbone is frozen, all or in part, at random weights.
         """
-        for doubt in doubts_of_schedule(runner):
+        for doubt in check_schedule(runner):
             runner.logger.warning(f'{doubt}; --epochs N fits the whole schedule to N epochs, and train --preset '
                                   'finetune is for pretrained weights')  # fmt: skip
-        backbone = unwrapped(runner).backbone
+        backbone = unwrap_model(runner).backbone
         to_be_learnt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
         if to_be_learnt or backbone.init_cfg or runner._load_from or runner._resume:
             return
         if backbone.frozen_stages >= 0:
             raise InputError(
                 f'the backbone is to start from random weights and to keep some of them (frozen_stages '
-                f'{backbone.frozen_stages}): {where_weights_are(runner.cfg.model.backbone)}. Or add --cfg-options '
-                'model.backbone.frozen_stages=-1'
+                f'{backbone.frozen_stages}): {describe_pretrained_weights(runner.cfg.model.backbone)}. Or add '
+                '--cfg-options model.backbone.frozen_stages=-1'
             )
         images = len(runner.train_dataloader.dataset)
         if images < LITTLE_DATA:
             runner.logger.warning(f'the backbone starts from random weights, and {images} images are few to learn it '
-                                  f'from: {where_weights_are(runner.cfg.model.backbone)}')  # fmt: skip
+                                  f'from: {describe_pretrained_weights(runner.cfg.model.backbone)}')  # fmt: skip
 
 
-def warm_up_and_drops(runner: Runner) -> tuple[int, list[int]]:
+def summarise_schedule(runner: Runner) -> tuple[int, list[int]]:
     """The iterations that a runner's schedule warms up for, and those at which the learning rate drops."""
     epoch = len(runner.train_dataloader)
     found = runner.param_schedulers or []
@@ -72,10 +72,10 @@ def warm_up_and_drops(runner: Runner) -> tuple[int, list[int]]:
     return warm_up, drops
 
 
-def doubts_of_schedule(runner: Runner) -> list[str]:
+def check_schedule(runner: Runner) -> list[str]:
     """What of a runner's schedule does not fit the number of its iterations."""
     total = runner.train_loop.max_iters
-    warm_up, drops = warm_up_and_drops(runner)
+    warm_up, drops = summarise_schedule(runner)
     doubts = []
     if warm_up > total:
         doubts.append(f'the warm-up takes {warm_up} iterations and the training {total}: the learning rate stays low')
@@ -91,7 +91,7 @@ def doubts_of_schedule(runner: Runner) -> list[str]:
     return doubts
 
 
-def where_weights_are(backbone: dict) -> str:
+def describe_pretrained_weights(backbone: dict) -> str:
     """What to write to start from the published weights of a backbone, by its config; nothing is downloaded."""
     name = f'xcit_{backbone.get("arch", "small_12")}_p{backbone.get("patch_size", 16)}'
     conditioned = (
@@ -140,7 +140,7 @@ class ConditioningHook(Hook):
         """Say so if the corrections do not improve the condition numbers; begin the table."""
         if not is_main_process():
             return
-        if unhelpful := measure(unwrapped(runner).backbone).unhelpful():
+        if unhelpful := measure(unwrap_model(runner).backbone).unhelpful():
             runner.logger.warning(unhelpful)
         self.table = Path(runner.work_dir, f'{CONDITIONING}.csv')
         if not (runner._resume and self.table.exists()):
@@ -152,7 +152,7 @@ class ConditioningHook(Hook):
         if not due or not is_main_process():
             return
         start = time.perf_counter()
-        model = unwrapped(runner)
+        model = unwrap_model(runner)
         image = model.data_preprocessor(dict(inputs=data_batch['inputs'][:1], data_samples=None))['inputs']
         rows = [(runner.iter + 1, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
                  row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
@@ -161,12 +161,12 @@ class ConditioningHook(Hook):
                  for row in jacobian_spectra(model.backbone, image, self.heads)]  # fmt: skip
         with self.table.open('a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerows(rows)
-        figures = {f'{CONDITIONING}/{name}': value for name, value in medians(rows).items()}
+        figures = {f'{CONDITIONING}/{name}': value for name, value in compute_medians(rows).items()}
         figures[f'{CONDITIONING}/seconds'] = time.perf_counter() - start
         runner.visualizer.add_scalars(figures, step=runner.iter + 1)
 
 
-def medians(rows: Sequence[tuple]) -> dict[str, float]:
+def compute_medians(rows: Sequence[tuple]) -> dict[str, float]:
     """Medians over the layers, of the corrected matrices where there are some; of :data:`MEDIANS` those there are.
 
     Args:

@@ -30,7 +30,7 @@ from ..data.images import decode
 from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
 from ..files import write
 from .hooks import CONDITIONING, MEDIANS
-from .saving import unwrapped
+from .saving import unwrap_model
 
 TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
 BATCHES = 3  # whose images are drawn
@@ -39,7 +39,7 @@ MIN_SCORE = 0.3
 TILE = 320  # pixels that the longer side of an image takes
 
 
-def commit_of(path: Path) -> str | None:
+def find_commit(path: Path) -> str | None:
     """The git commit that is checked out where a file or folder is, with -dirty where files differ from it.
 
     None where git does not know the file, as one that is installed into an environment within a repository.
@@ -53,14 +53,14 @@ def commit_of(path: Path) -> str | None:
         return None
 
 
-def facts_of(runner: Runner) -> dict:
+def describe_run(runner: Runner) -> dict:
     """What tells a run from others."""
-    backbone = getattr(unwrapped(runner), 'backbone', None)
+    backbone = getattr(unwrap_model(runner), 'backbone', None)
     return dict(
         command=shlex.join(['spec-mmdet', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('spec-mmdet', '__main__.py')
         else shlex.join(sys.argv),
-        commit=commit_of(Path(__file__)),
-        commit_here=commit_of(Path.cwd()),
+        commit=find_commit(Path(__file__)),
+        commit_here=find_commit(Path.cwd()),
         seed=runner.seed,
         config=str(runner.cfg.filename),
         conditioning=describe_conditioning(backbone.state_dict()) if backbone is not None else 'None',
@@ -81,24 +81,24 @@ def read_scalars(work_dir: Path) -> list[dict]:
     return records
 
 
-def metrics_of(entry: dict) -> dict[str, float]:
+def select_metrics(entry: dict) -> dict[str, float]:
     return {key: value for key, value in entry.items() if '/' in key and not key.startswith('conditioning/')}
 
 
-def by_epoch(records: Sequence[dict]) -> Iterator[dict]:
+def group_by_epoch(records: Sequence[dict]) -> Iterator[dict]:
     """A row for each validation: the means of the losses since the one before it, the last rate, and the metrics."""
     since: list[dict] = []
     for entry in records:
         if 'loss' in entry:
             since.append(entry)
-        elif metrics_of(entry) and since:
+        elif select_metrics(entry) and since:
             losses = {key: float(np.mean([e[key] for e in since if key in e])) for key in since[-1] if 'loss' in key}
             rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # several optimisers have several
-            yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **metrics_of(entry))
+            yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **select_metrics(entry))
             since = []
 
 
-def as_csv(rows: Sequence[dict]) -> str:
+def format_csv(rows: Sequence[dict]) -> str:
     """Rows as CSV, a column for every key that one of them has."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
@@ -116,7 +116,7 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
     """Losses, AP, the learning rate and the condition numbers, over the iterations."""
     train = [entry for entry in records if 'loss' in entry]
     conditions = [entry for entry in records if f'{CONDITIONING}/seconds' in entry]
-    rows = list(by_epoch(records))
+    rows = list(group_by_epoch(records))
     figure = Figure(figsize=(12, 7), layout='constrained')
     figure.suptitle(title)
     losses, scores, rate, kappa = figure.subplots(2, 2).flat
@@ -175,10 +175,10 @@ class ResultsHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Write what tells this run from others."""
-        self.facts = facts_of(runner)
+        self.facts = describe_run(runner)
         self._write(runner, RUN, json.dumps(self.facts, indent=1).encode())
         self.started = runner.iter
-        self.bgr = getattr(unwrapped(runner).data_preprocessor, '_channel_conversion', True)
+        self.bgr = getattr(unwrap_model(runner).data_preprocessor, '_channel_conversion', True)
 
     @master_only
     def _write(self, runner: Runner, name: str, content: bytes) -> None:
@@ -235,8 +235,8 @@ class ResultsHook(Hook):
     def _write_curves(self, runner: Runner) -> None:
         self.drawn = runner.iter
         records = read_scalars(Path(runner.work_dir))
-        if rows := list(by_epoch(records)):
-            self._write(runner, TABLE, as_csv(rows).encode())
+        if rows := list(group_by_epoch(records)):
+            self._write(runner, TABLE, format_csv(rows).encode())
         buffer = io.BytesIO()
         draw_curves(records, Path(runner.work_dir).name).savefig(buffer, dpi=100)
         self._write(runner, CURVES, buffer.getvalue())

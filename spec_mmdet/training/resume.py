@@ -11,13 +11,13 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import load, require_training_state, state_dict_of
-from ..errors import InputError, some
-from ..files import LEFT
+from ..checkpoints.reading import get_state_dict, load, require_training_state
+from ..errors import InputError, list_briefly
+from ..files import LEFTOVERS
 from .saving import INTERRUPTED
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def find_checkpoints(folder: Path) -> list[Path]:
     """What a training has saved to go on from: at the end of epochs, by iterations, or on a signal."""
     return sorted(path for name in ('epoch_*.pth', 'iter_*.pth', INTERRUPTED) for path in folder.glob(name))
 
@@ -29,21 +29,21 @@ def read_iteration(path: Path) -> int:
         InputError: where a training cannot go on from it.
     """
     content = load(path, mmap=True)
-    state_dict_of(content, f'checkpoint {path}')
+    get_state_dict(content, f'checkpoint {path}')
     require_training_state(content, f'checkpoint {path}')
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
         raise InputError(f'checkpoint {path}: damaged in {damaged}')
     return content['meta']['iter']
 
 
-def newest_whole(folder: Path) -> Path | None:
+def find_newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from: of those that are whole the one trained longest; says which, and what is not.
 
     Raises:
         InputError: where there are checkpoints and none is whole.
     """
     whole, broken = {}, []
-    for path in checkpoints_in(folder):
+    for path in find_checkpoints(folder):
         try:
             whole[path] = read_iteration(path)
         except InputError as error:
@@ -66,12 +66,14 @@ def require_no_checkpoints(folder: Path) -> None:
     Raises:
         InputError: where there are some.
     """
-    if names := [path.name for path in checkpoints_in(folder)]:
-        raise InputError(f'{folder}: holds a training already ({some(names)}): --resume goes on with it, another '
-                         '--work-dir leaves it alone')  # fmt: skip
+    if names := [path.name for path in find_checkpoints(folder)]:
+        raise InputError(
+            f'{folder}: holds a training already ({list_briefly(names)}): --resume goes on with it, another --work-dir '
+            'leaves it alone'
+        )
 
 
-def resume_or_say_why(runner: Runner) -> None:
+def explain_resume_errors(runner: Runner) -> None:
     """Have whatever MMEngine stumbles over in a checkpoint's training state be an error of one line."""
     load_or_resume = runner.load_or_resume
 
@@ -88,7 +90,7 @@ def resume_or_say_why(runner: Runner) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a work directory for one training; what another one left half-written is removed.
 
     Raises:
@@ -105,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             lock.seek(0)
             raise InputError(f'{folder}: another training is writing there ({lock.read() or "unknown"})') from error
-        for left in folder.glob(LEFT):
+        for left in folder.glob(LEFTOVERS):
             left.unlink()
         lock.truncate(0)
         with suppress(OSError):  # on a full disk the holder has no name

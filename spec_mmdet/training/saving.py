@@ -19,8 +19,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from ..checkpoints.reading import load, not_finite
-from ..errors import InputError, some
+from ..checkpoints.reading import find_nonfinite, load
+from ..errors import InputError, list_briefly
 from ..files import write
 
 INTERRUPTED = 'interrupted.pth'  # what a signal leaves
@@ -29,12 +29,12 @@ EVALUATED = 'last_evaluation'  # the last epoch (or iteration, without epochs) w
 _received: list[int] = []
 
 
-def unwrapped(runner: Runner) -> nn.Module:
+def unwrap_model(runner: Runner) -> nn.Module:
     """The runner's model, without the wrapper of distributed training."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def serialized(content: object) -> bytes:
+def serialize(content: object) -> bytes:
     """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -42,7 +42,7 @@ def serialized(content: object) -> bytes:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Have SIGTERM and SIGINT save at the next step and stop (the hook below does); a second one ends at once."""
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -86,7 +86,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     * Beside the best checkpoint, its weights and classes alone: ``best_..._weights.pth``.
     * What makes resuming exact beside MMEngine's own: how far within its epoch a checkpoint is, what a step is made of,
       and the gradients that are being accumulated.
-    * On a signal (:func:`listening`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
+    * On a signal (:func:`stop_on_signals`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -103,7 +103,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
         """Write a whole checkpoint, and that it is the last one."""
         if not runner.optim_wrapper.should_update():
-            average_gradients(unwrapped(runner))
+            average_gradients(unwrap_model(runner))
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -147,13 +147,13 @@ class CheckpointHook(MMEngineCheckpointHook):
                     self.best_ckpt_path = old
             elif is_main_process():
                 self._write_weights(Path(new))
-                for path in (Path(old), weights_beside(Path(old))) if old and old != new else ():
+                for path in (Path(old), weights_path(Path(old))) if old and old != new else ():
                     path.unlink(missing_ok=True)
 
     def _write_weights(self, best: Path) -> None:
         content = load(best)
         meta = {key: content['meta'][key] for key in ('epoch', 'iter', 'dataset_meta', 'run') if key in content['meta']}
-        write(weights_beside(best), serialized(dict(meta=meta, state_dict=content['state_dict'])))
+        write(weights_path(best), serialize(dict(meta=meta, state_dict=content['state_dict'])))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse weights that are not finite; add what makes resuming exact.
@@ -162,16 +162,19 @@ class CheckpointHook(MMEngineCheckpointHook):
             InputError: where weights are not finite.
         """
         for part in ('state_dict', 'ema_state_dict'):
-            spoilt = not_finite(checkpoint.get(part, {}))
+            spoilt = find_nonfinite(checkpoint.get(part, {}))
             if spoilt:
-                raise InputError(f'the weights are not finite ({some(spoilt)}), and not saved; {last_good(runner)}')
+                raise InputError(
+                    f'the weights are not finite ({list_briefly(spoilt)}), and not saved; '
+                    f'{describe_last_checkpoint(runner)}'
+                )
         meta, loop = checkpoint['meta'], runner.train_loop
-        if hasattr(loop, 'steps'):
-            meta['steps'] = loop.steps
-        if hasattr(loop, 'began'):
-            meta['iter_in_epoch'] = meta['iter'] - loop.began if meta['epoch'] == loop.epoch else 0
+        if hasattr(loop, 'step_settings'):
+            meta['steps'] = loop.step_settings
+        if hasattr(loop, 'epoch_start'):
+            meta['iter_in_epoch'] = meta['iter'] - loop.epoch_start if meta['epoch'] == loop.epoch else 0
         if 'optimizer' in checkpoint and not runner.optim_wrapper.should_update():
-            named = unwrapped(runner).named_parameters()
+            named = unwrap_model(runner).named_parameters()
             checkpoint['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -179,7 +182,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         if runner._resume and runner._train_loop is not None:
             runner.train_loop.resumed_from = checkpoint['meta']
             gradients = checkpoint.get('gradients', {})
-            for name, parameter in unwrapped(runner).named_parameters():
+            for name, parameter in unwrap_model(runner).named_parameters():
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter)
             if gradients:
@@ -188,15 +191,15 @@ class CheckpointHook(MMEngineCheckpointHook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
         """Save what is due; where a signal came, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if stop := agreed_signal():
+        if stop := agree_on_signal():
             self._save(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter + 1))
             self._exit(runner, stop)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
         """Where a signal came and this epoch is saved, exit; the evaluation is made up for."""
         saved = runner.message_hub.runtime_info.get('last_ckpt')
-        is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(saved_after(runner))
-        if is_saved and (stop := agreed_signal()):
+        is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(count_progress(runner))
+        if is_saved and (stop := agree_on_signal()):
             self._exit(runner, stop)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
@@ -210,14 +213,14 @@ class CheckpointHook(MMEngineCheckpointHook):
             runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
         super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
         if is_main_process():
-            write(Path(runner.work_dir, EVALUATED), str(saved_after(runner)))
+            write(Path(runner.work_dir, EVALUATED), str(count_progress(runner)))
 
     def _exit(self, runner: Runner, number: int) -> None:
         runner.logger.info(f'{signal.Signals(number).name}: {self.last_ckpt} is saved; --resume goes on from it')
         raise SystemExit(128 + number)
 
 
-def saved_after(runner: Runner) -> int:
+def count_progress(runner: Runner) -> int:
     """What evaluations and the checkpoints before them are counted by: epochs, or iterations where there are none."""
     return runner.epoch or runner.iter
 
@@ -239,18 +242,18 @@ def average_gradients(model: nn.Module) -> None:
             all_reduce(parameter.grad, 'mean')
 
 
-def weights_beside(best: Path) -> Path:
+def weights_path(best: Path) -> Path:
     """The file of a best checkpoint's weights alone."""
     return best.with_name(f'{best.stem}_weights.pth')
 
 
-def last_good(runner: Runner) -> str:
+def describe_last_checkpoint(runner: Runner) -> str:
     """What to go back to, in words."""
     saved = runner.message_hub.runtime_info.get('last_ckpt')
     return f'the last good checkpoint is {saved}' if saved else 'no checkpoint was saved before'
 
 
-def agreed_signal() -> int:
+def agree_on_signal() -> int:
     """The signal that one of the processes was sent, for all of them at the same iteration; 0 where none was."""
     number = torch.tensor(_received[0] if _received else 0)
     if get_world_size() > 1:

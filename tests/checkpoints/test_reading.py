@@ -12,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from spec_mmdet import CheckpointGuard, InputError
-from spec_mmdet.checkpoints.reading import load, mismatches, state_dict_of
+from spec_mmdet.checkpoints.reading import describe_mismatches, get_state_dict, load
 
 
 class Payload:
@@ -116,12 +116,12 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
 
 def test_what_is_quoted_of_a_file_stays_within_the_line():
     with pytest.raises(InputError) as refused:
-        state_dict_of({}, 'checkpoint a\nb\x1b[2K\ud800 ü')
+        get_state_dict({}, 'checkpoint a\nb\x1b[2K\ud800 ü')
     assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: holds no weights')
 
 
 def test_integers_are_no_weights():
     model = torch.nn.BatchNorm1d(2)
-    assert mismatches(model, model.state_dict()) == ''
+    assert describe_mismatches(model, model.state_dict()) == ''
     weights = {name: value.long() for name, value in model.state_dict().items()}
-    assert mismatches(model, weights).startswith('4 of another kind of number (weight, bias, ')
+    assert describe_mismatches(model, weights).startswith('4 of another kind of number (weight, bias, ')

@@ -16,7 +16,7 @@ from spec_mmdet import InputError, __version__, find_config
 from spec_mmdet.commands import COMMANDS, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
-from spec_mmdet.commands.common import running
+from spec_mmdet.commands.common import one_line_errors
 
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 
@@ -144,7 +144,7 @@ def test_an_error_of_a_process_that_loads_data_is_its_own_line_alone():
         raise InputError('image a.png: damaged')
     except InputError:
         passed_on = ExceptionWrapper(where='in DataLoader worker process 0')
-    with pytest.raises(InputError) as refused, running():
+    with pytest.raises(InputError) as refused, one_line_errors():
         passed_on.reraise()
     assert str(refused.value) == 'image a.png: damaged'
 

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import CONFIG, complaint, run_tool
+from conftest import CONFIG, error_line, run_tool
 
 from spec_mmdet.commands import compare, run
 
@@ -71,5 +71,5 @@ def test_what_cannot_be_compared(monkeypatch, runs, tmp_path, trained):
         ([f'x={runs / "a"}', f'y={other}'], 'not to be compared'),
         ([f'x={runs / "a"}', f'y={runs / "b"}', '--out', tmp_path / 'full'], 'something other than a comparison'),
     ):
-        assert says in complaint(monkeypatch, 'compare', '--out', tmp_path / 'out', *args), says
+        assert says in error_line(monkeypatch, 'compare', '--out', tmp_path / 'out', *args), says
     assert not (tmp_path / 'out').exists()

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CONFIG, complaint, run_tool
+from conftest import CONFIG, error_line, run_tool
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -63,7 +63,7 @@ def test_exported_backbone_computes_the_same(monkeypatch, config, conditioned, t
     assert metadata['mean'] == [123.675, 116.28, 103.53] and metadata['std'] == [58.395, 57.12, 57.375]
     assert metadata['channels'] == 'RGB' and metadata['strides'] == [4, 8, 16, 32]
     assert metadata['conditioning'] == "dict(type='identity', lam=10)"
-    assert 'is there already' in complaint(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
+    assert 'is there already' in error_line(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
 
 
 def test_other_features_are_not_left_behind(monkeypatch, config, conditioned, tmp_path):
@@ -84,7 +84,7 @@ def test_other_features_are_not_left_behind(monkeypatch, config, conditioned, tm
 
     monkeypatch.setattr(onnxruntime, 'InferenceSession', Zeros)
     args = [config, conditioned[1], tmp_path / 'backbone.onnx', *LAMBDA]
-    assert 'it does not compute what the backbone does' in complaint(monkeypatch, 'export', *args)
+    assert 'it does not compute what the backbone does' in error_line(monkeypatch, 'export', *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_unusable_inputs(monkeypatch, config, conditioned, trained, tmp_path):
         ([config, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'is of another XCiT'),
         ([config, checkpoint, out, *LAMBDA, 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
     ):
-        assert says in complaint(monkeypatch, 'export', *args)
+        assert says in error_line(monkeypatch, 'export', *args)
     assert not out.parent.exists()
 
 
@@ -192,5 +192,5 @@ def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, c
         np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
         assert (decode(ours['segmentation']) != decode(theirs['segmentation'])).sum() <= 2
     out.write_bytes(b'text')
-    refusal = complaint(monkeypatch, 'predict', config, out, shapes / 'val', '--out', tmp_path / 'none')
+    refusal = error_line(monkeypatch, 'predict', config, out, shapes / 'val', '--out', tmp_path / 'none')
     assert 'detector.onnx: ONNX Runtime cannot read it' in refusal and not (tmp_path / 'none').exists()

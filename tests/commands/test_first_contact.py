@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, complaint, run_tool
+from conftest import ROOT, error_line, run_tool
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data import shapes
@@ -178,7 +178,7 @@ def test_early_stopping_as_it_is_documented(monkeypatch, source, configs, tmp_pa
 def test_boxes_alone_are_no_data_of_mask_rcnn(monkeypatch, source, configs, tmp_path):
     boxes_alone(source, tmp_path / 'export')
     args = [configs / 'mask.py', '--data', tmp_path / 'export', '--work-dir', tmp_path / 'work']
-    says = complaint(monkeypatch, 'train', *args)
+    says = error_line(monkeypatch, 'train', *args)
     assert 'boxes alone, no masks' in says and 'xcit_spec_fasterrcnn' in says
     assert not (tmp_path / 'work').exists()
 
@@ -195,10 +195,10 @@ def test_classes_are_stated_once(monkeypatch, source, configs, tmp_path):
     train = ['--data', 'export', '--work-dir', 'work', '--epochs', 1, '--batch-size', 4, '--image-size', 64]
 
     own.write_text(f'{lines}model = dict({head})\n')
-    says = complaint(monkeypatch, 'train', own, *train)
+    says = error_line(monkeypatch, 'train', own, *train)
     assert 'model.roi_head.bbox_head.num_classes is 3 in the config' in says and 'metainfo.classes' in says
     own.write_text(f'{lines}val_dataloader = {dataset.replace("square", "star")}\n')
-    says = complaint(monkeypatch, 'train', own, *train)
+    says = error_line(monkeypatch, 'train', own, *train)
     assert 'val_dataloader.dataset.metainfo.classes is (circle, star)' in says and 'train_dataloader.dataset' in says
 
     own.write_text(lines)
@@ -226,7 +226,7 @@ def test_what_is_measured_is_what_is_predicted_on(monkeypatch, source, configs, 
     roboflow(source, tmp_path / 'export')
     other = tmp_path / 'export/train/_annotations.coco.json'
     setting = ['--cfg-options', f'val_evaluator.ann_file={other}']
-    says = complaint(monkeypatch, 'train', configs / 'mask.py', '--data', tmp_path / 'export', *setting)
+    says = error_line(monkeypatch, 'train', configs / 'mask.py', '--data', tmp_path / 'export', *setting)
     assert f'val_evaluator.ann_file is {other} and val_dataloader.dataset.ann_file is ' in says
 
 
@@ -234,7 +234,7 @@ def test_metainfo_in_the_spelling_of_before_is_named(monkeypatch, source, config
     roboflow(source, tmp_path / 'export')
     lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(metainfo=dict(CLASSES=('circle',))))\n"
     (configs / 'before.py').write_text(lines)
-    says = complaint(monkeypatch, 'train', configs / 'before.py', '--data', tmp_path / 'export')
+    says = error_line(monkeypatch, 'train', configs / 'before.py', '--data', tmp_path / 'export')
     assert 'train_dataloader.dataset.metainfo.CLASSES' in says
 
 
@@ -242,4 +242,4 @@ def test_an_annotation_file_is_one(monkeypatch, source, configs, tmp_path):
     roboflow(source, tmp_path / 'export')
     lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(ann_file=['a.json', 'b.json']))\n"
     (configs / 'several.py').write_text(lines)
-    assert 'ConcatDataset' in complaint(monkeypatch, 'train', configs / 'several.py')
+    assert 'ConcatDataset' in error_line(monkeypatch, 'train', configs / 'several.py')

@@ -4,12 +4,12 @@ import json
 import logging
 
 import pytest
-from conftest import CONFIG, complaint, options, run_tool
+from conftest import CONFIG, error_line, options, run_tool
 from mmengine.config import Config
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
-from spec_mmdet.commands.options import merge, settle
+from spec_mmdet.commands.options import adjust_dependent_settings, merge
 from spec_mmdet.errors import InputError
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
@@ -95,7 +95,7 @@ def test_cfg_options_may_come_before_the_config(monkeypatch, shapes, tmp_path):
 def test_settings_follow_from_those_that_they_depend_on(capsys):
     cfg = Config.fromfile(CONFIG)
     merge(cfg, {'train_dataloader.persistent_workers': True, 'model.backbone.arch.dim': 64})
-    settle(cfg)
+    adjust_dependent_settings(cfg)
     assert not cfg.train_dataloader.get('persistent_workers') and cfg.model.neck.in_channels == [64] * 4
     told = capsys.readouterr().err
     assert 'no worker to be persistent' in told and "[64, 64, 64, 64], the backbone's" in told
@@ -117,10 +117,10 @@ def test_a_config_that_cannot_be_built_is_one_line(monkeypatch, shapes, tmp_path
         tracker = tmp_path / 'tracker.py'
         tracker.write_text(f"_base_ = '{CONFIG}'\nvisualizer = dict(vis_backends=[dict(type='ClearMLVisBackend')])\n")
         args = [tracker, '--work-dir', tmp_path / 'work', *options(shapes)]
-        assert 'pip install clearml' in complaint(monkeypatch, 'train', *args)
+        assert 'pip install clearml' in error_line(monkeypatch, 'train', *args)
         return
     args = [CONFIG, '--work-dir', tmp_path / 'work', *options(shapes), *settings]
-    assert says in complaint(monkeypatch, 'train', *args)
+    assert says in error_line(monkeypatch, 'train', *args)
 
 
 def test_a_fault_of_the_program_stays_a_traceback(monkeypatch, shapes, tmp_path):
@@ -147,10 +147,10 @@ def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
     assert any('coco/segm_mAP' in json.loads(line) for line in scalars.read_text().splitlines())
     (log,) = (path.read_text() for path in tmp_path.glob('*/*.log'))
     assert 'starts from random weights, and 8 images are few' in log
-    says = complaint(monkeypatch, 'train', CONFIG, '--data', shapes, '--lr', 1, '--auto-scale-lr')
+    says = error_line(monkeypatch, 'train', CONFIG, '--data', shapes, '--lr', 1, '--auto-scale-lr')
     assert 'leave one of them out' in says
     finetune = ['--work-dir', tmp_path / 'other', '--preset', 'finetune', *few]
-    says = complaint(monkeypatch, 'train', CONFIG, '--data', shapes, *finetune)
+    says = error_line(monkeypatch, 'train', CONFIG, '--data', shapes, *finetune)
     assert 'frozen_stages' in says and 'model.backbone.init_cfg.checkpoint=FILE' in says
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, error_line, options, run_tool
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -120,7 +120,7 @@ def test_damaged_images_do_not_cost_the_others(monkeypatch, trained, shapes, tmp
     for inputs in (folder, f'{folder}/*.*'):
         out = tmp_path / f'out{inputs == folder}'
         args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures']
-        refusal = complaint(monkeypatch, 'predict', *args)
+        refusal = error_line(monkeypatch, 'predict', *args)
         assert f'5 of 7 inputs could not be decoded, first {folder / "1.png"}' in refusal
         images, predicted = results(out)
         assert [image['file_name'] for image in images['images']] == ['2.png', '7.png'] and predicted
@@ -160,7 +160,7 @@ def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):
         ),
         ([ROOT / 'configs' / '_base_' / 'coco_3x.py', detector, image], 'has no model'),
     ):
-        assert says in complaint(monkeypatch, 'predict', '--out', out, *args)
+        assert says in error_line(monkeypatch, 'predict', '--out', out, *args)
     assert not out.exists()
 
 

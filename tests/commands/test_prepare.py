@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, complaint, run_tool
+from conftest import ROOT, error_line, run_tool
 from mmdet.apis import DetInferencer
 from mmdet.registry import DATASETS
 from mmdet.visualization import get_palette
@@ -263,7 +263,7 @@ def spoilt(good, tmp_path) -> Path:
 @pytest.mark.parametrize(('spoil', 'says'), DEFECTS.values(), ids=DEFECTS)
 def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
-    assert 'not ready for training' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert 'not ready for training' in error_line(monkeypatch, 'prepare_coco', spoilt)
     errors = capsys.readouterr().out.partition('errors, to be put right:\n')[2].partition('\n\n')[0].splitlines()
     # The one defect is reported; only what it entails is beside it.
     (line,) = (line for line in errors if says in line)
@@ -271,7 +271,7 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     assert len(errors) <= 2
     # What is faulty is not passed on.
     out = spoilt.parent / 'out'
-    assert 'not ready' in complaint(monkeypatch, 'prepare_coco', spoilt, '--subset', 100, '--out', out)
+    assert 'not ready' in error_line(monkeypatch, 'prepare_coco', spoilt, '--subset', 100, '--out', out)
     assert not out.exists()
 
 
@@ -284,7 +284,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
         json.loads((spoilt / f'annotations/instances_{split}.json').read_text()) for split in ('train', 'val')
     )
     listing, out = tmp_path / 'all.csv', tmp_path / 'out'
-    line = complaint(monkeypatch, 'prepare_coco', spoilt, '--findings', listing)
+    line = error_line(monkeypatch, 'prepare_coco', spoilt, '--findings', listing)
     assert '4 errors in all' in line and str(listing) in line and 'instances_train.json' in line
 
     run_tool(monkeypatch, 'prepare_coco', spoilt, '--drop', '--out', out, '--findings', listing)
@@ -307,7 +307,7 @@ def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, c
     replace_image(truncated)(spoilt)
     # As OpenCV 4.10 does: it returns what there is, and grey for the rest.
     monkeypatch.setattr('mmcv.imfrombytes', lambda content: np.full((SIZE, SIZE, 3), 128, np.uint8))
-    complaint(monkeypatch, 'prepare_coco', spoilt)
+    error_line(monkeypatch, 'prepare_coco', spoilt)
     assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
 
 
@@ -373,14 +373,16 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
         ([images, '--annotations', images / 'absent.json', '--out', tmp_path / 'out'], 'no such file'),
         ([images, '--annotations', ann_file, '--val', 40, '--out', tmp_path / 'out'], 'leaves none for training'),
     ):
-        assert says in complaint(monkeypatch, 'prepare_coco', *args)
+        assert says in error_line(monkeypatch, 'prepare_coco', *args)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
-    assert 'not the 2 classes trained for (they are in another order)' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert 'not the 2 classes trained for (they are in another order)' in error_line(
+        monkeypatch, 'prepare_coco', spoilt
+    )
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
-    assert "has the width '96'" in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert "has the width '96'" in error_line(monkeypatch, 'prepare_coco', spoilt)
     shutil.rmtree(spoilt / 'annotations')
-    assert 'lack their annotation file' in complaint(monkeypatch, 'prepare_coco', spoilt)
+    assert 'lack their annotation file' in error_line(monkeypatch, 'prepare_coco', spoilt)
     assert not (tmp_path / 'out').exists()
 
 

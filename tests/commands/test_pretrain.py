@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, run_tool
+from conftest import error_line, run_tool
 from hypothesis import given
 from hypothesis import strategies as st
 from mmdet.registry import MODELS
@@ -112,7 +112,7 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
     data = tmp_path / 'data'
 
     def refused(config: str = CONFIG, *more) -> str:
-        return complaint(monkeypatch, 'pretrain', config, '--data', data, *options(tmp_path / 'work', *more))
+        return error_line(monkeypatch, 'pretrain', config, '--data', data, *options(tmp_path / 'work', *more))
 
     assert 'detectors are trained by spec-mmdet train' in refused('xcit_maskrcnn')
     assert 'lacks the folder train/' in refused()
@@ -137,7 +137,7 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
 def test_timm_is_named_where_it_is_absent(monkeypatch, crops, tmp_path):
     monkeypatch.delitem(sys.modules, 'spec_mmdet.data.classification', raising=False)
     monkeypatch.setitem(sys.modules, 'timm.data', None)
-    assert 'pip install timm' in complaint(monkeypatch, 'pretrain', CONFIG, '--data', crops)
+    assert 'pip install timm' in error_line(monkeypatch, 'pretrain', CONFIG, '--data', crops)
 
 
 def test_images_are_as_timm_reads_them(crops):

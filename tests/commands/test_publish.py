@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import torch
-from conftest import complaint, run_tool
+from conftest import error_line, run_tool
 from safetensors.torch import load_file
 
 from spec_mmdet.checkpoints.reading import load
@@ -42,4 +42,4 @@ def test_what_is_not_published(monkeypatch, trained):
         ([trained / 'epoch_1.pth', '--config', 'absent.py'], '--config absent.py: no such file'),
         ([trained / 'epoch_1.pth', '--out', trained], 'not an empty folder'),
     ):
-        assert says in complaint(monkeypatch, 'publish', *args)
+        assert says in error_line(monkeypatch, 'publish', *args)

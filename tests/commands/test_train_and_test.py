@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import BARE, CONFIG, ROOT, assert_ap_is_that_of_pycocotools, complaint, options, run_tool
+from conftest import BARE, CONFIG, ROOT, assert_ap_is_that_of_pycocotools, error_line, options, run_tool
 from mmdet.registry import HOOKS
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
 from spec_mmdet.errors import InputError
-from spec_mmdet.training.results import by_epoch, read_scalars
+from spec_mmdet.training.results import group_by_epoch, read_scalars
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
 DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
@@ -148,7 +148,7 @@ def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
 
 def test_exhausted_memory(monkeypatch, shapes, tmp_path):
     enormous = 'model.rpn_head.feat_channels=10000000000'
-    says = complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), enormous)
+    says = error_line(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), enormous)
     assert 'out of memory (' in says and 'train_dataloader.batch_size=1' in says
 
 
@@ -232,7 +232,7 @@ def test_curves_of_a_training_that_was_resumed(tmp_path):
     write('2', train(15, 1.0), train(20, 0.5), epochs[1])
     write('3', train(25, 0.5), epochs[2])
     assert [entry['loss'] for entry in read_scalars(tmp_path) if 'loss' in entry] == [3.0, 2.0, 1.0, 0.5, 0.5]
-    rows = list(by_epoch(read_scalars(tmp_path)))
+    rows = list(group_by_epoch(read_scalars(tmp_path)))
     assert [(row['epoch'], row['iter'], row['loss']) for row in rows] == [(1, 10, 2.5), (2, 20, 0.75), (3, 25, 0.5)]
 
 
@@ -293,7 +293,7 @@ def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
         ([CONFIG, '--max-images', '0'], 'at least 1'),
         ([ROOT / 'configs' / '_base_' / 'coco_3x.py'], 'no model with a backbone'),
     ):
-        assert says in complaint(monkeypatch, 'analyze_conditioning', *args, '--out', tmp_path / 'out')
+        assert says in error_line(monkeypatch, 'analyze_conditioning', *args, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
@@ -386,7 +386,7 @@ def val_twice(root):
 )
 def test_unusable_data(monkeypatch, broken_shapes, tmp_path, spoil, says):
     spoil(broken_shapes)
-    assert says in complaint(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path / 'work', *options(broken_shapes))
+    assert says in error_line(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path / 'work', *options(broken_shapes))
     assert not (tmp_path / 'work').exists()
 
 
@@ -395,8 +395,8 @@ def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tm
     spoil_json(lambda coco: coco['categories'].reverse())(broken_shapes)
     work = ['--work-dir', tmp_path / 'work', *options(broken_shapes)]
     says = 'not the 4 classes trained for (they are in another order)'
-    assert says in complaint(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', *work)
-    assert says in complaint(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
+    assert says in error_line(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', *work)
+    assert says in error_line(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
 
     converted = tmp_path / 'converted.pth'
     run_tool(monkeypatch, 'convert_checkpoint', trained / 'epoch_1.pth', converted, '--detector', CONFIG)
@@ -406,30 +406,30 @@ def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tm
 def test_images_without_annotations_can_be_predicted_for_submission(monkeypatch, broken_shapes, trained, tmp_path):
     spoil_json(lambda coco: coco.pop('annotations'), 'val')(broken_shapes)
     args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', tmp_path / 'work', *options(broken_shapes)]
-    assert 'no list of "annotations"' in complaint(monkeypatch, 'test', *args)
+    assert 'no list of "annotations"' in error_line(monkeypatch, 'test', *args)
     out = tmp_path / 'submission'
     run_tool(monkeypatch, 'test', *args, 'test_evaluator.format_only=True', f'test_evaluator.outfile_prefix={out}')
     assert json.loads((tmp_path / 'submission.segm.json').read_text())
 
 
 def test_unusable_config_and_checkpoint(monkeypatch, shapes, trained, tmp_path):
-    assert 'config absent.py: no such file' in complaint(monkeypatch, 'train', 'absent.py')
-    assert 'config absent.py: no such file' in complaint(monkeypatch, 'test', 'absent.py', 'absent.pth')
+    assert 'config absent.py: no such file' in error_line(monkeypatch, 'train', 'absent.py')
+    assert 'config absent.py: no such file' in error_line(monkeypatch, 'test', 'absent.py', 'absent.pth')
     text = tmp_path / 'text.pth'
     text.write_text('not a checkpoint')
     no_weights = tmp_path / 'epochs.pth'
     torch.save(dict(epoch=3), no_weights)
     for path, says in (('absent.pth', 'no such file'), (text, 'not a checkpoint'), (no_weights, 'holds no weights')):
-        assert says in complaint(monkeypatch, 'test', CONFIG, path, '--work-dir', tmp_path, *options(shapes))
-        assert says in complaint(
+        assert says in error_line(monkeypatch, 'test', CONFIG, path, '--work-dir', tmp_path, *options(shapes))
+        assert says in error_line(
             monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', path, *options(shapes)
         )
     pretrained = ['model.backbone.init_cfg.type=Pretrained', f'model.backbone.init_cfg.checkpoint={text}']
     args = [CONFIG, '--work-dir', tmp_path, *options(shapes), *pretrained]
-    assert 'not a checkpoint' in complaint(monkeypatch, 'train', *args)
+    assert 'not a checkpoint' in error_line(monkeypatch, 'train', *args)
     for option, says in (
         ('model.backbone.conditioning.lam=2.0', 'made with conditioning'),
         ('model.rpn_head.anchor_generator.scales=[4,8]', 'does not fit the configured model'),
     ):
         args = [CONFIG, trained / 'epoch_1.pth', '--work-dir', tmp_path, *options(shapes), option]
-        assert says in complaint(monkeypatch, 'test', *args)
+        assert says in error_line(monkeypatch, 'test', *args)

@@ -11,7 +11,7 @@ import mmengine.config.config
 import pytest
 import torch
 import yapf.yapflib.yapf_api
-from conftest import ROOT, complaint, run_tool
+from conftest import ROOT, error_line, run_tool
 from mmengine.config import Config
 
 from spec_mmdet.checkpoints.reading import load
@@ -84,7 +84,7 @@ def test_a_case(monkeypatch, clean, tmp_path, capfd, name):
     write(data, change)
     if expect == 'refused':
         for command in (prepare, train, test):
-            line = complaint(monkeypatch, *command)
+            line = error_line(monkeypatch, *command)
             assert re.search(r'instances_(train|val)\.json|00\d\.png', line), line
             assert 'Traceback' not in capfd.readouterr().err
         assert not (tmp_path / 'work').exists() and not (tmp_path / 'test').exists()

@@ -7,7 +7,7 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from conftest import complaint, run_tool
+from conftest import error_line, run_tool
 from pycocotools import mask as mask_utils
 from scipy import ndimage
 
@@ -95,9 +95,9 @@ def test_garments_are_pasted_from_their_own_split(monkeypatch, tmp_path):
 
     broken = tmp_path / 'train-images-idx3-ubyte.gz'
     broken.write_bytes(gzip.compress(gzip.decompress(broken.read_bytes())[:-1]))
-    assert 'not whole' in complaint(monkeypatch, 'make_scenes', tmp_path / 'new', '--fashion-mnist', tmp_path)
+    assert 'not whole' in error_line(monkeypatch, 'make_scenes', tmp_path / 'new', '--fashion-mnist', tmp_path)
     broken.unlink()
-    assert 'dataset-fashion-mnist' in complaint(
+    assert 'dataset-fashion-mnist' in error_line(
         monkeypatch, 'make_scenes', tmp_path / 'new', '--fashion-mnist', tmp_path
     )
     assert not (tmp_path / 'new').exists()

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import ROOT, complaint, run_tool
+from conftest import ROOT, error_line, run_tool
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -20,7 +20,7 @@ from spec_mmdet.data import shapes
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
 from spec_mmdet.evaluation.outcomes import ERRORS, confusion_matrix, outcomes, scores_of
-from spec_mmdet.files import folder_written_aside
+from spec_mmdet.files import write_folder_atomically
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 NAMES = ('circle', 'square', 'triangle', 'star')
@@ -67,11 +67,11 @@ def write_report(root: Path, found: list[dict]) -> str:
     cfg.merge_from_dict(settings(root))
     set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
     report.prepare(folder, cfg)
-    tested = report.Tested(
+    tested = report.TestResults(
         'None', [('queries', '12', '345', '–', '–')], '7 images a second', dict(seed=5, commit='abc')
     )
     command = ['spec-mmdet', 'test', '--report', 'a & b', f'{Path.cwd()}/c']
-    with folder_written_aside(folder) as aside:
+    with write_folder_atomically(folder) as aside:
         for kind in ('bbox', 'segm'):
             Path(f'{cfg.test_evaluator.outfile_prefix}.{kind}.json').write_text(json.dumps(found))
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
@@ -261,10 +261,10 @@ def test_the_command(monkeypatch, data, tmp_path):
 
     (data / 'val' / 'index.html').write_text("somebody's")
     for other in (data / 'val', checkpoint):
-        assert 'other than a report' in complaint(monkeypatch, 'test', *args, '--report', other)
+        assert 'other than a report' in error_line(monkeypatch, 'test', *args, '--report', other)
     for option in ('test_evaluator.format_only=True', 'test_evaluator.metric=segm'):
-        assert "the metric 'bbox'" in complaint(monkeypatch, 'test', *args, option, '--report', tmp_path / 'new')
-    assert 'needs a CocoMetric' in complaint(
+        assert "the metric 'bbox'" in error_line(monkeypatch, 'test', *args, option, '--report', tmp_path / 'new')
+    assert 'needs a CocoMetric' in error_line(
         monkeypatch, 'test', *args, 'test_evaluator.type=VOCMetric', '--report', tmp_path / 'new'
     )
     assert not (tmp_path / 'new').exists()

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, run_tool
+from conftest import error_line, run_tool
 
 from spec_mmdet.commands import systems as command
 from spec_mmdet.conditioning import projections
@@ -115,15 +115,15 @@ def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path, capsys):
             assert figures[2] == f'{100 * np.mean(np.subtract(own, right["plain"])):+.2f}'
 
     monkeypatch.setattr(command, 'run', lambda *_: pytest.fail('must not begin'))
-    assert 'steps 2, not 3' in complaint(monkeypatch, 'systems', *arguments[:4], 3, *arguments[5:])
+    assert 'steps 2, not 3' in error_line(monkeypatch, 'systems', *arguments[:4], 3, *arguments[5:])
     (tmp_path / 'plain_1.json').write_text('{}')
-    assert 'plain_1.json is no log of a finished run' in complaint(monkeypatch, 'systems', *arguments)
+    assert 'plain_1.json is no log of a finished run' in error_line(monkeypatch, 'systems', *arguments)
 
 
 def test_wrong_input_is_one_line(monkeypatch, tmp_path):
-    assert 'at least 1' in complaint(monkeypatch, 'systems', 'bert', '--seeds', 0)
-    assert 'at least 1' in complaint(monkeypatch, 'systems', 'bert', '--steps', 0)
+    assert 'at least 1' in error_line(monkeypatch, 'systems', 'bert', '--seeds', 0)
+    assert 'at least 1' in error_line(monkeypatch, 'systems', 'bert', '--steps', 0)
     (tmp_path / 'file').touch()
-    assert 'could not be written' in complaint(monkeypatch, 'systems', 'vit', '--out', tmp_path / 'file')
+    assert 'could not be written' in error_line(monkeypatch, 'systems', 'vit', '--out', tmp_path / 'file')
     monkeypatch.setattr(command, 'find_spec', lambda name: None)
-    assert 'needs timm: pip install timm' in complaint(monkeypatch, 'systems', 'vit', '--out', tmp_path)
+    assert 'needs timm: pip install timm' in error_line(monkeypatch, 'systems', 'vit', '--out', tmp_path)

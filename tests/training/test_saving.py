@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 
 from spec_mmdet import InputError, files
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.training.resume import checkpoints_in, locked, newest_whole, require_no_checkpoints
+from spec_mmdet.training.resume import find_checkpoints, find_newest_checkpoint, lock_folder, require_no_checkpoints
 
 
 class Killed(BaseException):
@@ -75,7 +75,7 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
                 toy.runner(work).train()
         if fault is fill:
             assert not list(work.glob('.*.partial')), nth
-        newest = newest_whole(work)
+        newest = find_newest_checkpoint(work)
         trained = load(newest)['meta']['epoch'] if newest else 0
         before = [load(path)['meta']['epoch'] for path in work.glob('best_*.pth')]
         assert trained >= max(before, default=0) - 1, nth  # at the most an epoch is lost
@@ -85,7 +85,7 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
         if newest is not None:
             toy.Score.epoch = trained - (not (moved / 'last_evaluation').exists() or
                                          (moved / 'last_evaluation').read_text() != str(trained))  # fmt: skip
-        with locked(moved):
+        with lock_folder(moved):
             resumed.train()
         again = load(moved / 'epoch_4.pth')
         for name, value in truth['state_dict'].items():
@@ -95,9 +95,9 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
 
 
 def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
-    assert newest_whole(tmp_path) is None
+    assert find_newest_checkpoint(tmp_path) is None
     toy.runner(tmp_path, default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1))).train()
-    assert newest_whole(tmp_path).name == 'epoch_4.pth'
+    assert find_newest_checkpoint(tmp_path).name == 'epoch_4.pth'
     whole = (tmp_path / 'epoch_4.pth').read_bytes()
     (tmp_path / 'epoch_4.pth').write_bytes(whole[: len(whole) // 2])
     spoilt = bytearray((tmp_path / 'epoch_3.pth').read_bytes())
@@ -105,15 +105,15 @@ def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
     spoilt[where] ^= 1  # which no reading would notice
     (tmp_path / 'epoch_3.pth').write_bytes(spoilt)
     capsys.readouterr()
-    assert newest_whole(tmp_path).name == 'epoch_2.pth'
+    assert find_newest_checkpoint(tmp_path).name == 'epoch_2.pth'
     says = capsys.readouterr().out
     assert 'epoch_3.pth: damaged in' in says and 'epoch_4.pth: not a checkpoint' in says
     assert 'resuming from' in says and 'saved after iteration 8' in says
     for number in (1, 2):
         (tmp_path / f'epoch_{number}.pth').write_bytes(b'')
     with pytest.raises(InputError, match='none of its 4 checkpoints is whole'):
-        newest_whole(tmp_path)
-    assert len(checkpoints_in(tmp_path)) == 4
+        find_newest_checkpoint(tmp_path)
+    assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(InputError, match='holds a training already .epoch_1.pth'):
         require_no_checkpoints(tmp_path)
 
@@ -122,7 +122,7 @@ def test_two_trainings_do_not_share_a_directory(tmp_path):
     child = os.fork()  # locks are between processes
     ready, go = tmp_path / 'ready', tmp_path / 'go'
     if child == 0:
-        with locked(tmp_path / 'work'):
+        with lock_folder(tmp_path / 'work'):
             ready.touch()
             while not go.exists():
                 pass
@@ -131,12 +131,12 @@ def test_two_trainings_do_not_share_a_directory(tmp_path):
         pass
     with (
         pytest.raises(InputError, match=f'another training is writing there .process {child} on'),
-        locked(tmp_path / 'work'),
+        lock_folder(tmp_path / 'work'),
     ):
         pass
     go.touch()
     os.waitpid(child, 0)
-    with locked(tmp_path / 'work'):
+    with lock_folder(tmp_path / 'work'):
         pass
 
 

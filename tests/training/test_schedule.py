@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 
-from spec_mmdet.training.hooks import doubts_of_schedule
+from spec_mmdet.training.hooks import check_schedule
 from spec_mmdet.training.schedule import set_epochs, set_image_size
 
 FINETUNE = ROOT / 'configs' / 'presets' / 'finetune.py'
@@ -101,7 +101,7 @@ def test_layer_decay():
 def doubts(iterations: int, epoch: int, *schedulers, hooks=()) -> list[str]:
     loop = SimpleNamespace(max_iters=iterations)
     runner = SimpleNamespace(train_loop=loop, train_dataloader=range(epoch), param_schedulers=schedulers, hooks=hooks)
-    return doubts_of_schedule(runner)
+    return check_schedule(runner)
 
 
 def test_a_schedule_that_does_not_fit_is_told():

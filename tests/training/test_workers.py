@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy
 
-from spec_mmdet.commands.common import running
+from spec_mmdet.commands.common import one_line_errors
 from spec_mmdet.errors import InputError
 from spec_mmdet.training.guards import end_workers
 
@@ -56,7 +56,7 @@ def troubled(folder: Path, trouble: str, timeout: float):
 )
 def test_trouble_ends_the_run(tmp_path, capfd, trouble, says, timeout):
     start = time.time()
-    with pytest.raises(InputError, match=says), running():
+    with pytest.raises(InputError, match=says), one_line_errors():
         troubled(tmp_path, trouble, timeout).train()
     assert time.time() - start < 60
     said = capfd.readouterr().err

@@ -12,9 +12,9 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from spec_mmdet.commands.common import running
+from spec_mmdet.commands.common import one_line_errors
 from spec_mmdet.errors import InputError
-from spec_mmdet.training.saving import listening
+from spec_mmdet.training.saving import stop_on_signals
 
 SCORES = [1.0, 3.0, 2.0, 4.0]  # by epoch
 
@@ -100,7 +100,7 @@ def fork(action: Callable[[], None], says: Path) -> int:
             os.dup2(log.fileno(), 2)
         status = 2
         try:
-            with running(), listening():
+            with one_line_errors(), stop_on_signals():
                 action()
             status = 0
         except InputError as error:
