@@ -5,7 +5,7 @@ from .configs import find_config
 from .data.images import LoadImageFromFile
 from .data.reading import CocoDataset
 from .evaluation.accuracy import TopK
-from .evaluation.drawing import DetLocalVisualizer, PictureHook
+from .evaluation.drawing import LabelVisualizer, PictureHook
 from .evaluation.metrics import CocoMetric, FastCocoMetric
 from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
@@ -20,7 +20,7 @@ from .training.results import ResultsHook
 from .training.saving import CheckpointHook
 from .training.schedule import WarmUpLR
 
-__all__ = ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'DetLocalVisualizer']
+__all__ = ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'LabelVisualizer']
 __all__ += [
     'ExactTrainLoop',
     'FastCocoMetric',

@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.data.shapes import write_split
-from spec_mmdet.evaluation.drawing import DetLocalVisualizer
+from spec_mmdet.evaluation.drawing import LabelVisualizer
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / 'tests' / 'bare'
@@ -37,7 +37,7 @@ gc.freeze()  # what has been imported is not looked through at every collection,
 def run_tool(monkeypatch, name: str, *args) -> None:
     """Run a tool as its command does, in this process."""
     # Runs are known by the second that they begin in; one would log where that of the test before did.
-    for known in (Visualizer, DetLocalVisualizer, MMLogger, MessageHub):
+    for known in (Visualizer, LabelVisualizer, MMLogger, MessageHub):
         known._instance_dict.clear()
     monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
     runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')

@@ -13,7 +13,7 @@ guards = [
 custom_hooks = [*guards, dict(type='ResultsHook')]
 env_cfg = dict(dist_cfg=dict(timeout=600))  # seconds to wait for another process
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
-visualizer = dict(vis_backends=vis_backends)
+visualizer = dict(type='LabelVisualizer', vis_backends=vis_backends)
 
 # What tools/test.py --tta adds to its flipped views.
 tta_model = dict(type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))

@@ -18,7 +18,7 @@ from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, f
 from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.registry import HOOKS, VISUALIZERS
 from mmdet.structures.mask import BitmapMasks, PolygonMasks
-from mmdet.visualization import DetLocalVisualizer as MMDetLocalVisualizer
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from PIL import Image, ImageDraw, ImageFont
@@ -237,9 +237,9 @@ def marks_of(instances: InstanceData, classes: Sequence[str] | None, least: floa
     return marks
 
 
-@VISUALIZERS.register_module(force=True)
-class DetLocalVisualizer(MMDetLocalVisualizer):
-    """MMDetection's visualiser, under its name, which draws boxes and masks as all pictures of this package are."""
+@VISUALIZERS.register_module()
+class LabelVisualizer(DetLocalVisualizer):
+    """MMDetection's DetLocalVisualizer, with this package's style of boxes, masks and labels."""
 
     def _draw_instances(
         self, image: np.ndarray, instances: InstanceData, classes: list[str] | None, palette: object

@@ -4,12 +4,14 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from mmdet.registry import VISUALIZERS
 from mmdet.structures import DetDataSample
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
 from spec_mmdet.evaluation import drawing, figures
 from spec_mmdet.evaluation.drawing import (
-    DetLocalVisualizer,
+    LabelVisualizer,
     Mark,
     draw,
     font_for,
@@ -25,12 +27,17 @@ NAMES = ['US$5_^ or $\\frac{$', '$_$', 'Größe <b>', 'красный', '%', '\\
 def test_a_name_is_no_mathematics():
     with names_drawn(NAMES):
         figures.draw_confusion(np.eye(len(NAMES) + 1, dtype=int), NAMES).savefig('/dev/null', format='png')
-        visualizer = DetLocalVisualizer()
+        visualizer = LabelVisualizer()
         visualizer.dataset_meta = dict(classes=NAMES, palette='random')
         found = InstanceData(bboxes=np.array([[5.0, 5, 40, 40]] * 6), labels=np.arange(6), scores=np.ones(6))
         visualizer.add_datasample('x', np.zeros((64, 64, 3), np.uint8), DetDataSample(pred_instances=found))
         assert visualizer.get_image().any()
     assert matplotlib.rcParams['text.parse_math']
+
+
+def test_mmdetections_visualizer_keeps_its_name():
+    assert VISUALIZERS.get('DetLocalVisualizer') is DetLocalVisualizer
+    assert VISUALIZERS.get('LabelVisualizer') is LabelVisualizer
 
 
 def test_a_font_is_looked_for(monkeypatch, tmp_path, capsys):
