@@ -1,35 +1,50 @@
-"""All that this package registers with MMDetection's registries, by importing it."""
+"""Everything that this package registers with MMDetection's and MMEngine's registries."""
 
-from .checkpoints.pretrained import StrictPretrainedInit
+from .checkpoints.pretrained import XCiTPretrained
 from .configs import find_config
-from .data.images import LoadImageFromFile
-from .data.reading import CocoDataset
+from .data.images import CheckedLoadImageFromFile
+from .data.reading import CheckedCocoDataset
 from .evaluation.accuracy import TopK
 from .evaluation.drawing import LabelVisualizer, PictureHook
-from .evaluation.metrics import CocoMetric, FastCocoMetric
+from .evaluation.metrics import CheckedCocoMetric, FastCocoMetric
 from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
 from .models.padding import MaskedDataPreprocessor
 from .models.tta import MaskTTAModel
 from .models.xcit import SpecXCiT
-from .training.exact import ExactTrainLoop
+from .training.exact import ExactEpochTrainLoop, ExactIterTrainLoop
 from .training.guards import CheckpointGuard, FiniteGuard, LoaderGuard
 from .training.hooks import ConditioningHook, ScheduleGuard
 from .training.optim import LayerDecayConstructor
 from .training.results import ResultsHook
-from .training.saving import CheckpointHook
+from .training.saving import AtomicCheckpointHook
 from .training.schedule import WarmUpLR
 
-__all__ = ['CheckpointGuard', 'CheckpointHook', 'CocoDataset', 'CocoMetric', 'ConditioningHook', 'LabelVisualizer']
-__all__ += [
-    'ExactTrainLoop',
+__all__ = [
+    'AtomicCheckpointHook',
+    'CheckedCocoDataset',
+    'CheckedCocoMetric',
+    'CheckedLoadImageFromFile',
+    'CheckpointGuard',
+    'ConditioningHook',
+    'ExactEpochTrainLoop',
+    'ExactIterTrainLoop',
     'FastCocoMetric',
     'FiniteGuard',
     'ImageClassifier',
+    'LabelVisualizer',
     'LayerDecayConstructor',
-    'LoadImageFromFile',
     'LoaderGuard',
+    'MaskTTAModel',
+    'MaskedDataPreprocessor',
+    'OnnxDetector',
+    'PictureHook',
+    'ResultsHook',
+    'ScheduleGuard',
+    'SpecXCiT',
+    'SpecXCiTClassifier',
+    'TopK',
+    'WarmUpLR',
+    'XCiTPretrained',
+    'find_config',
 ]
-__all__ += ['MaskTTAModel', 'MaskedDataPreprocessor', 'OnnxDetector', 'PictureHook', 'ResultsHook']
-__all__ += ['ScheduleGuard', 'SpecXCiT', 'SpecXCiTClassifier']
-__all__ += ['StrictPretrainedInit', 'TopK', 'WarmUpLR', 'find_config']

@@ -3,7 +3,7 @@ _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/sc
 
 scales = [(height, 1333) for height in range(480, 801, 32)]
 train_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
+    dict(type='CheckedLoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
     dict(
@@ -19,10 +19,16 @@ train_pipeline = [
     ),
     dict(type='PackDetInputs'),
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+# The test pipeline keeps LoadImageFromFile, the name that MMDetection's DetInferencer looks for.
+val_pipeline = [dict(type='CheckedLoadImageFromFile'), *_base_.test_pipeline[1:]]
+train_dataloader = dict(dataset=dict(type='CheckedCocoDataset', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type='CheckedCocoDataset', pipeline=val_pipeline))
+test_dataloader = dict(dataset=dict(type='CheckedCocoDataset'))
+val_evaluator = dict(type='FastCocoMetric')
+test_evaluator = val_evaluator
 
 max_epochs = 36
-train_cfg = dict(max_epochs=max_epochs)
+train_cfg = dict(type='ExactEpochTrainLoop', max_epochs=max_epochs)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=max_epochs, milestones=[27, 33], gamma=0.1),

@@ -47,7 +47,7 @@ val_dataloader = dict(
 val_evaluator = dict(type='TopK')
 
 max_epochs = 400
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=5)
+train_cfg = dict(type='ExactEpochTrainLoop', max_epochs=max_epochs, val_interval=5)
 val_cfg = dict(type='ValLoop')
 param_scheduler = [
     dict(type='WarmUpLR', start_factor=1e-3, by_epoch=True, begin=0, end=5, convert_to_iter_based=True),

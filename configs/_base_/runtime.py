@@ -2,7 +2,7 @@
 _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(imports=['spec_mmdet'])
 
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='coco/segm_mAP'))
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=2, save_best='coco/segm_mAP'))
 guards = [
     dict(type='CheckpointGuard'),
     dict(type='ConditioningHook'),

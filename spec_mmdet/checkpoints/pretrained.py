@@ -1,4 +1,4 @@
-"""Backbones from checkpoints: what ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` does for a SpecXCiT."""
+"""Load a SpecXCiT's weights from a checkpoint: ``init_cfg=dict(type='XCiTPretrained', checkpoint=FILE)``."""
 
 from __future__ import annotations
 
@@ -44,18 +44,13 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(taken)} tensors{left}')
 
 
-# In the place of MMEngine's own, so that a backbone need not know of checkpoints.
-@WEIGHT_INITIALIZERS.register_module('Pretrained', force=True)
-class StrictPretrainedInit(PretrainedInit):
-    """MMEngine's initialiser, which takes what fits and goes on; a SpecXCiT gets all of its weights, or an error."""
+@WEIGHT_INITIALIZERS.register_module()
+class XCiTPretrained(PretrainedInit):
+    """An initialiser that loads all of a SpecXCiT's weights, or fails; MMEngine's "Pretrained" skips what mismatches.
+
+    A SpecXCiT uses it for ``init_cfg=dict(type='Pretrained', ...)``, too.
+    """
 
     def __call__(self, module: nn.Module) -> None:
-        """Load the checkpoint into a module.
-
-        Raises:
-            InputError: where a SpecXCiT's are not all in it; see :func:`load_backbone`.
-        """
-        if isinstance(module, SpecXCiT):
-            load_backbone(module, self.checkpoint)
-        else:
-            super().__call__(module)
+        """Load the checkpoint into a SpecXCiT; see :func:`load_backbone`."""
+        load_backbone(module, self.checkpoint)

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from ..errors import InputError, list_briefly
 
+COCO_DATASETS = ('CocoDataset', 'CheckedCocoDataset')
 LOOPS = ('train', 'val', 'test')
 NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # of proposals, which have no class, and of other classes (stuff)
 MASK_HEADS = ('mask_head', 'panoptic_head')
@@ -19,7 +20,7 @@ MASK_HEADS = ('mask_head', 'panoptic_head')
 def coco_datasets(node: object) -> Iterator[dict]:
     """Every CocoDataset in (a part of) a config, also inside wrappers."""
     for _, found in walk(node):
-        if found.get('type') == 'CocoDataset':
+        if found.get('type') in COCO_DATASETS:
             yield found
 
 
@@ -65,7 +66,7 @@ def state_classes_once(cfg: Config) -> list[str]:
     stated: dict[str, list[str]] = {}
     for loop in LOOPS:
         for name, dataset in walk(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader'):
-            if dataset.get('type') != 'CocoDataset':
+            if dataset.get('type') not in COCO_DATASETS:
                 continue
             metainfo = dataset.get('metainfo') or {}
             if 'CLASSES' in metainfo:

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
-from mmcv.transforms import LoadImageFromFile as MMCVLoadImageFromFile
+from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -157,10 +157,10 @@ def check_images(images: Iterable[tuple[int, dict]], folder: Path, name: str, fo
 
 
 @TRANSFORMS.register_module()
-class LoadImageFromFile(MMCVLoadImageFromFile):
-    """MMCV's LoadImageFromFile, under its name, that stops at a damaged image, or one of another size than labelled.
+class CheckedLoadImageFromFile(LoadImageFromFile):
+    """MMCV's LoadImageFromFile that rejects a truncated image, or one whose size is not that of its annotations.
 
-    MMCV would train on the grey that OpenCV can put in the place of what is missing.
+    MMCV trains on the grey pixels that OpenCV fills in for the missing part.
     """
 
     def transform(self, results: dict) -> dict | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from mmdet.datasets import CocoDataset as MMDetCocoDataset
+from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 from pycocotools import mask as mask_utils
@@ -184,8 +184,8 @@ def as_list(ids: object) -> object:
     return [ids] if isinstance(ids, str) else ids
 
 
-@DATASETS.register_module(force=True)
-class CocoDataset(MMDetCocoDataset):
-    """MMDetection's CocoDataset, under its name, whose annotation file is read by :func:`read_coco`."""
+@DATASETS.register_module()
+class CheckedCocoDataset(CocoDataset):
+    """MMDetection's CocoDataset that reads its annotation file by :func:`read_coco`."""
 
     COCOAPI = AnnotationFile

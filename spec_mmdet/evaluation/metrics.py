@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
-from mmdet.evaluation import CocoMetric as MMDetCocoMetric
+from mmdet.evaluation import CocoMetric
 from mmdet.evaluation.metrics import coco_metric
 from mmdet.registry import METRICS
 from mmengine.logging import print_log
@@ -139,11 +139,11 @@ def fast_evaluation(truth: COCO | None, found: COCO | None, kind: str) -> COCOev
     return FastEvaluation(truth, found, kind, extra_calc=False)
 
 
-@METRICS.register_module(force=True)
-class CocoMetric(MMDetCocoMetric):
-    """MMDetection's CocoMetric, under its name, for annotation files with any ids, in any encoding.
+@METRICS.register_module()
+class CheckedCocoMetric(CocoMetric):
+    """MMDetection's CocoMetric for annotation files with any ids, in any encoding.
 
-    What it writes (``outfile_prefix``) has the annotation file's own ids.
+    The files that it writes (``outfile_prefix``) contain the annotation file's own ids.
     """
 
     evaluation = staticmethod(Evaluation)
@@ -162,8 +162,8 @@ class CocoMetric(MMDetCocoMetric):
 
 
 @METRICS.register_module()
-class FastCocoMetric(CocoMetric):
-    """CocoMetric, with the same arguments, by :func:`fast_evaluation`.
+class FastCocoMetric(CheckedCocoMetric):
+    """CheckedCocoMetric, with the same arguments, by :func:`fast_evaluation`.
 
     Raises:
         InputError: if faster-coco-eval is not installed.

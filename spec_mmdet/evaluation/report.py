@@ -125,7 +125,7 @@ def prepare(folder: Path, cfg: Config) -> None:
 def coco_evaluator(cfg: Config) -> dict:
     """The test evaluator whose metric is COCO's; an InputError where there is none."""
     for evaluator in evaluators(cfg, 'test'):
-        if evaluator.type in ('CocoMetric', 'FastCocoMetric'):
+        if evaluator.type in ('CocoMetric', 'CheckedCocoMetric', 'FastCocoMetric'):
             return evaluator
     raise InputError('--report: needs a CocoMetric in test_evaluator')
 

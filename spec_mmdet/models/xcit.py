@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmdet.registry import MODELS
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -252,6 +252,8 @@ class SpecXCiT(BaseModule):
         compile: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
+        if isinstance(init_cfg, dict) and init_cfg.get('type') in ('Pretrained', PretrainedInit):
+            init_cfg = dict(init_cfg, type='XCiTPretrained')  # MMEngine's own would skip what mismatches
         super().__init__(init_cfg)
         if isinstance(arch, str):
             if arch not in ARCHS:

@@ -175,9 +175,9 @@ class ExactLoop:
         super().run_iter(*args)
 
 
-@LOOPS.register_module('EpochBasedTrainLoop')
-class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
-    """MMEngine's loop over epochs, under its name, which goes on within an epoch, too.
+@LOOPS.register_module()
+class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
+    """MMEngine's loop over epochs, which also resumes within an epoch.
 
     Attributes:
         epoch_start: the iteration at which the epoch began.
@@ -220,9 +220,9 @@ class ExactTrainLoop(ExactLoop, EpochBasedTrainLoop):
         self.epoch_start = self._iter
 
 
-@LOOPS.register_module('IterBasedTrainLoop')
+@LOOPS.register_module()
 class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
-    """MMEngine's loop over iterations, under its name, which passes over what was trained on without reading it."""
+    """MMEngine's loop over iterations, which skips the samples that were trained on without reading them."""
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         if isinstance(dataloader, dict):

@@ -14,7 +14,7 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -62,8 +62,9 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class DurableBackend(LocalBackend):
-    """MMEngine's local files, under their name: checkpoints, results and pictures are written aside and renamed."""
+@register_backend('atomic')
+class AtomicBackend(LocalBackend):
+    """A file backend of MMEngine that writes local files atomically: to a temporary file, which is then renamed."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         write(filepath, obj)
@@ -72,15 +73,13 @@ class DurableBackend(LocalBackend):
         write(filepath, obj.encode(encoding))
 
 
-register_backend('local', DurableBackend, force=True, prefixes='')
-
-
 @HOOKS.register_module()
-class CheckpointHook(MMEngineCheckpointHook):
-    """MMEngine's CheckpointHook, under its name, that saves so that at every moment a whole checkpoint is there.
+class AtomicCheckpointHook(CheckpointHook):
+    """MMEngine's CheckpointHook that keeps an intact checkpoint at every moment.
 
-    * A file is written aside, and the one that it replaces goes only afterwards; ``last_checkpoint`` likewise. It holds
-      a name without a folder, so that a work directory may be moved or copied.
+    * A file is written atomically (by the file backend "atomic", unless ``backend_args`` says otherwise), and the
+      one that it replaces is removed afterwards; ``last_checkpoint`` likewise. It contains a name without a folder, so
+      that a work directory may be moved or copied.
     * Weights that are not finite are an error, and nothing is saved.
     * A checkpoint that finds nothing is never the best one.
     * Beside the best checkpoint, its weights and classes alone: ``best_..._weights.pth``.
@@ -88,6 +87,9 @@ class CheckpointHook(MMEngineCheckpointHook):
       and the gradients that are being accumulated.
     * On a signal (:func:`stop_on_signals`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
     """
+
+    def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
+        super().__init__(*args, backend_args=backend_args or dict(backend='atomic'), **kwargs)
 
     def before_train(self, runner: Runner) -> None:
         """Look for the best checkpoint here, wherever the directory was when it was saved."""

@@ -53,4 +53,4 @@ def test_whole_detectors(monkeypatch, tmp_path):
 def test_loading_is_timed_by_steps(monkeypatch, tmp_path, capsys, shapes):
     run_tool(monkeypatch, 'benchmark', '--data', shapes)
     shown = capsys.readouterr().out
-    assert float(re.search(r'([\d.]+) images a second', shown)[1]) > 0 and '| LoadImageFromFile | ' in shown
+    assert float(re.search(r'([\d.]+) images a second', shown)[1]) > 0 and '| CheckedLoadImageFromFile | ' in shown

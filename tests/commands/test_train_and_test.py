@@ -119,7 +119,7 @@ def test_what_finds_nothing_is_not_the_best(monkeypatch, shapes, tmp_path):
     blind = [*FEW, 'model.test_cfg.rcnn.score_thr=1.1']
     run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *blind)
     assert (tmp_path / 'epoch_1.pth').is_file() and not list(tmp_path.glob('best*'))
-    hook = HOOKS.build(dict(type='CheckpointHook', interval=1, save_best='coco/bbox_mAP', rule='greater'))
+    hook = HOOKS.build(dict(type='AtomicCheckpointHook', interval=1, save_best='coco/bbox_mAP', rule='greater'))
     runner = Mock(work_dir=tmp_path, epoch=1)
     with patch('mmengine.hooks.CheckpointHook._save_best_checkpoint') as saved:
         for value in (0.0, -1, float('nan'), 0.1):

@@ -131,7 +131,9 @@ def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
     path = tmp_path / 'a.json'
     path.write_text(json.dumps(coco))
     for filter_cfg in ({}, dict(filter_empty_gt=True), dict(min_size=32), dict(filter_empty_gt=True, min_size=32)):
-        cfg = dict(type='CocoDataset', ann_file=str(path), data_prefix=dict(img=''), filter_cfg=filter_cfg, pipeline=[])
+        cfg = dict(
+            type='CheckedCocoDataset', ann_file=str(path), data_prefix=dict(img=''), filter_cfg=filter_cfg, pipeline=[]
+        )
         dataset = DATASETS.build(cfg | dict(metainfo=dict(classes=('1',))))
         theirs = {}
         for i in range(len(dataset)):

@@ -65,7 +65,7 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
     path.write_text(json.dumps(other))
 
     figures = {}
-    for kind in ('CocoMetric', 'FastCocoMetric'):
+    for kind in ('CheckedCocoMetric', 'FastCocoMetric'):
         out = str(tmp_path / kind)
         cfg = dict(type=kind, ann_file=str(path), metric=['bbox', 'segm'], classwise=True, outfile_prefix=out)
         metric = METRICS.build(cfg | dict(proposal_nums=(1, 10, 100)))
@@ -94,7 +94,7 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
     coco = report.AnnotationFile(str(path))
     for kind in ('bbox', 'segm'):
         categories = coco.getCatIds(catNms=CLASSES)
-        evaluation = report.evaluate(coco, tmp_path / f'CocoMetric.{kind}.json', kind, categories)
+        evaluation = report.evaluate(coco, tmp_path / f'CheckedCocoMetric.{kind}.json', kind, categories)
         assert np.array_equal(evaluation.stats, expected[kind].stats)
         outcome = outcomes(evaluation, 0.3)
         known = outcomes(expected[kind], 0.3)

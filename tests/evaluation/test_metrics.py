@@ -126,7 +126,7 @@ def test_fast_coco_metric_reports_what_coco_metric_reports(tmp_path):
     truth, found = scene(np.random.default_rng(1), 30)
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     reported = []
-    for kind in ('CocoMetric', 'FastCocoMetric'):
+    for kind in ('CheckedCocoMetric', 'FastCocoMetric'):
         cfg = dict(type=kind, ann_file=str(tmp_path / 'truth.json'), metric=['bbox', 'segm'], classwise=True)
         metric = METRICS.build(cfg)
         metric.dataset_meta = dict(classes=('1', '2', '3', '4'))

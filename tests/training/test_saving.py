@@ -96,7 +96,7 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
 
 def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
     assert find_newest_checkpoint(tmp_path) is None
-    toy.runner(tmp_path, default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1))).train()
+    toy.runner(tmp_path, default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))).train()
     assert find_newest_checkpoint(tmp_path).name == 'epoch_4.pth'
     whole = (tmp_path / 'epoch_4.pth').read_bytes()
     (tmp_path / 'epoch_4.pth').write_bytes(whole[: len(whole) // 2])
@@ -195,7 +195,7 @@ def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path):
 
 
 def test_checkpoints_by_iteration_and_other_epochs(tmp_path):
-    by_iteration = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3))
+    by_iteration = dict(checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=3))
     toy.runner(tmp_path, default_hooks=by_iteration).train()
     truth = load(tmp_path / 'iter_16.pth')['state_dict']
     for number in (3, 6, 9, 12, 15):
@@ -220,9 +220,9 @@ def test_checkpoints_by_iteration_and_other_epochs(tmp_path):
 @pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
 def test_trainings_by_iterations(tmp_path, sampler):
     settings = dict(
-        train_cfg=dict(type='IterBasedTrainLoop', max_iters=16, val_interval=4),
+        train_cfg=dict(type='ExactIterTrainLoop', max_iters=16, val_interval=4),
         train_dataloader=toy.loader(sampler=dict(type=sampler), num_workers=1),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
+        default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=1)),
     )
     toy.runner(tmp_path, **settings).train()
     truth = load(tmp_path / 'iter_16.pth')['state_dict']

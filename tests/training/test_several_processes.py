@@ -91,7 +91,7 @@ def detector(work: Path, data: Path, processes: int, accumulate: int) -> Runner:
             'model_wrapper_cfg': dict(type='MMDistributedDataParallel', device_ids=None),
             'launcher': 'pytorch' if processes > 1 else 'none',
             'work_dir': str(work),
-            'default_hooks.checkpoint': dict(_delete_=True, type='CheckpointHook', interval=1),
+            'default_hooks.checkpoint': dict(_delete_=True, type='AtomicCheckpointHook', interval=1),
             'custom_hooks': [],
             'log_level': 'ERROR',
         }
@@ -109,7 +109,7 @@ def test_two_processes_train_a_detector_as_one_that_accumulates(shapes, tmp_path
 
 def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
     plain = dict(model=dict(type=toy.Line, dropout=0.0))
-    always = dict(plain, default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)))
+    always = dict(plain, default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=1)))
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
     in_processes(2, whole, lambda: toy_runner(whole, 2, 1, 3, **always).train())
     half = whole / 'iter_5.pth'

@@ -67,13 +67,13 @@ def loader(images: int = 8, **settings) -> dict:
 def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **settings) -> Runner:
     """A runner of four iterations an epoch; its settings go over those below."""
     Score.epoch = 0
-    checkpoint = dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='score', rule='greater')
+    checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=1, save_best='score', rule='greater')
     hooks = dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=100))
     arguments = dict(
         model=dict(type=Line),
         work_dir=str(work),
         train_dataloader=loader(),
-        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=epochs),
+        train_cfg=dict(type='ExactEpochTrainLoop', max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=3),
         val_dataloader=loader(sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(type='ValLoop'),
