@@ -22,6 +22,7 @@ from mmengine.logging import MMLogger
 
 from ..checkpoints.pretrained import load_backbone
 from ..conditioning import Report, measure
+from ..data.images import IMAGE_SUFFIXES
 from ..errors import InputError
 from ..files import write_folder_atomically
 from ..models.jacobians import JacobianSpectrum, jacobian_spectra
@@ -80,10 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError('--max-images and --heads must be at least 1')
     images = []
     if args.images:
-        suffixes = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-        images = sorted(path for path in args.images.glob('*') if path.suffix.lower() in suffixes)[: args.max_images]
+        found = (path for path in args.images.glob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = sorted(found)[: args.max_images]
         if not images:
-            raise InputError(f'--images {args.images}: no folder with images ({", ".join(suffixes)}) in it')
+            raise InputError(
+                f'--images {args.images}: no folder with images ({", ".join(sorted(IMAGE_SUFFIXES))}) in it'
+            )
     MMLogger.get_current_instance().setLevel('ERROR')  # it lists every weight that it initialises
     register_all_modules()
     cfg = load_config(args)

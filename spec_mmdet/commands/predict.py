@@ -46,7 +46,6 @@ from ..evaluation.drawing import names_drawn
 from ..files import is_empty, write_folder_atomically
 from .common import add_config, load_config, parser
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 VIDEOS = {'.mp4': 'mp4v', '.avi': 'mp4v', '.mov': 'mp4v', '.mkv': 'mp4v', '.webm': 'VP80'}  # and codecs to write them
 
 
@@ -65,19 +64,19 @@ def find_inputs(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGES)
+            found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in images.IMAGE_SUFFIXES)
             hidden = [entry.name for entry in found if entry.name.startswith('.')]
             found = [entry for entry in found if entry.name not in hidden]
             if hidden:
                 print(f'{name}: passed over hidden files: {list_briefly(hidden)}')
             if not found:
-                raise InputError(f'{name}: no images ({", ".join(IMAGES)}) in this folder')
+                raise InputError(f'{name}: no images ({", ".join(sorted(images.IMAGE_SUFFIXES))}) in this folder')
         elif path.exists():
             found = [path]
             require_readable(path, name)
         elif glob.has_magic(name):
             found = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            found = [entry for entry in found if entry.suffix.lower() in (*IMAGES, *VIDEOS)]
+            found = [entry for entry in found if entry.suffix.lower() in (*images.IMAGE_SUFFIXES, *VIDEOS)]
             if not found:
                 raise InputError(f'{name}: matches no images and no videos')
         else:
@@ -88,8 +87,10 @@ def find_inputs(names: list[str]) -> list[Path]:
 
 def require_readable(path: Path, name: str) -> None:
     """Refuse a file that is no image and no video by its name or by how it begins."""
-    if not (path.suffix.lower() in IMAGES or is_video(path)):
-        raise InputError(f'{name}: neither an image ({", ".join(IMAGES)}) nor a video ({", ".join(VIDEOS)})')
+    if not (path.suffix.lower() in images.IMAGE_SUFFIXES or is_video(path)):
+        raise InputError(
+            f'{name}: neither an image ({", ".join(sorted(images.IMAGE_SUFFIXES))}) nor a video ({", ".join(VIDEOS)})'
+        )
     readable = cv2.VideoCapture(str(path)).isOpened() if is_video(path) else cv2.haveImageReader(str(path))
     if not readable:
         raise InputError(f'{name}: not {"a video" if is_video(path) else "an image"} that OpenCV can read')

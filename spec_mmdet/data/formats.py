@@ -16,8 +16,8 @@ import yaml
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from .images import IMAGE_SUFFIXES
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'))
 WHOLE = 'all'  # the one split of a data set that is still to be split
 
@@ -84,7 +84,9 @@ def box_around(polygon: list[float]) -> list[float]:
 
 def images_in(folder: Path) -> list[Path]:
     """The images in a folder and those below it, sorted; hidden files, as archives of macOS have them, are none."""
-    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGES and not path.name.startswith('.'))
+    return sorted(
+        path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
+    )
 
 
 def number(text: str, where: str) -> float:

@@ -21,6 +21,9 @@ from ..errors import InputError
 from .findings import Findings, Place
 
 EXIF_ORIENTATION = 0x0112
+IMAGE_SUFFIXES = frozenset(  # as OpenCV decodes them
+    '.jpg .jpeg .jpe .jfif .png .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2'.split()  # noqa: SIM905
+)
 JPEG, SCAN = b'\xff\xd8', b'\xff\xda'  # how one begins, and its picture in it
 ENDS = {JPEG: b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}  # of a whole JPEG and PNG, by how they begin
 DAMAGED = 'images that cannot be decoded to their end'
