@@ -43,7 +43,7 @@ _PATTERNS = {
 
 CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # what a detection backbone has no use for
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
-_PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.C)$')
+_PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
 
 
 @dataclass
@@ -188,13 +188,13 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
             if name.endswith(('.attn.qkv', '.attn.q', '.attn.k', '.attn.v'))
         },
     ).items():
-        kinds = {kind for kind in ('lam', 'C') for layer in weights if f'{layer}{kind}' in tensors}
-        per_head = any(tensors[f'{layer}lam'].ndim for layer in weights if f'{layer}lam' in tensors)
-        corrections[group] = {
-            f'{layer}{kind}': shape if kind == 'C' else heads if per_head else ()
-            for layer, shape in weights.items()
-            for kind in kinds
-        }
+        kinds = {kind for kind in ('lam', 'sigmas', 'C') for layer in weights if f'{layer}{kind}' in tensors}
+        relative = 'sigmas' in kinds
+        per_head = any(tensors[f'{layer}lam'].ndim > relative for layer in weights if f'{layer}lam' in tensors)
+        for layer, shape in weights.items():
+            blocks = (shape[0] // dim,) if relative else ()  # a relative lambda has one entry per projection
+            shapes = dict(lam=blocks + (heads if per_head else ()), sigmas=(), C=shape)
+            corrections.setdefault(group, {}).update({f'{layer}{kind}': shapes[kind] for kind in kinds})
     return dict(
         backbone={name: shape for name, shape in own.items() if not name.startswith('fpn')},
         fpn={name: shape for name, shape in own.items() if name.startswith('fpn')},
@@ -272,49 +272,55 @@ def _blocks(weights: dict[str, Tensor]) -> list[str]:
 
 
 def fold(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + C in the place of W, without the corrections: the weights of a plain SpecXCiT with the same output."""
+    """Replace W by W + C and drop the corrections: the weights of a plain SpecXCiT with the same output."""
     folded = {name: value for name, value in backbone.items() if '.correction.' not in name}
     for attn in _blocks(backbone):
-        W, C, lam = (backbone.get(f'{attn}.{name}') for name in ('qkv.weight', 'correction.C', 'correction.lam'))
-        if C is None and lam is None:
-            continue
-        if C is None:
-            correction = Correction(W, lam=lam.flatten()[0].item(), per_head=lam.ndim > 0, heads=max(lam.numel(), 1))
-            C = correction.correction(W)
-        folded[f'{attn}.qkv.weight'] = W + C
+        W, prefix = backbone[f'{attn}.qkv.weight'], f'{attn}.correction.'
+        state = {name.removeprefix(prefix): value for name, value in backbone.items() if name.startswith(prefix)}
+        if state:
+            folded[f'{attn}.qkv.weight'] = Correction.from_state(W, state)(W)
     return folded
 
 
 def state_conditioning(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict[str, Tensor]:
-    """Record the conditioning of weights that were trained with it but do not say so.
+    """Record the conditioning of weights that were trained with it, in a checkpoint that does not contain it.
 
     Raises:
-        InputError: for the exact form, whose C cannot be found again from weights that have been trained since; or
-            where another conditioning is recorded already.
+        InputError: for the exact form, or without ``lam``: neither C nor sigma_max of the initial weights can be
+            recomputed from trained weights; or if a conditioning is recorded already.
     """
     if describe_conditioning(backbone) != 'None':
-        raise InputError(f'the weights say that they were made with conditioning={describe_conditioning(backbone)}')
-    if type == 'svd':
-        raise InputError('the exact correction cannot be found again from trained weights; it has to be in the file')
+        raise InputError(f'the weights record conditioning={describe_conditioning(backbone)} already')
+    if type == 'svd' or lam is None:
+        missing = 'the exact correction' if type == 'svd' else 'sigma_max of the initial weights'
+        raise InputError(f'{missing} cannot be recomputed from trained weights; pass --conditioning identity --lam LAM')
     stated = dict(backbone)
     for attn in _blocks(backbone):
         stated[f'{attn}.correction.lam'] = Correction(backbone[f'{attn}.qkv.weight'], type, lam).lam
     return stated
 
 
-def condition(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict[str, Tensor]:
-    """Condition plain weights and keep their function: W - C in the place of W, and the correction beside it.
+def condition(
+    backbone: dict[str, Tensor], type: str, lam: float | None = None, sigmas: float | None = None
+) -> dict[str, Tensor]:
+    """Condition plain weights and keep their function: replace W by W - C and store the correction.
+
+    Args:
+        backbone: SpecXCiT's state dict.
+        type: as :class:`~spec_mmdet.conditioning.Correction` takes it; and so are lam and sigmas.
+        lam: see above.
+        sigmas: see above; relative to sigma_max of the plain weights.
 
     Raises:
-        InputError: where the weights are conditioned already.
+        InputError: if the weights are conditioned already.
     """
     if describe_conditioning(backbone) != 'None':
         raise InputError(f'the weights are conditioned already, with {describe_conditioning(backbone)}')
     conditioned = dict(backbone)
     for attn in _blocks(backbone):
         W = backbone[f'{attn}.qkv.weight']
-        correction = Correction(W, type, lam)
-        conditioned[f'{attn}.qkv.weight'] = W - correction.correction(W)
+        correction = Correction(W, type, lam, sigmas)
+        conditioned[f'{attn}.qkv.weight'] = W - correction.make_C(W)
         conditioned |= {f'{attn}.correction.{name}': value for name, value in correction.state_dict().items()}
     return conditioned
 

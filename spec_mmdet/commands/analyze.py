@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'config {args.config}: no attention was found in its backbone, a {cfg.model.backbone.type}')
 
     print(report)
-    if report.unhelpful():
-        print(f'\nwarning: {report.unhelpful()}')
+    if report.describe_worsened():
+        print(f'\nwarning: {report.describe_worsened()}')
     projections = [
         {**dataclasses.asdict(r), 'kappa': r.kappa, 'conditioned_kappa': r.conditioned_kappa} for r in report
     ]

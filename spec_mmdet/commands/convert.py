@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     change.add_argument('--fold', action='store_true', help='put W + C in the place of W: a plain checkpoint')
     change.add_argument('--condition', choices=['identity', 'svd'], help='condition a plain checkpoint, keeping its '
                         'function: W - C in the place of W')  # fmt: skip
-    options.add_argument('--lam', type=float, help="lambda of --conditioning's or --condition's identity (default: 10)")
+    options.add_argument('--lam', type=float, help='lambda of --conditioning identity or --condition identity')
+    options.add_argument('--sigmas', type=float, help='lambda of --condition identity as a multiple of sigma_max of '
+                         'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
     to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout')
     to.add_argument('--detector', metavar='CONFIG', help='write the whole detector, for this config')
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'{destination}: the source would be overwritten')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):
         raise InputError('--lam belongs to --conditioning identity or --condition identity')
+    if args.sigmas is not None and (args.condition != 'identity' or args.lam is not None):
+        raise InputError('--sigmas belongs to --condition identity, without --lam')
     if args.trust_pickle:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
     loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.fold:
             backbone = layouts.fold(backbone)
         if args.condition:
-            backbone = layouts.condition(backbone, args.condition, args.lam)
+            backbone = layouts.condition(backbone, args.condition, args.lam, args.sigmas)
     weights, dropped = backbone, found.dropped + list(found.detector)
     if args.detector:
         weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector

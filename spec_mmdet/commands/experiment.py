@@ -25,7 +25,7 @@ from threading import Lock
 import torch
 from mmengine.config import Config
 
-from ..conditioning import Correction, Report, conditioned_initialisation, projections
+from ..conditioning import Correction, Report, conditioned_initialisation, find_projections
 from ..configs import find_config
 from ..errors import InputError
 from ..evaluation import study
@@ -103,7 +103,7 @@ def screened(backbone: dict) -> list[Arm]:
     model = SpecXCiT(**backbone)
     arms = [Arm('plain')]
     for per_head in (False, True):
-        sigma = max(row.sigma_max for row in Report(list(projections(model)), by_head=per_head))
+        sigma = max(row.sigma_max for row in Report(list(find_projections(model)), by_head=per_head))
         arms += [
             Arm(f'{form(per_head)}, {times:g} sigma', identity(float(f'{times * sigma:.3g}'), per_head))
             for times in SCREENED

@@ -17,15 +17,16 @@ and scipy for :mod:`.jacobian`.
 
 from .correction import (
     Correction,
+    compute_sigma_max,
     condition_number,
     describe_conditioning,
     identity_correction,
     require_same_conditioning,
     svd_correction,
 )
+from .finding.projections import Projection, find_projections
 from .fixed import Corrections
 from .initialisation import conditioned_initialisation
-from .projections import Projection, projections
 from .spectra import Report, Spectrum, measure
 from .surgery import condition, fold
 
@@ -35,14 +36,15 @@ __all__ = [
     'Projection',
     'Report',
     'Spectrum',
+    'compute_sigma_max',
     'condition',
     'condition_number',
     'conditioned_initialisation',
     'describe_conditioning',
+    'find_projections',
     'fold',
     'identity_correction',
     'measure',
-    'projections',
     'require_same_conditioning',
     'svd_correction',
 ]

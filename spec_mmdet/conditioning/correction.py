@@ -1,4 +1,4 @@
-"""The corrections themselves (arXiv 2603.07162, Theorems 3.5 and 3.8), and how a state dict tells of them."""
+"""The corrections (arXiv 2603.07162, Theorems 3.5 and 3.8), and their records in a state dict."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .rows import Stack
+from .finding.rows import RowSelection
 
 
 def condition_number(W: Tensor, rank: int | None = None) -> Tensor:
-    """kappa(W) = sigma_max / sigma_min, computed in float64.
+    """Condition number kappa(W) = sigma_max / sigma_min, computed in float64.
 
     Args:
         W: matrices, shape (..., D, k).
@@ -26,8 +26,22 @@ def condition_number(W: Tensor, rank: int | None = None) -> Tensor:
     return torch.where(sigma[..., -1] > 0, sigma[..., 0] / sigma[..., -1], torch.inf)
 
 
+def compute_sigma_max(W: Tensor) -> Tensor:
+    """Largest singular value of each matrix, from the eigenvalues of its smaller Gram matrix.
+
+    Args:
+        W: matrices, shape (..., D, k).
+
+    Returns:
+        float64, shape (...), on the CPU (not every accelerator has float64) or the meta device.
+    """
+    W = W.detach() if W.is_meta else W.detach().cpu()
+    W = W.double() if W.shape[-2] <= W.shape[-1] else W.double().mT
+    return torch.linalg.eigvalsh(W @ W.mT)[..., -1].clamp_min(0).sqrt()
+
+
 def svd_correction(W: Tensor) -> Tensor:
-    """The exact correction C = sigma_max U V^T for W = U S V^T (Theorem 3.5), so that kappa(W + C) <= 2.
+    """Exact correction C = sigma_max U V^T for W = U S V^T (Theorem 3.5), so that kappa(W + C) <= 2.
 
     W + C = U (S + sigma_max I) V^T, hence kappa(W + C) = 2 sigma_max / (sigma_min + sigma_max). U V^T is the thin
     polar factor when W is rectangular; where W is rank-deficient any completion the SVD returns serves.
@@ -43,13 +57,14 @@ def svd_correction(W: Tensor) -> Tensor:
 
 
 def identity_correction(W: Tensor, lam: float | Tensor) -> Tensor:
-    """The cheap correction C = lam I_{D x k} (Theorem 3.8): no SVD, nothing to store.
+    """Identity correction C = lam I_{D x k} (Theorem 3.8): no SVD, nothing to store.
 
     For lam > sigma_max(W), kappa(W + C) <= (lam + sigma_max) / (lam - sigma_max). A lam at or below sigma_max can
     make the condition number worse.
 
-    The full form takes all heads' projection as one matrix, so that each head gets its own rows of the identity. The
-    per-head form gives every head the same rectangular identity: pass the heads as a leading dimension.
+    The full form treats the projection of all heads as one matrix, so that each head gets its own rows of the
+    identity. For the per-head form, which gives every head the same rectangular identity, pass the heads as a leading
+    dimension.
 
     Args:
         W: matrices, shape (..., D, k). As the correction of W^T is that of W transposed, it does not matter whether
@@ -67,22 +82,28 @@ def identity_correction(W: Tensor, lam: float | Tensor) -> Tensor:
 class Correction(nn.Module):
     """W -> W + C for a weight that stacks several projections, with C fixed when this module is made.
 
-    The state dict says which conditioning it belongs to: the identity form keeps ``lam`` (a scalar, or one per head
-    in the per-head form), the exact form the matrix ``C``, which training has long made impossible to recompute from
-    W. Neither is a parameter, and neither loses precision when the model is cast to another dtype.
+    The state dict records the conditioning. The identity form stores ``lam``: one number, or one per head in the
+    per-head form. If lambda is relative to sigma_max, ``lam`` has one entry per corrected matrix, shape (blocks,) or
+    (blocks, heads), and ``sigmas`` is stored beside it. The exact form stores the matrix ``C``. Training changes W, so
+    neither C nor a relative lambda can be recomputed later. None of them is a parameter, and none loses precision when
+    the model is cast to another dtype.
 
     Args:
         weight: the stacked projections, shape (blocks * D, k), for instance XCiT's qkv with three blocks.
         type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5).
-        lam: lambda of the identity form; 10 if not given, as in the paper.
-        per_head: correct each head's D / heads rows as a matrix of their own, not each projection as a whole.
-        blocks: how many projections are stacked along the first dimension; each is corrected by itself.
-        heads: the attention's heads, for the per-head form.
-        stack: where the projections are in ``weight``, if not one below the other; in the place of blocks and heads.
+        lam: lambda of the identity form, the same for all matrices; the paper's experiments use 10.
+        sigmas: lambda of the identity form as a multiple of sigma_max of each corrected matrix, which bounds
+            kappa(W + C) by (sigmas + 1) / (sigmas - 1) if it is above 1. The default, if ``lam`` is not given, is 2:
+            kappa(W + C) <= 3.
+        per_head: correct each head's D / heads rows as a separate matrix, not each projection as a whole.
+        blocks: number of projections stacked along the first dimension; each is corrected separately.
+        heads: number of attention heads, for the per-head form.
+        rows: position of the projections in ``weight``, if they are not stacked one below the other; replaces
+            ``blocks`` and ``heads``.
 
     Raises:
-        ValueError: on an unknown type, a ``lam`` that is not positive, one given to the 'svd' form, or rows that
-            blocks and heads do not divide.
+        ValueError: if ``type`` is unknown, ``lam`` or ``sigmas`` is not positive, both are given or one is given to the
+            'svd' form, a projection is zero and lambda relative to it, or blocks and heads do not divide the rows.
     """
 
     def __init__(
@@ -90,54 +111,73 @@ class Correction(nn.Module):
         weight: Tensor,
         type: str = 'identity',
         lam: float | None = None,
+        sigmas: float | None = None,
         per_head: bool = False,
         blocks: int = 3,
         heads: int = 1,
-        stack: Stack | None = None,
+        rows: RowSelection | None = None,
     ) -> None:
         super().__init__()
-        self.stack = stack
-        if stack is not None:
-            weight, blocks, heads = stack.take(weight), len(stack.roles), stack.heads or 1
+        self.rows = rows
+        if rows is not None:
+            weight, blocks, heads = rows.take(weight), len(rows.roles), rows.heads or 1
+        self.per_head = per_head
         self.split = (blocks, heads, -1) if per_head else (blocks, -1)
         if len(weight) % (blocks * heads if per_head else blocks):
-            raise ValueError(
-                f'conditioning: {len(weight)} rows are not {blocks} projections'
-                + (f' of {heads} heads each' if per_head else '')
-            )
-        if type == 'identity':
-            lam = 10.0 if lam is None else float(lam)
-            if not 0 < lam < float('inf'):
-                raise ValueError(f'conditioning: lam must be positive and finite, got {lam}')
-            self.register_buffer('lam', torch.full((heads,) if per_head else (), lam, device=weight.device))
-        elif type == 'svd':
-            if lam is not None:
-                raise ValueError("conditioning: 'svd' takes its scale from W and has no lam")
-            C = svd_correction(weight.unflatten(0, self.split)).reshape(weight.shape)
-            self.register_buffer('C', C)
-        else:
+            by_head = f' of {heads} heads each' if per_head else ''
+            raise ValueError(f'conditioning: {len(weight)} rows cannot be divided into {blocks} projections{by_head}')
+        if type not in ('identity', 'svd'):
             raise ValueError(f"conditioning: type must be 'identity' or 'svd', got {type!r}")
+        for name, value in (('lam', lam), ('sigmas', sigmas)):
+            if value is not None and type == 'svd':
+                raise ValueError(f"conditioning: {name} does not apply to 'svd', whose scale is sigma_max(W)")
+            if value is not None and not 0 < value < float('inf'):
+                raise ValueError(f'conditioning: {name} must be positive and finite, got {value}')
+        matrices = weight.detach().unflatten(0, self.split)
+        if type == 'svd':
+            self.register_buffer('C', svd_correction(matrices).reshape(weight.shape))
+        elif lam is not None:
+            if sigmas is not None:
+                raise ValueError(f'conditioning: use lam={lam:g} or sigmas={sigmas:g}, not both')
+            self.register_buffer('lam', torch.full((heads,) if per_head else (), float(lam), device=weight.device))
+        else:
+            sigmas = 2.0 if sigmas is None else float(sigmas)
+            lam = sigmas * compute_sigma_max(matrices)
+            if not weight.is_meta and not lam.all():
+                raise ValueError('conditioning: sigma_max of a projection is 0; use lam= instead of sigmas=')
+            self.register_buffer('lam', lam.float().to(weight.device))
+            self.register_buffer('sigmas', torch.tensor(sigmas, device=weight.device))
+
+    @classmethod
+    def from_state(cls, weight: Tensor, state: dict[str, Tensor], blocks: int = 3) -> Correction:
+        """Rebuild a correction from its own state dict, for a weight of ``blocks`` stacked projections."""
+        per_head = 'lam' in state and state['lam'].ndim > ('sigmas' in state)
+        heads = state['lam'].shape[-1] if per_head else 1
+        correction = cls(weight, lam=1.0, per_head=per_head, blocks=blocks, heads=heads)
+        del correction.lam
+        for name, value in state.items():
+            correction.register_buffer(name, value)
+        return correction
 
     def forward(self, W: Tensor) -> Tensor:
         """W + C, in the shape of W."""
-        if self.stack is not None:
-            return W + self.correction(W)
-        return (W.unflatten(0, self.split) + self._blocks(W)).flatten(0, -2)
+        if self.rows is not None:
+            return W + self.make_C(W)
+        return (W.unflatten(0, self.split) + self._make_blocks(W)).flatten(0, -2)
 
-    def correction(self, W: Tensor) -> Tensor:
-        """C, in the shape of W, its dtype and on its device, of which the identity form takes no more."""
-        if self.stack is not None:
-            return self.stack.put(self._blocks(self.stack.take(W)).flatten(0, -2), W)
-        return self._blocks(W).flatten(0, -2)
+    def make_C(self, W: Tensor) -> Tensor:
+        """C in the shape and dtype of W and on its device; the identity form uses nothing else of W."""
+        if self.rows is not None:
+            return self.rows.put(self._make_blocks(self.rows.take(W)).flatten(0, -2), W)
+        return self._make_blocks(W).flatten(0, -2)
 
-    def _blocks(self, W: Tensor) -> Tensor:
-        # Of the identity form one block is kept in memory, however many there are.
+    def _make_blocks(self, W: Tensor) -> Tensor:
         if 'C' in self._buffers:
             return self.C.to(W.dtype).unflatten(0, self.split)
         return identity_correction(W.detach().unflatten(0, self.split), self.lam)
 
     def _apply(self, fn, recurse: bool = True) -> Correction:
-        # A lam of 0.1 that has been through float16 is another lam, and a C that has been through it another C.
+        # A cast to float16 and back would change lam = 0.1, and C.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -147,28 +187,30 @@ class Correction(nn.Module):
         return self
 
 
-_RECORD = re.compile(r'(^|\.)(correction|parametrizations\.\w+\.\d+)\.(lam|C)$')
+_RECORD = re.compile(r'((?:^|\.)(?:correction|parametrizations\.\w+\.\d+)\.)(lam|C)$')
 
 
 def describe_conditioning(state_dict: dict[str, Tensor]) -> str:
-    """Say in words which conditioning the weights in a state dict were made with, in the form configs use."""
+    """Description of the conditioning recorded in a state dict, in the form that configs use; 'None' without one."""
     described = set()
     for key, value in state_dict.items():
         record = _RECORD.search(key)
-        if record and record[3] == 'lam':
-            per_head = ', per_head=True' if value.ndim else ''
-            lam = f'{value.flatten()[0].item():g}' if value.numel() else 'nothing'
-            described.add(f"dict(type='identity', lam={lam}{per_head})")
+        if record and record[2] == 'lam':
+            sigmas = state_dict.get(f'{key.removesuffix("lam")}sigmas')
+            name, scale = ('lam', value) if sigmas is None else ('sigmas', sigmas)
+            per_head = ', per_head=True' if value.ndim > (sigmas is not None) else ''
+            number = f'{scale.flatten()[0].item():g}' if scale.numel() else 'nothing'
+            described.add(f"dict(type='identity', {name}={number}{per_head})")
         elif record:
             described.add("dict(type='svd')")
     return ' and '.join(sorted(described)) or 'None'
 
 
 def require_same_conditioning(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Refuse weights made with another conditioning than the model's: they would mean something else in it.
+    """Refuse weights made with a conditioning different from the model's: W + C would not be theirs.
 
     Args:
-        theirs: the state dict to be loaded.
+        theirs: the state dict to be loaded. A relative lambda is loaded with it, as sigma_max of its initial weights.
         ours: the model's own.
 
     Raises:
@@ -179,5 +221,5 @@ def require_same_conditioning(theirs: dict[str, Tensor], ours: dict[str, Tensor]
         raise InputError(
             f'the weights were made with conditioning={made_with}, but the backbone is configured with '
             f'conditioning={configured}. Set conditioning={made_with} in the config, or use weights made with the '
-            'configured conditioning; spec-mmdet convert --condition takes plain ones over.'
+            'configured conditioning; "spec-mmdet convert --condition" converts plain weights.'
         )

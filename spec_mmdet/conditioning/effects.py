@@ -35,7 +35,7 @@ def normalises(attention: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def keys_left(W_Q: Tensor, W_K: Tensor, heads: int, tokens: int = 197) -> float:
+def count_effective_keys(W_Q: Tensor, W_K: Tensor, heads: int, tokens: int = 197) -> float:
     """How many keys a query of softmax(Q K^T / sqrt(d)) attends to: exp of the entropy of its row, in the mean.
 
     Where that is near 1 the softmax is saturated, and hands on no gradient to the queries and keys.

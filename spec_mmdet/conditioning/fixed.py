@@ -31,7 +31,7 @@ class Corrected:
         """C as the weight is: in its shape and dtype, on its device and, where it is a DTensor, sharded like it."""
         weight = self.weight
         like = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        C = self.correction.to(weight.device).correction(like)
+        C = self.correction.to(weight.device).make_C(like)
         if not hasattr(weight, 'placements'):
             return C
         from torch.distributed.tensor import distribute_tensor
@@ -75,11 +75,11 @@ class Corrections(dict[str, Corrected]):
         if not self._trained_by(optimizer):
             raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
         hooks = optimizer._optimizer_step_pre_hooks.values()
-        if any(isinstance(hook, _TakeOut) and hook.corrections is self for hook in hooks):
+        if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
             raise InputError('keep_fixed: was called for this optimiser before')
-        take_out = _TakeOut(self, len(self._trained_by(optimizer)))
-        optimizer.register_step_pre_hook(take_out)
-        optimizer.register_step_post_hook(take_out.put_back)
+        remover = _CorrectionRemover(self, len(self._trained_by(optimizer)))
+        optimizer.register_step_pre_hook(remover)
+        optimizer.register_step_post_hook(remover.put_back)
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> list[Corrected]:
         own = {id(p) for group in optimizer.param_groups for p in group['params'] if p.requires_grad}
@@ -112,7 +112,7 @@ class Corrections(dict[str, Corrected]):
             correction.load_state_dict({record: state_dict[f'{name}.{record}'] for record in correction.state_dict()})
 
 
-class _TakeOut:
+class _CorrectionRemover:
     """Called before an optimiser's step: takes C out of the weights."""
 
     def __init__(self, corrections: Corrections, count: int) -> None:

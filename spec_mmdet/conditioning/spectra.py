@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .correction import Correction
-from .effects import keys_left, normalises
+from .effects import count_effective_keys, normalises
+from .finding.projections import Projection, find_projections
 from .fixed import Corrections
-from .projections import Projection, projections
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Report(Sequence[Spectrum]):
         if projection.name not in self.corrections:
             return projection.correction, projection.W, projection.W_plus_C
         corrected, W_plus_C = self.corrections[projection.name], projection.W
-        return corrected.correction, W_plus_C - projection.stack.take(corrected.C).view_as(W_plus_C), W_plus_C
+        return corrected.correction, W_plus_C - projection.rows.take(corrected.C).view_as(W_plus_C), W_plus_C
 
     def _spectra(self, projection: Projection) -> Iterator[Spectrum]:
         correction, W, W_plus_C = self._pair(projection)
         roles, name = list(projection.roles), projection.name
-        if self._by_head or (correction is not None and len(correction.split) == 3):
+        if self._by_head or (correction is not None and correction.per_head):
             heads = projection.heads
             roles = [f'{role}{head}' for role in roles for head in range(heads)]
             W, W_plus_C = (None if M is None else M.unflatten(1, (heads, -1)).flatten(0, 1) for M in (W, W_plus_C))
@@ -109,7 +109,7 @@ class Report(Sequence[Spectrum]):
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self] + [10])
-        lines = [*self.notes, *filter(None, [self.saturation()])]
+        lines = [*self.notes, *filter(None, [self.describe_saturation()])]
         lines += [f'{"projection":{width}}    {"sigma_min":>10}{"sigma_max":>10}{"kappa(W)":>10}{"kappa(W+C)":>12}']
         for row in self:
             after = '-' if row.conditioned_kappa is None else f'{row.conditioned_kappa:.4g}'
@@ -119,7 +119,7 @@ class Report(Sequence[Spectrum]):
             lines += ['left out:', *(f'{name}: {why}' for name, why in self.left_out.items())]
         return '\n'.join(lines)
 
-    def unhelpful(self) -> str:
+    def describe_worsened(self) -> str:
         """Say in words which corrections do not improve the condition number, with the numbers; '' if all do."""
         worse = [row for row in self if row.conditioned_kappa is not None and not row.conditioned_kappa < row.kappa]
         if not worse:
@@ -131,10 +131,10 @@ class Report(Sequence[Spectrum]):
             f'sigma_max {worst.sigma_max:.3g}. lam should be well above sigma_max'
         )
 
-    def keys_left(self, tokens: int = 197) -> list[tuple[float, float | None]]:
+    def count_effective_keys(self, tokens: int = 197) -> list[tuple[float, float | None]]:
         """How many keys each layer of softmax attention leaves to a query, and without C, where there is one.
 
-        See :func:`~.effects.keys_left`. Attention that normalises queries and keys is left out.
+        See :func:`~.effects.count_effective_keys`. Attention that normalises queries and keys is left out.
 
         Args:
             tokens: how many keys there are.
@@ -155,12 +155,16 @@ class Report(Sequence[Spectrum]):
                 d = len(of['Q'][0]) // heads[attention]
                 if len(of['K'][0]) % d == 0:  # or something else than Q K^T comes first
                     pairs = zip(of['Q'], of['K'])
-                    left.append(tuple(Q if Q is None else keys_left(Q, K, heads[attention], tokens) for Q, K in pairs))
+                    left.append(
+                        tuple(
+                            Q if Q is None else count_effective_keys(Q, K, heads[attention], tokens) for Q, K in pairs
+                        )
+                    )
         return left
 
-    def saturation(self, tokens: int = 197) -> str:
+    def describe_saturation(self, tokens: int = 197) -> str:
         """Say in words how many keys conditioned softmax attention leaves to a query; '' where none is conditioned."""
-        left = [pair for pair in self.keys_left(tokens) if self._by_head or pair[1] is not None]
+        left = [pair for pair in self.count_effective_keys(tokens) if self._by_head or pair[1] is not None]
         if not left:
             return ''
         after, before = (median(column) if None not in column else None for column in zip(*left))
@@ -179,43 +183,9 @@ def measure(model: nn.Module, layout: dict[str, str] | None = None, example: obj
     start; only where the per-head form corrects it, head by head.
 
     Args:
-        model: any model whose attention :func:`projections` finds. Weights that :func:`~.surgery.condition` has
+        model: any model whose attention :func:`find_projections` finds. Weights that :func:`~.surgery.condition` has
             conditioned are W + C themselves: W and C apart are in the report that it returned.
         layout: as :func:`~.surgery.condition` takes it.
         example: as :func:`~.surgery.condition` takes it.
     """
-    return Report(list(projections(model, layout, example)))
-
-
-@torch.no_grad()
-def sigma_max_is_below(W: Tensor, threshold: float) -> Tensor:
-    """Whether sigma_max(W) < threshold, in most cases by a product or two of matrices, without a decomposition.
-
-    With G = W W^T, tr(G^2p) / tr(G^p) <= sigma_max^2p and sigma_max^4p <= tr(G^2p), for p = 1, 2, 4 and so on. At
-    p = 1 the upper bound of a Gaussian W of 768 x 768 is three times sigma_max, at p = 8 it is 1.3 times that. What
-    they do not tell, the singular values do.
-
-    Args:
-        W: matrices, shape (..., D, k).
-        threshold: a positive number.
-
-    Returns:
-        bool, shape (...).
-    """
-    shape, W = W.shape[:-2], W.float().reshape(-1, *W.shape[-2:])
-    M = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
-    tiny = torch.finfo(M.dtype).tiny
-    log_scale = torch.zeros(len(W), device=W.device)  # G^p = exp(log_scale) M
-    for p in (1, 2, 4, 8):
-        norm = torch.linalg.matrix_norm(M).clamp_min(tiny)
-        M, log_scale = M / norm[:, None, None], log_scale + norm.log()  # now tr(M^2) = 1
-        upper = (2 * log_scale / (4 * p)).exp()
-        lower = ((log_scale - M.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(tiny).log()) / (2 * p)).exp()
-        # A margin for rounding.
-        below, open = upper < 0.999 * threshold, (upper >= 0.999 * threshold) & (lower <= 1.001 * threshold)
-        if not open.any():
-            break
-        M, log_scale = M @ M, 2 * log_scale
-    if open.any():
-        below[open] = torch.linalg.matrix_norm(W[open], 2) < threshold
-    return below.view(shape)
+    return Report(list(find_projections(model, layout, example)))

@@ -9,17 +9,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
+from .correction import compute_sigma_max
 from .effects import is_trained
+from .finding.projections import Projection, find, find_projections
 from .fixed import Corrected, Corrections
 from .initialisation import conditioned_initialisation
-from .projections import Projection, find, projections
-from .spectra import Report, sigma_max_is_below
+from .spectra import Report
 
 
 def condition(
     model: nn.Module,
     type: str = 'identity',
     lam: float | None = None,
+    sigmas: float | None = None,
     per_head: bool = False,
     keep_function: bool = False,
     layout: dict[str, str] | None = None,
@@ -42,10 +44,11 @@ def condition(
         type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5), fixed corrections; or 'initialisation', their authors'
             later method (arXiv 2609.07086), which puts other weights in the place of W and keeps nothing of them: see
             :func:`~.initialisation.conditioned_initialisation`.
-        lam: lambda of the identity form; 10 if not given, as in the paper.
-        per_head: correct each head's rows as a matrix of their own, not each projection as a whole. The readers of the
-            paper take it so ("rectangular" identities, its W of D x d being one head's), and so do its authors in
-            their next one; the whole projection is this project's form.
+        lam: lambda of the identity form, the same for all matrices; the paper's experiments use 10.
+        sigmas: lambda of the identity form as a multiple of sigma_max of each matrix that is corrected, of its weights
+            as they are now. The default, if ``lam`` is not given, is 2, so that kappa(W + C) <= 3.
+        per_head: correct each head's rows as a separate matrix, not each projection as a whole. The paper can be read
+            so (its W is D x d, its identities "rectangular"), and its authors apply C per head in their next paper.
         keep_function: leave the weights as they are, and take them for W + C. So the function of weights that were
             trained without a correction is kept, and a training is resumed. What C changes then is where weight decay
             pulls them.
@@ -70,11 +73,11 @@ def condition(
         UserWarning: if lambda is not above sigma_max of a projection, and if the weights have been trained and now
             compute something else.
     """
-    if type == 'initialisation' and (lam is not None or per_head or keep_function):
-        raise ValueError("conditioning: 'initialisation' goes by heads, and has no lam, per_head or keep_function")
+    if type == 'initialisation' and (lam is not None or sigmas is not None or per_head or keep_function):
+        raise ValueError("conditioning: 'initialisation' has no lam, sigmas, per_head or keep_function")
     attention = find(model, layout, example)
     if not partial:
-        attention.require_whole()
+        attention.require_complete()
     found = attention.projections
     if not found:
         raise InputError('condition: found no query, key and value projections in this model')
@@ -89,12 +92,12 @@ def condition(
             asked_by = 'per_head' if per_head else "type='initialisation'"
             raise InputError(f'condition: {projection.name} does not say how many heads it has, as {asked_by} needs')
         if type != 'initialisation':
-            correction = projection.make_correction(type, lam, per_head)
+            correction = projection.make_correction(type, lam, sigmas, per_head)
             corrections[projection.name] = Corrected(projection.module, projection.tensor, correction)
     report = Report(found, corrections, by_head=type == 'initialisation')
-    report.left_out = attention.refused | attention.overlooked
+    report.left_out = attention.refused | attention.uncovered
     if not keep_function:
-        report.notes = [*_harm(model), *(_too_small(found, corrections) if type == 'identity' else [])]
+        report.notes = [*_warn_if_trained(model), *(_warn_if_small(found, corrections) if type == 'identity' else [])]
     with torch.no_grad():
         if type == 'initialisation':
             for projection in found:
@@ -126,34 +129,38 @@ def _require_plain(projection: Projection) -> None:
         raise InputError(f'condition: {projection.name} is quantised ({weight.dtype}); condition the model before that')
 
 
-def _harm(model: nn.Module) -> list[str]:
-    """Say, and warn, that trained weights do something else now."""
+def _warn_if_trained(model: nn.Module) -> list[str]:
+    """Warn that trained weights compute something else with C."""
     trained = is_trained(model)
     if trained is False:
         return []
-    told = 'these weights have been trained' if trained else 'whether these weights have been trained cannot be told'
-    if_so = 'they' if trained else 'if so, they'
-    note = f'{told}; {if_so} compute something else now. keep_function=True leaves them as they are'
+    note = (
+        'these weights have been trained; with C they compute something else'
+        if trained
+        else 'unknown whether these weights have been trained (no trainable normalisation layer); if so, with C they '
+        'compute something else'
+    )
+    note += '. keep_function=True leaves them as they are'
     if trained:
         warnings.warn(note, stacklevel=3)
     return [note]
 
 
-def _too_small(found: list[Projection], corrections: Corrections) -> list[str]:
-    """Say, and warn, of which matrices lambda is not above sigma_max: there Theorem 3.8 promises nothing."""
-    too_large, total = [], 0
+def _warn_if_small(found: list[Projection], corrections: Corrections) -> list[str]:
+    """Warn of matrices whose sigma_max is not below lambda: Theorem 3.8 guarantees nothing for them."""
+    small, total = [], 0
     for projection in found:
         correction = corrections[projection.name].correction
-        W, lam = projection.W.flatten(0, 1).unflatten(0, correction.split), correction.lam.max().item()
-        below = sigma_max_is_below(W, lam).flatten()
-        too_large += [(projection.name, matrix) for matrix in W.flatten(0, -3)[~below]]
-        total += len(below)
-    if not too_large:
+        sigma_max = compute_sigma_max(projection.W.flatten(0, 1).unflatten(0, correction.split))
+        lam = correction.lam.cpu().expand_as(sigma_max)
+        small += [(projection.name, *pair) for pair in zip(lam[sigma_max >= lam], sigma_max[sigma_max >= lam])]
+        total += sigma_max.numel()
+    if not small:
         return []
-    name, W = too_large[0]
+    name, lam, sigma_max = small[0]
     note = (
-        f'lam = {lam:g} is not above sigma_max of {len(too_large)} of {total} matrices, and can make their condition '
-        f'numbers worse; for instance {name}, with sigma_max {torch.linalg.matrix_norm(W.float(), 2):.3g}'
+        f'lam is not above sigma_max of {len(small)} of {total} matrices, and can make their condition numbers worse; '
+        f'for instance {name}: lam = {lam:g}, sigma_max = {sigma_max:.3g}'
     )
     warnings.warn(note, stacklevel=3)
     return [note]
@@ -169,7 +176,7 @@ def fold(model: nn.Module) -> None:
     Args:
         model: changed in place; one without corrections is left as it is.
     """
-    for projection in list(projections(model)):
+    for projection in list(find_projections(model)):
         if projection.correction is None:
             continue
         if parametrize.is_parametrized(projection.module, projection.tensor):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import projections
+from ..conditioning import find_projections
 from ..conditioning.jacobian import xca_singular_values
 from .attention import XCA
 
@@ -63,7 +63,7 @@ def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) 
     spectra = []
     for name, X in tokens.items():
         attention = model.get_submodule(name)
-        (qkv,) = projections(attention)
+        (qkv,) = find_projections(attention)
         W = qkv.W if qkv.correction is None else qkv.W_plus_C
         # The bias is one more row of the projection, for tokens with a last entry of one.
         W = torch.cat([W, attention.qkv.bias.view(3, -1, 1)], dim=2).unflatten(1, (attention.num_heads, -1))

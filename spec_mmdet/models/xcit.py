@@ -218,11 +218,11 @@ class SpecXCiT(BaseModule):
     Args:
         arch: a name in :data:`ARCHS`, or a dict of ``dim``, ``depth``, ``num_heads`` and, optionally, ``eta``.
         patch_size: 8 or 16 pixels a token.
-        conditioning: None for plain XCiT, ``dict(type='identity', lam=10.0)`` or ``dict(type='svd')``, with
-            ``per_head=True`` if each head is to be corrected by itself; see
-            :class:`~spec_mmdet.conditioning.Correction`. It belongs to the weights: a state dict made with another
-            conditioning than this one is refused. ``dict(type='initialisation')`` only begins with other weights
-            (arXiv 2609.07086), and is plain XCiT's from then on.
+        conditioning: None for plain XCiT; ``dict(type='identity', lam=10.0)``, the paper's; ``dict(type='identity',
+            sigmas=2.0)``, with lambda relative to sigma_max of each initial projection; or ``dict(type='svd')``. With
+            ``per_head=True`` each head is corrected separately; see :class:`~spec_mmdet.conditioning.Correction`. It
+            belongs to the weights: a state dict made with a different conditioning is refused.
+            ``dict(type='initialisation')`` only changes the initial weights (arXiv 2609.07086).
         norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.
         drop_path_rate: stochastic depth, the same in every block.
         out_indices: the four blocks after which features are taken; by default the ends of the first, second and

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..conditioning import Corrections, Report, condition, measure, projections
+from ..conditioning import Corrections, Report, condition, find_projections, measure
 from ..errors import InputError
 from ..files import write
 
@@ -138,7 +138,7 @@ def initial(system: System, arm: str, seed: int) -> tuple[nn.Module, Corrections
 
 def condition_numbers(model: nn.Module) -> dict[str, float]:
     """kappa of what the model multiplies by, medians over the layers: of whole projections and of single heads."""
-    found = list(projections(model))
+    found = list(find_projections(model))
     reports = dict(whole=Report(found), head=Report(found, by_head=True))
     return {name: median(row.kappa for row in report) for name, report in reports.items()}
 
@@ -162,7 +162,7 @@ def run(system: System, arm: str, seed: int) -> Log:
     start = time.time()
     model, corrections, lam = initial(system, arm, seed)
     kappa = condition_numbers(model)
-    keys = median(left for left, _ in measure(model).keys_left(system.tokens))
+    keys = median(left for left, _ in measure(model).count_effective_keys(system.tokens))
     optimizer = torch.optim.AdamW(model.parameters(), system.lr, weight_decay=system.weight_decay)
     if corrections and system.weight_decay:
         corrections.keep_fixed(optimizer)

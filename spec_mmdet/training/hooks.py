@@ -140,8 +140,8 @@ class ConditioningHook(Hook):
         """Say so if the corrections do not improve the condition numbers; begin the table."""
         if not is_main_process():
             return
-        if unhelpful := measure(unwrap_model(runner).backbone).unhelpful():
-            runner.logger.warning(unhelpful)
+        if worsened := measure(unwrap_model(runner).backbone).describe_worsened():
+            runner.logger.warning(worsened)
         self.table = Path(runner.work_dir, f'{CONDITIONING}.csv')
         if not (runner._resume and self.table.exists()):
             self.table.write_text(','.join(self.columns) + '\n')

@@ -25,9 +25,9 @@ from spec_mmdet import InputError, SpecXCiT
 from spec_mmdet.checkpoints.layouts import recognise
 from spec_mmdet.checkpoints.pretrained import load_backbone
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.conditioning import projections
+from spec_mmdet.conditioning import find_projections
 
-CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='svd')]
+CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='identity', sigmas=2.0), dict(type='svd')]
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 SMALL = dict(dim=32, depth=6, num_heads=4)
 
@@ -41,7 +41,7 @@ def convert(*args) -> None:
 def complaint(*args) -> str:
     """The one line with which it refuses."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return conftest.complaint(monkeypatch, 'convert_checkpoint', *args)
+        return conftest.error_line(monkeypatch, 'convert_checkpoint', *args)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -59,7 +59,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def correct(model: nn.Module, **conditioning) -> None:
     """W and C apart in a model of others: the corrections as parametrizations of its layers."""
-    for projection in list(projections(model)):
+    for projection in list(find_projections(model)):
         correction = projection.make_correction(**conditioning)
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
 
@@ -191,7 +191,7 @@ def test_wrappers(tmp_path, capsys):
 def test_round_trips_are_bit_equal(tmp_path, conditioning):
     ours = SpecXCiT(SMALL, conditioning=conditioning)
     for name, tensor in ours.state_dict().items():
-        if tensor.is_floating_point() and not name.endswith('lam'):
+        if tensor.is_floating_point() and not name.endswith(('lam', 'sigmas')):
             tensor.copy_(torch.randn_like(tensor))
     torch.save(dict(state_dict=ours.state_dict()), tmp_path / 'ours.pth')
     for layout, ending in (('reference', 'pth'), ('timm', 'pth'), ('timm', 'safetensors')):
@@ -214,7 +214,7 @@ def test_round_trips_are_bit_equal(tmp_path, conditioning):
     assert again.keys() == backbone.keys() and all(torch.equal(value, again[key]) for key, value in backbone.items())
 
 
-@pytest.mark.parametrize('conditioning', CONDITIONINGS[1:] + [dict(type='identity', lam=3.0, per_head=True)])
+@pytest.mark.parametrize('conditioning', CONDITIONINGS[1:] + [dict(lam=3.0, per_head=True), dict(per_head=True)])
 def test_folding(tmp_path, conditioning):
     model = timm_model(conditioning=conditioning)
     expected = block_outputs(model, model.blocks)
@@ -228,7 +228,7 @@ def test_conditioning_a_plain_checkpoint_keeps_its_function(tmp_path, conditioni
     model = timm_model()
     expected = block_outputs(model, model.blocks)
     torch.save(model.state_dict(), tmp_path / 'source.pth')
-    lam = ['--lam', conditioning['lam']] if 'lam' in conditioning else []
+    lam = [word for key, value in conditioning.items() if key != 'type' for word in (f'--{key}', value)]
     convert(tmp_path / 'source.pth', tmp_path / 'converted.pth', '--condition', conditioning['type'], *lam)
     assert_features(tmp_path / 'converted.pth', expected, conditioning=conditioning)
     assert 'conditioned already' in complaint(tmp_path / 'converted.pth', tmp_path / 'x.pth', '--condition', 'svd')
@@ -248,9 +248,11 @@ def test_a_conditioning_that_has_to_be_told(tmp_path):
     assert_features(tmp_path / 'told.pth', expected, conditioning=dict(lam=3.0))
     convert(source, tmp_path / 'folded.pth', '--conditioning', 'identity', '--lam', '3', '--fold')
     assert_features(tmp_path / 'folded.pth', expected)
-    assert 'cannot be found again' in complaint(source, tmp_path / 'x.pth', '--conditioning', 'svd')
+    for arguments in (['svd'], ['identity']):
+        refusal = complaint(source, tmp_path / 'x.pth', '--conditioning', *arguments)
+        assert 'recomputed' in refusal and '--lam' in refusal
     again = (tmp_path / 'told.pth', tmp_path / 'x.pth', '--conditioning', 'identity')
-    assert 'the weights say that they were made with' in complaint(*again)
+    assert 'lam=3) already' in complaint(*again)
 
 
 def test_detectors(tmp_path):

@@ -27,7 +27,7 @@ import transformers
 
 from spec_mmdet import InputError
 from spec_mmdet.conditioning import condition
-from spec_mmdet.conditioning.projections import find
+from spec_mmdet.conditioning.finding.projections import find
 
 PAGE = Path(__file__).parents[2] / 'docs' / 'attention.md'
 HEADING = '| model | attention | projections | verdict |\n|---|---|---|---|\n'
@@ -185,7 +185,7 @@ def examine(name: str) -> Verdict:
     weights = {projection.name: names[id(projection.weight)] for projection in found.projections}
     truth = _compare_rows(model, read(model, run), found, weights)
 
-    listed = [*found.refused, *found.overlooked]
+    listed = [*found.refused, *found.uncovered]
     untold = [key for key in truth.keys() - set(weights.values()) if not any(_is_part(key, path) for path in listed)]
     assert not untold, f'neither taken nor listed: {sorted(untold)}'
     with warnings.catch_warnings():
@@ -202,8 +202,8 @@ def examine(name: str) -> Verdict:
     words = 'right'
     if found.refused:
         words = f'refused: the rows of {_classes(model, found.refused)} could not be told'
-    elif found.overlooked:
-        words = f'{"in part" if kinds else "not taken"}: {_classes(model, found.overlooked)} is listed'
+    elif found.uncovered:
+        words = f'{"in part" if kinds else "not taken"}: {_classes(model, found.uncovered)} is listed'
     return Verdict(name, kinds, len(found.projections), words)
 
 
@@ -237,7 +237,7 @@ def _compare_rows(model, events, found, weights) -> dict[str, dict[str, frozense
                 if len(sets) > 1 and sum(map(len, sets)) == len(frozenset.union(*sets)):
                     read_heads[weight][role] |= sets
     for projection in found.projections:
-        weight, stack = weights[projection.name], projection.stack
+        weight, stack = weights[projection.name], projection.rows
         rows = torch.tensor(stack.index or range(len(stack.take(projection.weight))))
         by_hand = _BY_HAND.get(type(projection.attention).__name__)
         if weight not in read_rows and by_hand:

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_mmdet.conditioning import Correction, condition_number, identity_correction, svd_correction
+from spec_mmdet import InputError, SpecXCiT
+from spec_mmdet.conditioning import (
+    Correction,
+    condition_number,
+    describe_conditioning,
+    identity_correction,
+    svd_correction,
+)
 
 
 @st.composite
@@ -62,7 +69,7 @@ def test_per_head_form_keeps_the_bound_in_each_head(W, heads, ratio):
     lam = ratio * sigma_max
     if lam == 0:
         return
-    C = Correction(W, lam=lam, per_head=True, blocks=1, heads=heads).correction(W)
+    C = Correction(W, lam=lam, per_head=True, blocks=1, heads=heads).make_C(W)
     by_hand = (lam * torch.eye(len(W) // heads, W.shape[1]).double()).repeat(heads, 1)
     torch.testing.assert_close(C, by_hand, rtol=1e-7, atol=0)  # lam is kept in single precision
     for W_head, C_head in zip(W.chunk(heads), C.chunk(heads)):
@@ -73,6 +80,24 @@ def test_condition_number_of_known_matrices():
     assert condition_number(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == 4
     assert condition_number(torch.zeros(3, 2)) == torch.inf
     assert condition_number(torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 0.5]))])).tolist() == [1, 2]
+
+
+@given(matrices(), st.integers(1, 3), st.booleans(), st.sampled_from([None, 1.5, 2.0, 8.0]))
+def test_a_relative_lambda_bounds_every_matrix(W, heads, per_head, sigmas):
+    """Two projections of different scales: lambda follows sigma_max of each, and of each head in the per-head form."""
+    rows = torch.cat([W * (h + 1) for h in range(heads)])
+    stacked = torch.cat([rows, 100 * rows])
+    if not W.any():
+        return
+    correction = Correction(stacked, sigmas=sigmas, per_head=per_head, blocks=2, heads=heads)
+    split = (2 * heads, -1) if per_head else (2, -1)
+    sigmas = sigmas or 2
+    for before, after in zip(stacked.unflatten(0, split), correction(stacked).unflatten(0, split)):
+        expected = before + sigmas * torch.linalg.svdvals(before)[0] * torch.eye(*before.shape)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+        assert condition_number(after).item() <= (sigmas + 1) / (sigmas - 1) * (1 + 1e-5)
+    restored = Correction.from_state(stacked, correction.state_dict(), blocks=2)
+    assert torch.equal(restored(stacked), correction(stacked))
 
 
 @pytest.mark.parametrize('conditioning', [dict(type='identity', lam=3.0), dict(type='svd')])
@@ -89,7 +114,7 @@ def test_correction_treats_each_stacked_projection_by_itself(conditioning):
         torch.testing.assert_close(block, expected)
 
 
-@pytest.mark.parametrize('conditioning', [dict(type='identity'), dict(type='svd')])
+@pytest.mark.parametrize('conditioning', [dict(lam=10.0), dict(sigmas=2.0), dict(type='svd')])
 def test_correction_is_fixed_while_the_weight_trains(conditioning):
     linear = torch.nn.Linear(8, 24)
     correction = Correction(linear.weight, **conditioning)
@@ -106,7 +131,33 @@ def test_correction_is_fixed_while_the_weight_trains(conditioning):
     assert not torch.equal(W_before, linear.weight)
 
 
-@pytest.mark.parametrize('conditioning', [dict(type='polar'), dict(lam=0), dict(lam=-1), dict(type='svd', lam=1.0)])
+@pytest.mark.parametrize('conditioning', [dict(type='polar'), dict(lam=0), dict(lam=-1), dict(type='svd', lam=1.0),
+    dict(sigmas=0), dict(lam=1.0, sigmas=2.0), dict(type='svd', sigmas=2.0)])  # fmt: skip
 def test_wrong_arguments_are_refused(conditioning):
     with pytest.raises(ValueError, match='conditioning'):
         Correction(torch.randn(24, 8), **conditioning)
+
+
+def test_a_relative_lambda_of_a_zero_matrix_is_refused():
+    with pytest.raises(ValueError, match='sigma_max of a projection is 0'):
+        Correction(torch.cat([torch.randn(16, 8), torch.zeros(8, 8)]))
+    assert Correction(torch.zeros(24, 8), lam=1.0)(torch.zeros(24, 8)).sum() == 24
+
+
+def test_a_relative_lambda_of_the_backbone_comes_from_its_initial_weights_and_stays():
+    arch = dict(dim=32, depth=4, num_heads=4)
+    model = SpecXCiT(arch, conditioning=dict(sigmas=3.0, per_head=True))
+    attn = model.blocks[2].attn
+    W = attn.qkv.weight.detach().clone().unflatten(0, (3, 4, 8))
+    sigma_max = torch.linalg.svdvals(W)[..., 0]
+    torch.testing.assert_close(attn.correction.lam, 3 * sigma_max)
+    assert describe_conditioning(model.state_dict()) == "dict(type='identity', sigmas=3, per_head=True)"
+    with torch.no_grad():
+        attn.qkv.weight.mul_(7)  # training
+    other = SpecXCiT(arch, conditioning=dict(sigmas=3.0, per_head=True))
+    assert not torch.equal(other.blocks[2].attn.correction.lam, attn.correction.lam)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.blocks[2].attn.correction.lam, 3 * sigma_max)
+    for refused in (dict(sigmas=3.0), dict(sigmas=2.0, per_head=True), dict(lam=3.0, per_head=True)):
+        with pytest.raises(InputError, match=r'sigmas=3, per_head=True'):
+            SpecXCiT(arch, conditioning=refused).load_state_dict(model.state_dict())

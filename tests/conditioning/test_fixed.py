@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spec_mmdet import InputError
-from spec_mmdet.conditioning import Correction, condition, projections
+from spec_mmdet.conditioning import Correction, condition, find_projections
 
 
 class Attention(nn.Module):
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 def apart(model, **form):
     """W and C kept apart, as parametrizations: the method as the paper has it."""
     model = copy.deepcopy(model)
-    for projection in list(projections(model)):
+    for projection in list(find_projections(model)):
         correction = projection.make_correction(**form)
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
     return model
@@ -148,7 +148,7 @@ def test_a_training_is_resumed(form, tmp_path):
 
 def test_what_a_correction_is_kept_from():
     model, other = Attention(), Attention()
-    corrections = condition(model).corrections
+    corrections = condition(model, lam=3.0).corrections
     frozen = torch.optim.AdamW(model.head.parameters())
     with pytest.raises(InputError, match='none of the weights that were corrected'):
         corrections.keep_fixed(frozen)
@@ -158,7 +158,7 @@ def test_what_a_correction_is_kept_from():
         corrections.keep_fixed(optimizer)
     with pytest.raises(InputError, match='no torch.optim.Optimizer'):
         corrections.keep_fixed(object())
-    for wrong in (condition(other, type='svd'), condition(Attention(), per_head=True)):
+    for wrong in (condition(other, type='svd'), condition(Attention(), lam=3.0, per_head=True), condition(Attention())):
         with pytest.raises(InputError, match='not those of this model'):
             corrections.load_state_dict(wrong.corrections.state_dict())
 

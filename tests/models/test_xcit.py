@@ -170,11 +170,11 @@ def is_frozen(name, stages, frozen_blocks):
 
 
 def test_correction_is_no_parameter_and_in_the_state_dict():
-    for conditioning, record in (CONDITIONINGS[1], 'lam'), (CONDITIONINGS[2], 'C'):
+    for conditioning, records in (CONDITIONINGS[1], ['lam']), ({}, ['lam', 'sigmas']), (CONDITIONINGS[2], ['C']):
         model = SpecXCiT(TINY, conditioning=conditioning)
         assert not [name for name, _ in model.named_parameters() if 'correction' in name]
         recorded = [key for key in model.state_dict() if 'correction' in key]
-        assert recorded == [f'blocks.{i}.attn.correction.{record}' for i in range(6)]
+        assert recorded == [f'blocks.{i}.attn.correction.{record}' for i in range(6) for record in records]
         twin = SpecXCiT(TINY, conditioning=conditioning)
         twin.load_state_dict(model.state_dict())
         image = torch.randn(1, 3, 64, 64)
@@ -182,10 +182,10 @@ def test_correction_is_no_parameter_and_in_the_state_dict():
 
 
 @pytest.mark.parametrize('load', [torch.nn.Module.load_state_dict, mmengine_load_state_dict])
-@pytest.mark.parametrize('saved', range(4))
-@pytest.mark.parametrize('configured', range(4))
+@pytest.mark.parametrize('saved', range(6))
+@pytest.mark.parametrize('configured', range(6))
 def test_another_conditioning_is_refused(saved, configured, load):
-    choices = [*CONDITIONINGS, dict(type='identity', lam=2.0)]
+    choices = [*CONDITIONINGS, dict(type='identity', lam=2.0), dict(sigmas=2.0), dict(per_head=True)]
     weights = SpecXCiT(TINY, conditioning=choices[saved]).state_dict()
     model = torch.nn.ModuleDict(dict(backbone=SpecXCiT(TINY, conditioning=choices[configured])))
     weights = {f'backbone.{k}': v for k, v in weights.items()}

@@ -10,7 +10,7 @@ import torch
 from conftest import error_line, run_tool
 
 from spec_mmdet.commands import systems as command
-from spec_mmdet.conditioning import projections
+from spec_mmdet.conditioning import find_projections
 from spec_mmdet.systems import SYSTEMS
 from spec_mmdet.systems.bert import Bert, text
 from spec_mmdet.systems.listops import ListOps
@@ -45,8 +45,8 @@ def test_larger_weights_have_the_size_of_conditioned_ones_and_kappa_of_plain_one
     (model, none, _), (of_plain, _, _), (_, corrections, _) = (
         initial(system, arm, 1) for arm in (LARGER, 'plain', 'lambda 2 sigma')
     )
-    assert not none and len(list(projections(model))) == len(corrections)
-    for ours, plain, conditioned in zip(projections(model), projections(of_plain), corrections.values()):
+    assert not none and len(list(find_projections(model))) == len(corrections)
+    for ours, plain, conditioned in zip(find_projections(model), find_projections(of_plain), corrections.values()):
         factor = conditioned.weight.norm() / plain.weight.norm()
         torch.testing.assert_close(ours.weight, factor * plain.weight, atol=2e-6, rtol=0)
         assert factor > 1.5

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...errors import InputError
 
 
 @dataclass(frozen=True)
-class Stack:
+class RowSelection:
     """Projections of one shape that lie in one weight.
 
     Attributes:
@@ -84,7 +84,7 @@ def parse_layout(text: str) -> Layout:
     return tuple(blocks)
 
 
-def stacks(layout: Layout, transposed: bool = False) -> list[Stack]:
+def select_rows(layout: Layout, transposed: bool = False) -> list[RowSelection]:
     """The projections of a layout, those of one shape stacked together in the order Q, K, V.
 
     Raises:
@@ -107,5 +107,5 @@ def stacks(layout: Layout, transposed: bool = False) -> list[Stack]:
         index: tuple[int, ...] | None = tuple(row for role in roles for block in rows[role] for row in block)
         if index == tuple(range(start)):
             index = None
-        found.append(Stack(roles, heads, index, transposed))
+        found.append(RowSelection(roles, heads, index, transposed))
     return found

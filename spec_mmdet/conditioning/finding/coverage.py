@@ -7,7 +7,7 @@ import re
 
 from torch import nn
 
-from .names import named_projections
+from .names import find_named_layers
 
 _CALLED_ATTENTION = re.compile(r'attn|attention|mhsa|mha(?![a-z])|gpsa|xca|mla(?![a-z])', re.IGNORECASE)
 # Channels weighed by a gate are called attention, too; so are parts of attention that are no attention themselves.
@@ -20,7 +20,7 @@ _PRODUCT = re.compile(r'matmul|einsum|bmm|\s@\s')
 _HALF = 'is called like a projection, but makes no query, key and value with others'
 
 
-def overlooked(model: nn.Module, taken: set[nn.Module]) -> dict[str, str]:
+def uncovered(model: nn.Module, taken: set[nn.Module]) -> dict[str, str]:
     """The modules that look like attention but whose projections were not taken, and what each looks like.
 
     Attention is what is called so, by its class or by its parent; what calls an attention function or a softmax beside
@@ -35,7 +35,7 @@ def overlooked(model: nn.Module, taken: set[nn.Module]) -> dict[str, str]:
     around = {name[:i] for name in done for i, letter in enumerate(f'{name}.') if letter == '.'} | {''}
     found = {}
     for name, module in modules.items():
-        left, kind = named_projections(module)[1], type(module).__name__
+        left, kind = find_named_layers(module)[1], type(module).__name__
         called = _CALLED_ATTENTION.search(f'{kind} {name.rpartition(".")[2]}')
         if left and (called or name in done or len({layer.roles for layer in left}) > 1):
             found |= {f'{name}.{layer.path}'.lstrip('.'): _HALF for layer in left}

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import InputError
-from .names import named_projections
+from ...errors import InputError
+from .names import find_named_layers
 
 # The positional and the keyword arguments of one call.
 Call = tuple[tuple, dict]
 
 
-def record(model: nn.Module, example: object) -> dict[str, Call]:
+def record_calls(model: nn.Module, example: object) -> dict[str, Call]:
     """The inputs that each module with projections gets in its first call when the model is run on an example.
 
     Args:
@@ -26,7 +26,7 @@ def record(model: nn.Module, example: object) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     handles = []
     for name, module in model.named_modules():
-        if named_projections(module)[0]:
+        if find_named_layers(module)[0]:
 
             def remember(module, args, kwargs, name=name):
                 calls.setdefault(name, (_kept(args), {key: _kept(value, key) for key, value in kwargs.items()}))
@@ -64,7 +64,7 @@ def _kept(value: object, name: str = '') -> object:
     return tree_map(keep, value)
 
 
-def usual_example(model: nn.Module) -> object | None:
+def make_example(model: nn.Module) -> object | None:
     """An input for a model that says what it takes, as timm's and transformers' do; None for others."""
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.parameters(), torch.zeros(()))

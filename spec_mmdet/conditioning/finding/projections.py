@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import InputError
-from .correction import Correction
-from .coverage import overlooked
-from .examples import Call, record, usual_example
-from .names import NamedLayer, named_projections
-from .probe import Finding, Heads, Layer, find_out
-from .rows import Stack, parse_layout, stacks
+from ...errors import InputError
+from ..correction import Correction
+from .coverage import uncovered
+from .examples import Call, make_example, record_calls
+from .names import NamedLayer, find_named_layers
+from .probe import Finding, Heads, Layer, probe_layouts
+from .rows import RowSelection, parse_layout, select_rows
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Projection:
     Attributes:
         name: where it is in the model, for instance 'blocks.0.attn.qkv'; followed by the roles, for instance [V], where
             the weight holds projections of other shapes beside these.
-        stack: which projections they are, and which rows of the weight they take.
+        rows: which projections they are, and which rows of the weight they take.
         attention: the attention module.
         module: the module that owns the weight: a linear layer, or the attention module itself.
         tensor: the weight's name in it.
     """
 
     name: str
-    stack: Stack
+    rows: RowSelection
     attention: nn.Module
     module: nn.Module
     tensor: str = 'weight'
@@ -42,18 +42,18 @@ class Projection:
     @property
     def roles(self) -> str:
         """Which projections they are: 'QKV', 'KV', 'Q', 'K' or 'V', for instance."""
-        return self.stack.roles
+        return self.rows.roles
 
     @property
     def heads(self) -> int | None:
         """How many heads each of the projections has, where that is known."""
-        return self.stack.heads
+        return self.rows.heads
 
     @property
     def correction(self) -> Correction | None:
         """What is added to the weight, if it is conditioned."""
-        for correction in corrections(self.module, self.tensor):
-            if correction.stack in (None, self.stack):
+        for correction in find_corrections(self.module, self.tensor):
+            if correction.rows in (None, self.rows):
                 return correction
         own = getattr(self.attention, 'correction', None)
         return own if isinstance(own, Correction) else None
@@ -75,26 +75,28 @@ class Projection:
         """W + C, shape of W; None where there is no correction."""
         return None if self.correction is None else self._blocks(self.correction(self.weight.detach()))
 
-    def make_correction(self, type: str = 'identity', lam: float | None = None, per_head: bool = False) -> Correction:
-        """The correction that these projections would get, for the weight as its module stores it.
+    def make_correction(
+        self, type: str = 'identity', lam: float | None = None, sigmas: float | None = None, per_head: bool = False
+    ) -> Correction:
+        """Make the correction of these projections, for the weight as its module stores it.
 
         Raises:
             ValueError: on arguments that :class:`Correction` refuses.
         """
-        return Correction(self.weight, type, lam, per_head, stack=self.stack)
+        return Correction(self.weight, type, lam, sigmas, per_head, rows=self.rows)
 
     @torch.no_grad()
     def replace(self, W: Tensor) -> None:
         """Put other values in the place of W, and leave the weight's other rows as they are."""
         weight, rows = self.weight, W.flatten(0, 1)
-        own = self.stack.put(torch.ones_like(rows), weight).bool()
-        weight.copy_(self.stack.put(rows, weight).where(own, weight))
+        taken = self.rows.put(torch.ones_like(rows), weight).bool()
+        weight.copy_(self.rows.put(rows, weight).where(taken, weight))
 
     def _blocks(self, weight: Tensor) -> Tensor:
-        return self.stack.take(weight).unflatten(0, (len(self.roles), -1))
+        return self.rows.take(weight).unflatten(0, (len(self.roles), -1))
 
 
-def corrections(module: nn.Module, tensor: str) -> list[Correction]:
+def find_corrections(module: nn.Module, tensor: str) -> list[Correction]:
     """The corrections that parametrize a module's tensor."""
     if not parametrize.is_parametrized(module, tensor):
         return []
@@ -108,14 +110,14 @@ class Found:
     Attributes:
         projections: those whose rows are known.
         refused: layers that hold projections, but whose rows could not be told, and what to do about it.
-        overlooked: what looks like attention and has no layers that could be taken, and what it looks like.
+        uncovered: what looks like attention and has no layers that could be taken, and what it looks like.
     """
 
     projections: list[Projection]
     refused: dict[str, str]
-    overlooked: dict[str, str]
+    uncovered: dict[str, str]
 
-    def require_whole(self) -> None:
+    def require_complete(self) -> None:
         """Refuse a model of whose attention a part could not be taken.
 
         Raises:
@@ -125,15 +127,17 @@ class Found:
             name, why = next(iter(self.refused.items()))
             others = f' ({len(self.refused) - 1} more like it)' if len(self.refused) > 1 else ''
             raise InputError(f'{name}: {why}, or partial=True to leave it as it is{others}')
-        if self.overlooked:
-            listed = '; '.join(f'{name} {why}' for name, why in self.overlooked.items())
+        if self.uncovered:
+            listed = '; '.join(f'{name} {why}' for name, why in self.uncovered.items())
             raise InputError(
-                f'condition: {len(self.overlooked)} modules look like attention and would be left as they are: '
+                f'condition: {len(self.uncovered)} modules look like attention and would be left as they are: '
                 f'{listed}. Pass partial=True to condition the {len(self.projections)} projections that were found'
             )
 
 
-def projections(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Iterator[Projection]:
+def find_projections(
+    model: nn.Module, layout: dict[str, str] | None = None, example: object = None
+) -> Iterator[Projection]:
     """The query, key and value projections of a model, as :func:`find` finds them.
 
     Raises:
@@ -166,36 +170,36 @@ def find(model: nn.Module, layout: dict[str, str] | None = None, example: object
     found = Found([], {}, {})
     taken: set[nn.Module] = set()
     known: dict[tuple, Finding | None] = {}
-    calls = None if example is None else record(model, example)
+    calls = None if example is None else record_calls(model, example)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             taken.add(module)
             found.projections += _of_multihead_attention(name, module)
             continue
-        for group in named_projections(module)[0]:
+        for group in find_named_layers(module)[0]:
             taken.add(module)
             paths = [f'{name}.{layer.path}'.lstrip('.') for layer in group]
             stated = _stated(paths, group, layout, unused)
-            stacks_of = _conditioned(module, group) or stated or _by_attributes(module, group)
-            others = [p for p, x in zip(paths, group) if not stacks_of and parametrize.is_parametrized(x.module)]
+            selections = _conditioned(module, group) or stated or _by_attributes(module, group)
+            others = [p for p, x in zip(paths, group) if not selections and parametrize.is_parametrized(x.module)]
             if others:
                 found.refused[others[0]] = 'it has a parametrization of another kind already'
                 continue
-            if not stacks_of:
-                stacks_of = _by_experiment(module, group, calls and calls.get(name), known)
-            if not stacks_of and calls is None:
+            if not selections:
+                selections = _by_experiment(module, group, calls and calls.get(name), known)
+            if not selections and calls is None:
                 calls = _usual_calls(model)
-                stacks_of = _by_experiment(module, group, calls.get(name), known)
-            if not stacks_of:
+                selections = _by_experiment(module, group, calls.get(name), known)
+            if not selections:
                 found.refused |= dict.fromkeys(paths, _unknown(paths, group))
                 continue
-            for path, layer, stack_list in zip(paths, group, stacks_of):
-                for stack in stack_list:
-                    part = f'[{stack.roles}]' if len(stack_list) > 1 else ''
-                    found.projections.append(Projection(path + part, stack, module, layer.module))
+            for path, layer, parts in zip(paths, group, selections):
+                for rows in parts:
+                    part = f'[{rows.roles}]' if len(parts) > 1 else ''
+                    found.projections.append(Projection(path + part, rows, module, layer.module))
     if unused:
         raise InputError(f'layout: no layer is called {", ".join(sorted(unused))}')
-    found.overlooked = overlooked(model, taken)
+    found.uncovered = uncovered(model, taken)
     return found
 
 
@@ -211,11 +215,11 @@ def _unknown(paths: list[str], group: list[NamedLayer]) -> str:
 def _of_multihead_attention(name: str, module: nn.MultiheadAttention) -> Iterator[Projection]:
     if module._qkv_same_embed_dim:
         path = f'{name}.in_proj'.lstrip('.')
-        yield Projection(path, Stack('QKV', module.num_heads), module, module, 'in_proj_weight')
+        yield Projection(path, RowSelection('QKV', module.num_heads), module, module, 'in_proj_weight')
         return
     for role in 'qkv':
         path = f'{name}.{role}_proj'.lstrip('.')
-        yield Projection(path, Stack(role.upper(), module.num_heads), module, module, f'{role}_proj_weight')
+        yield Projection(path, RowSelection(role.upper(), module.num_heads), module, module, f'{role}_proj_weight')
 
 
 def _pattern(path: str) -> str:
@@ -240,17 +244,17 @@ def _stated(paths: list[str], group: list[NamedLayer], layout: dict[str, str], u
                 f'layout: {path} has {layer.shape[0]} rows of {", ".join(layer.roles)}, but {layout[key]!r} are {rows} '
                 f'of {", ".join(sorted(roles, key="QKV".index))}'
             )
-        result.append(stacks(parsed, layer.transposed))
+        result.append(select_rows(parsed, layer.transposed))
     return result
 
 
 def _conditioned(attention: nn.Module, group: list[NamedLayer]) -> list | None:
     """What the layers' corrections know."""
     own = getattr(attention, 'correction', None)
-    whole = [Stack(layer.roles, _count(attention, _HEADS)) for layer in group]
+    whole = [RowSelection(layer.roles, _count(attention, _HEADS)) for layer in group]
     if isinstance(own, Correction):
-        return [[stack] for stack in whole]
-    result = [[c.stack or all_rows for c in corrections(x.module, 'weight')] for x, all_rows in zip(group, whole)]
+        return [[rows] for rows in whole]
+    result = [[c.rows or all_rows for c in find_corrections(x.module, 'weight')] for x, all_rows in zip(group, whole)]
     return result if all(result) else None
 
 
@@ -288,16 +292,16 @@ def _by_attributes(attention: nn.Module, group: list[NamedLayer]) -> list | None
         h, g = Q // d, K // d
         fits = h * d == Q and g * d == K and H in (None, h) and (G in (None, g) or Q == K)
         if fits and h % g == 0 and V % g == 0:
-            return [[Stack(x.roles, n, None, x.transposed)] for x, n in zip(group, (h, g, g))]
+            return [[RowSelection(x.roles, n, None, x.transposed)] for x, n in zip(group, (h, g, g))]
     if Q == K:
-        return [[Stack(layer.roles, None, None, layer.transposed)] for layer in group]
+        return [[RowSelection(layer.roles, None, None, layer.transposed)] for layer in group]
     return None
 
 
 def _usual_calls(model: nn.Module) -> dict[str, Call]:
-    example = usual_example(model)
+    example = make_example(model)
     try:
-        return {} if example is None else record(model, example)
+        return {} if example is None else record_calls(model, example)
     except InputError:  # it was but a guess
         return {}
 
@@ -308,11 +312,11 @@ def _by_experiment(attention: nn.Module, group: list[NamedLayer], call: Call | N
     key = type(attention), heads, shapes  # the blocks of a model have the same attention
     if known.get(key) is None:
         layers = [Layer(f'{layer.path}.weight', layer.roles, *layer.shape, layer.transposed) for layer in group]
-        known[key] = find_out(attention, layers, heads, call)
+        known[key] = probe_layouts(attention, layers, heads, call)
     finding = known[key]
     if finding is None:
         return None
-    result = [stacks(layout, layer.transposed) for layout, layer in zip(finding.layouts, group)]
+    result = [select_rows(layout, layer.transposed) for layout, layer in zip(finding.layouts, group)]
     # That there is one head is what was assumed where nothing is known.
-    known_heads = finding.heads and (heads.queries or any(stack.heads > 1 for found in result for stack in found))
-    return result if known_heads else [[replace(stack, heads=None) for stack in found] for found in result]
+    known_heads = finding.heads and (heads.queries or any(rows.heads > 1 for found in result for rows in found))
+    return result if known_heads else [[replace(rows, heads=None) for rows in found] for found in result]

@@ -3,8 +3,8 @@
 Neither a layer's name nor its shape says in which order its rows are: ViT's qkv holds all of Q, then all of K, then all
 of V, GPT-NeoX's holds them head by head. But whatever the order and whatever the attention, with K at zero its output
 does not depend on Q, and with V at zero it depends on neither. So a copy of the module, with random weights and in
-double precision, is run with a believed K (or V) at zero, and autograd tells on which rows its output depends. A belief
-that puts but one row wrong shows a dependence where there should be none.
+double precision, is run with an assumed K (or V) at zero, and autograd shows on which rows its output depends. A
+candidate that puts but one row wrong shows a dependence where there should be none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .examples import Call
-from .rows import Layout, Stack
+from .rows import Layout, RowSelection
 
 _POSITIONS = re.compile('rel_|_rel|pos')
 
@@ -57,7 +57,7 @@ class Finding:
     heads: bool
 
 
-def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call | None = None) -> Finding | None:
+def probe_layouts(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call | None = None) -> Finding | None:
     """Find the layouts of the layers that the attention's own behaviour bears out.
 
     Args:
@@ -69,7 +69,7 @@ def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call
     Returns:
         None where the module does not run alone on the inputs, or none of the layouts that were thought of holds.
     """
-    beliefs = list(itertools.islice(_beliefs(attention, layers, heads), 200))
+    candidates = list(itertools.islice(_beliefs(attention, layers, heads), 200))
     try:
         copied = copy.deepcopy(attention)
         if any(parameter.is_meta for parameter in copied.parameters()):
@@ -83,12 +83,12 @@ def find_out(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call
         except Exception:  # these are not the inputs that it takes
             continue
         without_heads = None
-        for belief in beliefs:
-            if experiment.bears_out(belief):
-                layouts = belief
+        for candidate in candidates:
+            if experiment.confirms(candidate):
+                layouts = candidate
                 if not experiment.at_zero.any():
-                    layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(belief, layers))
-                if experiment.bears_out_heads(belief):
+                    layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(candidate, layers))
+                if experiment.confirms_heads(candidate):
                     return Finding(layouts, True)
                 without_heads = without_heads or Finding(layouts, False)
         return without_heads
@@ -140,7 +140,7 @@ class _Experiment:
         leaves, parameters = [x.clone().requires_grad_() for x in rows], dict(self.parameters)
         for leaf, layer in zip(leaves, self.layers):
             rows = nn.functional.pad(leaf, (0, layer.inputs - leaf.shape[1]))
-            stack = Stack(layer.roles, transposed=layer.transposed)
+            stack = RowSelection(layer.roles, transposed=layer.transposed)
             parameters[layer.weight] = stack.put(rows, self.parameters[layer.weight])
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         with torch.random.fork_rng(devices=[]):
@@ -175,9 +175,9 @@ class _Experiment:
     def _differ(self, gradients: list[Tensor]) -> Tensor:
         return torch.cat([grad.abs().amax(1) for grad in gradients]) > _NONE * self.largest
 
-    def bears_out(self, belief: tuple[Layout, ...]) -> bool:
-        """Whether the queries, keys and values are where they are believed to be."""
-        role, _ = _spread(belief)
+    def confirms(self, candidate: tuple[Layout, ...]) -> bool:
+        """Whether the queries, keys and values are where they are assumed to be."""
+        role, _ = _spread(candidate)
         whole, split = torch.cat(role), [role_ == 1 for role_ in role]
         Q, K, V, other = (whole == i for i in range(4))
         if not self.matters[~other].all():
@@ -193,9 +193,9 @@ class _Experiment:
         # The values take part through the attention's weights: rows that do not are another branch's.
         return bool(self._depends(change=[x <= 1 for x in role])[V].all())
 
-    def bears_out_heads(self, belief: tuple[Layout, ...]) -> bool:
-        """Whether the rows of each believed head belong together, given that the roles are borne out."""
-        role, head = _spread(belief)
+    def confirms_heads(self, candidate: tuple[Layout, ...]) -> bool:
+        """Whether the rows of each assumed head belong together, given that the roles are borne out."""
+        role, head = _spread(candidate)
         Q = torch.cat(role) == 0
         counts = [max(int(h[r == i].max()) + 1 for r, h in zip(role, head) if (r == i).any()) for i in range(3)]
         share = counts[0] // counts[1]
@@ -212,10 +212,10 @@ class _Experiment:
         return True
 
 
-def _spread(belief: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _spread(candidate: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """For each layer's rows: the role's number in 'QKV-', and the number of the head."""
     role, head, seen = [], [], dict.fromkeys('QKV-', 0)
-    for layout in belief:
+    for layout in candidate:
         numbers = []
         for name, count in layout:
             numbers += [(('QKV-').index(name), seen[name])] * count
@@ -230,10 +230,10 @@ def _beliefs(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterato
     seen = set()
     for sizes in _sizes(attention, layers, heads):
         options = [_orders(layer, sizes) for layer in layers]
-        for belief in itertools.product(*options):
-            if belief not in seen:
-                seen.add(belief)
-                yield belief
+        for candidate in itertools.product(*options):
+            if candidate not in seen:
+                seen.add(candidate)
+                yield candidate
 
 
 def _in_the_order_of_its_name(layout: Layout, layer: Layer) -> Layout:

@@ -42,7 +42,7 @@ class NamedLayer:
         return (weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight[0].numel())
 
 
-def roles_of(name: str) -> tuple[str, str] | None:
+def parse_roles(name: str) -> tuple[str, str] | None:
     """The projections that a name speaks of, and the rest of the name, which those of one attention share."""
     match = _ROLE.fullmatch(name)
     if match is None:
@@ -53,7 +53,7 @@ def roles_of(name: str) -> tuple[str, str] | None:
     return roles.upper(), f'{match["before"]}*{match["after"]}'
 
 
-def linear_layer(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
+def find_linear_layer(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     """The one layer y = W x + b of a module that is one or wraps one, as LeViT's with its normalisation.
 
     Returns:
@@ -93,7 +93,7 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
         return False
 
 
-def named_projections(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
+def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
     """The layers of a module that by their names are projections.
 
     Returns:
@@ -108,8 +108,8 @@ def named_projections(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
         elif child == 'in_proj' and re.search('attention|attn', type(attention).__name__, re.IGNORECASE):
             parsed = ('QKV', 'in_proj')
         else:
-            parsed = roles_of(child)
-        layer = linear_layer(part) if parsed else None
+            parsed = parse_roles(child)
+        layer = find_linear_layer(part) if parsed else None
         if parsed and layer:
             path, module, transposed = layer
             named = NamedLayer(f'{child}.{path}'.rstrip('.'), parsed[0], module, transposed)

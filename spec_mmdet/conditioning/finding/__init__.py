@@ -1,0 +1,1 @@
+"""Find the query, key and value projections of a model."""
