@@ -1,7 +1,7 @@
 """Cross-covariance attention (XCA): attention over channels, so its cost is linear in the number of tokens.
 
-It is the same function in two forms: :func:`xca_plain` says what it is, and :func:`xca_gram` is the faster one for
-images, where tokens are many more than channels.
+Two forms compute the same function: :func:`xca_plain` is the definition, and :func:`xca_gram` is faster for images,
+which have many more tokens than channels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditioning import Correction, conditioned_initialisation
-from .products import gram, linear
+from .products import gram, is_plain, linear, scale_output
 
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
 
@@ -36,13 +36,17 @@ def xca_plain(
     Returns:
         Tensor of shape (B, N, C).
     """
-    qkv = linear(x, W, b)
+    return linear(attend(linear(x, W, b), temperature, mask), W_out, b_out)
+
+
+def attend(qkv: Tensor, temperature: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute XCA from queries, keys and values, shape (B, N, 3 C), without projections: shape (B, N, C)."""
     if mask is not None:
         qkv = qkv * mask
     q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, d, N)
     A = F.normalize(q, dim=-1, eps=EPS) @ F.normalize(k, dim=-1, eps=EPS).transpose(-2, -1)
     A = (A * temperature).softmax(dim=-1)
-    return linear((A @ v).permute(0, 3, 1, 2).flatten(2), W_out, b_out)
+    return (A @ v).permute(0, 3, 1, 2).flatten(2)
 
 
 class _Centred(torch.autograd.Function):
@@ -177,14 +181,13 @@ class XCA(nn.Module):
         Returns:
             Tensor of the same shape.
         """
+        if not is_plain(self.qkv, self.proj):
+            qkv = self.qkv(x)
+            if self.correction is not None:
+                qkv = qkv + linear(x, self.correction.correction(x.new_empty(qkv.shape[-1], x.shape[-1])))
+            y = self.proj(attend(qkv, self.temperature, mask))
+            return y if gamma is None else y * gamma
         W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
-        W_out, b_out = scaled(self.proj, gamma)
+        W_out, b_out = (self.proj.weight, self.proj.bias) if gamma is None else scale_output(self.proj, gamma)
         xca = xca_gram if x.shape[1] >= self.gram_from * x.shape[2] else xca_plain
         return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature, mask)
-
-
-def scaled(layer: nn.Linear | nn.Conv2d, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A layer's weight and bias with its output's channels scaled by gamma, shape (C,)."""
-    if gamma is None:
-        return layer.weight, layer.bias
-    return layer.weight * gamma.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gamma

@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from .attention import scaled
+from .products import is_plain, scale_output
 from .xcit import MLP, SpecXCiT
 
 
@@ -27,11 +27,17 @@ class ClassAttention(nn.Module):
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
         """x: tokens, shape (B, N, C); returns shape (B, 1, C), its channels scaled by gamma."""
         C = x.shape[2]
-        W_q, W_kv = self.qkv.weight.split((C, 2 * C))
-        b_q, b_kv = self.qkv.bias.split((C, 2 * C))
-        q = F.linear(x[:, :1], W_q, b_q).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k, v = F.linear(x, W_kv, b_kv).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), *scaled(self.proj, gamma))
+        plain = is_plain(self.qkv, self.proj)
+        if plain:  # the image's tokens have no queries
+            W_q, W_kv = self.qkv.weight.split((C, 2 * C))
+            b_q, b_kv = self.qkv.bias.split((C, 2 * C))
+            q, kv = F.linear(x[:, :1], W_q, b_q), F.linear(x, W_kv, b_kv)
+        else:
+            q, kv = self.qkv(x).split((C, 2 * C), dim=2)
+        q = q[:, :1].unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.linear(y, *scale_output(self.proj, gamma)) if plain else self.proj(y) * gamma
 
 
 class ClassAttentionBlock(nn.Module):

@@ -1,5 +1,6 @@
-"""Matrix products, and convolutions as such, by what is fastest on the device: the functions and their gradients are
-those of PyTorch.
+"""Matrix products and convolutions, dispatched to the fastest CPU kernel.
+
+Values and gradients are those of PyTorch's own functions.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+
+from ..compat import has_hooks
 
 # Tokens whose half-precision products add up in float32 within oneDNN; the sums are rounded before they are added up.
 SLICE = 1024
@@ -143,11 +146,12 @@ def of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with a square kernel and without bias."""
+    """Convolution with a square kernel; fast without a bias, which it has once a normalisation is fused into it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of the few channels of an image, windows are copied for longer than multiplied.
-        if torch.compiler.is_compiling() or x.device.type != 'cpu' or self.in_channels < 32:
+        # With few input channels, copying the windows takes longer than multiplying them.
+        small = self.in_channels < 32 or self.bias is not None
+        if torch.compiler.is_compiling() or x.device.type != 'cpu' or small:
             return super().forward(x)
         return _Convolution.apply(*of_autocast(x, self.weight), self.stride[0], self.padding[0])
 
@@ -162,3 +166,19 @@ class Upsample(nn.ConvTranspose2d):
         if torch.compiler.is_compiling() or x.device.type != 'cpu':
             return super().forward(x)
         return _Transposed.apply(*of_autocast(x, self.weight, self.bias))
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Return whether layers compute only what their weight and bias define, so that a faster function can replace them.
+
+    A layer with a hook, an adapter (such as LoRA) or a forward of its own must be called as a module.
+    """
+    plain = (nn.Linear.forward, nn.Conv2d.forward, Conv2d.forward)
+    return all(
+        type(layer).forward in plain and 'forward' not in vars(layer) and not has_hooks(layer) for layer in layers
+    )
+
+
+def scale_output(layer: nn.Linear | nn.Conv2d, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias with its output channels scaled by gamma, shape (C,)."""
+    return layer.weight * gamma.view(-1, *[1] * (layer.weight.ndim - 1)), layer.bias * gamma

@@ -15,9 +15,10 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
-from .attention import XCA, scaled
-from .products import Conv2d, Upsample, linear, on_onednn
+from .attention import XCA
+from .products import Conv2d, Upsample, is_plain, linear, on_onednn, scale_output
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
 ARCHS = {
@@ -32,20 +33,36 @@ ARCHS = {
 MIN_IMAGE_SIZE = 32  # the coarsest level has stride 32
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU of what nothing else reads: in its place where no gradient needs it."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+def gelu(x: Tensor, *layers: nn.Module) -> Tensor:
+    """Apply GELU to the output of layers, in place if neither a gradient nor a hook on them can need it."""
+    kept = torch.is_grad_enabled() or any(map(has_hooks, layers))
+    return F.gelu(x) if kept else torch.ops.aten.gelu_(x)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of images, shape (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
+    """Build a normalisation of images from an MMDetection config."""
+    if norm_cfg.get('type') == 'LN':  # PyTorch's is over the last dimension
+        norm_cfg = {**norm_cfg, 'type': ChannelNorm}
+    return build_norm_layer(norm_cfg, channels)[1]
 
 
 class ConvBN(nn.Sequential):
-    """Stride-2 3x3 convolution and batch normalisation, which evaluation takes as a part of the convolution."""
+    """Stride-2 3x3 convolution and normalisation; in evaluation, batch normalisation is fused into the convolution."""
 
     def __init__(self, c_in: int, c_out: int, norm_cfg: dict) -> None:
-        super().__init__(Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1])
+        super().__init__(Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), build_norm(norm_cfg, c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self
-        if bn.training:
+        affine = getattr(bn, 'running_var', None) is not None and bn.weight is not None and conv.bias is None
+        if bn.training or not affine or not is_plain(conv) or has_hooks(bn):
             return bn(conv(x))
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         W, b = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
@@ -65,8 +82,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Images, shape (B, 3, H, W), and perhaps a mask of their pixels, shape (B, 1, H, W), become as many tokens."""
-        for i, layer in enumerate(self.proj.values()):
-            x = layer(gelu(x) if i else x)
+        layers = list(self.proj.values())
+        for i, layer in enumerate(layers):
+            x = layer(gelu(x, layers[i - 1], layers[i - 1][1]) if i else x)
             if mask is not None:
                 # Padding goes on being zeros, as it is to the convolutions of an image that ends there.
                 mask = mask[..., ::2, ::2]
@@ -74,21 +92,38 @@ class PatchEmbed(nn.Module):
         return x, mask
 
 
-@lru_cache(maxsize=64)
-def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
-    """Sines and cosines of the normalised row and column of each token: float32, shape (1, 2 * hidden, h, w)."""
+def encode_positions(n: int, hidden: int, temperature: float, last: Tensor) -> Tensor:
+    """Compute sines and cosines of n positions along a side.
+
+    Args:
+        n: the number of positions.
+        hidden: the number of sines and cosines of each.
+        temperature: the longest period over the shortest.
+        last: the last position of each image, at which the phase is 2 pi; float32, shape (B, 1).
+
+    Returns:
+        float32, shape (B, hidden, n).
+    """
     # Float32 whatever the model's dtype, and in this order of operations, as in the reference: its checkpoints
     # were trained with these values.
-    period = temperature ** (2 * (torch.arange(hidden, device=device) // 2).float() / hidden)
+    period = temperature ** (2 * (torch.arange(hidden, device=last.device) // 2).float() / hidden)
+    position = torch.arange(1, n + 1, device=last.device).float()
+    phase = (position / (last + 1e-6) * (2 * math.pi))[..., None] / period
+    return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=3).flatten(2).mT
 
-    def waves(n: int) -> Tensor:
-        position = torch.arange(1, n + 1, device=device).float()
-        phase = (position / (position[-1] + 1e-6) * (2 * math.pi))[:, None] / period
-        return torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1).T  # (hidden, n)
 
-    rows = waves(h)[:, :, None].expand(-1, h, w)
-    columns = waves(w)[:, None, :].expand(-1, h, w)
-    return torch.cat([rows, columns])[None]
+def encode_grid(h: int, w: int, hidden: int, temperature: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """Encode each token's row and column in grids of ``rows`` x ``columns`` tokens: shape (B, 2 * hidden, h, w)."""
+    down = encode_positions(h, hidden, temperature, rows)[..., None].expand(-1, -1, h, w)
+    across = encode_positions(w, hidden, temperature, columns)[:, :, None].expand(-1, -1, h, w)
+    return torch.cat([down, across], dim=1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in a later training
+def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
+    """Return the encoding of a grid of h x w tokens: float32, shape (1, 2 * hidden, h, w)."""
+    return encode_grid(h, w, hidden, temperature, *(torch.full((1, 1), float(n), device=device) for n in (h, w)))
 
 
 class PositionEncoding(nn.Module):
@@ -101,10 +136,9 @@ class PositionEncoding(nn.Module):
 
     def masked(self, mask: Tensor) -> Tensor:
         """Each image's own encoding, for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
-        rows, columns = mask[:, 0, :, 0].sum(dim=1).tolist(), mask[:, 0, 0].sum(dim=1).tolist()
-        h, w = mask.shape[-2:]
-        own = [self(int(r), int(c)) for r, c in zip(rows, columns)]
-        return torch.cat([F.pad(e, (0, w - e.shape[-1], 0, h - e.shape[-2])) for e in own])
+        rows, columns = mask[:, 0, :, 0].float().sum(dim=1), mask[:, 0, 0].float().sum(dim=1)
+        features = encode_grid(*mask.shape[-2:], self.hidden, self.temperature, rows[:, None], columns[:, None])
+        return self.token_projection(features.to(self.token_projection.weight)) * mask
 
     def forward(self, h: int, w: int) -> Tensor:
         """Encoding of shape (1, dim, h, w)."""
@@ -117,8 +151,10 @@ class LPI(nn.Module):
 
     def __init__(self, dim: int, norm_cfg: dict) -> None:
         super().__init__()
+        # Before conv1, because mmcv's fuse_conv_bn fuses a normalisation into the convolution registered before it,
+        # although GELU is between them here.
+        self.bn = build_norm(norm_cfg, dim)
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.bn = build_norm_layer(norm_cfg, dim)[1]
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, h: int, w: int, gamma: Tensor, mask: Tensor | None) -> Tensor:
@@ -130,10 +166,12 @@ class LPI(nn.Module):
         x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         if torch.compiler.is_compiling():  # Inductor (of PyTorch 2.14) cannot order strides of unknown size
             x = x.contiguous()
-        x = self.bn(gelu(self.conv1(x)))
+        x = self.bn(gelu(self.conv1(x), self.conv1))
         if mask is not None:
             x = x * mask
-        x = F.conv2d(x, *scaled(self.conv2, gamma), padding=1, groups=len(gamma))
+        if not is_plain(self.conv2):
+            return self.conv2(x).permute(0, 2, 3, 1).flatten(1, 2) * gamma
+        x = F.conv2d(x, *scale_output(self.conv2, gamma), padding=1, groups=len(gamma))
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -150,7 +188,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
         """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
-        W, b = scaled(self.fc2, gamma)
+        if not is_plain(self.fc1, self.fc2):
+            return self.fc2(F.gelu(self.fc1(x))) * gamma
+        W, b = scale_output(self.fc2, gamma)
 
         def mlp(x: Tensor) -> Tensor:
             return linear(gelu(linear(x, self.fc1.weight, self.fc1.bias)), W, b)
@@ -184,10 +224,12 @@ class Block(nn.Module):
         """``x`` and a branch's output, LayerScaled by gamma; in training images go without it at random."""
         if not self.training or not self.drop_path:
             return x + branch(gamma)
-        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
-        if len(x) == 1:  # the branch scales its weights by gamma, and no token
-            return x + branch(gamma * kept.flatten())
-        return torch.addcmul(x, branch(gamma), kept)
+        # The factor is exact whatever the dtype of x: 1 / 0.95 is 1.0547 in bfloat16.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        kept = x.new_empty(len(x), 1, 1, dtype=exact).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+        if len(x) == 1:  # scales the branch's weights instead of its tokens
+            return x + branch((gamma * kept.flatten()).to(gamma.dtype))
+        return torch.addcmul(x, branch(gamma), kept).to(x.dtype)
 
     def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
@@ -201,11 +243,22 @@ class Block(nn.Module):
 def _frozen_statistics(block: Block):
     """Keep a block's running statistics as they are: the recomputation of a checkpoint has seen the batch before."""
     bn = block.local_mp.bn
+    if not hasattr(bn, 'momentum'):  # without running statistics
+        yield
+        return
     momentum, bn.momentum = bn.momentum, 0.0
     try:
         yield
     finally:
         bn.momentum = momentum
+
+
+def load_strictly(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
+    """Replace MMEngine's initialiser 'Pretrained', which skips what mismatches, by our strict 'XCiTPretrained'."""
+    if isinstance(init_cfg, dict):
+        strict = init_cfg.get('type') in ('Pretrained', PretrainedInit)
+        return {**init_cfg, 'type': 'XCiTPretrained'} if strict else init_cfg
+    return init_cfg and [load_strictly(cfg) for cfg in init_cfg]
 
 
 @MODELS.register_module()
@@ -223,7 +276,8 @@ class SpecXCiT(BaseModule):
             ``per_head=True`` each head is corrected separately; see :class:`~spec_mmdet.conditioning.Correction`. It
             belongs to the weights: a state dict made with a different conditioning is refused.
             ``dict(type='initialisation')`` only changes the initial weights (arXiv 2609.07086).
-        norm_cfg: normalisation of the convolutions, ``dict(type='BN')`` or ``dict(type='SyncBN')``.
+        norm_cfg: normalisation of the convolutions: BN (default), SyncBN, LN (over the channels) or GN. The statistics
+            of GN include the padding, with or without a mask.
         drop_path_rate: stochastic depth, the same in every block.
         out_indices: the four blocks after which features are taken; by default the ends of the first, second and
             last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24. Later blocks are not run.
@@ -252,9 +306,7 @@ class SpecXCiT(BaseModule):
         compile: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        if isinstance(init_cfg, dict) and init_cfg.get('type') in ('Pretrained', PretrainedInit):
-            init_cfg = dict(init_cfg, type='XCiTPretrained')  # MMEngine's own would skip what mismatches
-        super().__init__(init_cfg)
+        super().__init__(load_strictly(init_cfg))
         if isinstance(arch, str):
             if arch not in ARCHS:
                 raise ValueError(f'SpecXCiT: unknown arch {arch!r}; known are {", ".join(ARCHS)}, or a dict of dims')
@@ -293,7 +345,7 @@ class SpecXCiT(BaseModule):
         if patch_size == 16:
             self.fpn1 = nn.Sequential(
                 Upsample(dim, dim, 2),
-                build_norm_layer(norm_cfg, dim)[1],
+                build_norm(norm_cfg, dim),
                 nn.GELU(),
                 Upsample(dim, dim, 2),
             )
@@ -332,6 +384,8 @@ class SpecXCiT(BaseModule):
         # Channels last from the start, so that an image's rows of pixels are its tokens.
         x, mask = self.patch_embed(x.contiguous(memory_format=torch.channels_last), mask)
         h, w = x.shape[-2:]
+        # Under autocast the residual stream is in the parameters' float32, as in the reference: the branches are half.
+        x = x.to(self.blocks[0].gamma1.dtype)
         x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.masked(mask))
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         if mask is not None:

@@ -72,3 +72,14 @@ def test_a_masked_detector_trains(coco_mini):
     losses = model(**data, mode='loss')
     model.parse_losses(losses)[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.backbone.blocks.parameters())
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_forward_pass_never_waits_for_the_device(training):
+    """Tensors on the meta device have no values, so that whatever waits for one to decide something raises."""
+    model = SpecXCiT(ARCH, conditioning=dict(type='identity', lam=3.0), drop_path_rate=0.1).train(training).to('meta')
+    images = [torch.empty(3, *size, dtype=torch.uint8, device='meta') for size in SIZES]
+    levels = model(preprocessor().to('meta')(dict(inputs=images, data_samples=None), training)['inputs'])
+    assert [level.shape[2:] for level in levels] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    assert all(level.is_meta for level in levels)
+    sum(level.sum() for level in levels).backward()

@@ -7,6 +7,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmcv.cnn import fuse_conv_bn
 from mmdet.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -222,6 +223,10 @@ def test_registered_and_initialised_from_a_checkpoint(tmp_path):
     model.init_weights()
     for key, value in torch.load(tmp_path / 'backbone.pth').items():
         assert torch.equal(model.state_dict()[key], value)
+    # MMEngine's initialiser of this name would only log that a tensor is missing.
+    torch.save(dict(list(model.state_dict().items())[:-1]), tmp_path / 'backbone.pth')
+    with pytest.raises(InputError, match='fpn2.0.bias'):
+        SpecXCiT(TINY, init_cfg=[pretrained]).init_weights()
     assert isinstance(model.blocks[0].local_mp.bn, torch.nn.SyncBatchNorm)
 
 
@@ -238,3 +243,83 @@ def test_compiled_blocks_compute_the_same_with_few_compilations():
     sum(f.sum() for f in model(torch.randn(1, 3, 320, 288, dtype=torch.float64))).backward()
     assert counter.frame_count == compilations <= 6  # of six blocks on seven sizes
     assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_training_after_inference_mode():
+    """The cached position encoding is a tensor that autograd accepts, whoever computed it."""
+    xcit.fourier_features.cache_clear()
+    model, image = SpecXCiT(TINY), torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        model(image)
+    model(image)[0].sum().backward()
+    assert model.pos_embeder.token_projection.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=2), dict(type='LN', eps=1e-6), dict(type='BN')])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_every_normalisation_trains_and_evaluates(norm_cfg, with_cp):
+    model, image = SpecXCiT(TINY, norm_cfg=norm_cfg, with_cp=with_cp), torch.randn(2, 3, 64, 96)
+    sum(level.square().mean() for level in model(image)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.eval()
+    if norm_cfg['type'] != 'BN':  # which computes the same in both modes
+        with torch.no_grad():
+            for own, expected in zip(model(image), model.train()(image), strict=True):
+                torch.testing.assert_close(own, expected)
+
+
+def test_layer_norm_is_over_the_channels():
+    norm, x = xcit.build_norm(dict(type='LN', eps=0.0), 6), torch.randn(2, 6, 3, 4)
+    centred = x - x.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(norm(x), centred / centred.square().mean(dim=1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize('arch', [TINY, dict(dim=256, depth=4, num_heads=4)])  # the wide one has a fast stem
+def test_fused_batch_normalisation_changes_nothing(arch):
+    model = randomized(SpecXCiT(arch))
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(image)
+        fuse_conv_bn(model)
+        assert not isinstance(model.patch_embed.proj['0'][1], torch.nn.BatchNorm2d)
+        for own, level in zip(model(image), expected, strict=True):
+            torch.testing.assert_close(own, level, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('tokens_per_channel', ['few', 'many'])
+def test_an_adapter_computes_what_its_merged_weights_do(tokens_per_channel):
+    peft = pytest.importorskip('peft')
+    model = randomized(SpecXCiT(TINY, conditioning=dict(type='identity', lam=2.0)))
+    image = torch.randn(1, 3, *((64, 64) if tokens_per_channel == 'few' else (128, 192)), dtype=torch.float64)
+    with torch.no_grad():
+        before = model(image)
+        lora = peft.LoraConfig(target_modules=['qkv', 'attn.proj', 'fc1', 'fc2'], r=2, init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora).double().eval()
+        outputs = adapted(image)
+        for own, old in zip(outputs, before):
+            assert (own - old).norm() > 1e-3 * old.norm()
+    sum(level.square().mean() for level in adapted(image)).backward()
+    for name, parameter in adapted.named_parameters():
+        assert ('lora_' in name) == (parameter.grad is not None and bool(parameter.grad.any())), name
+    merged = adapted.merge_and_unload()
+    with torch.no_grad():
+        for own, expected in zip(merged(image), outputs, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('evaluation', [True, False])
+def test_hooks_fire_on_every_layer_with_weights_and_change_nothing(evaluation):
+    model = SpecXCiT(TINY, conditioning=dict(type='svd')).double().train(not evaluation)
+    image, seen = torch.randn(1, 3, 64, 64, dtype=torch.float64), {}
+    with torch.no_grad():
+        expected = model(image)
+        for name, module in model.named_modules():
+            if not list(module.children()) and list(module.parameters()):
+                module.register_forward_hook(lambda module, args, y, name=name: seen.update({name: (y, y.clone())}))
+        for own, level in zip(model(image), expected, strict=True):
+            torch.testing.assert_close(own, level, rtol=1e-8, atol=1e-8)
+    assert {name.rpartition('.')[0] for name, _ in model.named_parameters()} - {''} >= seen.keys()
+    assert sum('.qkv' in name or '.proj' in name or '.fc' in name for name in seen) == 4 * 6 + 8
+    assert len(seen) == sum(1 for m in model.modules() if not list(m.children()) and list(m.parameters()))
+    for name, (kept, copied) in seen.items():
+        assert torch.equal(kept, copied), name  # not overwritten after the hook has seen it
