@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -145,3 +148,21 @@ def display_path(path: str | Path) -> str:
     """A path from where the command was started, where it lies below that; else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith('..') or '://' in str(path) else relative
+
+
+def format_csv(rows: Sequence[dict]) -> str:
+    """Return rows as CSV, with a column for every key that occurs."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def compute_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open('rb') as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

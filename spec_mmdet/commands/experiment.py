@@ -31,11 +31,10 @@ from ..errors import InputError
 from ..evaluation import study
 from ..files import replace_folder, write
 from ..models.xcit import SpecXCiT
-from ..training.results import find_commit
+from ..training.results import find_commit, read_curves
 from ..training.saving import serialize
 from .benchmark import processor
 from .common import parser
-from .compare import curves_of
 
 PRETRAINING, DETECTION = 'experiment_pretraining', 'experiment_maskrcnn'
 SCREENED = (0.5, 1, 2, 5)  # times sigma_max of the initial weights
@@ -268,12 +267,12 @@ class Chain:
                           '--image-size', self.size.crop_pixels)  # fmt: skip
                 backbone = work / 'backbone.pth'
                 self.step(work, 'convert', here / (here / 'last_checkpoint').read_text(), backbone)
-                curves['pretraining'] = curves_of(here)
+                curves['pretraining'] = read_curves(here)
             config = work / 'detection.py'
             write_config(config, DETECTION, run.arm, run.seed, backbone, self.size.arch)
             self.step(work, 'train', config, '--data', self.data / 'detection', '--work-dir', work / 'detection',
                       '--image-size', self.size.pixels, '--no-check')  # fmt: skip
-            curves['detection'] = curves_of(work / 'detection')
+            curves['detection'] = read_curves(work / 'detection')
         return dict(
             log,
             ap={kind: curves['detection'][f'{kind} AP'][1][-1] for kind in ('box', 'mask')},

@@ -1,69 +1,199 @@
-"""COCO AP of images drawn anew, from one matching of results with the truth: how far chance in the images reaches."""
+"""COCO AP of resampled images, from one matching of the detections with the annotations."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import Params
+from scipy.sparse import csr_array
 
-from .metrics import Evaluation
+from ..errors import InputError
+from .metrics import remap_ids, require_measurable
+
+BLOCK = 2**18  # entries of the arrays that a block of draws needs, which then fit into the processor's cache
+MAX_DETECTIONS = 100  # per image and class, as in COCO's AP
 
 
 class ResampledAP:
-    """AP of one detector's results under any weighting of the images.
+    """AP of one detector when each image counts as often as a weight says, for many draws of weights at once.
+
+    The rules are pycocotools': the mean over IoU thresholds from 0.50 to 0.95 and 101 recalls, objects of all sizes,
+    at most 100 detections per image and class.
 
     Args:
         truth: the annotations.
         results: in COCO's results format; not empty.
         kind: 'bbox' or 'segm'.
+        categories: ids of the categories to evaluate; by default all of them.
+
+    Raises:
+        InputError: if a detection names an unknown image, or the box or mask of an annotation is invalid.
     """
 
-    def __init__(self, truth: COCO, results: Sequence[dict], kind: str) -> None:
-        evaluation = Evaluation(truth, truth.loadRes(list(results)), kind)
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ['all']
-        evaluation.params.maxDets = [100]
-        evaluation.evaluate()
-        self.images = list(evaluation.params.imgIds)
-        self.recalls = evaluation.params.recThrs
+    def __init__(
+        self, truth: COCO, results: Sequence[dict], kind: str, categories: Sequence[int | str] | None = None
+    ) -> None:
+        require_measurable(truth, kind)
+        numbers = remap_ids(image['id'] for image in truth.dataset['images'])
+        self.images = sorted(numbers, key=numbers.__getitem__)  # equal scores rank in this order
         place = {image: i for i, image in enumerate(self.images)}
-        self.classes: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-        by_class: dict[int, list[dict]] = {}
-        for entry in filter(None, evaluation.evalImgs):
-            by_class.setdefault(entry['category_id'], []).append(entry)
-        for entries in by_class.values():
-            # As pycocotools does it: a stable sort of all images' detections by falling score.
-            order = np.argsort(-np.concatenate([entry['dtScores'] for entry in entries]), kind='mergesort')
-            counted = ~np.concatenate([entry['dtIgnore'] for entry in entries], axis=1)[:, order].astype(bool)
-            hit = np.concatenate([entry['dtMatches'] for entry in entries], axis=1)[:, order] != 0
-            where = np.repeat([place[entry['image_id']] for entry in entries], [len(e['dtIds']) for e in entries])
-            objects = np.zeros(len(self.images))
-            for entry in entries:
-                objects[place[entry['image_id']]] += (np.asarray(entry['gtIgnore']) == 0).sum()
-            if objects.any():
-                self.classes.append((where[order].astype(int), counted & hit, counted & ~hit, objects))
+        annotations, found = defaultdict(list), defaultdict(list)
+        for annotation in truth.dataset['annotations']:
+            if annotation['image_id'] in place:
+                annotations[annotation['category_id']].append(annotation)
+        for result in results:
+            if result['image_id'] not in place:
+                raise InputError(f'the detections contain the image {result["image_id"]!r:.40}, which the annotation '
+                                 'file does not contain: they were made on other data')  # fmt: skip
+            found[result['category_id']].append(result)
+        if categories is None:
+            categories = [category['id'] for category in truth.dataset['categories']]
+        categories = [category for category in categories if not all(map(is_ignored, annotations[category]))]
+        self.classes = [ClassMatches(truth, annotations[c], found[c], kind, place) for c in categories]
+        counted = [[place[a['image_id']] for a in annotations[c] if not is_ignored(a)] for c in categories]
+        rows = np.repeat(np.arange(len(counted)), list(map(len, counted)))
+        self.objects = count_matrix(rows, np.concatenate([*counted, []]), len(counted), len(place))
 
-    def __call__(self, weights: np.ndarray) -> float:
-        """AP when each image counts as often as ``weights``, shape (images,), has it; of classes that are there."""
-        precisions = [self._class(weights, *parts) for parts in self.classes if weights @ parts[3] > 0]
-        return float(np.mean(precisions)) if precisions else float('nan')
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """Compute AP of each draw, the mean over the classes that have objects; NaN where there is none.
 
-    def _class(
-        self, weights: np.ndarray, where: np.ndarray, hit: np.ndarray, miss: np.ndarray, objects: np.ndarray
-    ) -> float:
-        """The mean precision over thresholds of IoU and recall, as pycocotools interpolates it."""
-        each = weights[where]
-        true, false = (each * hit).cumsum(axis=1), (each * miss).cumsum(axis=1)
-        recall = true / (weights @ objects)
-        precision = true / np.maximum(true + false, np.spacing(1))
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        total = 0.0
-        for row, reached in zip(precision, recall):
-            at = np.searchsorted(reached, self.recalls, side='left')
-            total += row[at[at < len(row)]].sum()
-        return total / (len(precision) * len(self.recalls))
+        Args:
+            weights: how often each of :attr:`images` counts, integers, shape (draws, images).
+
+        Returns:
+            Shape (draws,).
+        """
+        weights = np.ascontiguousarray(np.asarray(weights, np.int32).T)
+        objects = self.objects @ weights
+        total = np.zeros(weights.shape[1])
+        for matches, own in zip(self.classes, objects):
+            block = max(1, BLOCK // max(1, matches.counted.shape[0]))
+            for start in range(0, len(total), block):
+                part = slice(start, start + block)
+                total[part] += matches.measure(weights[:, part], own[part])
+        with np.errstate(invalid='ignore'):
+            return total / (objects > 0).sum(axis=0)
+
+
+class ClassMatches:
+    """The detections of one class, matched with its objects.
+
+    Precision has its maxima at true positives, so that only they are kept: as rows, by falling score. A row stands
+    for the true positive and the detections since the one before it.
+
+    Attributes:
+        counted: how many detections of each image a row has, shape (rows, images).
+        levels: for each IoU threshold the rows that are true positives at it, their images, and how many of each
+            image's detections do not count (on crowds), shape (rows of it, images); None where all count.
+    """
+
+    thresholds = np.minimum(Params('bbox').iouThrs, 1 - 1e-10)
+    recalls = Params('bbox').recThrs
+
+    def __init__(self, truth: COCO, annotations: list[dict], results: list[dict], kind: str, place: dict) -> None:
+        images = np.array([place[result['image_id']] for result in results], int)
+        scores = np.array([result['score'] for result in results], float)
+        order = np.lexsort((-scores, images))
+        images = images[order]
+        rank = np.arange(len(order)) - np.searchsorted(images, images)
+        order, images = order[rank < MAX_DETECTIONS], images[rank < MAX_DETECTIONS]
+        hit, ignored = np.zeros((2, len(self.thresholds), len(order)), bool)
+        by_image = defaultdict(list)
+        for annotation in annotations:
+            by_image[place[annotation['image_id']]].append(annotation)
+        for image, objects in by_image.items():
+            start, end = np.searchsorted(images, [image, image + 1])
+            if start < end:
+                ious = compute_ious(truth, [results[i] for i in order[start:end]], objects, kind)
+                for detection, level, ignore in match(ious, objects, self.thresholds):
+                    (ignored if ignore else hit)[level, start + detection] = True
+        by_score = np.argsort(-scores[order], kind='stable')
+        images, hit, ignored = images[by_score], hit[:, by_score], ignored[:, by_score]
+        true = np.flatnonzero(hit.any(axis=0))
+        rows = np.searchsorted(true, np.arange(len(images)))
+        kept = rows < len(true)
+        self.counted = count_matrix(rows[kept], images[kept], len(true), len(place))
+        self.levels = []
+        for hits, ignores in zip(hit, ignored):
+            own, left_out = np.flatnonzero(hits), np.flatnonzero(ignores)
+            left_out = left_out[left_out < own[-1]] if len(own) else left_out[:0]
+            crowds = count_matrix(np.searchsorted(own, left_out), images[left_out], len(own), len(place))
+            self.levels.append((rows[own], images[own], crowds if len(left_out) else None))
+
+    def measure(self, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
+        """Compute the class's AP of each draw, 0 without objects.
+
+        Args:
+            weights: shape (images, draws).
+            objects: their weighted number, shape (draws,).
+        """
+        total = np.zeros(len(objects))
+        counted = np.cumsum(self.counted @ weights, axis=0, dtype=np.int32)
+        for rows, images, crowds in self.levels:
+            if not len(rows):
+                continue
+            true = np.cumsum(weights[images], axis=0, dtype=np.int32)
+            every = counted[rows]
+            if crowds is not None:
+                every -= np.cumsum(crowds @ weights, axis=0, dtype=np.int32)
+            precision = true / np.maximum(every, 1)
+            precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+            # How many of the recalls are reached between a true positive and the one before.
+            reached = np.searchsorted(self.recalls, true / np.maximum(objects, 1), side='right')
+            total += np.einsum('ij,ij->j', precision, np.diff(reached, axis=0, prepend=0))
+        return total / (len(self.thresholds) * len(self.recalls))
+
+
+def is_ignored(annotation: dict) -> bool:
+    """Tell whether an object neither counts nor makes detections on it count, as pycocotools has it."""
+    return bool(annotation.get('iscrowd')) or not 0 <= annotation['area'] <= 1e10
+
+
+def count_matrix(rows: np.ndarray, columns: np.ndarray, *shape: int) -> csr_array:
+    """Count the pairs of a row and a column, as a sparse matrix of ``shape``."""
+    return csr_array((np.ones(len(rows), np.int32), (rows, np.asarray(columns, int))), shape)
+
+
+def compute_ious(truth: COCO, results: list[dict], objects: list[dict], kind: str) -> np.ndarray:
+    """Compute the overlaps of an image's detections and objects, shape (detections, objects)."""
+    crowds = [int(bool(annotation.get('iscrowd'))) for annotation in objects]
+    if kind == 'bbox':
+        boxes = (np.array([entry['bbox'] for entry in entries], float) for entries in (results, objects))
+        return mask_utils.iou(*boxes, crowds)
+    masks = [truth.annToRLE(annotation) for annotation in objects]
+    return mask_utils.iou([result['segmentation'] for result in results], masks, crowds)
+
+
+def match(ious: np.ndarray, objects: list[dict], thresholds: np.ndarray) -> list[tuple[int, int, bool]]:
+    """Match an image's detections, by falling score, with its objects.
+
+    At each threshold a detection takes the free object that it overlaps most. Only where there is none it goes to one
+    that is ignored. A crowd takes any number.
+
+    Returns:
+        Triples: the detection, the number of the threshold, whether the object is ignored.
+    """
+    ignored = [is_ignored(annotation) for annotation in objects]
+    taken: set[tuple[int, int]] = set()
+    matches = []
+    for detection in np.flatnonzero((ious >= thresholds[0]).any(axis=1)):
+        overlaps = ious[detection].tolist()
+        near = [i for i in range(len(objects)) if overlaps[i] >= thresholds[0]]
+        near.sort(key=lambda i: (ignored[i], -overlaps[i], -i))
+        for level, threshold in enumerate(thresholds):
+            for i in near:
+                if overlaps[i] >= threshold and (level, i) not in taken:
+                    if not objects[i].get('iscrowd'):
+                        taken.add((level, i))
+                    matches.append((detection, level, ignored[i]))
+                    break
+    return matches
 
 
 def draw_weights(images: int, draws: int, seed: int = 0) -> np.ndarray:
-    """How often each image is drawn, shape (draws, images): as many as there are, with replacement."""
+    """Draw images with replacement, as many as there are: how often each is drawn, shape (draws, images)."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)

@@ -1,16 +1,39 @@
-"""Several detectors' AP on the same images: how much is the detector, and how much is chance."""
+"""Several detectors' AP on the same images: differences, and how large the noise of images and of seeds is."""
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import multiprocessing
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from mmengine.config import Config
+from pycocotools.coco import COCO
 from scipy import stats
+from tqdm import tqdm
 
+from ..configs import find_run_config
+from ..data.fitting import coco_datasets, configured_classes, evaluators
+from ..data.reading import AnnotationFile
+from ..errors import InputError
+from ..files import compute_digest, display_path, format_csv
+from .bootstrap import ResampledAP, draw_weights
+from .figures import embedded_figure
+from .metrics import read_detections
+from .pages import DATA, PAGE, page_of
+from .report import rounded
+
+KINDS = dict(bbox='box', segm='mask')
+KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')  # the condition numbers among a run's curves
+PROCESSES = 4  # at most, each of which holds one run's detections
 DRAWS = 1000  # of the images
 LEVEL = 0.95
 
@@ -20,36 +43,42 @@ class Run:
     """A training that was evaluated.
 
     Attributes:
-        arm: what it is one of; runs of an arm differ in their seed alone.
+        arm: its group; runs of an arm differ in their seed alone.
         seed: of its training.
         folder: its work directory.
         ap: by kind, 'bbox' and, with masks, 'segm'.
         drawn: the same on each draw of the images, shape (draws,).
-        facts: what the training said of itself.
+        facts: what the training recorded about itself.
         curves: by name, iterations and values.
+        detections: the files of its newest report, by kind.
+        truth: the annotation file that they were evaluated on.
+        classes: the names of the evaluated classes.
     """
 
     arm: str
     seed: int | None
     folder: Path
-    ap: dict[str, float]
-    drawn: dict[str, np.ndarray]
+    ap: dict[str, float] = field(default_factory=dict)
+    drawn: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     curves: dict[str, tuple[list, list]] = field(default_factory=dict)
+    detections: dict[str, Path] = field(default_factory=dict)
+    truth: Path | None = None
+    classes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Difference:
-    """Of an arm's mean AP from another's.
+    """The difference between two arms' mean AP.
 
     Attributes:
         arm, reference: their names.
         kind: of AP.
         value: arm minus reference.
-        images: the interval that other images would leave it in, from drawing them again: the detectors stay the same.
-        seeds: the interval that other seeds would leave its mean in, by Student's t (paired, where both arms have the
-            same seeds); None where an arm has one run.
-        paired: whether it is by pairs of runs with the same seed.
+        images: its 95 % interval over images, from resampling them; the detectors stay the same.
+        seeds: its 95 % interval over seeds, by Student's t (paired if both arms have the same seeds); None if an arm
+            has one run.
+        paired: whether the runs are paired by seed.
     """
 
     arm: str
@@ -62,7 +91,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What can be said of it."""
+        """The conclusion that both intervals permit, in words."""
         of_images = self.images[0] <= 0 <= self.images[1]
         of_seeds = self.seeds is not None and self.seeds[0] <= 0 <= self.seeds[1]
         if of_images or of_seeds:
@@ -73,25 +102,158 @@ class Difference:
         return 'beyond the noise'
 
 
+def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list, list]]) -> Run:
+    """Find a run's newest report, and the annotation file that it was made on.
+
+    Args:
+        folder: its work directory.
+        name: of its arm; '' to name the arm by config and conditioning.
+        facts, curves: what the training recorded.
+
+    Raises:
+        InputError: if there is no report, or its annotation file is missing or has changed.
+    """
+    found = sorted(folder.rglob('detections.bbox.json'), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f'{folder}: contains no report of an evaluation: spec-mmdet test {folder}/CONFIG.py '
+                         f'{folder}/CHECKPOINT --report {folder}/report')  # fmt: skip
+    files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
+    arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
+    truth, classes = find_data(folder, found[-1].parent)
+    return Run(arm, facts.get('seed'), folder, {}, {}, facts, curves, files, truth, classes)
+
+
+def find_data(folder: Path, report: Path) -> tuple[Path, list[str]]:
+    """Find a report's annotation file and classes: the recorded ones, or those of the run's config.
+
+    Raises:
+        InputError: if there is no annotation file, or its digest differs from the recorded one.
+    """
+    if (report / DATA).is_file():
+        record = json.loads((report / DATA).read_text('utf-8'))
+        path = Path(record['annotations'])
+        if not path.is_file() or compute_digest(path) != record['sha256']:
+            fault = 'has changed since' if path.is_file() else 'does not exist'
+            raise InputError(f'{path}: {report} was made on this annotation file, which {fault}. Evaluate {folder} '
+                             'again: spec-mmdet test CONFIG CHECKPOINT --report DIR')  # fmt: skip
+        return path, record['classes']
+    name = find_run_config(folder)
+    config = Config.fromfile(name)
+    files = [Path(evaluator.ann_file) for evaluator in evaluators(config, 'test') if 'ann_file' in evaluator]
+    if not files:
+        raise InputError(f'{name}: has no ann_file in its test_evaluator')
+    if not files[0].is_file():
+        raise InputError(f'{files[0]}: no such file, from here; {name} uses it for evaluation')
+    dataset = next(coco_datasets(config.get('test_dataloader')), None)
+    return files[0], configured_classes(dataset) if dataset else []
+
+
+def require_comparable(runs: Sequence[Run]) -> None:
+    """Reject runs that form one arm, copies of a run as two seeds, other kinds of AP, and other data.
+
+    Raises:
+        InputError: naming the runs.
+    """
+    arms = arms_of(runs)
+    if len(arms) < 2:
+        raise InputError(f'all runs are of one arm ({runs[0].arm}): name them, as in plain=DIR conditioned=DIR')
+    for arm, members in arms.items():
+        for i, run in enumerate(members):
+            for other in members[:i]:
+                copied = is_copy(run, other)
+                if copied or run.seed == other.seed:
+                    fault = 'copies of one run' if copied else f'both of the arm {arm}'
+                    raise InputError(f'{other.folder} and {run.folder} are {fault} with the seed {other.seed}: leave '
+                                     'one out, or name them, as in plain=DIR conditioned=DIR')  # fmt: skip
+    if len({frozenset(run.detections) for run in runs}) > 1:
+        raise InputError('some runs have masks and others do not')
+    digests = {path: compute_digest(path) for path in {run.truth for run in runs}}
+    for run in runs:
+        if set(run.classes) != set(runs[0].classes):
+            raise InputError(f'{run.folder} and {runs[0].folder} were evaluated on different classes')
+        if digests[run.truth] != digests[runs[0].truth]:
+            raise InputError(f'{run.folder} was evaluated on {run.truth}, and {runs[0].folder} on {runs[0].truth}: '
+                             'evaluate both on the same annotation file')  # fmt: skip
+
+
+def is_copy(run: Run, other: Run) -> bool:
+    """Tell whether two runs began in the same second with the same seed, or contain the same detections."""
+    began, other_began = (r.facts.get('started') and (r.facts['started'], r.seed) for r in (run, other))
+    digest, other_digest = (compute_digest(r.detections['bbox']) for r in (run, other))
+    return bool(began) and began == other_began or digest == other_digest
+
+
+def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:
+    """Compute AP of all runs, on all images and on each draw of them, in several processes; fills ``runs``.
+
+    Args:
+        runs: that :func:`require_comparable` accepts.
+        draws: of the images; the same for all runs.
+
+    Raises:
+        InputError: if detections do not fit the annotation file, or memory does not suffice.
+    """
+    truth = AnnotationFile(str(runs[0].truth))
+    categories = truth.getCatIds(catNms=runs[0].classes) or None  # without any names, all
+    jobs = [(run, kind) for kind in reversed(KINDS) for run in runs if kind in run.detections]
+    # A fork shares the annotations; elsewhere they are sent to each process once.
+    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
+    workers = min(PROCESSES, len(jobs), multiprocessing.cpu_count())
+    with ProcessPoolExecutor(workers, context, _set_truth, (truth, categories, draws)) as pool:
+        futures = {pool.submit(measure_detections, run.detections[kind], kind): (run, kind) for run, kind in jobs}
+        try:
+            for future in tqdm(as_completed(futures), 'resampling', len(jobs), leave=False, disable=None):
+                run, kind = futures[future]
+                run.ap[kind], run.drawn[kind] = future.result()
+        except BrokenProcessPool as error:
+            raise InputError('a process that computes AP was killed: is there enough memory?') from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    for run in runs:
+        run.ap = {kind: run.ap[kind] for kind in KINDS if kind in run.ap}
+
+
+_shared: tuple[COCO, list | None, int]  # in each process of measure_runs: annotations, categories, number of draws
+
+
+def _set_truth(*values: object) -> None:
+    global _shared
+    _shared = values
+    gc.disable()  # there are no cycles, and half of the time in which detections are read goes into the search for them
+
+
+def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
+    """Compute AP of a file of detections, and AP of each draw, shape (draws,)."""
+    truth, categories, draws = _shared
+    results = read_detections(path, kind)
+    if not results:
+        raise InputError(f'{path}: is empty: this detector has found nothing')
+    resampled = ResampledAP(truth, results, kind, categories)
+    del results
+    images = len(resampled.images)
+    ap, *drawn = resampled(np.vstack([np.ones(images, int), draw_weights(images, draws)]))
+    return float(ap), np.array(drawn)
+
+
 def arms_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by their arms, by rising seed; arms in the order of the runs."""
+    """Group runs by arm, in the order of the runs; those of an arm by rising seed."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
-    return {arm: sorted(own, key=lambda run: (run.seed is None, run.seed)) for arm, own in arms.items()}
+    return {arm: sorted(members, key=lambda run: (run.seed is None, run.seed)) for arm, members in arms.items()}
 
 
 def interval_of_seeds(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> tuple[float, float] | None:
-    """The interval that other seeds would leave a difference of means in, by Student's t; None for a single run.
+    """Return the 95 % interval of a difference of means over seeds, by Student's t; None for a single run.
 
     Args:
-        ours, theirs: a figure of each run of two arms.
-        paired: whether they are by the same seeds, in the same order.
+        ours, theirs: a metric of each run of two arms.
+        paired: whether both have the same seeds, in the same order.
     """
     if min(len(ours), len(theirs)) < 2:
         return None
     apart = np.subtract(ours, theirs) if paired else None
-    if paired and not apart.std():  # of which there is no t
+    if paired and not apart.std():  # t is undefined
         return float(apart[0]), float(apart[0])
     test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = map(float, test.confidence_interval(LEVEL))
@@ -101,7 +263,7 @@ def interval_of_seeds(ours: Sequence[float], theirs: Sequence[float], paired: bo
 
 
 def difference(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Difference:
-    """How far two arms are apart."""
+    """Compute the difference between two arms, and its intervals."""
     ours, theirs = ([run.ap[kind] for run in runs] for runs in (arm, reference))
     drawn = np.mean([run.drawn[kind] for run in arm], axis=0) - np.mean([run.drawn[kind] for run in reference], axis=0)
     tail = (1 - LEVEL) / 2
@@ -112,19 +274,19 @@ def difference(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Diffe
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Of every arm from the first."""
+    """Compute the differences of every arm from the first, for each kind of AP."""
     (_, reference), *others = arms_of(runs).items()
     return [difference(arm, reference, kind) for kind in reference[0].ap for _, arm in others]
 
 
 def spread(values: Sequence[float], scale: float = 100) -> str:
-    """Mean and standard deviation over seeds, in points or by another scale."""
+    """Format mean and standard deviation over seeds, in points or by another scale."""
     mean = f'{scale * np.mean(values):.1f}'
     return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
 
 
-def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figure:
-    """Every difference with its two intervals, in points of AP."""
+def draw_differences(found: Sequence[Difference]) -> Figure:
+    """Draw every difference with its two intervals, in points of AP."""
     figure = Figure(figsize=(5.6, 1.2 + 0.55 * len(found)), layout='constrained')
     axis = figure.subplots()
     for row, entry in enumerate(reversed(found)):
@@ -133,7 +295,7 @@ def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figu
                 axis.plot([100 * end for end in interval], [row + place] * 2, color=colour, linewidth=3)
         axis.plot(100 * entry.value, row, 'ko', markersize=5)
     axis.axvline(0, color='gray', linewidth=1)
-    axis.set_yticks(range(len(found)), [f'{entry.arm}\n{names[entry.kind]} AP' for entry in reversed(found)])
+    axis.set_yticks(range(len(found)), [f'{entry.arm}\n{KINDS[entry.kind]} AP' for entry in reversed(found)])
     axis.plot([], [], color='C0', linewidth=3, label='95 %, other images')
     axis.plot([], [], color='C1', linewidth=3, label='95 %, other seeds')
     axis.set(xlabel='points of AP from ' + found[0].reference, ylim=(-0.6, len(found) - 0.4))
@@ -143,11 +305,11 @@ def draw_differences(found: Sequence[Difference], names: dict[str, str]) -> Figu
 
 
 def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | None:
-    """A curve over the iterations, an arm a colour; None where no run has it."""
+    """Draw a curve of all runs over the iterations, one colour per arm; None if no run has it."""
     colours = {arm: f'C{i % 10}' for i, arm in enumerate(arms_of(runs))}
     if not any(name in run.curves for run in runs):
         return None
-    beside = len(colours) > 4  # else a legend hides curves
+    beside = len(colours) > 4  # a long legend would cover curves
     figure = Figure(figsize=(7.6 if beside else 5.2, 3.4), layout='constrained')
     axis = figure.subplots()
     for run in runs:
@@ -158,3 +320,83 @@ def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | No
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, **(dict(loc='upper left', bbox_to_anchor=(1, 1)) if beside else {}))
     return figure
+
+
+def describe_difference(entry: Difference) -> str:
+    """Describe a difference in a sentence."""
+    seeds = f'[{100 * entry.seeds[0]:+.1f}, {100 * entry.seeds[1]:+.1f}]' if entry.seeds else 'one seed'
+    return (
+        f'{entry.arm} - {entry.reference}: {KINDS[entry.kind]} AP {100 * entry.value:+.1f} points, other images '
+        f'[{100 * entry.images[0]:+.1f}, {100 * entry.images[1]:+.1f}], other seeds {seeds}: {entry.verdict}'
+    )
+
+
+def describe_arms(runs: Sequence[Run]) -> list[str]:
+    """Describe each arm's AP in a line."""
+    return [
+        f'{arm}: {", ".join(f"{KINDS[kind]} AP {spread([run.ap[kind] for run in own])}" for kind in own[0].ap)} '
+        f'({len(own)} runs)'
+        for arm, own in arms_of(runs).items()
+    ]
+
+
+def format_last(runs: Sequence[Run], name: str) -> str:
+    """Format the median of the runs' last values of a curve; a dash without any."""
+    values = [run.curves[name][1][-1] for run in runs if run.curves.get(name, ((), ()))[1]]
+    return rounded(float(np.median(values))) if values else '–'
+
+
+def tabulate(runs: Sequence[Run]) -> list[dict]:
+    """Return a table's row for each run."""
+    return [
+        dict(
+            arm=run.arm,
+            seed=run.seed,
+            **{f'{KINDS[kind]} AP': round(value, 4) for kind, value in run.ap.items()},
+            **{name: format_last([run], name) for name in KAPPAS},
+            folder=run.folder,
+        )
+        for run in runs
+    ]
+
+
+def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
+    """Build the comparison's page, HTML."""
+    curves = [
+        *(draw_curve(runs, f'{name} AP') for name in KINDS.values()),
+        draw_curve(runs, 'loss', log=True),
+        *(draw_curve(runs, name, log=True) for name in KAPPAS),
+    ]
+    return page_of(
+        'comparison',
+        title=' against '.join(reversed(arms_of(runs))),
+        arms=[
+            dict(
+                name=arm,
+                seeds=', '.join(str(run.seed) for run in members),
+                ap={KINDS[kind]: spread([run.ap[kind] for run in members]) for kind in members[0].ap},
+                kappa=[format_last(members, name) for name in KAPPAS],
+            )
+            for arm, members in arms_of(runs).items()
+        ],
+        runs=[dict(row, folder=display_path(run.folder), facts=run.facts) for row, run in zip(tabulate(runs), runs)],
+        kinds=[KINDS[kind] for kind in runs[0].ap],
+        kappas=KAPPAS,
+        draws=len(next(iter(runs[0].drawn.values()))),
+        sentences=[describe_difference(entry) for entry in found],
+        intervals=embedded_figure(draw_differences(found)),
+        curves=[embedded_figure(figure) for figure in curves if figure],
+    )
+
+
+def write_comparison(folder: Path, runs: Sequence[Run], found: Sequence[Difference]) -> None:
+    """Write a comparison's page, 'runs.csv' and 'differences.csv' into a folder."""
+    (folder / PAGE).write_text(build_page(runs, found), 'utf-8')
+    (folder / 'runs.csv').write_text(format_csv(tabulate(runs)), 'utf-8')
+    rows = [
+        dict(arm=d.arm, reference=d.reference, kind=KINDS[d.kind], difference=d.value, images_low=d.images[0],
+             images_high=d.images[1], seeds_low=d.seeds and d.seeds[0], seeds_high=d.seeds and d.seeds[1],
+             paired=d.paired, verdict=d.verdict)
+        for d in found
+    ]  # fmt: skip
+    (folder / 'differences.csv').write_text(format_csv(rows), 'utf-8')

@@ -1,36 +1,51 @@
-"""What the pages of results share: their frame, and the folders that they may be written to."""
+"""The common parts of the pages of results: their frame, the folders for them, and the record of their data."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
 from ..errors import InputError
-from ..files import is_empty
+from ..files import compute_digest, is_empty
 
 PAGE = 'index.html'
+DATA = 'data.json'  # beside a report's detections: their annotation file, its digest, classes
 
 
 def mark_of(kind: str) -> str:
-    """The line by which a page of a kind is known for one."""
+    """Return the line that marks a page as one of a kind."""
     return f'<meta name="generator" content="spec_mmdet {kind}">'
 
 
 def page_of(kind: str, **values: object) -> str:
-    """A page, 'report' or 'comparison', filled in."""
+    """Fill in the template of a page, 'report' or 'comparison'."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
     template = jinja2.Environment(loader=loader, autoescape=True).get_template(f'{kind}.html')
     return template.render(values, mark=mark_of(kind))
 
 
 def require_free(option: str, folder: Path, kind: str) -> None:
-    """Refuse a folder for a page that is neither new nor empty nor an earlier page's of the same kind.
+    """Require that a page's folder is new, empty, or an earlier page's of the same kind.
 
     Raises:
-        InputError: naming the option that it was given by.
+        InputError: naming the option.
     """
     page = folder / PAGE
     earlier = page.is_file() and mark_of(kind).encode() in page.read_bytes()
     if folder.exists() and not is_empty(folder) and not earlier:
-        raise InputError(f'{option} {folder}: holds something other than a {kind}; name a new folder')
+        raise InputError(f'{option} {folder}: contains something other than a {kind}. Name a new folder')
+
+
+def record_data(folder: Path, ann_file: Path, classes: Sequence[str]) -> None:
+    """Write what a report's detections were evaluated on, for the commands that use them later.
+
+    Args:
+        folder: the report's.
+        ann_file: the annotation file.
+        classes: the names of the evaluated classes.
+    """
+    record = dict(annotations=str(ann_file.resolve()), sha256=compute_digest(ann_file), classes=list(classes))
+    (folder / DATA).write_text(json.dumps(record, indent=1), 'utf-8')

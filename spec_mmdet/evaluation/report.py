@@ -34,7 +34,7 @@ from .drawing import names_drawn
 from .figures import COLOURS, draw_confusion, draw_precision, draw_scores, draw_worst, embedded_figure
 from .metrics import Evaluation, read_detections
 from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, outcomes, scores_of
-from .pages import PAGE, page_of, require_free
+from .pages import PAGE, page_of, record_data, require_free
 
 # COCO's twelve numbers, as pycocotools has them, and what they are.
 STATS = {
@@ -183,6 +183,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     with redirect_stdout(io.StringIO()):
         with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
             coco = AnnotationFile(str(path))
+            record_data(folder, Path(path), configured_classes(dataset))
         categories = coco.getCatIds(catNms=configured_classes(dataset))
         evaluations = {
             name: evaluate(coco, Path(f'{evaluator.outfile_prefix}.{kind}.json'), kind, categories)

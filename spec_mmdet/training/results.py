@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
@@ -28,11 +27,12 @@ from mmengine.runner import Runner
 from ..conditioning.correction import describe_conditioning
 from ..data.images import decode
 from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
-from ..files import write
+from ..files import format_csv, write
 from .hooks import CONDITIONING, MEDIANS
 from .saving import unwrap_model
 
 TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
+AP = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 BATCHES = 3  # whose images are drawn
 IMAGES = 8  # of the validation, and at most of a batch
 MIN_SCORE = 0.3
@@ -81,6 +81,39 @@ def read_scalars(work_dir: Path) -> list[dict]:
     return records
 
 
+def read_facts(work_dir: Path) -> dict:
+    """Read what a training recorded about itself (:func:`describe_run`); {} without a record."""
+    path = work_dir / RUN
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_curves(work_dir: Path) -> dict[str, tuple[list, list]]:
+    """Read a training's learning curves: loss, 'box AP', 'mask AP', other metrics and median condition numbers.
+
+    Returns:
+        For each curve's name its iterations and values.
+    """
+    curves: dict[str, tuple[list, list]] = {}
+
+    def add(name: str, iteration: float, value: float) -> None:
+        xs, ys = curves.setdefault(name, ([], []))
+        xs.append(iteration)
+        ys.append(value)
+
+    last = 0
+    for entry in read_scalars(work_dir):
+        if 'loss' in entry:
+            last = entry['iter']
+            add('loss', last, entry['loss'])
+        for key, value in select_metrics(entry).items():
+            if not key.startswith('coco/') or key in AP:
+                add(AP.get(key, key), last, value)
+        for name in MEDIANS:
+            if f'{CONDITIONING}/{name}' in entry:
+                add(name, entry['step'], entry[f'{CONDITIONING}/{name}'])
+    return curves
+
+
 def select_metrics(entry: dict) -> dict[str, float]:
     return {key: value for key, value in entry.items() if '/' in key and not key.startswith('conditioning/')}
 
@@ -96,15 +129,6 @@ def group_by_epoch(records: Sequence[dict]) -> Iterator[dict]:
             rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # several optimisers have several
             yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **select_metrics(entry))
             since = []
-
-
-def format_csv(rows: Sequence[dict]) -> str:
-    """Rows as CSV, a column for every key that one of them has."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def marker(points: Sequence) -> str | None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import CONFIG, error_line, run_tool
 
 from spec_mmdet.commands import compare, run
+from spec_mmdet.evaluation.pages import record_data
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,8 @@ def runs(trained, shapes, tmp_path_factory):
         (folder / 'run.json').write_text(json.dumps(dict(facts, seed=seed)))
         for kind in ('bbox', 'segm'):
             found = json.loads((root / 'report' / f'detections.{kind}.json').read_text())
+            for detection in found:
+                detection['score'] *= 1 - 0.1 * seed
             (folder / 'report').mkdir(exist_ok=True)
             (folder / 'report' / f'detections.{kind}.json').write_text(json.dumps(found[::kept]))
     return root
@@ -56,11 +59,25 @@ def test_a_table_and_a_page(runs, tmp_path, capsys):
     assert 'x: box AP' in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared(monkeypatch, runs, tmp_path, trained):
+def test_what_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shapes):
     other = tmp_path / 'other'
     shutil.copytree(runs / 'b', other)
     config = other / 'xcit_spec_shapes.py'
     config.write_text(config.read_text().replace('instances_val.json', 'instances_train.json'))
+    copies = [tmp_path / name for name in ('copy', 'reseeded', 'recorded', 'changed')]
+    for folder in copies:
+        shutil.copytree(runs / 'a', folder)
+    copy, reseeded, recorded, changed = copies
+    (reseeded / 'run.json').write_text(json.dumps(dict(seed=5, started='then')))
+    records = {}
+    for folder in (recorded, changed):
+        records[folder] = folder / 'annotations.json'
+        shutil.copy(shapes / 'annotations' / 'instances_val.json', records[folder])
+        content = json.loads(records[folder].read_text())
+        content['annotations'].pop()
+        records[folder].write_text(json.dumps(content))
+        record_data(folder / 'report', records[folder], ['circle'])
+    records[changed].write_text(json.dumps(dict(content, info=dict(year=2026))))
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'text').touch()
     for args, says in (
@@ -68,7 +85,11 @@ def test_what_cannot_be_compared(monkeypatch, runs, tmp_path, trained):
         ([f'x={runs / "a"}', f'x={runs / "c"}', f'y={runs / "b"}'], 'with the seed 0'),
         ([f'x={runs / "a"}', tmp_path / 'absent'], 'absent: no such folder'),
         ([f'x={runs / "a"}', f'y={trained}'], '--report'),
-        ([f'x={runs / "a"}', f'y={other}'], 'not to be compared'),
+        ([f'x={runs / "a"}', f'y={other}'], 'instances_train.json'),
+        ([f'x={runs / "a"}', f'x={copy}', f'y={runs / "b"}'], 'copies of one run'),
+        ([f'x={runs / "a"}', f'x={reseeded}', f'y={runs / "b"}'], 'copies of one run'),
+        ([f'x={runs / "b"}', f'y={recorded}'], 'different classes'),
+        ([f'x={runs / "b"}', f'y={changed}'], 'has changed'),
         ([f'x={runs / "a"}', f'y={runs / "b"}', '--out', tmp_path / 'full'], 'something other than a comparison'),
     ):
         assert says in error_line(monkeypatch, 'compare', '--out', tmp_path / 'out', *args), says

@@ -7,16 +7,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.bootstrap import ResampledAP, draw_weights
 
 IMAGES, CLASSES = 6, 3
 
 
+def rectangle(box: list[float]) -> list[float]:
+    x, y, w, h = box
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
 def scenes(seed: int) -> tuple[list[dict], list[dict]]:
-    """Objects, some of them crowds, and results near them and elsewhere, with distinct scores."""
+    """Objects, some of them crowds or of an invalid area, and results near them and elsewhere, with distinct scores."""
     rng = np.random.default_rng(seed)
     truth, found = [], []
     for image in range(1, IMAGES + 1):
@@ -32,7 +39,20 @@ def scenes(seed: int) -> tuple[list[dict], list[dict]]:
         far = [float(v) for v in (*rng.integers(0, 60, 2), 20, 20)]
         found.append(dict(image_id=image, category_id=int(rng.integers(1, CLASSES + 1)), bbox=far,
                           score=float(rng.random())))  # fmt: skip
+    for entry in truth:
+        entry['segmentation'] = [rectangle(entry['bbox'])]
+        if rng.random() < 0.05:
+            entry['area'] = -1.0
+    # More than 100 detections of a class in an image, of which the last do not count.
+    x, y, *size = truth[0]['bbox'] if truth else (5, 5, 20, 20)
+    for _ in range(120 if seed % 2 else 0):
+        found.append(dict(image_id=1, category_id=1, bbox=[x + rng.normal(0, 3), y, *size], score=float(rng.random())))
     return truth, found
+
+
+def as_masks(found: list[dict]) -> list[dict]:
+    masks = [mask_utils.frPyObjects([rectangle(entry['bbox'])], 100, 100)[0] for entry in found]
+    return [dict({k: entry[k] for k in entry if k != 'bbox'}, segmentation=mask) for entry, mask in zip(found, masks)]
 
 
 def coco(images: int, annotations: list[dict]) -> COCO:
@@ -58,26 +78,47 @@ def repeated(entries: list[dict], weights: np.ndarray) -> list[dict]:
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10_000))
-def test_resampled_ap_is_that_of_pycocotools(seed):
+@given(st.integers(0, 10_000), st.sampled_from(['bbox', 'segm']))
+def test_resampled_ap_is_that_of_pycocotools(seed, kind):
     truth, found = scenes(seed)
+    found = as_masks(found) if kind == 'segm' else found
     if not any(not entry['iscrowd'] for entry in truth):
         return
     weights = draw_weights(IMAGES, 3, seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        resampled = ResampledAP(coco(IMAGES, truth), found, 'bbox')
-        for times in (np.ones(IMAGES, int), *weights):
+        times_of = np.array([np.ones(IMAGES, int), *weights])
+        measured = ResampledAP(coco(IMAGES, truth), found, kind)(times_of)
+        for times, ours in zip(times_of, measured):
             data = coco(int(times.sum()), repeated(truth, times))
             again = repeated(found, times)
             if not again:
                 continue
-            evaluation = COCOeval(data, data.loadRes(again), 'bbox')
+            evaluation = COCOeval(data, data.loadRes(again), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             expected = evaluation.stats[0]
-            ours = resampled(times)
             assert np.isnan(ours) if expected == -1 else ours == pytest.approx(expected, abs=1e-12)
+
+
+def test_ids_classes_and_blocks():
+    """Ids may be text, classes may be left out, and the result does not depend on the blocks that draws are taken in."""
+    truth, found = scenes(3)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = coco(IMAGES, truth)
+        weights = draw_weights(IMAGES, 7, 3)
+        expected = ResampledAP(plain, found, 'bbox', [1, 3])(weights)
+        texts = coco(IMAGES, [entry for entry in truth if entry['category_id'] != 2])
+        for entries in (texts.dataset['images'], texts.dataset['categories']):
+            entries[:] = [dict(entry, id=f'id {entry["id"]}') for entry in entries]
+        renamed = [dict(e, image_id=f'id {e["image_id"]}', category_id=f'id {e["category_id"]}') for e in found]
+        for entry in texts.dataset['annotations']:
+            entry.update(image_id=f'id {entry["image_id"]}', category_id=f'id {entry["category_id"]}')
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr('spec_mmdet.evaluation.bootstrap.BLOCK', 1)
+        assert ResampledAP(texts, renamed, 'bbox')(weights) == pytest.approx(expected, abs=1e-15, nan_ok=True)
+    with pytest.raises(InputError, match='id 77'):
+        ResampledAP(texts, [dict(renamed[0], image_id='id 77')], 'bbox')
 
 
 def test_draws_are_of_all_images_and_the_same_again():
