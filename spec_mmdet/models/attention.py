@@ -184,7 +184,7 @@ class XCA(nn.Module):
         if not is_plain(self.qkv, self.proj):
             qkv = self.qkv(x)
             if self.correction is not None:
-                qkv = qkv + linear(x, self.correction.correction(x.new_empty(qkv.shape[-1], x.shape[-1])))
+                qkv = qkv + linear(x, self.correction.make_C(x.new_empty(qkv.shape[-1], x.shape[-1])))
             y = self.proj(attend(qkv, self.temperature, mask))
             return y if gamma is None else y * gamma
         W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
