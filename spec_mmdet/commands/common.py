@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
-import gc
 import logging
 import os
 import subprocess
@@ -30,6 +30,7 @@ from ..data.fitting import (
 )
 from ..data.folders import use_folder
 from ..errors import InputError, list_briefly
+from ..training.processes import connect_processes, decide_on_main, leave_group
 from .options import CfgOptions, Parser, adjust_dependent_settings, merge
 from .runners import QuietRunner, WholeConfigRunner
 from .terminal import Terminal
@@ -92,7 +93,6 @@ def load_run_config(
         splits: the loops that --data is for, of 'train', 'val' and 'test'; none where ``change`` sees to it.
         change: what a command's own options change of the config; --cfg-options come after it.
     """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
     cfg = Config.fromfile(path)
     if args.data and splits:
@@ -103,12 +103,9 @@ def load_run_config(
     adjust_dependent_settings(cfg)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    connect_processes(cfg)
     return cfg
-
-
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that checks and writes; known before they are connected."""
-    return int(os.environ.get('RANK', 0)) == 0
 
 
 def read_classes(path: str, resume: bool = False) -> list[str] | None:
@@ -129,7 +126,7 @@ def read_classes(path: str, resume: bool = False) -> list[str] | None:
 
 
 def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
-    """Check the data that a run will read, and have its config know the classes; changes ``cfg``.
+    """Check in the main process the data that a run reads, and adapt the config to it; changes ``cfg``.
 
     Args:
         cfg: the whole config.
@@ -137,17 +134,21 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
         classes: what they must be, if that is known.
         thorough: whether to look at annotations and images one by one.
     """
-    stated = state_classes_once(cfg)
-    require_one_annotation_file(cfg, loops)
-    if use_masks_as_the_model(cfg) and is_first_process() and not has_masks(cfg.get('model')):
-        print('a detector without a mask head: masks are neither loaded nor measured')
-    if is_first_process():  # one process of several is enough to find fault
-        classes = check_inputs(cfg, loops, classes, thorough)
-        print(f'{len(classes)} classes: {list_briefly(classes)}' if classes else 'classes: those of the config')
-    elif classes is None:
-        classes = check_inputs(cfg, loops[:1], thorough=False)
-    if classes:
-        set_classes(cfg, classes, "metainfo.classes of the config's data sets" if stated else 'the data')
+
+    def adapt(config: Config, found: Sequence[str] | None, check: bool) -> Sequence[str] | None:
+        stated = state_classes_once(config)
+        masks_changed = use_masks_as_the_model(config)
+        if check:
+            require_one_annotation_file(config, loops)
+            if masks_changed and not has_masks(config.get('model')):
+                print('the detector has no mask head: masks are neither loaded nor evaluated')
+            found = check_inputs(config, loops, found, thorough)
+            print(f'{len(found)} classes: {list_briefly(found)}' if found else 'classes: those of the config')
+        if found:
+            set_classes(config, found, "metainfo.classes of the config's data sets" if stated else 'the data')
+        return found
+
+    adapt(cfg, decide_on_main(lambda: adapt(copy.deepcopy(cfg), classes, check=True)), check=False)
 
 
 def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
@@ -189,7 +190,7 @@ TROUBLES = {
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a run happens in: its errors are a line each, and it leaves the other processes at its end."""
+    """Turn known runtime errors into one-line InputErrors, and leave the process group at the end."""
     logging.raiseExceptions = False  # a full disk is one line, not one of each of the log's
     try:
         yield
@@ -219,13 +220,3 @@ def one_line_errors() -> Iterator[None]:
         leave_group()
         raise
     leave_group()
-
-
-def leave_group() -> None:
-    """Leave the group of processes, together with the others."""
-    if torch.distributed.is_initialized():
-        # Together, or the first process to leave can take its connections from under the others. The runner, which is
-        # part of a reference cycle, would keep the group alive, and gloo's threads can abort a process that ends.
-        gc.collect()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

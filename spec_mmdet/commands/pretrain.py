@@ -10,13 +10,14 @@ for train.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 
 from ..errors import InputError, list_briefly
-from .common import add_run_options, is_first_process, load_run_config, parser
+from ..training.processes import decide_on_main
+from .common import add_run_options, load_run_config, parser
 from .train import add_training_options, positive, set_schedule, train
 
 
@@ -42,13 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             cfg[f'{split}_dataloader'].dataset.transform.input_size = args.image_size
 
     def fit(known: list[str] | None) -> None:
-        first = is_first_process()  # one process of several is enough to find fault
-        classes = check_class_folders(cfg, first and not args.no_check, int(os.environ.get('WORLD_SIZE', 1)))
-        if first:
+        def check() -> int:
+            classes = check_class_folders(cfg, not args.no_check, get_world_size())
             print(f'{len(classes)} classes: {list_briefly(classes)}')
-        if known and list(known) != classes:
-            raise InputError(f'the checkpoint is of {len(known)} other classes than the data ({len(classes)})')
-        cfg.model.backbone.num_classes = len(classes)
+            if known and list(known) != classes:
+                raise InputError(
+                    f'the checkpoint has {len(known)} classes ({list_briefly(known)}) that differ from the '
+                    f'{len(classes)} of the data: use the data that it was trained on'
+                )
+            return len(classes)
+
+        cfg.model.backbone.num_classes = decide_on_main(check)
 
     cfg = load_run_config(args, (), change)
     train(cfg, args, fit)

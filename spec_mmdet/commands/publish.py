@@ -103,7 +103,7 @@ def card(
 
 ## Using it
 
-With [spec_mmdet](https://pypi.org/project/spec_mmdet/) installed, in this folder:
+In this folder, with spec_mmdet installed:
 
 ```shell
 sha256sum --check SHA256SUMS

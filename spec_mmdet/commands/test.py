@@ -18,6 +18,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 
 from ..checkpoints.reading import get_run_info, load
 from ..data.fitting import coco_datasets, configured_classes
@@ -27,11 +28,11 @@ from ..evaluation.drawing import names_drawn
 from ..evaluation.pages import PAGE
 from ..files import display_path, write_folder_atomically
 from ..training.guards import end_workers
+from ..training.processes import decide_on_main
 from .common import (
     adapt_to_data,
     add_run_options,
     build_runner,
-    is_first_process,
     load_run_config,
     one_line_errors,
     parser,
@@ -95,11 +96,11 @@ def require_measured(metrics: dict[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cfg = load_run_config(args, splits=('test',))
-    adapt_to_data(cfg, ('test',), read_classes(args.checkpoint), not args.no_check)
+    classes = decide_on_main(lambda: read_classes(args.checkpoint))
+    adapt_to_data(cfg, ('test',), classes, not args.no_check)
     cfg.load_from = args.checkpoint
-    reported = args.report if is_first_process() else None
-    if reported:
-        report.prepare(reported, cfg)
+    reported = args.report if is_main_process() else None
+    decide_on_main(lambda: reported and report.prepare(reported, cfg))
     if args.show or args.show_dir:
         trigger_visualization_hook(cfg, args)
         cfg.default_hooks.visualization.type = 'PictureHook'

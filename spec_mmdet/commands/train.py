@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -23,6 +23,7 @@ from mmengine.device import get_device
 from ..configs import CONFIGS
 from ..errors import InputError
 from ..training.guards import end_workers
+from ..training.processes import decide_on_main
 from ..training.resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
 from ..training.saving import stop_on_signals
 from ..training.schedule import set_epochs, set_image_size
@@ -30,7 +31,6 @@ from .common import (
     adapt_to_data,
     add_run_options,
     build_runner,
-    is_first_process,
     load_run_config,
     one_line_errors,
     parser,
@@ -136,14 +136,19 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
         fit: checks the data and has the config know the classes, given those of the checkpoint if it says.
     """
     work = Path(cfg.work_dir)
-    if args.resume is None:
-        require_no_checkpoints(work)
-    resumed = find_newest_checkpoint(work) if args.resume == 'auto' else args.resume
-    classes = read_classes(str(resumed), resume=True) if resumed else None
+
+    def choose() -> tuple[str | None, list[str] | None]:
+        """Return the checkpoint to resume from and its classes."""
+        if args.resume is None:
+            require_no_checkpoints(work)
+        resumed = find_newest_checkpoint(work) if args.resume == 'auto' else args.resume
+        if not resumed and cfg.get('load_from'):
+            read_classes(cfg.load_from)  # only verified: a new training may have other classes
+        return resumed and str(resumed), read_classes(str(resumed), resume=True) if resumed else None
+
+    resumed, classes = decide_on_main(choose)
     if resumed:
-        cfg.resume, cfg.load_from = True, str(resumed)
-    elif cfg.get('load_from'):
-        read_classes(cfg.load_from)  # a new training may start from a detector of other classes
+        cfg.resume, cfg.load_from = True, resumed
     fit(classes)
 
     set_precision(cfg, args.amp)
@@ -152,12 +157,8 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
 
     setup_cache_size_limit_of_dynamo()
     terminal = None if args.verbose else Terminal()
-    with (
-        lock_folder(work) if is_first_process() else nullcontext(),
-        one_line_errors(),
-        stop_on_signals(),
-        terminal or nullcontext(),
-    ):
+    with ExitStack() as lock, one_line_errors(), stop_on_signals(), terminal or nullcontext():
+        decide_on_main(lambda: lock.enter_context(lock_folder(work)))
         runner = build_runner(cfg, terminal)
         explain_resume_errors(runner)
         try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 from mmdet.registry import HOOKS
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim.scheduler.param_scheduler import (
     ConstantParamScheduler,
@@ -17,6 +22,7 @@ from mmengine.optim.scheduler.param_scheduler import (
     MultiStepParamScheduler,
 )
 from mmengine.runner import Runner
+from torch import Tensor, nn
 
 from ..conditioning import measure
 from ..errors import InputError
@@ -121,7 +127,8 @@ class ConditioningHook(Hook):
     image of the batch (see :func:`jacobian_spectra`), ``conditioning.csv`` in the work directory gets sigma_min,
     sigma_max and kappa. MMEngine's visualiser gets their medians over the layers, with the corrections where there are
     some, under 'conditioning/': kappa_Q, kappa_K, kappa_V, kappa_J, the least singular value of the projections, and
-    how many seconds that took.
+    how many seconds that took. If several processes train, a further one computes the record while training goes on.
+    An error while recording is logged once as a warning, and training continues.
 
     Args:
         interval: iterations from one record to the next, between those. The default keeps the cost under 1 % of the
@@ -137,33 +144,82 @@ class ConditioningHook(Hook):
         self.heads = heads
 
     def before_train(self, runner: Runner) -> None:
-        """Say so if the corrections do not improve the condition numbers; begin the table."""
-        if not is_main_process():
-            return
-        if worsened := measure(unwrap_model(runner).backbone).describe_worsened():
-            runner.logger.warning(worsened)
-        self.table = Path(runner.work_dir, f'{CONDITIONING}.csv')
-        if not (runner._resume and self.table.exists()):
-            self.table.write_text(','.join(self.columns) + '\n')
+        """Warn if the corrections do not improve the condition numbers; create the table."""
+        self.table, self.failed, self.pending = Path(runner.work_dir, f'{CONDITIONING}.csv'), False, None
+        if is_main_process():
+            with self._continue_on_error(runner):
+                if not (runner._resume and self.table.exists()):
+                    self.table.write_text(','.join(self.columns) + '\n')
+                if worsened := measure(unwrap_model(runner).backbone).describe_worsened():
+                    runner.logger.warning(worsened)
+
+    @contextmanager
+    def _continue_on_error(self, runner: Runner) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.failed:
+                reason = f'{type(error).__name__}: {error}'.partition('\n')[0]
+                runner.logger.warning(f'condition numbers not recorded, training continues ({reason})')
+            self.failed = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Write the figures, if they are due."""
-        due = not runner.iter or self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
-        if not due or not is_main_process():
+        """Record the condition numbers if they are due."""
+        if not is_main_process():
             return
-        start = time.perf_counter()
-        model = unwrap_model(runner)
-        image = model.data_preprocessor(dict(inputs=data_batch['inputs'][:1], data_samples=None))['inputs']
-        rows = [(runner.iter + 1, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
-                 row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
-                for row in measure(model.backbone)]  # fmt: skip
-        rows += [(runner.iter + 1, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
-                 for row in jacobian_spectra(model.backbone, image, self.heads)]  # fmt: skip
+        due = not runner.iter or self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
+        with self._continue_on_error(runner):
+            if self.pending and (due or self.pending.poll()):
+                self._write(runner)
+            if due:
+                model = unwrap_model(runner)
+                image = model.data_preprocessor(dict(inputs=data_batch['inputs'][:1], data_samples=None))['inputs']
+                job = runner.iter + 1, model.backbone, image, self.heads
+                if get_world_size() == 1:
+                    self._save(runner, *compute_rows(*job))
+                else:
+                    self._start(*job)
+
+    def after_train(self, runner: Runner) -> None:
+        """Wait for the last record."""
+        with self._continue_on_error(runner):
+            if self.pending:
+                self._write(runner)
+
+    def _start(self, iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> None:
+        # In a process of its own, as a large backbone takes longer than the other processes wait for this one.
+        context = get_context('spawn')
+        self.pending, pipe = context.Pipe(duplex=False)
+        job = pipe, iteration, copy.deepcopy(backbone).cpu(), image.cpu(), heads
+        context.Process(target=send_rows, args=job, daemon=True).start()
+        pipe.close()
+
+    def _write(self, runner: Runner) -> None:
+        pending, self.pending = self.pending, None
+        self._save(runner, *pending.recv())
+
+    def _save(self, runner: Runner, rows: list[tuple], seconds: float) -> None:
         with self.table.open('a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerows(rows)
-        figures = {f'{CONDITIONING}/{name}': value for name, value in compute_medians(rows).items()}
-        figures[f'{CONDITIONING}/seconds'] = time.perf_counter() - start
-        runner.visualizer.add_scalars(figures, step=runner.iter + 1)
+        medians = {f'{CONDITIONING}/{name}': value for name, value in compute_medians(rows).items()}
+        runner.visualizer.add_scalars({**medians, f'{CONDITIONING}/seconds': seconds}, step=rows[0][0])
+
+
+def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> tuple[list[tuple], float]:
+    """Compute the rows of ConditioningHook's table on an image, (1, 3, H, W), and the seconds that this takes."""
+    start = time.perf_counter()
+    rows = [(iteration, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
+             row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
+            for row in measure(backbone)]  # fmt: skip
+    rows += [(iteration, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
+             for row in jacobian_spectra(backbone, image, heads)]  # fmt: skip
+    return rows, time.perf_counter() - start
+
+
+def send_rows(pipe: Connection, *job: object) -> None:
+    """Run :func:`compute_rows` in a process of its own and send what it returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
+    pipe.send(compute_rows(*job))
 
 
 def compute_medians(rows: Sequence[tuple]) -> dict[str, float]:

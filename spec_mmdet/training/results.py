@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from mmengine.runner import Runner
 
 from ..conditioning.correction import describe_conditioning
 from ..data.images import decode
+from ..errors import InputError
 from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
 from ..files import format_csv, write
 from .hooks import CONDITIONING, MEDIANS
@@ -69,11 +71,33 @@ def describe_run(runner: Runner) -> dict:
     )  # fmt: skip
 
 
+@cache  # reported once, although a training reads the file after each validation
+def report_truncation(path: Path) -> None:
+    print(f'{path}: skipped the last line, which is truncated', file=sys.stderr)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The records of a file with one JSON object a line; a truncated last one, as a killed run leaves, is skipped.
+
+    Raises:
+        InputError: if another line is not JSON.
+    """
+    records, lines = [], path.read_text(errors='replace').splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f'{path}: line {number} is not JSON ({error}). Remove the line.') from error
+            report_truncation(path)
+    return records
+
+
 def read_scalars(work_dir: Path) -> list[dict]:
-    """What the visualisers of a training, and of those that it was resumed from, wrote: a dict a record."""
+    """The records that the visualisers of a training wrote, those before it was resumed included, a dict each."""
     records: list[dict] = []
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        later = [json.loads(line) for line in path.read_text().splitlines()]
+        later = read_json_lines(path)
         first = min((entry['iter'] for entry in later if 'loss' in entry), default=float('inf'))
         # What came after the checkpoint that the later one was resumed from has been trained again.
         again = next((i for i, entry in enumerate(records) if entry.get('iter', 0) >= first), len(records))

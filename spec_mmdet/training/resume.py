@@ -1,9 +1,11 @@
-"""Which checkpoint a training goes on from, and that no two trainings write to one directory."""
+"""Choose the checkpoint from which a training resumes, and reserve a work directory for one training."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import platform
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,65 +18,74 @@ from ..errors import InputError, list_briefly
 from ..files import LEFTOVERS
 from .saving import INTERRUPTED
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
+
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """What a training has saved to go on from: at the end of epochs, by iterations, or on a signal."""
+    """Find the checkpoints in a work directory: of epochs, of iterations, and the one saved on a signal."""
     return sorted(path for name in ('epoch_*.pth', 'iter_*.pth', INTERRUPTED) for path in folder.glob(name))
 
 
 def read_iteration(path: Path) -> int:
-    """The iteration after which a whole checkpoint was saved.
+    """Verify a checkpoint and return the iteration after which it was saved.
 
     Raises:
-        InputError: where a training cannot go on from it.
+        InputError: if it is corrupt, or a training cannot resume from it.
     """
     content = load(path, mmap=True)
     get_state_dict(content, f'checkpoint {path}')
     require_training_state(content, f'checkpoint {path}')
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise InputError(f'checkpoint {path}: damaged in {damaged}')
+        raise InputError(f'checkpoint {path}: corrupt in {damaged}')
     return content['meta']['iter']
 
 
 def find_newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from: of those that are whole the one trained longest; says which, and what is not.
+    """Return the intact checkpoint with the most iterations; print which it is, and which ones are corrupt.
 
     Raises:
-        InputError: where there are checkpoints and none is whole.
+        InputError: if there are checkpoints and all are corrupt.
     """
-    whole, broken = {}, []
+    intact, faults = {}, []
     for path in find_checkpoints(folder):
         try:
-            whole[path] = read_iteration(path)
+            intact[path] = read_iteration(path)
         except InputError as error:
-            broken.append(str(error))
-    for fault in broken:
-        print(f'passed over: {fault}')
-    if whole:
-        newest = max(whole, key=whole.__getitem__)
-        print(f'resuming from {newest}, saved after iteration {whole[newest]}')
+            faults.append(str(error))
+    for fault in faults:
+        print(f'skipped: {fault}')
+    if intact:
+        newest = max(intact, key=intact.__getitem__)
+        print(f'resuming from {newest}, saved after iteration {intact[newest]}')
         return newest
-    if broken:
-        raise InputError(f'{folder}: none of its {len(broken)} checkpoints is whole, and nothing was started over them')
-    print(f'{folder}: no checkpoint to resume from; the training starts')
+    if faults:
+        raise InputError(
+            f'{folder}: all {len(faults)} checkpoints are corrupt; training was not started. Use another --work-dir.'
+        )
+    print(f'{folder}: no checkpoint to resume from; training starts')
     return None
 
 
 def require_no_checkpoints(folder: Path) -> None:
-    """Refuse to start a training over another one's checkpoints.
+    """Check that a work directory holds no checkpoints, which a new training would overwrite.
 
     Raises:
-        InputError: where there are some.
+        InputError: if there are some.
     """
     if names := [path.name for path in find_checkpoints(folder)]:
         raise InputError(
-            f'{folder}: holds a training already ({list_briefly(names)}): --resume goes on with it, another --work-dir '
-            'leaves it alone'
+            f'{folder}: holds a training already ({list_briefly(names)}). Continue it with --resume, or '
+            'use another --work-dir.'
         )
 
 
 def explain_resume_errors(runner: Runner) -> None:
-    """Have whatever MMEngine stumbles over in a checkpoint's training state be an error of one line."""
+    """Turn every exception that MMEngine raises for a checkpoint's training state into a one-line InputError."""
     load_or_resume = runner.load_or_resume
 
     def load_or_resume_or_say_why() -> None:
@@ -84,17 +95,19 @@ def explain_resume_errors(runner: Runner) -> None:
             raise
         except Exception as error:
             reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:200]
-            raise InputError(f'checkpoint {runner._load_from}: no training can go on from it ({reason})') from error
+            raise InputError(f'checkpoint {runner._load_from}: training cannot resume from it ({reason})') from error
 
     runner.load_or_resume = load_or_resume_or_say_why
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a work directory for one training; what another one left half-written is removed.
+    """Lock a work directory, which is created, for one training; remove temporary files that a killed one left.
+
+    On a file system without locks it prints a warning instead.
 
     Raises:
-        InputError: where a training holds it, or it cannot be written.
+        InputError: if another training holds the lock, or the directory cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,13 +116,21 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise InputError(f'{folder}: cannot be written ({error.strerror})') from error
     with lock:
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, 'fcntl is not available')
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.seek(0)
-            raise InputError(f'{folder}: another training is writing there ({lock.read() or "unknown"})') from error
+            if error.errno not in NO_LOCKS:
+                lock.seek(0)
+                raise InputError(
+                    f'{folder}: another training is writing there ({lock.read() or "unknown"}). Wait for its end, or '
+                    'use another --work-dir.'
+                ) from error
+            print(f'warning: {folder}: cannot be locked ({error.strerror}). Start no other training with this '
+                  '--work-dir.', file=sys.stderr)  # fmt: skip
         for left in folder.glob(LEFTOVERS):
             left.unlink()
         lock.truncate(0)
-        with suppress(OSError):  # on a full disk the holder has no name
-            os.write(lock.fileno(), f'process {os.getpid()} on {os.uname().nodename}'.encode())
+        with suppress(OSError):  # a full disk
+            os.write(lock.fileno(), f'process {os.getpid()} on {platform.node()}'.encode())
         yield

@@ -107,11 +107,11 @@ def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
     capsys.readouterr()
     assert find_newest_checkpoint(tmp_path).name == 'epoch_2.pth'
     says = capsys.readouterr().out
-    assert 'epoch_3.pth: damaged in' in says and 'epoch_4.pth: not a checkpoint' in says
+    assert 'epoch_3.pth: corrupt in' in says and 'epoch_4.pth: not a checkpoint' in says
     assert 'resuming from' in says and 'saved after iteration 8' in says
     for number in (1, 2):
         (tmp_path / f'epoch_{number}.pth').write_bytes(b'')
-    with pytest.raises(InputError, match='none of its 4 checkpoints is whole'):
+    with pytest.raises(InputError, match='all 4 checkpoints are corrupt'):
         find_newest_checkpoint(tmp_path)
     assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(InputError, match='holds a training already .epoch_1.pth'):

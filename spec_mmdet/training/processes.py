@@ -1,0 +1,101 @@
+"""Processes that train together: connect them, let the main one decide for all, and disconnect them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_world_size, init_dist, is_distributed, is_main_process
+from mmengine.utils.dl_utils import set_multi_processing
+
+from ..errors import InputError
+
+T = TypeVar('T')
+
+# How long processes wait for the main one, which may verify large files. One that has ended is noticed at once.
+PATIENCE = timedelta(hours=2)
+STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
+
+_waiting: list[torch.distributed.ProcessGroup] = []
+
+
+def connect_processes(cfg: Config) -> None:
+    """Initialise the process group as ``launcher`` and ``env_cfg`` of a config describe it, if there is one.
+
+    From here on :func:`mmengine.dist.is_main_process` holds; MMEngine's runner keeps the group.
+
+    Raises:
+        InputError: if the launcher's environment variables are not set.
+    """
+    if cfg.launcher == 'none' or is_distributed():
+        return
+    env = cfg.get('env_cfg') or {}
+    if 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ and cfg.launcher == 'mpi':
+        os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']  # init_dist leaves it unset
+    set_multi_processing(**env.get('mp_cfg', {}), distributed=True)  # or init_dist would choose another start method
+    select_gpu = torch.cuda.set_device
+    if not torch.cuda.is_available():
+        torch.cuda.set_device = lambda device: None  # init_dist calls it whatever the backend is
+    try:
+        init_dist(cfg.launcher, **env.get('dist_cfg', {}))
+    except KeyError as error:
+        name = re.search('[A-Z][A-Z_]+', str(error))[0]
+        raise InputError(
+            f'--launcher {cfg.launcher}: the environment variable {name} is not set. Set it, or start the processes '
+            f'with {STARTERS[cfg.launcher]}.'
+        ) from error
+    finally:
+        torch.cuda.set_device = select_gpu
+    get_waiting_group()
+
+
+def get_waiting_group() -> torch.distributed.ProcessGroup:
+    """Return the group, of all processes, in which they wait for the main one for :data:`PATIENCE`."""
+    if not _waiting:
+        _waiting.append(torch.distributed.new_group(timeout=PATIENCE, backend='gloo'))
+    return _waiting[0]
+
+
+def decide_on_main(decide: Callable[[], T]) -> T:
+    """Run a function in the main process alone, and return its result in all processes.
+
+    If it raises an exception, the main process raises it and the others exit with status 1 and without a message.
+
+    Args:
+        decide: a function without arguments whose result can be pickled.
+    """
+    if get_world_size() == 1:
+        return decide()
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = decide()
+        except BaseException as raised:
+            error = raised
+    message = [result, error is not None]
+    torch.distributed.broadcast_object_list(message, src=0, group=get_waiting_group())
+    result, failed = message
+    if failed:
+        leave_group()
+        if error is not None:
+            raise error
+        sys.exit(1)
+    return result
+
+
+def leave_group() -> None:
+    """Wait for the other processes and destroy the process group, if there is one."""
+    if is_distributed():
+        # Without the barrier the first process to leave closes connections that others still use. The runner, which is
+        # part of a reference cycle, would keep the group alive, and gloo's threads can abort a process that exits.
+        gc.collect()
+        decide_on_main(lambda: None)
+        _waiting.clear()
+        torch.distributed.destroy_process_group()

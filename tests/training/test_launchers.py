@@ -1,0 +1,142 @@
+"""Processes started by torchrun, srun and mpirun: one of them decides, locks and reports. Launchers are stubs."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from conftest import CONFIG
+from mmengine.config import Config
+from mmengine.dist import get_rank
+
+from spec_mmdet import InputError
+from spec_mmdet.training import processes
+
+SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostname host1" ] && echo 127.0.0.1\n'
+
+
+def find_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def describe_environment(launcher: str, rank: int, port: int) -> dict[str, str]:
+    """The variables that a launcher sets in the process of a rank, of two on one machine."""
+    names = {
+        'pytorch': dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1'),
+        'slurm': dict(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=2, SLURM_NODELIST='host1'),
+        'mpi': dict(
+            OMPI_COMM_WORLD_RANK=rank, OMPI_COMM_WORLD_LOCAL_RANK=rank, OMPI_COMM_WORLD_SIZE=2, MASTER_ADDR='127.0.0.1'
+        ),
+    }[launcher]
+    return {name: str(value) for name, value in (names | dict(MASTER_PORT=port)).items()}
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch) -> None:
+    """A stub of Slurm's command that lists the hosts of a job."""
+    stub = tmp_path / 'bin' / 'scontrol'
+    stub.parent.mkdir()
+    stub.write_text(SCONTROL)
+    stub.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{stub.parent}{os.pathsep}{os.environ["PATH"]}')
+
+
+GLOO = dict(backend='gloo', timeout=60)
+
+
+def run_two(launcher: str, folder: Path, action, dist_cfg: dict = GLOO) -> tuple[list[int], list[str]]:
+    """Run an action in two connected forks; return their statuses and what each printed."""
+    port = find_port()
+
+    def connect_and_act(rank: int) -> None:
+        for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
+            os.environ.pop(name, None)
+        os.environ.update(describe_environment(launcher, rank, port))
+        os.environ.setdefault('LOCAL_RANK', '0')
+        processes.connect_processes(Config(dict(launcher=launcher, env_cfg=dict(dist_cfg=dist_cfg))))
+        action()
+
+    forks = [toy.fork(lambda rank=rank: connect_and_act(rank), folder / f'says_{rank}') for rank in range(2)]
+    statuses = [toy.status_of(fork) for fork in forks]
+    printed = []
+    for rank in range(2):
+        says = folder / f'says_{rank}'
+        printed.append((says.read_text() if says.exists() else '') + Path(f'{says}.log').read_text())
+    return statuses, printed
+
+
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_one_process_decides_for_all(launcher, tmp_path, scontrol):
+    def act() -> None:
+        chosen = processes.decide_on_main(lambda: f'chosen by {os.getpid()}')
+        (tmp_path / f'rank_{get_rank()}').write_text(f'{os.environ["LOCAL_RANK"]} {chosen}')
+
+    assert run_two(launcher, tmp_path, act)[0] == [0, 0]
+    first, second = ((tmp_path / f'rank_{rank}').read_text().split(maxsplit=1) for rank in range(2))
+    assert (first[0], second[0]) == ('0', '1') and first[1] == second[1]
+
+
+def test_an_error_of_the_main_process_ends_all_with_its_line_alone(tmp_path):
+    def refuse() -> None:
+        raise InputError('checkpoint 7 is corrupt')
+
+    statuses, printed = run_two('pytorch', tmp_path, lambda: processes.decide_on_main(refuse))
+    assert statuses == [1, 1]
+    assert 'checkpoint 7 is corrupt' in printed[0] and printed[1] == ''
+
+
+def test_a_long_decision_outlasts_the_groups_time_out(tmp_path):
+    def wait() -> None:
+        processes.decide_on_main(lambda: time.sleep(4))
+
+    assert run_two('pytorch', tmp_path, wait, dict(backend='gloo', timeout=1))[0] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'missing'), [('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_LOCAL_RANK')]
+)
+def test_a_launcher_that_has_started_nothing(launcher, missing, monkeypatch):
+    for name in os.environ:
+        if name.startswith(('SLURM_', 'OMPI_')) or name in ('RANK', 'WORLD_SIZE'):
+            monkeypatch.delenv(name)
+    select = torch.cuda.set_device
+    with pytest.raises(InputError, match=f'--launcher {launcher}: .* {missing} is not set'):
+        processes.connect_processes(Config(dict(launcher=launcher)))
+    assert torch.cuda.set_device is select
+
+
+def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[int, str]]:
+    """Train the small detector by two processes of the command; return their statuses and outputs."""
+    port, running = find_port(), []
+    settings = ['train_dataloader.batch_size=1', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=1']
+    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
+    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'env_cfg.dist_cfg.backend=gloo']
+    settings += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+    for rank in range(2):
+        command = [sys.executable, '-m', 'spec_mmdet', 'train', CONFIG, '--work-dir', work, '--data', data]
+        command += ['--launcher', launcher, *options, '--cfg-options', *settings]
+        environment = os.environ | describe_environment(launcher, rank, port)
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(subprocess.Popen(list(map(str, command)), env=environment, **streams))
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    return [(process.returncode, output) for process, output in zip(running, outputs)]
+
+
+def test_a_training_under_slurm_and_its_resumption(tmp_path, scontrol, shapes):
+    work = tmp_path / 'work'
+    for code, output in start('slurm', work, shapes):
+        assert code == 0, output
+    assert (work / 'epoch_1.pth').exists()
+    (first, said), (second, silent) = start('slurm', work, shapes)
+    assert first and second and 'epoch_1.pth' in said and 'error' not in silent
+    (work / 'epoch_2.pth').write_bytes(b'truncated')
+    (first, said), (second, silent) = start('slurm', work, shapes, '--resume')
+    assert (first, second) == (0, 0), said + silent
+    assert 'epoch_2.pth' in said and 'epoch_2.pth' not in silent

@@ -1,0 +1,97 @@
+"""What watches a training does not end it, and what it has recorded is read although its end is missing."""
+
+import errno
+import fcntl
+import logging
+
+import pytest
+import torch
+import toy
+from mmengine.logging import MMLogger
+
+from spec_mmdet import InputError
+from spec_mmdet.models.xcit import SpecXCiT
+from spec_mmdet.training import hooks
+from spec_mmdet.training.results import read_scalars
+from spec_mmdet.training.resume import lock_folder
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_a_monitor_that_fails_warns_once(tmp_path, monkeypatch):
+    def fail(*args) -> None:
+        raise torch.linalg.LinAlgError('svd did not converge')
+
+    monkeypatch.setattr(hooks, 'measure', fail)
+    monkeypatch.setattr(toy.Line, 'backbone', torch.nn.Identity(), raising=False)
+    run = toy.runner(tmp_path, custom_hooks=[dict(type='ConditioningHook', interval=1)])
+    records = Records()
+    MMLogger.get_current_instance().addHandler(records)
+    run.train()
+    assert run.iter == 16
+    (line,) = [line for line in records.lines if 'svd did not converge' in line]
+
+
+@pytest.mark.parametrize('error', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, error):
+    def refuse(*args) -> None:
+        raise OSError(error, 'no locks')
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    with lock_folder(tmp_path / 'work'):
+        assert (tmp_path / 'work').is_dir()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / 'work') in line and 'no locks' in line
+
+
+def test_a_truncated_record(tmp_path, capsys):
+    folder = tmp_path / '1' / 'vis_data'
+    folder.mkdir(parents=True)
+    file = folder / 'scalars.json'
+    file.write_text('{"loss": 2.0, "iter": 1}\n{"loss": 1.0, "iter": 2}\n{"loss": 0.')
+    assert [entry['loss'] for entry in read_scalars(tmp_path)] == [2.0, 1.0]
+    assert read_scalars(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line
+    file.write_text('{"loss": 2.0, "i\n{"loss": 1.0, "iter": 2}\n')
+    with pytest.raises(InputError, match='line 1'):
+        read_scalars(tmp_path)
+
+
+class Detector(toy.Line):
+    """A line, beside a backbone that is only looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = SpecXCiT(
+            'nano_12', 16, dict(type='identity', lam=1.0), norm_cfg=dict(type='BN')
+        ).requires_grad_(False)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_record_is_the_same_in_a_process_of_its_own(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(hooks, 'get_world_size', lambda: processes)
+    batch = dict(inputs=torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
+    run = toy.runner(tmp_path, model=dict(type=Detector), custom_hooks=[])
+    monkeypatch.setattr(run.model, 'data_preprocessor', torch.nn.Identity())
+    written = {}
+    monkeypatch.setattr(run.visualizer, 'add_scalars', lambda values, step: written.update({step: values}))
+    hook = hooks.ConditioningHook(interval=100)
+    hook.before_train(run)
+    monkeypatch.setattr(hook, 'is_last_train_iter', lambda runner: False)
+    hook.after_train_iter(run, 0, batch)
+    hook.after_train(run)
+    expected, _ = hooks.compute_rows(1, run.model.backbone, batch['inputs'][:1], 1)
+    assert len(expected) == 12 * 4
+    rows = [line.split(',') for line in (tmp_path / 'conditioning.csv').read_text().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [[str(value) for value in row[:3]] for row in expected]
+    for row, other in zip(rows, expected):
+        assert [float(value) for value in row[3:6]] == pytest.approx(other[3:6], rel=1e-4)
+    assert written[1]['conditioning/kappa_J'] > 1 and not hook.failed
