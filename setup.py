@@ -42,9 +42,9 @@ setup(
         'Typing :: Typed',
     ],
     packages=find_packages(include=['spec_mmdet*']),
-    # configs/ is in the package as MMEngine expects it, by a link: .mim/configs.
+    # configs/ is in the package as MMEngine expects it, by links in .mim/configs.
     package_data={
-        'spec_mmdet': ['py.typed', '.mim/configs/*.py', '.mim/configs/*/*.py'],
+        'spec_mmdet': ['py.typed', '.mim/*.yml', '.mim/configs/*/*.py', '.mim/configs/*/*/*.py'],
         'spec_mmdet.evaluation': ['*.html', '*.css', '*.md'],
     },
     data_files=[('', ['spec_mmdet/spec_mmdet.pth'])],
@@ -54,7 +54,7 @@ setup(
     python_requires='>=3.10',
     # Neither mmdet nor mmcv: each has several distributions of one import name (mmcv, mmcv-lite, onedl-mmcv), and pip
     # would overwrite the one that is there. The extras install a set that is known to work together.
-    install_requires=['torch>=2.6', 'torchvision', 'numpy', 'scipy', 'safetensors'],
+    install_requires=['torch>=2.6,<2.15', 'torchvision', 'numpy', 'scipy', 'safetensors'],
     extras_require={
         # mmengine 0.10.7 imports pkg_resources, which setuptools 82 dropped.
         'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', *reports],

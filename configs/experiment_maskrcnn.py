@@ -8,9 +8,9 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best=None))
-custom_hooks = [
-    dict(type='CheckpointGuard'),
-    dict(type='ConditioningHook', interval=100),
-    dict(type='FiniteGuard'),
-]
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=1, save_best=None),
+    conditioning=dict(interval=100),
+    schedule_guard=None,
+    results=None,
+)

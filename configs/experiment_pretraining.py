@@ -24,9 +24,10 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5))
-default_hooks = dict(checkpoint=dict(interval=max_epochs, max_keep_ckpts=1, save_best=None), logger=dict(interval=25))
-custom_hooks = [
-    dict(type='CheckpointGuard'),
-    dict(type='ConditioningHook', interval=125),
-    dict(type='FiniteGuard'),
-]
+default_hooks = dict(
+    checkpoint=dict(interval=max_epochs, max_keep_ckpts=1, save_best=None),
+    conditioning=dict(interval=125),
+    logger=dict(interval=25),
+    schedule_guard=None,
+    ema=None,
+)

@@ -1,27 +1,49 @@
-"""Where configs are: those that this package ships, by name on the command line and as ``spec_mmdet::NAME.py`` in a
-config's _base_, and that of a training, in its work directory.
+"""Find configs: those that this package ships, by name, and that of a training, in its work directory.
+
+A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import mmdet
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 
 from .errors import InputError
 
-CONFIGS = Path(__file__).parent / '.mim' / 'configs'  # MMEngine's convention; in the repository, a link to configs/
-CONFIGS_OF_MMDET = Path(mmdet.__file__).parent / '.mim' / 'configs'
+# MMEngine's convention is PACKAGE/.mim/configs/FOLDER/NAME.py; in the repository, this is a link to configs/.
+CONFIGS = Path(__file__).parent / '.mim' / 'configs' / 'xcit'
+
+# MMEngine finds PACKAGE::FOLDER/NAME.py by this table: beside a distribution of the name that is here, or else beside a
+# module. In an editable install the package is not beside its distribution, so this names a module.
+MODULE2PACKAGE['spec_mmdet'] = __name__
+
+
+class CachedTextConfig(Config):
+    """A config that is formatted once for as long as it does not change.
+
+    MMEngine formats the same config for the log, the work directory, TensorBoard and every checkpoint, which takes
+    seconds each time.
+    """
+
+    @property
+    def pretty_text(self) -> str:
+        """The config as Python; see MMEngine."""
+        content = repr(self)
+        cached = self.__dict__.get('_cached_text')
+        if cached is None or cached[0] != content:
+            cached = self.__dict__['_cached_text'] = content, super().pretty_text
+        return cached[1]
 
 
 def find_config(name: str) -> Path:
-    """The file of a config that is named by its path or, if it is one of those shipped, by its name.
+    """Return the file of a config that is named by its path or, if it is shipped, by its name.
 
     Raises:
         InputError: if there is no such file.
     """
-    shipped = CONFIGS / f'{name.removeprefix("spec_mmdet::").removesuffix(".py")}.py'
+    shipped = CONFIGS / f'{name.removeprefix("spec_mmdet::").removeprefix("xcit/").removesuffix(".py")}.py'
     for path in (Path(name), shipped):
         if path.is_file():
             return path
@@ -30,41 +52,30 @@ def find_config(name: str) -> Path:
 
 
 def find_run_config(work_dir: Path) -> Path:
-    """The config that a training wrote into its work directory.
+    """Return the config that a training wrote into its work directory.
 
     Raises:
         InputError: if there is none, or there are several.
     """
     found = sorted(work_dir.glob('*.py'))
     if len(found) != 1:
-        raise InputError(f'{work_dir}: has {len(found)} configs (*.py), and one is wanted, as a training leaves it')
+        raise InputError(f'{work_dir}: contains {len(found)} configs (*.py) instead of the one that a training writes')
     return found[0]
 
 
-def _get_cfg_path(cfg_path: str, filename: str, of_mmengine=Config._get_cfg_path) -> tuple[str, str | None]:
-    package, _, name = cfg_path.partition('::')
-    if package == 'spec_mmdet':
-        return str(CONFIGS / name), None
-    if package == 'mmdet' and (path := CONFIGS_OF_MMDET / name).is_file():
-        return str(path), package
-    return of_mmengine(cfg_path, filename)
+def read_config(path: Path) -> Config:
+    """Read a config file, whose text is then formatted once (:class:`CachedTextConfig`).
 
-
-# MMEngine resolves the names of OpenMMLab's own projects alone, from a list in its code, and reads each time all that
-# MMDetection tells of its models for a path that is the name itself.
-Config._get_cfg_path = staticmethod(_get_cfg_path)
-
-_formatted: dict[str, str] = {}
-
-
-def _pretty_text(config: Config, of_mmengine=Config.pretty_text.fget) -> str:
-    content = repr(config)
-    if content not in _formatted:
-        _formatted.clear()
-        _formatted[content] = of_mmengine(config)
-    return _formatted[content]
-
-
-# MMEngine has yapf format the same config for the log, the work directory, TensorBoard and every checkpoint: once is
-# enough.
-Config.pretty_text = property(_pretty_text)
+    Raises:
+        InputError: if it inherits ``spec_mmdet::NAME.py`` without a folder, which MMEngine does not accept.
+    """
+    try:
+        cfg = Config.fromfile(path)
+    except ValueError as error:
+        if '_get_package_and_cfg_path' in str(error):
+            raise InputError(
+                f'config {path}: MMEngine needs a folder in _base_, as in "spec_mmdet::xcit/xcit_spec_maskrcnn.py"'
+            ) from error
+        raise
+    object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
+    return cfg

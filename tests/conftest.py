@@ -101,7 +101,7 @@ def trained(tmp_path_factory, shapes) -> Path:
     """
     work = tmp_path_factory.mktemp('work')
     command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
-    command.append('custom_hooks.1.interval=20')
+    command.append('default_hooks.conditioning.interval=20')
     with (work / 'terminal.txt').open('w') as file:
         subprocess.run(command, cwd=work, check=True, stdout=file, stderr=subprocess.STDOUT)
     return work

@@ -174,7 +174,7 @@ NEEDS = {
     'checkpoint=backbone.pth': 'spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16',
     'data/mine': 'spec-mmdet prepare IMAGES',
     'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
-    'train my_detector.py': "_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'",
+    'train my_detector.py': "_base_ = 'spec_mmdet::xcit/xcit_spec_maskrcnn.py'",
     'own-data/drawn': 'spec-mmdet shapes own-data/drawn',
     'own-data/prepared': 'spec-mmdet prepare own-data/drawn',
     'own-data/findings': 'spec-mmdet prepare own-data/drawn',

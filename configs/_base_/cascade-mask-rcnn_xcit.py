@@ -2,3 +2,4 @@
 _base_ = ['mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py', 'runtime.py']
 
 model = dict(backbone=_base_.xcit, neck=dict(in_channels=[384, 384, 384, 384]))
+default_hooks = dict(results=dict(type='ResultsHook'))

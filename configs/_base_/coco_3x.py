@@ -20,7 +20,12 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 # The test pipeline keeps LoadImageFromFile, the name that MMDetection's DetInferencer looks for.
-val_pipeline = [dict(type='CheckedLoadImageFromFile'), *_base_.test_pipeline[1:]]
+val_pipeline = [
+    dict(type='CheckedLoadImageFromFile'),
+    dict(type='Resize', scale=(1333, 800), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
 train_dataloader = dict(dataset=dict(type='CheckedCocoDataset', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type='CheckedCocoDataset', pipeline=val_pipeline))
 test_dataloader = dict(dataset=dict(type='CheckedCocoDataset'))

@@ -2,4 +2,4 @@
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', 'runtime.py']
 
 model = dict(backbone=_base_.xcit, neck=dict(in_channels=[384, 384, 384, 384]))
-default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))
+default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'), results=dict(type='ResultsHook'))

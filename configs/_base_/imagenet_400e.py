@@ -66,6 +66,8 @@ optim_wrapper = dict(
 )
 auto_scale_lr = dict(base_batch_size=1024, enable=False)
 
-default_hooks = dict(checkpoint=dict(interval=5, save_best='accuracy/top1'))
-# The average is evaluated and saved as the checkpoint's weights.
-custom_hooks = [*_base_.guards, dict(type='EMAHook', momentum=4e-5, update_buffers=True)]
+default_hooks = dict(
+    checkpoint=dict(interval=5, save_best='accuracy/top1'),
+    # The average is evaluated and saved as the checkpoint's weights.
+    ema=dict(type='EMAHook', momentum=4e-5, update_buffers=True),
+)

@@ -5,4 +5,4 @@ model = dict(backbone=_base_.xcit, neck=dict(in_channels=[384, 384, 384, 384]))
 # It takes no features of stride 4, and the layer that makes them gets no gradient.
 find_unused_parameters = True
 
-default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))
+default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'), results=dict(type='ResultsHook'))

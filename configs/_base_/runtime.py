@@ -1,16 +1,15 @@
-# What every config has: MMDetection's runtime, the best checkpoint kept, guards, condition numbers, curves, pictures.
+# MMDetection's runtime, with the best checkpoint, guards and condition numbers.
 _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(imports=['spec_mmdet'])
 
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=2, save_best='coco/segm_mAP'))
-guards = [
-    dict(type='CheckpointGuard'),
-    dict(type='ConditioningHook'),
-    dict(type='ScheduleGuard'),
-    dict(type='FiniteGuard'),
-    dict(type='LoaderGuard', timeout=600),
-]
-custom_hooks = [*guards, dict(type='ResultsHook')]
+default_hooks = dict(
+    checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=2, save_best='coco/segm_mAP'),
+    checkpoint_guard=dict(type='CheckpointGuard'),
+    conditioning=dict(type='ConditioningHook'),
+    schedule_guard=dict(type='ScheduleGuard'),
+    finite_guard=dict(type='FiniteGuard'),
+    loader_guard=dict(type='LoaderGuard', timeout=600),
+)
 env_cfg = dict(dist_cfg=dict(timeout=600))  # seconds to wait for another process
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
 visualizer = dict(type='LabelVisualizer', vis_backends=vis_backends)

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import get_classes, get_state_dict, load, require_training_state
-from ..configs import find_config
+from ..configs import find_config, read_config
 from ..data.checks import check_inputs
 from ..data.fitting import (
     has_masks,
@@ -30,6 +30,7 @@ from ..data.fitting import (
 )
 from ..data.folders import use_folder
 from ..errors import InputError, list_briefly
+from ..substitution import protect
 from ..training.processes import connect_processes, decide_on_main, leave_group
 from .options import CfgOptions, Parser, adjust_dependent_settings, merge
 from .runners import QuietRunner, WholeConfigRunner
@@ -54,13 +55,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
                         ' the config; lists as KEY="[a,b]" or KEY=a,b')  # fmt: skip
 
 
+def add_keep_types(parser: argparse.ArgumentParser) -> None:
+    """Add --keep-types."""
+    parser.add_argument('--keep-types', action='store_true', help="leave the config's types as they are, instead of "
+                        "substituting this package's checked ones for MMDetection's")  # fmt: skip
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """The config that a command line names, its --cfg-options merged.
 
     Raises:
         InputError: if there is no such file.
     """
-    cfg = Config.fromfile(find_config(args.config))
+    cfg = read_config(find_config(args.config))
     merge(cfg, args.cfg_options)
     adjust_dependent_settings(cfg)
     return cfg
@@ -74,6 +81,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                         'images (default: what the config names)')  # fmt: skip
     parser.add_argument('--no-check', action='store_true', help='do not look at annotations and images one by one '
                         'before the start')  # fmt: skip
+    add_keep_types(parser)
     parser.add_argument('--work-dir', help='where to write logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--verbose', action='store_true', help='show all that is written to the log file')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -94,17 +102,18 @@ def load_run_config(
         change: what a command's own options change of the config; --cfg-options come after it.
     """
     path = find_config(args.config)
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     if args.data and splits:
         use_folder(cfg, args.data, splits)
     if change:
         change(cfg)
     merge(cfg, args.cfg_options)
-    adjust_dependent_settings(cfg)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     connect_processes(cfg)
+    protect(cfg, args.keep_types, testing=tuple(splits) == ('test',))
+    adjust_dependent_settings(cfg)
     return cfg
 
 

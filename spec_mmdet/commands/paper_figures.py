@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with replace_folder(WORK):
         run_command('shapes', DATA)
         for name, options in RUNS.items():
-            options = [*options, 'custom_hooks.1.interval=10', 'custom_hooks.1.heads=4']
+            options = [*options, 'default_hooks.conditioning.interval=10', 'default_hooks.conditioning.heads=4']
             run_command('train', CONFIG, '--work-dir', WORK / name, '--cfg-options', *options)
 
         panels = [('sigma_min', 'QKV'), ('kappa', 'Q'), ('kappa', 'K'), ('kappa', 'V'), ('kappa', 'J')]

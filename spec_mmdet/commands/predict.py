@@ -44,7 +44,8 @@ from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError, list_briefly
 from ..evaluation.drawing import names_drawn
 from ..files import is_empty, write_folder_atomically
-from .common import add_config, load_config, parser
+from ..substitution import protect
+from .common import add_config, add_keep_types, load_config, parser
 
 VIDEOS = {'.mp4': 'mp4v', '.avi': 'mp4v', '.mov': 'mp4v', '.mkv': 'mp4v', '.webm': 'VP80'}  # and codecs to write them
 
@@ -234,6 +235,7 @@ def coco_results(prediction: dict, image_id: int) -> Iterator[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('predict', __doc__)
     add_config(options)
+    add_keep_types(options)
     options.add_argument('checkpoint', help='a file, or an http(s) address; or a detector that was exported, .onnx')
     options.add_argument('inputs', nargs='+', metavar='INPUT', help='an image, a folder, a quoted glob or a video')
     options.add_argument('--out', type=Path, help='a folder that is empty or not there (default: a new one in '
@@ -247,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
 
     cfg = load_config(args)
+    protect(cfg, args.keep_types, running=False)
     if not {'model', 'test_dataloader'} <= cfg.keys():
         raise InputError(f'config {args.config}: has no model and test_dataloader')
     if not 0 <= args.score <= 1 or args.batch_size < 1:

@@ -8,9 +8,13 @@ from pathlib import Path
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from torch import nn
 
 from ..files import write
 from .terminal import ImportantLogHandler
+
+# MMEngine's own, which it registers where a config does not name them.
+DEFAULT_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 
 
 class WholeConfigRunner(Runner):
@@ -18,8 +22,26 @@ class WholeConfigRunner(Runner):
 
     @master_only
     def dump_config(self) -> None:
-        """Write the config to the work directory."""
-        write(Path(self.work_dir, Path(self.cfg.filename).name), self.cfg.pretty_text)
+        """Leave writing to :meth:`train` and :meth:`test`; MMEngine's writes before either is known."""
+
+    @master_only
+    def _write_config(self, folder: str) -> None:
+        write(Path(folder, Path(self.cfg.filename).name), self.cfg.pretty_text)
+
+    def train(self) -> nn.Module:
+        """Train, after writing the config to the work directory."""
+        self._write_config(self.work_dir)
+        return super().train()
+
+    def test(self) -> dict[str, float]:
+        """Test, after writing the config beside the log: a training's own config in the work directory stays."""
+        self._write_config(self.log_dir)
+        return super().test()
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Register the default hooks; any of them, not only one of MMEngine's, may be None, which turns it off."""
+        hooks = {name: hook for name, hook in (hooks or {}).items() if hook is not None or name in DEFAULT_HOOKS}
+        super().register_default_hooks(hooks)
 
 
 class QuietRunner(WholeConfigRunner):

@@ -157,7 +157,8 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
 
     setup_cache_size_limit_of_dynamo()
     terminal = None if args.verbose else Terminal()
-    with ExitStack() as lock, one_line_errors(), stop_on_signals(), terminal or nullcontext():
+    signals = nullcontext() if args.keep_types else stop_on_signals()  # AtomicCheckpointHook saves and stops
+    with ExitStack() as lock, one_line_errors(), signals, terminal or nullcontext():
         decide_on_main(lambda: lock.enter_context(lock_folder(work)))
         runner = build_runner(cfg, terminal)
         explain_resume_errors(runner)

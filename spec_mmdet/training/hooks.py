@@ -47,7 +47,7 @@ class ScheduleGuard(Hook):
         for doubt in check_schedule(runner):
             runner.logger.warning(f'{doubt}; --epochs N fits the whole schedule to N epochs, and train --preset '
                                   'finetune is for pretrained weights')  # fmt: skip
-        backbone = unwrap_model(runner).backbone
+        backbone = getattr(unwrap_model(runner), 'backbone', None)
         to_be_learnt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
         if to_be_learnt or backbone.init_cfg or runner._load_from or runner._resume:
             return

@@ -17,6 +17,7 @@ from spec_mmdet.commands import COMMANDS, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
 from spec_mmdet.commands.common import one_line_errors
+from spec_mmdet.configs import read_config
 
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 
@@ -111,14 +112,31 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = find_config('xcit_spec_maskrcnn')
     assert shipped.samefile(ROOT / 'configs' / 'xcit_spec_maskrcnn.py')
-    assert find_config('spec_mmdet::xcit_spec_maskrcnn.py') == find_config('xcit_spec_maskrcnn.py') == shipped
+    for name in (
+        'spec_mmdet::xcit/xcit_spec_maskrcnn.py',
+        'spec_mmdet::xcit_spec_maskrcnn.py',
+        'xcit_spec_maskrcnn.py',
+    ):
+        assert find_config(name) == shipped
     own = tmp_path / 'mine.py'
-    own.write_text("_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'\nmodel = dict(backbone=dict(arch='nano_12'))\n")
+    own.write_text("_base_ = 'spec_mmdet::xcit/xcit_spec_maskrcnn.py'\nmodel = dict(backbone=dict(arch='nano_12'))\n")
     assert find_config('mine.py').samefile(own)
     cfg = Config.fromfile(own)
     assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('SpecXCiT', 'nano_12')
     cfg.model.backbone.arch = 'small_12'
-    assert cfg.model == Config.fromfile(shipped).model
+    assert without_scopes(cfg.model) == without_scopes(Config.fromfile(shipped).model)
+    own.write_text("_base_ = 'spec_mmdet::_base_/runtime.py'\nmodel = dict(type='MaskRCNN', backbone=_base_.xcit)\n")
+    assert Config.fromfile(own).model.backbone.type == 'SpecXCiT'
+    own.write_text("_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'")
+    with pytest.raises(InputError, match='spec_mmdet::xcit/xcit_spec_maskrcnn.py'):
+        read_config(own)
+
+
+def without_scopes(node: object) -> object:
+    """A config without the scopes that MMEngine adds to what is inherited from a package."""
+    if isinstance(node, dict):
+        return {key: without_scopes(value) for key, value in node.items() if key != '_scope_'}
+    return [without_scopes(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def test_mmdetections_own_script_runs_beside_it(tmp_path):

@@ -26,7 +26,7 @@ val_dataloader = dict(num_workers=0)
 test_dataloader = val_dataloader
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(vis_backends=vis_backends)
-custom_hooks = [dict(type='CheckpointGuard'), dict(type='ScheduleGuard')]
+default_hooks = dict(conditioning=None, results=None)
 """
 BOXES = SMALL.replace('model = dict(', "model = dict(type='FasterRCNN', roi_head=dict(mask_head=None),", 1)
 

@@ -61,7 +61,7 @@ def test_a_key_that_nothing_reads_is_refused(key, says):
         {'train_dataloader.dataset.indices': 8},
         {'train_dataloader.dataset.metainfo.classes': ('circle',)},
         {'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': 'out'},
-        {'custom_hooks.1.interval': 5},
+        {'default_hooks.conditioning.interval': 5},
         {'load_from': 'file.pth'},
         {'env_cfg.dist_cfg.backend': 'gloo'},
         {'model_wrapper_cfg.type': 'MMDistributedDataParallel', 'model_wrapper_cfg.device_ids': None},

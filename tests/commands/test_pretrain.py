@@ -31,7 +31,7 @@ def options(work: Path, *more: str) -> list:
     settings += [f'model.backbone.arch.{key}={value}' for key, value in ARCH.items()]
     settings += [f'model.backbone.conditioning.{key}={value}' for key, value in CONDITIONING.items()]
     settings += ['model.backbone.patch_size=8', 'default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=1']
-    settings += ['custom_hooks.5.momentum=0.3']  # a moving average that follows eight iterations
+    settings += ['default_hooks.ema.momentum=0.3']  # a moving average that follows eight iterations
     for split in ('train', 'val'):
         settings += [f'{split}_dataloader.num_workers=0', f'{split}_dataloader.persistent_workers=False']
     sizes = ['--image-size', 32, '--batch-size', 8, '--epochs', 2, '--lr', 0.01]

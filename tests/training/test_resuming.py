@@ -47,7 +47,7 @@ DROP = 'model.backbone.drop_path_rate=0.3'
 def train(monkeypatch, data: Path, work: Path, *args, evaluate: bool = False) -> int:
     """Three epochs of four iterations; returns the exit status."""
     settings = ['train_dataloader.batch_size=2', 'train_cfg.max_epochs=3', 'param_scheduler.0.end=5', DROP]
-    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'custom_hooks.1.interval=1000']
+    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.conditioning.interval=1000']
     settings += [] if evaluate else NO_EVALUATION
     resume = ['--resume'] if '--resume' in args else []
     settings += [arg for arg in args if arg != '--resume']

@@ -1,0 +1,145 @@
+"""Substitute this package's types for MMDetection's and MMEngine's in a config, and add the hooks that guard a run.
+
+The commands train, test and predict call these functions once, when they have loaded a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mmdet.registry
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
+
+from .data.fitting import walk
+
+# Registry, name there, and our type: a subclass, which accepts the same arguments.
+TABLE = (
+    ('DATASETS', 'CocoDataset', 'CheckedCocoDataset'),
+    ('METRICS', 'CocoMetric', 'FastCocoMetric'),
+    ('TRANSFORMS', 'LoadImageFromFile', 'CheckedLoadImageFromFile'),
+    ('LOOPS', 'EpochBasedTrainLoop', 'ExactEpochTrainLoop'),
+    ('LOOPS', 'IterBasedTrainLoop', 'ExactIterTrainLoop'),
+    ('HOOKS', 'CheckpointHook', 'AtomicCheckpointHook'),
+    ('VISUALIZERS', 'DetLocalVisualizer', 'LabelVisualizer'),
+)
+
+# MMDetection's DetInferencer finds the loading of images by its name in these.
+INFERENCE = ('test_dataloader', 'test_pipeline', 'tta_pipeline')
+
+# Entries of default_hooks; None there turns one off.
+GUARDS = dict(
+    checkpoint_guard='CheckpointGuard',
+    schedule_guard='ScheduleGuard',
+    finite_guard='FiniteGuard',
+    loader_guard='LoaderGuard',
+)
+
+
+def list_registries() -> Iterator[Registry]:
+    """Yield MMDetection's registries, with all of their modules imported."""
+    for registry in vars(mmdet.registry).values():
+        if isinstance(registry, Registry):
+            registry.import_from_location()
+            yield registry
+
+
+def name_types(cfg: Config) -> None:
+    """Replace types that are classes, as in new-style configs, or have the scope "mmdet", by their registered names.
+
+    Changes ``cfg``. A class that is in no registry stays.
+    """
+    names = {}
+    for registry in list_registries():
+        while registry is not None:
+            names |= {found: name for name, found in registry.module_dict.items() if found not in names}
+            registry = registry.parent
+    for _, node in walk({**cfg}):
+        kind = node.get('type')
+        if isinstance(kind, str) and kind.count('.') > 1:  # as a new-style config is dumped
+            kind = get_object_from_string(kind)
+        if not isinstance(kind, str) and kind in names:
+            node['type'] = names[kind]
+            cfg.default_scope = cfg.get('default_scope') or 'mmdet'
+        elif isinstance(kind, str) and cfg.get('default_scope') == 'mmdet':
+            node['type'] = kind.removeprefix('mmdet.')
+
+
+def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
+    """Substitute this package's types for those of :data:`TABLE` in a config; changes ``cfg``.
+
+    Only a type that resolves to exactly the class in the table is substituted; a subclass stays.
+
+    Args:
+        cfg: the whole config, in MMEngine's old or new style.
+        testing: whether to substitute the loading of images in the test pipeline, too. MMDetection's DetInferencer
+            does not accept such a config.
+
+    Returns:
+        What was substituted, as "CocoDataset -> CheckedCocoDataset".
+    """
+    name_types(cfg)
+    rows = {}
+    for registry, name, ours in TABLE:
+        registry = getattr(mmdet.registry, registry)
+        theirs = next(base for base in registry.get(ours).__mro__[1:] if base.__name__ == name)
+        rows[name] = registry, theirs, ours if cfg.get('default_scope') == 'mmdet' else f'mmdet.{ours}'
+    done = {}
+    loop = cfg.get('train_cfg') or {}
+    if loop and 'type' not in loop:
+        loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch') else 'IterBasedTrainLoop'
+    for place, node in walk({**cfg}):
+        kind = node.get('type')
+        name = kind.rpartition('.')[2] if isinstance(kind, str) else ''
+        if name not in rows or name == 'LoadImageFromFile' and not testing and place.split('.')[0] in INFERENCE:
+            continue
+        registry, theirs, ours = rows[name]
+        if registry.get(kind) is theirs:
+            node['type'] = ours
+            done[f'{name} -> {ours}'] = None
+    return list(done)
+
+
+def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
+    """Add the hooks of :data:`GUARDS` that a config lacks to its default_hooks; changes ``cfg``.
+
+    Args:
+        cfg: the whole config, its types substituted.
+        keep_types: whether the checkpoint hook of a config that has none is MMEngine's.
+
+    Returns:
+        The names of the hooks that were added, and of those that ``default_hooks.NAME=None`` turns off.
+    """
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    present = {hook.get('type') for hook in [*hooks.values(), *(cfg.get('custom_hooks') or [])] if hook}
+    done = []
+    for name, kind in GUARDS.items():
+        if name in hooks and hooks[name] is None:
+            done.append(f'{name} (turned off)')
+        elif name not in hooks and kind not in present:
+            hooks[name] = dict(type=kind if cfg.get('default_scope') == 'mmdet' else f'mmdet.{kind}')
+            done.append(name)
+    if 'checkpoint' not in hooks and not keep_types:
+        hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1)
+    return done
+
+
+def protect(cfg: Config, keep_types: bool = False, testing: bool = False, running: bool = True) -> None:
+    """Substitute types, add guards, and print one line that reports what changed; changes ``cfg``.
+
+    Args:
+        cfg: the whole config.
+        keep_types: whether types stay, except that classes are replaced by their names.
+        testing: see :func:`substitute_types`.
+        running: whether a runner gets the config, and with it the guards.
+    """
+    if keep_types:
+        name_types(cfg)
+    types = [] if keep_types else substitute_types(cfg, testing)
+    guards = add_guards(cfg, keep_types) if running else []
+    parts = [f'types substituted: {", ".join(types)} (--keep-types keeps them)'] if types else []
+    parts += [f'hooks added: {", ".join(guards)} (default_hooks.NAME=None turns one off)'] if guards else []
+    if parts and is_main_process():
+        print(f'config: {"; ".join(parts)}')
