@@ -1,6 +1,7 @@
 # make demo    the main job, from data to COCO AP, in minutes on a CPU
 # make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
-# make experiment    does the conditioning help a detector: four hours on two CPU cores, goes on where it was stopped
+# make experiment    does the conditioning help a detector: four hours on two CPU cores, continues where it was stopped
+# make systems    the same question for small relatives of the paper's other systems: half an hour on one core
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
 # make torture    kills, broken writes, forged checkpoints, fuzzing: what is lost; half an hour on a quiet machine
@@ -18,10 +19,13 @@ demo: $(VENV)/mmdet
 	$(VENV)/bin/spec-mmdet demo
 
 paper-figures: $(VENV)/mmdet
-	$(VENV)/bin/spec-mmdet paper-figures
+	$(VENV)/bin/python -m research.paper_figures
 
 experiment: $(VENV)/mmdet
-	$(VENV)/bin/spec-mmdet experiment
+	$(VENV)/bin/python -m research.experiment
+
+systems: $(VENV)/mmdet
+	$(VENV)/bin/python -m research.systems
 
 bench: $(VENV)/mmdet
 	$(VENV)/bin/spec-mmdet benchmark --rounds 3
@@ -79,4 +83,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures experiment bench torture test test-onedl docs-test lint clean
+.PHONY: demo paper-figures experiment systems bench torture test test-onedl docs-test lint clean

@@ -45,7 +45,7 @@ setup(
     # configs/ is in the package as MMEngine expects it, by links in .mim/configs.
     package_data={
         'spec_mmdet': ['py.typed', '.mim/*.yml', '.mim/configs/*/*.py', '.mim/configs/*/*/*.py'],
-        'spec_mmdet.evaluation': ['*.html', '*.css', '*.md'],
+        'spec_mmdet.evaluation': ['*.html', '*.css'],
     },
     data_files=[('', ['spec_mmdet/spec_mmdet.pth'])],
     cmdclass={'install_data': InstallStartup},

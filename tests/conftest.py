@@ -2,9 +2,9 @@
 
 import gc
 import os
-import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 # The tensors are small, and on a busy machine threads wait for each other longer than they work.
@@ -20,6 +20,7 @@ from mmengine.visualization import Visualizer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from spec_mmdet.commands import command_line, run
 from spec_mmdet.data.shapes import write_split
 from spec_mmdet.evaluation.drawing import LabelVisualizer
 
@@ -35,12 +36,17 @@ gc.freeze()  # what has been imported is not looked through at every collection,
 
 
 def run_tool(monkeypatch, name: str, *args) -> None:
-    """Run a tool as its command does, in this process."""
+    """Run a command of spec-mmdet, or the main of a module of research and benchmarks, in this process."""
     # Runs are known by the second that they begin in; one would log where that of the test before did.
     for known in (Visualizer, LabelVisualizer, MMLogger, MessageHub):
         known._instance_dict.clear()
-    monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, args)])
-    runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
+    argv = [*map(str, args)]
+    monkeypatch.setattr(sys, 'argv', ['spec-mmdet', name, *argv])
+    if '.' in name:
+        with command_line():
+            import_module(name).main(argv)
+    else:
+        run(name, argv)
 
 
 def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: list[dict]) -> None:
@@ -57,7 +63,7 @@ def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: 
 
 
 def error_line(monkeypatch, name: str, *args) -> str:
-    """The one line with which a tool refuses its arguments."""
+    """Return the one line with which a command refuses its arguments."""
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, name, *args)
     message = str(stopped.value.code)

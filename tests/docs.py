@@ -1,15 +1,15 @@
-"""Run every command of the README and of docs/ as it is written, in a fresh clone of HEAD with a fresh environment.
+"""Run every command of the README, docs/ and research/ as written, in a fresh clone of HEAD with a fresh environment.
 
     python tests/docs.py [--list] [--only TEXT ...]
 
-Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ that it links to, in the order
-of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with `_base_` is
-a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that begins like a
-command. A notebook is a page, too: the code of its cells are its blocks, those of a shell where their lines begin with
-an exclamation mark. Commands run in the pages' order, each by itself from the clone's root, without a GPU and with the
-COCO data in COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables below say what is
-put in for placeholders, what comes before a command or, for brevity, after it, and what is left out; an entry of theirs
-that fits nothing in the pages is an error. Logs go to work_dirs/docs_test.
+Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ and research/ that it links to,
+in the order of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with
+`_base_` is a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that
+begins like a command. A notebook is a page, too: the code of its cells are its blocks, those of a shell where their
+lines begin with an exclamation mark. Commands run in the pages' order, each by itself from the clone's root, without a
+GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables
+below say what is put in for placeholders, what comes before a command or, for brevity, after it, and what is left out;
+an entry of theirs that fits nothing in the pages is an error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ CONFIG = 'my_detector.py'  # where a page's config is saved
 
 # How text in backticks begins that is a command; options and the names of files and of commands are none.
 INLINE = re.compile(
-    r'(python tools/|python -m spec_mmdet |tools/dist_(train|test)\.sh |torchrun |make |pip |mkdir )'
-    r'|spec-mmdet (--|\S+ \S)'
+    r'(python tools/|python -m (spec_mmdet|research|benchmarks)\b|tools/dist_(train|test)\.sh |torchrun |make |pip )'
+    r'|mkdir |spec-mmdet (--|\S+ \S)'
 )
 
 # The keys of the next three tables are commands, or what commands begin with, up to the end of a word: as spec-mmdet
@@ -55,11 +55,13 @@ SKIPPED = {
     'make clean': 'would remove the environment that the other commands need',
     'make torture': 'takes half an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
+    'python -m research.paper_figures': 'likewise',
     'spec-mmdet gpu-check': 'needs a GPU; the suite runs it on the CPU',
     'spec-mmdet test work_dirs/plain_0/xcit_spec_shapes.py': 'is of trainings that take an hour; the suite runs it',
     'spec-mmdet compare': 'is of trainings that take an hour; the suite runs it',
     'make experiment': 'takes hours; what it runs are the commands of the page about pretraining',
-    'spec-mmdet overfit': 'takes 700 iterations; what it runs is train and test',
+    'python -m research.experiment': 'likewise',
+    'python -m benchmarks.overfit': 'takes 700 iterations; what it runs is train and test',
 }
 
 # What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
@@ -116,17 +118,15 @@ APPENDED = {
     # The notebook is small already.
     'spec-mmdet train xcit_spec_shapes': '',
     'spec-mmdet test own-data': '',
-    'spec-mmdet scenes': '--train 16 --val 8 --crops 128',
+    'python -m research.scenes': '--train 16 --val 8 --crops 128',
     'spec-mmdet pretrain pretrain_xcit_small_12_p16': f'{OF_IMAGENET} && {AS_400}',
     'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': f'{OF_IMAGENET} {ON_CPU} && {AS_400}',
-    'spec-mmdet train experiment_maskrcnn': '',
+    'spec-mmdet train research/configs/experiment_maskrcnn.py': '',
     'spec-mmdet test work_dirs/experiment_maskrcnn': '',
     'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
     'spec-mmdet analyze': '--max-images 1',
-    'spec-mmdet systems': '--seeds 1 --steps 2',
-    'spec-mmdet systems vit --out docs/systems/vit': '',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
-    'spec-mmdet benchmark-evaluator': '--images 200',
+    'python -m benchmarks.evaluator': '--images 200',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
 
@@ -166,16 +166,16 @@ NEEDS = {
     'data/coco': 'mkdir -p data',
     'work_dirs/xcit_spec_maskrcnn/': 'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr',
     'work_dirs/demo/': 'make demo',
-    'data/scenes': 'spec-mmdet scenes',
-    'work_dirs/experiment_pretraining/': 'spec-mmdet pretrain experiment_pretraining',
+    'data/scenes': 'python -m research.scenes',
+    'work_dirs/experiment_pretraining/': 'spec-mmdet pretrain research/configs/experiment_pretraining.py',
     'work_dirs/backbone.pth': 'spec-mmdet convert work_dirs/experiment_pretraining',
-    'work_dirs/experiment_maskrcnn/': 'spec-mmdet train experiment_maskrcnn',
+    'work_dirs/experiment_maskrcnn/': 'spec-mmdet train research/configs/experiment_maskrcnn.py',
     'work_dirs/pretrain_xcit_small_12_p16/': 'spec-mmdet pretrain pretrain_xcit_small_12_p16',
     'checkpoint=backbone.pth': 'spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16',
     'data/mine': 'spec-mmdet prepare IMAGES',
     'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
     'train my_detector.py': "_base_ = 'spec_mmdet::xcit/xcit_spec_maskrcnn.py'",
-    'own-data/drawn': 'spec-mmdet shapes own-data/drawn',
+    'own-data/drawn': 'from spec_mmdet.data.shapes',
     'own-data/prepared': 'spec-mmdet prepare own-data/drawn',
     'own-data/findings': 'spec-mmdet prepare own-data/drawn',
     'own-data/run': 'spec-mmdet train xcit_spec_shapes',
@@ -269,11 +269,11 @@ def read_page(page: Path) -> str:
 
 
 def read_pages() -> dict[str, str]:
-    """The README and the pages of docs/, by name, in the order in which the README links to them."""
+    """The README and the pages of docs/ and research/, by name, in the order in which the README links to them."""
     readme = read_page(ROOT / 'README.md')
-    linked = list(dict.fromkeys(re.findall(r'\]\((docs/[\w-]+\.(?:md|ipynb))', readme)))
-    there = [*(ROOT / 'docs').glob('*.md'), *(ROOT / 'docs').glob('*.ipynb')]
-    forgotten = {f'docs/{page.name}' for page in there} - {*linked}
+    linked = list(dict.fromkeys(re.findall(r'\]\(((?:docs|research)/[\w/-]+\.(?:md|ipynb))', readme)))
+    there = [*(ROOT / 'docs').glob('*.md'), *(ROOT / 'docs').glob('*.ipynb'), *(ROOT / 'research').glob('**/README.md')]
+    forgotten = {str(page.relative_to(ROOT)) for page in there} - {*linked}
     if forgotten:
         sys.exit(f'error: the README does not link to {", ".join(sorted(forgotten))}')
     return {'README.md': readme, **{page: read_page(ROOT / page) for page in linked}}

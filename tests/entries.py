@@ -37,10 +37,10 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
         run_tool(monkeypatch, 'train', *unchecked, work / 'resume', '--resume', path, *options(shapes), *without)
 
     def convert(path):
-        run_tool(monkeypatch, 'convert_checkpoint', path, work / f'{path.stem}.safetensors')
+        run_tool(monkeypatch, 'convert', path, work / f'{path.stem}.safetensors')
 
     def analyze(path):
-        run_tool(monkeypatch, 'analyze_conditioning', CONFIG, path, '--out', work / 'analyze')
+        run_tool(monkeypatch, 'analyze', CONFIG, path, '--out', work / 'analyze')
 
     def predict(path):
         run_tool(monkeypatch, 'predict', CONFIG, path, image, '--out', work / path.stem, '--device', 'cpu')

@@ -15,10 +15,9 @@ GROUND = {
     'startup',
     'configs',
 }  # modules of no layer, which themselves know errors at the most
-LAYERS = ('conditioning', 'systems', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'commands')
+LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'commands')
 KNOWS = {
     'conditioning': set(),
-    'systems': {'conditioning'},
     'models': {'conditioning'},
     'checkpoints': {'conditioning', 'models'},
     'data': set(),
@@ -28,7 +27,7 @@ KNOWS = {
 }
 
 # The package itself imports all of its layers, for MMDetection's registries: an empty one in its place does not.
-# Each layer in a fork: the first two while there is nothing but Python, the others beside MMDetection, imported once.
+# Each layer in a fork: the first while there is nothing but Python, the others beside MMDetection, imported once.
 IMPORT = """
 import importlib, json, os, pkgutil, sys, traceback, types
 
@@ -65,15 +64,14 @@ for layer, blocked in json.loads(sys.argv[2]).items():
     statuses[layer] = os.wait()[1]
 print(json.dumps(statuses))
 """
-FOREIGN = ['mmdet', 'mmengine', 'mmcv', 'torchvision', 'pycocotools', 'matplotlib']  # to the first two layers
+FOREIGN = ['mmdet', 'mmengine', 'mmcv', 'torchvision', 'pycocotools', 'matplotlib']  # to the first layer
 
 
 def test_layers_are_imported_without_those_that_they_must_not_know():
     others = {
         layer: [f'spec_mmdet.{other}' for other in LAYERS if other not in {layer, *KNOWS[layer]}] for layer in LAYERS
     }
-    for layer in ('conditioning', 'systems'):
-        others[layer] += FOREIGN
+    others['conditioning'] += FOREIGN
     command = [sys.executable, '-c', IMPORT, str(PACKAGE), json.dumps(others)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert json.loads(ended.stdout.splitlines()[-1]) == dict.fromkeys(LAYERS, 0), ended.stderr

@@ -17,8 +17,9 @@ import torch
 from conftest import CONFIG, error_line, options
 from mmengine.logging import MMLogger
 
+from research import paper_figures
 from spec_mmdet import InputError
-from spec_mmdet.commands import demo, paper_figures
+from spec_mmdet.commands import demo
 from spec_mmdet.data.findings import Findings, Place
 from spec_mmdet.evaluation.pages import PAGE, mark_of
 from spec_mmdet.files import replace_folder
@@ -109,18 +110,18 @@ class Places:
 FEW = 'test_dataloader.dataset.indices=2'
 SMALL = ['--models', 'ours', '--arch', 'nano_12', '--sizes', '64x64', '64x96', '--rounds', 1, '--no-memory']
 WRITERS = {
-    'convert': lambda p: ['convert_checkpoint', p.detector[1], p.old / 'converted.pth'],
+    'convert': lambda p: ['convert', p.detector[1], p.old / 'converted.pth'],
     'report': lambda p: ['test', *p.detector, '--report', p.old, '--work-dir', p.elsewhere, *options(p.shapes), FEW],
     'work directory': lambda p: ['train', CONFIG, '--work-dir', p.old, *options(p.shapes)],
     'predictions': lambda p: ['predict', *p.detector, p.shapes / 'val', '--score', 0, '--out', p.new],
-    'prepare': lambda p: ['prepare_coco', p.shapes, '--out', p.new / 'data'],
+    'prepare': lambda p: ['prepare', p.shapes, '--out', p.new / 'data'],
     'export': lambda p: ['export', *p.detector, p.new / 'backbone.onnx', '--backbone'],
     'a video': lambda p: ['predict', *p.detector, clip(p.elsewhere), '--score', 1, '--out', p.new],
-    'safetensors': lambda p: ['convert_checkpoint', p.detector[1], p.new / 'converted.safetensors'],
-    'shapes': lambda p: ['make_shapes', p.old, '--train', 3, '--val', 1],
-    'analyze': lambda p: ['analyze_conditioning', CONFIG, '--out', p.old],
+    'safetensors': lambda p: ['convert', p.detector[1], p.new / 'converted.safetensors'],
+    'scenes': lambda p: ['research.scenes', p.old, '--train', 3, '--val', 1, '--crops', 6],
+    'analyze': lambda p: ['analyze', CONFIG, '--out', p.old],
     'benchmark': lambda p: ['benchmark', *SMALL, '--out', p.new],
-    'overfit': lambda p: ['overfit', coco_of(p.shapes, p.elsewhere), '--work-dir', p.old],
+    'overfit': lambda p: ['benchmarks.overfit', coco_of(p.shapes, p.elsewhere), '--work-dir', p.old],
 }
 CASES = [(writer, 'full') for writer in WRITERS] + [(writer, 'read-only') for writer in list(WRITERS)[:5]]
 
@@ -180,6 +181,7 @@ def test_an_earlier_run_comes_back(monkeypatch, tmp_path, command):
             old.write_text('new')
             raise InputError('this step failed')
 
+    monkeypatch.setattr(command, 'write_shapes', lambda folder: None)
     monkeypatch.setattr(command, 'run_command', fail)
     with pytest.raises(InputError, match='this step failed'):
         command.main([])

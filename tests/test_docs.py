@@ -11,7 +11,7 @@ from conftest import ROOT
 from docs import read_page
 
 NOTEBOOK = ROOT / 'docs' / 'own-data.ipynb'
-PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), NOTEBOOK]
+PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), *(ROOT / 'research').glob('**/README.md'), NOTEBOOK]
 
 
 def anchors(page) -> set[str]:

@@ -1,4 +1,4 @@
-"""The commands: ``spec-mmdet NAME``, or ``python tools/...`` in a checkout. One module each, with a ``main``."""
+"""The commands: ``spec-mmdet NAME``, one module each, with a ``main``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ COMMANDS = {
     'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
     'benchmark': "time and memory against timm's XCiT and others",
     'gpu-check': 'everything that only a GPU shows: what is right on it, and how fast it is',
-    'benchmark-evaluator': 'time of faster-coco-eval against pycocotools',
     'flops': 'parameters and multiply-adds of configs',
-    'shapes': "write the demo's generated data",
-    'scenes': 'write scenes of figures or garments, and pictures of others to pretrain on',
-    'overfit': 'learn a few images of COCO by heart, as a check of everything between file and AP',
-    'experiment': 'does the conditioning help a detector: arms, seeds, controls, and a report',
-    'systems': "the paper's other systems, small: ListOps, a ViT and BERT, plain against conditioned",
-    'paper-figures': "condition numbers during the demo's training, plain against conditioned",
+}
+
+# Commands of earlier versions, and what to run instead of them.
+REMOVED = {
+    'shapes': 'spec-mmdet demo, or write_shapes of spec_mmdet.data.shapes in Python',
+    'scenes': 'python -m research.scenes in a checkout',
+    'overfit': 'python -m benchmarks.overfit in a checkout',
+    'experiment': 'python -m research.experiment in a checkout',
+    'systems': 'python -m research.systems in a checkout',
+    'paper-figures': 'python -m research.paper_figures in a checkout',
+    'benchmark-evaluator': 'python -m benchmarks.evaluator in a checkout',
 }
 
 NO_LIBGL = (
@@ -91,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv and argv[0] in COMMANDS:
         run(argv[0], argv[1:])
         return
+    if argv and argv[0] in REMOVED:
+        print(f'error: spec-mmdet {argv[0]} was removed; use {REMOVED[argv[0]]}', file=sys.stderr)
+        sys.exit(2)
     width = max(map(len, COMMANDS))
     usage = 'usage: spec-mmdet COMMAND ... (spec-mmdet COMMAND --help tells its options)\n\n' + '\n'.join(
         f'  {name:{width}}  {line}' for name, line in COMMANDS.items()

@@ -37,11 +37,11 @@ from .runners import QuietRunner, WholeConfigRunner
 from .terminal import Terminal
 
 
-def parser(command: str, doc: str) -> Parser:
+def parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
     """A command's parser, described by the first line of its module's docstring and the rest of it."""
     first, _, rest = doc.partition('\n')
     return Parser(
-        f'spec-mmdet {command}',
+        f'{program} {command}',
         description=first,
         epilog=rest.strip('\n'),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,6 +1,7 @@
-"""The whole way on generated data: make it, train, evaluate, and leave a page with the results.
+"""Run the main job on generated data: write the images, train, evaluate, and write a page with the results.
 
-Everything is written below data/shapes and work_dirs/demo; each step is a command that can be typed by itself.
+Everything is written to data/shapes and work_dirs/demo. Training and evaluation are printed as commands, which can also
+be typed by hand.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.shapes import write_shapes
 from ..evaluation.pages import PAGE
 from ..files import replace_folder
 from .common import parser, run_command
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser('demo', __doc__).parse_args(argv)
     start = time.time()
     with replace_folder(WORK):
-        run_command('shapes', DATA)
+        write_shapes(DATA)
         run_command('train', CONFIG, '--work-dir', WORK)
         checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
         run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--report', WORK / 'report')

@@ -1,6 +1,6 @@
-"""Write a small COCO-format data set of generated shapes: real detection work that a laptop's CPU can learn.
+"""A small COCO-format data set of generated shapes, for the demo and the tests: a laptop's CPU can learn it.
 
-    spec-mmdet shapes data/shapes
+    write_shapes('data/shapes')
 
 Circles, squares, triangles and stars of random colour, size and rotation lie over one another on cluttered
 backgrounds; polygons follow what is visible. Some images hold a crowd region: many tiny shapes under one annotation
@@ -18,6 +18,8 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from shapely import affinity
 from shapely.geometry import MultiPolygon, Point, Polygon, box
+
+from ..files import write_folder_atomically
 
 CATEGORIES = ('circle', 'square', 'triangle', 'star')
 MIN_VISIBLE = 0.7  # no object is placed of which less than this would stay visible
@@ -179,3 +181,22 @@ def write_split(
         for annotation in annotations:
             coco['annotations'].append(dict(annotation, id=len(coco['annotations']) + 1, image_id=image_id))
     (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
+
+
+def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int = 256, seed: int = 0) -> None:
+    """Write the data set and print one line about it; an error leaves no partial folder.
+
+    Args:
+        root: folder to write.
+        train: number of training images.
+        val: number of validation images.
+        size: height and width of the images in pixels.
+        seed: the same seed writes the same files.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    with write_folder_atomically(Path(root)) as folder:
+        for i, (split, images) in enumerate(dict(train=train, val=val).items()):
+            write_split(folder, split, images, size, np.random.default_rng([seed, i]))
+    print(f'{root}: {train} training and {val} validation images of {size} pixels', flush=True)

@@ -35,13 +35,13 @@ SMALL = dict(dim=32, depth=6, num_heads=4)
 def convert(*args) -> None:
     """tools/convert_checkpoint.py, in this process."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        run_tool(monkeypatch, 'convert_checkpoint', *args)
+        run_tool(monkeypatch, 'convert', *args)
 
 
 def complaint(*args) -> str:
     """The one line with which it refuses."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return conftest.error_line(monkeypatch, 'convert_checkpoint', *args)
+        return conftest.error_line(monkeypatch, 'convert', *args)
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -127,7 +127,7 @@ def test_commands_take_addresses(monkeypatch, server, shapes, trained, tmp_path)
     args = [shapes / 'val' / '000001.png', '--out', out, '--no-pictures', '--device', 'cpu']
     run_tool(monkeypatch, 'predict', CONFIG, path, *args)
     assert (out / 'predictions.json').is_file()
-    run_tool(monkeypatch, 'convert_checkpoint', path, tmp_path / 'converted.pth')
+    run_tool(monkeypatch, 'convert', path, tmp_path / 'converted.pth')
     assert load(tmp_path / 'converted.pth')['meta']['converted']['source'] == path
 
 

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import mmdet
@@ -13,7 +15,7 @@ from mmengine.config import Config
 from torch._utils import ExceptionWrapper
 
 from spec_mmdet import InputError, __version__, find_config
-from spec_mmdet.commands import COMMANDS, command_line, main
+from spec_mmdet.commands import COMMANDS, REMOVED, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
 from spec_mmdet.commands.common import one_line_errors
@@ -44,6 +46,17 @@ def test_what_is_printed_without_a_command(capsys):
     assert 'no such command: trian' in capsys.readouterr().err
 
 
+def test_a_removed_command_names_its_replacement(capsys):
+    assert not {*REMOVED} & {*COMMANDS}
+    for name in REMOVED:
+        with pytest.raises(SystemExit) as ended:
+            main([name, '--help'])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and printed.count('\n') == 1 and f'spec-mmdet {name} ' in printed
+        for module in re.findall(r'(?:research|benchmarks)\.\w+', printed):
+            assert find_spec(module)
+
+
 def test_exit_codes_and_one_line_errors(tmp_path):
     def run(*args):
         command = [sys.executable, '-m', 'spec_mmdet', *args]
@@ -64,7 +77,7 @@ def test_help_waits_for_nothing(tmp_path):
     script = tmp_path / 'spec-mmdet'
     script.write_text(code)
     shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    assert 'paper-figures' in shown and not {'torch', 'mmengine', 'mmdet', 'cv2'} & {*shown.split()}
+    assert 'gpu-check' in shown and not {'torch', 'mmengine', 'mmdet', 'cv2'} & {*shown.split()}
 
 
 def options_of(script: Path) -> set[str]:

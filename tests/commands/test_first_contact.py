@@ -144,7 +144,7 @@ def test_four_commands(monkeypatch, source, configs, tmp_path, capsys, make, con
     make(source, tmp_path / 'export')
     monkeypatch.chdir(tmp_path)
     data = Path('data' if split else 'export')
-    run_tool(monkeypatch, 'prepare_coco', 'export', *(['--val', 0.2, '--out', data] if split else []))
+    run_tool(monkeypatch, 'prepare', 'export', *(['--val', 0.2, '--out', data] if split else []))
     assert f'ready for training: spec-mmdet train CONFIG --data {data}' in capsys.readouterr().out
 
     small = ['--epochs', 1, '--batch-size', 4, '--image-size', 64]

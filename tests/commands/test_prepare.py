@@ -52,7 +52,7 @@ def good(tmp_path_factory, labelled) -> Path:
     images, ann_file = labelled
     out = tmp_path_factory.mktemp('good') / 'data'
     with pytest.MonkeyPatch.context() as monkeypatch:
-        run_tool(monkeypatch, 'prepare_coco', images, '--annotations', ann_file, '--val', 10, '--out', out)
+        run_tool(monkeypatch, 'prepare', images, '--annotations', ann_file, '--val', 10, '--out', out)
     return out
 
 
@@ -73,7 +73,7 @@ def test_a_newcomers_data_is_split_trained_on_and_tested(monkeypatch, labelled, 
     images, ann_file = labelled
     parts = [assert_part_of(good / f'annotations/instances_{split}.json', ann_file) for split in ('train', 'val')]
     assert [len(part) for part in parts] == [30, 10] and len(parts[0] | parts[1]) == 40
-    run_tool(monkeypatch, 'prepare_coco', good)
+    run_tool(monkeypatch, 'prepare', good)
     assert 'ready for training' in capsys.readouterr().out
 
     # No file is edited, and none is named by a path that holds only here.
@@ -144,7 +144,7 @@ def test_there_is_a_colour_for_each_class(good, count):
 def test_subsets(monkeypatch, good, tmp_path, amount, counts):
     def subset(name: str, seed: int) -> list[set[int]]:
         out = tmp_path / name
-        run_tool(monkeypatch, 'prepare_coco', good, '--subset', amount, '--out', out, '--seed', seed)
+        run_tool(monkeypatch, 'prepare', good, '--subset', amount, '--out', out, '--seed', seed)
         ids = []
         for split in ('train', 'val'):
             ann_file = f'annotations/instances_{split}.json'
@@ -263,7 +263,7 @@ def spoilt(good, tmp_path) -> Path:
 @pytest.mark.parametrize(('spoil', 'says'), DEFECTS.values(), ids=DEFECTS)
 def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
-    assert 'not ready for training' in error_line(monkeypatch, 'prepare_coco', spoilt)
+    assert 'not ready for training' in error_line(monkeypatch, 'prepare', spoilt)
     errors = capsys.readouterr().out.partition('errors, to be put right:\n')[2].partition('\n\n')[0].splitlines()
     # The one defect is reported; only what it entails is beside it.
     (line,) = (line for line in errors if says in line)
@@ -271,7 +271,7 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     assert len(errors) <= 2
     # What is faulty is not passed on.
     out = spoilt.parent / 'out'
-    assert 'not ready' in error_line(monkeypatch, 'prepare_coco', spoilt, '--subset', 100, '--out', out)
+    assert 'not ready' in error_line(monkeypatch, 'prepare', spoilt, '--subset', 100, '--out', out)
     assert not out.exists()
 
 
@@ -284,10 +284,10 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
         json.loads((spoilt / f'annotations/instances_{split}.json').read_text()) for split in ('train', 'val')
     )
     listing, out = tmp_path / 'all.csv', tmp_path / 'out'
-    line = error_line(monkeypatch, 'prepare_coco', spoilt, '--findings', listing)
+    line = error_line(monkeypatch, 'prepare', spoilt, '--findings', listing)
     assert '4 errors in all' in line and str(listing) in line and 'instances_train.json' in line
 
-    run_tool(monkeypatch, 'prepare_coco', spoilt, '--drop', '--out', out, '--findings', listing)
+    run_tool(monkeypatch, 'prepare', spoilt, '--drop', '--out', out, '--findings', listing)
     rows = [row for row in csv.DictReader(listing.open(encoding='utf-8')) if row['level'] == 'left out']
     assert len(rows) == 4
     assert [row['annotation'] for row in rows if 'area' in row['kind']] == [str(val['annotations'][9]['id'])]
@@ -299,7 +299,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
     assert left[1]['annotations'] == val['annotations'][:9] + val['annotations'][10:]
     assert not (out / 'train' / first_image(spoilt).name).exists()
     capsys.readouterr()
-    run_tool(monkeypatch, 'prepare_coco', out)
+    run_tool(monkeypatch, 'prepare', out)
     assert 'ready for training' in capsys.readouterr().out
 
 
@@ -307,7 +307,7 @@ def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, c
     replace_image(truncated)(spoilt)
     # As OpenCV 4.10 does: it returns what there is, and grey for the rest.
     monkeypatch.setattr('mmcv.imfrombytes', lambda content: np.full((SIZE, SIZE, 3), 128, np.uint8))
-    error_line(monkeypatch, 'prepare_coco', spoilt)
+    error_line(monkeypatch, 'prepare', spoilt)
     assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
 
 
@@ -340,7 +340,7 @@ DOUBTS = {
 @pytest.mark.parametrize(('spoil', 'says'), DOUBTS.values(), ids=DOUBTS)
 def test_a_doubt_is_told_and_does_not_stop(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
-    run_tool(monkeypatch, 'prepare_coco', spoilt)
+    run_tool(monkeypatch, 'prepare', spoilt)
     printed = capsys.readouterr().out
     assert says in printed.partition('warnings:\n')[2] and 'ready for training' in printed and 'errors' not in printed
 
@@ -350,7 +350,7 @@ def test_what_touches_the_border_is_in_order(monkeypatch, spoilt, capsys, margin
     far = SIZE + margin
     polygon = [-margin, -margin, far, -margin, far, far]
     edit_object(bbox=[-margin, -margin, far + margin, far + margin], segmentation=[polygon])(spoilt)
-    run_tool(monkeypatch, 'prepare_coco', spoilt)
+    run_tool(monkeypatch, 'prepare', spoilt)
     assert 'ready for training' in capsys.readouterr().out
 
 
@@ -373,21 +373,19 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
         ([images, '--annotations', images / 'absent.json', '--out', tmp_path / 'out'], 'no such file'),
         ([images, '--annotations', ann_file, '--val', 40, '--out', tmp_path / 'out'], 'leaves none for training'),
     ):
-        assert says in error_line(monkeypatch, 'prepare_coco', *args)
+        assert says in error_line(monkeypatch, 'prepare', *args)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
-    assert 'not the 2 classes trained for (they are in another order)' in error_line(
-        monkeypatch, 'prepare_coco', spoilt
-    )
+    assert 'not the 2 classes trained for (they are in another order)' in error_line(monkeypatch, 'prepare', spoilt)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
-    assert "has the width '96'" in error_line(monkeypatch, 'prepare_coco', spoilt)
+    assert "has the width '96'" in error_line(monkeypatch, 'prepare', spoilt)
     shutil.rmtree(spoilt / 'annotations')
-    assert 'lack their annotation file' in error_line(monkeypatch, 'prepare_coco', spoilt)
+    assert 'lack their annotation file' in error_line(monkeypatch, 'prepare', spoilt)
     assert not (tmp_path / 'out').exists()
 
 
 def test_real_data_is_ready(monkeypatch, coco_mini, tmp_path, capsys):
-    run_tool(monkeypatch, 'prepare_coco', coco_mini)
+    run_tool(monkeypatch, 'prepare', coco_mini)
     printed = capsys.readouterr().out
     assert 'ready for training' in printed and 'errors' not in printed
     for split in ('train2017', 'val2017'):

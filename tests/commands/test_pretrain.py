@@ -16,8 +16,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
+from research.scenes import Figures, write_crops
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.data.scenes import Figures, write_crops
 from spec_mmdet.evaluation.accuracy import TopK
 from spec_mmdet.models.xcit import SpecXCiT
 
@@ -95,7 +95,7 @@ def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path
 
 def test_detector_takes_the_backbone_over(monkeypatch, pretrained, tmp_path):
     converted = tmp_path / 'backbone.pth'
-    run_tool(monkeypatch, 'convert_checkpoint', pretrained / 'epoch_2.pth', converted)
+    run_tool(monkeypatch, 'convert', pretrained / 'epoch_2.pth', converted)
     cfg = Config.fromfile(next(pretrained.glob('*.py')))
     classifier = MODELS.build(cfg.model)
     classifier.load_state_dict(load(pretrained / 'epoch_2.pth')['state_dict'])

@@ -247,7 +247,7 @@ def test_analyze_conditioning(monkeypatch, shapes, trained, tmp_path, capsys):
     for path in (trained / 'epoch_1.pth', backbone_alone):
         out = tmp_path / path.stem
         args = [CONFIG, path, '--images', shapes / 'val', '--max-images', 2, '--out', out]
-        run_tool(monkeypatch, 'analyze_conditioning', *args)
+        run_tool(monkeypatch, 'analyze', *args)
         assert (out / 'conditioning.png').stat().st_size > 10_000
         projections, jacobians = (
             list(csv.DictReader((out / f'{name}.csv').open())) for name in ('projections', 'jacobians')
@@ -272,7 +272,7 @@ def test_analyze_conditioning_of_attention_that_is_not_ours(monkeypatch, tmp_pat
     )
     picture = tmp_path / 'picture.png'
     cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
-    run_tool(monkeypatch, 'analyze_conditioning', config, '--images', tmp_path, '--out', tmp_path / 'out')
+    run_tool(monkeypatch, 'analyze', config, '--images', tmp_path, '--out', tmp_path / 'out')
     printed = capsys.readouterr().out
     assert printed.count('w_msa.qkv') == 3 * 5
     assert 'known for XCA layers alone' in printed
@@ -293,7 +293,7 @@ def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
         ([CONFIG, '--max-images', '0'], 'at least 1'),
         ([ROOT / 'configs' / '_base_' / 'coco_3x.py'], 'no model with a backbone'),
     ):
-        assert says in error_line(monkeypatch, 'analyze_conditioning', *args, '--out', tmp_path / 'out')
+        assert says in error_line(monkeypatch, 'analyze', *args, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
@@ -399,7 +399,7 @@ def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tm
     assert says in error_line(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
 
     converted = tmp_path / 'converted.pth'
-    run_tool(monkeypatch, 'convert_checkpoint', trained / 'epoch_1.pth', converted, '--detector', CONFIG)
+    run_tool(monkeypatch, 'convert', trained / 'epoch_1.pth', converted, '--detector', CONFIG)
     assert load(converted)['meta']['dataset_meta'] == dict(classes=['circle', 'square', 'triangle', 'star'])
 
 

@@ -80,7 +80,7 @@ def test_a_case(monkeypatch, clean, tmp_path, capfd, name):
     data, config = tmp_path / 'data', clean.parent.parent / 'tiny.py'
     train = ['train', config, '--data', data, '--work-dir', tmp_path / 'work']
     test = ['test', config, clean, '--data', data, '--work-dir', tmp_path / 'test']
-    prepare = ['prepare_coco', data]
+    prepare = ['prepare', data]
     write(data, change)
     if expect == 'refused':
         for command in (prepare, train, test):

@@ -61,7 +61,7 @@ def test_batch_augmentations_are_refused():
 
 def test_a_masked_detector_trains(coco_mini):
     """The option, on real images of different sizes: a loss, and gradients for the whole backbone."""
-    cfg = Config.fromfile(ROOT / 'configs' / 'xcit_spec_overfit.py')
+    cfg = Config.fromfile(ROOT / 'benchmarks' / 'xcit_spec_overfit.py')
     cfg.merge_from_dict({'model.data_preprocessor.type': 'MaskedDataPreprocessor'})
     dataset = cfg.train_dataloader.dataset
     dataset.update(data_root=str(coco_mini), ann_file='annotations/instances_train2017.json', indices=4)

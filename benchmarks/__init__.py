@@ -1,0 +1,1 @@
+"""Measurements of this project itself, run from a checkout. Nothing here is installed."""

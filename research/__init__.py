@@ -1,0 +1,1 @@
+"""The project's own experiments, run from a checkout: see README.md. Nothing here is installed."""

@@ -1,0 +1,1 @@
+"""Does the conditioning help a detector? Arms, seeds, controls, and the report of their logs."""

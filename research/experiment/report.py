@@ -1,0 +1,336 @@
+"""The report of the experiment, from the logs of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jinja2 import Template
+from matplotlib.figure import Figure
+from scipy import stats
+
+from research.statistics import LEVEL, Effect, estimate_effects
+from spec_mmdet.evaluation.comparison import Run, arms_of, draw_curve, spread
+from spec_mmdet.files import write, write_atomically
+
+from .arms import LAMBDA_10, read_logs
+
+KINDS = ('box', 'mask')
+KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
+FIRST = 'plain'  # the arm that the others are compared with
+PAPER = 'full, 10'
+TUNED = 'Fine-tuned from pretraining'
+CONTROLS = {
+    'W0 + 10 I, decayed to 0': 'below 0 if a C that stays does more than one that is an initialisation only',
+    'full, 10, faster rows': 'above 0 if it learns slowly because long rows turn slowly',
+}
+# When a condition number is taken: the curves that it is in, and which of their values.
+MOMENTS = {'at the start': ('pretraining', 0), 'pretrained': ('pretraining', -1), 'fine-tuned': ('detection', -1)}
+# What the paper reports with lambda = 10, for its detector and its largest classifier.
+GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
+
+
+def write_report(folder: Path, path: Path) -> Path:
+    """Write the report, and its plots beside the logs.
+
+    Args:
+        folder: contains a folder of logs for each size of the experiment.
+        path: the Markdown file to write.
+
+    Returns:
+        ``path``.
+    """
+    sections, claims = [], dict(detection=[], classification=[], kappa=[])
+    for subfolder in sorted(subfolder for subfolder in folder.glob('*') if subfolder.is_dir()):
+        logs = read_logs(subfolder)
+        logs.sort(key=lambda log: (log['arm'] != FIRST, log['group'] == LAMBDA_10))  # stays sorted by seed
+        if logs:
+            sections += write_section(subfolder, logs, path.parent, claims)
+    template = Path(__file__).with_name('template.md').read_text('utf-8')
+    text = '\n'.join(sections).strip() or 'There is no finished run yet.'
+    write(path, Template(template, keep_trailing_newline=True).render(sections=text, claims=claims))
+    return path
+
+
+def write_section(folder: Path, logs: Sequence[dict], root: Path, claims: dict[str, list[str]]) -> list[str]:
+    """Write the report of one size, and add its results to ``claims``.
+
+    Args:
+        folder: of the logs, where the plots go.
+        logs: of the runs.
+        root: the folder of the report, to which links are relative.
+        claims: sentences about detection, classification and kappa, for the comparison with the paper.
+
+    Returns:
+        Lines of Markdown.
+    """
+    hours = sum(log['seconds'] for log in logs) / 3600
+    screening = sorted((log for log in logs if log['stage'] == 'screening'), key=get_form_and_lambda)
+    tuned, scratch = ([log for log in logs if log['stage'] == stage] for stage in ('pretrained', 'scratch'))
+    stages = {TUNED: tuned, 'From scratch': scratch}
+    effects = {title: compare_arms(runs) for title, runs in stages.items() if runs}
+    commits = sorted({str(log['commit'])[:12] for log in logs})
+    lines = [
+        f'## Size {folder.name}\n',
+        f'{len(logs)} runs: {len(screening)} of the screening, {len(tuned)} fine-tuned, {len(scratch)} from scratch; '
+        f'{hours:.1f} hours of trainings, several at a time; {", ".join(sorted({log["device"] for log in logs}))}; '
+        f'code of {", ".join(commits)}.\n',
+        '### What it supports\n',
+        *summarise(effects),
+        '',
+    ]
+    if screening:
+        lines += ['### Screening of lambda, one seed\n', *format_table(
+            ['arm', 'lambda', 'top-1', 'box AP', 'mask AP', *KAPPAS],
+            [[log['arm'], (log['conditioning'] or {}).get('lam', ''),
+              format_last(log, 'pretraining', 'accuracy/top1', '.1f'),
+              *(f'{100 * log["ap"][kind]:.1f}' for kind in KINDS),
+              *(format_last(log, 'detection', name, '.3g') for name in KAPPAS)]
+             for log in screening],
+        ), '', 'kappa at the end of fine-tuning, medians over the layers.\n']  # fmt: skip
+    for title, of_stage in effects.items():
+        lines += [f'### {title}\n', *tabulate_arms(stages[title], of_stage), '', *compare_controls(stages[title])]
+    if tuned and scratch:
+        lines += compare_with_scratch(tuned, scratch)
+    if tuned:
+        differences, curves = folder / 'differences.png', folder / 'ap.png'
+        save_figure(draw_effects(effects[TUNED]), differences)
+        save_figure(draw_curve(convert_to_runs(tuned), 'box AP'), curves)
+        lines += [f'![differences]({differences.relative_to(root)})\n', f'![box AP]({curves.relative_to(root)})\n']
+        lines += tabulate_kappa(tuned)
+    fine_tuned = [*screening, *tuned]
+    if len(fine_tuned) > 4:
+        lines += correlate(fine_tuned, folder / 'kappa.png', root, claims['kappa'], folder.name)
+    for row, names in (('detection', [f'{kind} AP' for kind in KINDS]), ('classification', ['top-1'])):
+        of_paper = [effect for effect in effects.get(TUNED, []) if effect.arm == PAPER and effect.outcome in names]
+        if of_paper:
+            claims[row].append(f'{folder.name}: {", ".join(f"{effect.outcome} {effect}" for effect in of_paper)}.')
+    return lines
+
+
+def get_form_and_lambda(log: dict) -> tuple[bool, float]:
+    """Return the sort key of the screening's table: plain, the full form, per head, each by lambda."""
+    conditioning = log['conditioning'] or dict(per_head=False, lam=0)
+    return conditioning['per_head'], conditioning['lam']
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Format a table as lines of Markdown."""
+    return ['| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)]
+
+
+def group_by_arm(logs: Sequence[dict]) -> dict[str, list[dict]]:
+    """Group logs by arm, in the logs' order."""
+    arms: dict[str, list[dict]] = {}
+    for log in logs:
+        arms.setdefault(log['arm'], []).append(log)
+    return arms
+
+
+def get_kappa(log: dict, name: str, moment: str) -> float:
+    """Return a condition number of a pretrained run at one of :data:`MOMENTS`."""
+    stage, index = MOMENTS[moment]
+    return log['curves'][stage][name][1][index]
+
+
+def format_last(log: dict, stage: str, name: str, form: str) -> str:
+    """Format the last value of a curve; nothing if there is no such curve."""
+    values = log['curves'].get(stage, {}).get(name, [[], []])[1]
+    return format(values[-1], form) if values else ''
+
+
+def convert_to_runs(logs: Sequence[dict]) -> list[Run]:
+    """Convert logs to the runs that :mod:`spec_mmdet.evaluation.comparison` takes."""
+    return [
+        Run(log['arm'], log['seed'], Path(), log['ap'], drawn={},
+            curves={name: (xs, ys) for name, (xs, ys) in log['curves']['detection'].items()})
+        for log in logs
+    ]  # fmt: skip
+
+
+def get_outcomes(log: dict) -> dict[str, float]:
+    """Return the results of a run, each from 0 to 1."""
+    outcomes = {f'{kind} AP': log['ap'][kind] for kind in KINDS}
+    if 'pretraining' in log['curves']:
+        outcomes['top-1'] = log['curves']['pretraining']['accuracy/top1'][1][-1] / 100
+    return outcomes
+
+
+def compare_arms(logs: Sequence[dict], reference: str = FIRST) -> list[Effect]:
+    """Estimate the effect of every arm of a stage; arms of lambda = 10 vary more with the seed and are fitted apart.
+
+    Args:
+        logs: of one stage.
+        reference: the arm from which differences are taken.
+
+    Returns:
+        The effects by outcome and arm; none where there are too few runs to estimate the error.
+    """
+    runs = {(log['arm'], log['seed']): get_outcomes(log) for log in logs}
+    names = get_outcomes(logs[0]) if logs else ()
+    outcomes = {name: {run: values[name] for run, values in runs.items()} for name in names}
+    return estimate_effects(outcomes, {log['arm']: log['group'] for log in logs}, reference)
+
+
+def tabulate_arms(logs: Sequence[dict], effects: Sequence[Effect]) -> list[str]:
+    """Tabulate the results of a stage, a row for each arm."""
+    names = list(get_outcomes(logs[0]))
+    rows = []
+    for arm, runs in group_by_arm(logs).items():
+        differences = {}
+        for effect in (effect for effect in effects if effect.arm == arm):
+            pairs = ', '.join(f'{100 * pair:+.1f}' for pair in effect.pairs)
+            differences[effect.outcome] = f'{effect}, p {effect.p:.2g}<br>({pairs})'
+        rows.append([
+            arm, ', '.join(str(log['seed']) for log in runs),
+            *(spread([get_outcomes(log)[name] for log in runs]) for name in names),
+            *(differences.get(name, '') for name in names),
+        ])  # fmt: skip
+    return format_table(['arm', 'seeds', *names, *(f'{name}, from plain' for name in names)], rows)
+
+
+def compare_controls(logs: Sequence[dict]) -> list[str]:
+    """Compare the controls of lambda = 10 with that arm."""
+    effects = compare_arms([log for log in logs if log['group'] == LAMBDA_10], PAPER)
+    results = {arm: ', '.join(f'{one.outcome} {one}' for one in effects if one.arm == arm) for arm in CONTROLS}
+    lines = [f'* {arm} ({CONTROLS[arm]}): {text}' for arm, text in results.items() if text]
+    return [f'From *{PAPER}*:\n', *lines, ''] if lines else []
+
+
+def compare_with_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
+    """Tell how much pretraining gains with the same budget of detection."""
+    lines = ['Pretraining gains, at the same budget of detection:\n']
+    for arm, runs in arms_of(convert_to_runs(scratch)).items():
+        others = {run.seed: run for run in convert_to_runs(tuned) if run.arm == arm}
+        pairs = [(others[run.seed], run) for run in runs if run.seed in others]
+        if pairs:
+            gains = [
+                f'{kind} AP {spread([ours.ap[kind] - theirs.ap[kind] for ours, theirs in pairs])}' for kind in KINDS
+            ]
+            lines.append(f'* {arm}: {", ".join(gains)} ({len(pairs)} seeds)')
+    return [*lines, '']
+
+
+def tabulate_kappa(logs: Sequence[dict]) -> list[str]:
+    """Tabulate the condition numbers at :data:`MOMENTS`."""
+    rows = []
+    for arm, runs in group_by_arm(logs).items():
+        means = ([stats.gmean([get_kappa(log, name, moment) for log in runs]) for moment in MOMENTS] for name in KAPPAS)
+        rows.append([arm, *(' / '.join(f'{mean:.3g}' for mean in row) for row in means)])
+    return [
+        '### Condition numbers\n',
+        f'{", ".join(MOMENTS).capitalize()}: medians over the layers, of W + C where there is a C, geometric means '
+        "over the seeds; of each head's rows in the arms *per head*, else of whole projections, of which the "
+        "conditioned initialisation, which is of each head's rows, knows nothing. J is the attention's Jacobian on an "
+        'image.\n',
+        *format_table(['arm', *KAPPAS], rows),
+        '',
+    ]
+
+
+def correlate(logs: Sequence[dict], path: Path, root: Path, claims: list[str], name: str) -> list[str]:
+    """Correlate the condition numbers of runs with their AP, and plot them."""
+    figure = Figure(figsize=(14, 4), layout='constrained')
+    axes = figure.subplots(1, 4, sharey=True)
+    for axis, kappa in zip(axes, KAPPAS):
+        for i, (arm, runs) in enumerate(group_by_arm(logs).items()):
+            axis.plot([get_kappa(log, kappa, 'fine-tuned') for log in runs], [100 * log['ap']['box'] for log in runs],
+                      'osv^'[i // 10 % 4], color=f'C{i % 10}', markersize=4, label=arm)  # fmt: skip
+        axis.set(xscale='log', title=kappa)
+        axis.grid(alpha=0.3)
+    figure.supylabel('box AP')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+    save_figure(figure, path)
+    lines = [
+        '### Does a condition number tell the AP?\n',
+        "Spearman's rank correlation of a run's condition numbers with its box AP, over all runs that were fine-tuned, "
+        'the screening among them. Negative is as claimed: the better conditioned, the better.\n',
+    ]
+    for title, runs in (
+        ('all', logs),
+        ('without the arms of lambda = 10', [log for log in logs if log['group'] != LAMBDA_10]),
+    ):
+        if len(runs) > 4:
+            rows, summary = rank(runs)
+            claims.append(f'{name}, {title}: {summary}.')
+            columns = [f'{title}, {len(runs)} runs', *MOMENTS]
+            lines += [*format_table(columns, rows), '', f'{summary[0].upper()}{summary[1:]}.\n']
+    return [*lines, f'![box AP over condition numbers]({path.relative_to(root)})\n']
+
+
+def rank(logs: Sequence[dict]) -> tuple[list[list[str]], str]:
+    """Compute rank correlations with box AP: a row for each condition number, and a summary."""
+    rows, tests = [], []
+    for kappa in KAPPAS:
+        row = [kappa]
+        for moment in MOMENTS:
+            values = [get_kappa(log, kappa, moment) for log in logs]
+            test = stats.spearmanr(values, [log['ap']['box'] for log in logs])
+            row.append(f'{test.statistic:+.2f} (p {test.pvalue:.2g})')
+            tests.append(test)
+        rows.append(row)
+    threshold = LEVEL / len(tests)
+    significant = [test.statistic for test in tests if test.pvalue < threshold]
+    claimed = f', {sum(rho < 0 for rho in significant)} of them in the direction that is claimed' if significant else ''
+    return rows, (
+        f'{len(significant)} of {len(tests)} rank correlations of a condition number with box AP are beyond chance '
+        f'(p < {threshold:.2g}){claimed}'
+    )
+
+
+def summarise(by_stage: dict[str, list[Effect]]) -> list[str]:
+    """List which arms are better or worse than plain, and how large an effect could have been seen."""
+    lines = []
+    for title, effects in by_stage.items():
+        if not effects:
+            lines.append(f'* {title}: no two arms have two seeds yet; no conclusion is possible.')
+            continue
+        lines.append(f'* {title}, beyond the noise of the seeds:')
+        for name, gain in GAINS.items():
+            of_outcome = [effect for effect in effects if effect.outcome == name]
+            if not of_outcome:
+                continue
+            significant = [effect for effect in of_outcome if effect.p < LEVEL]
+            signs = (
+                [f'{effect.arm} ({effect}, p {effect.p:.2g})' for effect in significant if (effect.value > 0) == better]
+                for better in (True, False)
+            )
+            better, worse = map('; '.join, signs)
+            width = min((effect.interval[1] - effect.interval[0]) / 2 for effect in of_outcome)
+            seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (width > gain)
+            lines += [
+                f'  * {name}, better than plain: {better or "none"}.',
+                f'    Worse: {worse or "none"}. The narrowest interval is ± {100 * width:.1f} points{seen}.',
+            ]
+    if not lines:
+        lines.append('* Nothing yet: the runs with several seeds are owed.')
+    return [
+        *lines,
+        '* It is a small model on generated images: what holds here need not hold for XCiT-S on COCO, nor the reverse.',
+    ]
+
+
+def draw_effects(effects: Sequence[Effect]) -> Figure:
+    """Draw every effect with its interval and its pairs."""
+    names = list(dict.fromkeys(effect.outcome for effect in effects))
+    arms = list(dict.fromkeys(effect.arm for effect in effects))
+    figure = Figure(figsize=(11, 1 + 0.3 * len(arms)), layout='constrained')
+    for axis, name in zip(figure.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0], names):
+        for effect in effects:
+            if effect.outcome == name:
+                row = -arms.index(effect.arm)
+                axis.plot([100 * end for end in effect.interval], [row, row], color='C0', linewidth=3)
+                axis.plot([100 * pair for pair in effect.pairs], [row] * len(effect.pairs), '|', color='gray')
+                axis.plot(100 * effect.value, row, 'ko', markersize=4)
+        axis.axvline(0, color='gray', linewidth=1)
+        axis.set_yticks([-row for row in range(len(arms))], arms)
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    figure.supxlabel('points from plain: mean, 95 %, and the seeds', fontsize='medium')
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a plot atomically."""
+    with write_atomically(path) as file:
+        figure.savefig(file, dpi=80, format='png')

@@ -1,0 +1,110 @@
+"""Statistics of runs: a randomised block design of arms and seeds, and Holm's adjustment of p-values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+
+
+@dataclass
+class Effect:
+    """The difference of an arm from a reference in one outcome.
+
+    Attributes:
+        arm: its name.
+        outcome: the outcome's name.
+        value: the arm's mean minus the reference's, over seeds.
+        interval: the 95 % confidence interval of ``value``.
+        p: the p-value of no difference, adjusted for the number of arms.
+        pairs: the arm's outcome minus the reference's, for each seed that both have.
+    """
+
+    arm: str
+    outcome: str
+    value: float
+    interval: tuple[float, float]
+    p: float
+    pairs: list[float]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f'{100 * self.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
+
+
+def adjust_p_values(p: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests by Holm's method."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(np.sort(p) * (len(p) - np.arange(len(p))))
+    return [float(min(1, adjusted[list(order).index(i)])) for i in range(len(p))]
+
+
+def fit_block_design(
+    values: dict[tuple[str, int], float], arms: Sequence[str], reference: str
+) -> dict[str, tuple[float, float, float]]:
+    """Fit arms and seeds by least squares (a randomised block design, the seeds being the blocks).
+
+    Args:
+        values: by arm and seed.
+        arms: to fit together, with one error for all.
+        reference: the arm from which differences are taken.
+
+    Returns:
+        By arm: the difference, the half-width of its 95 % confidence interval, and p. Empty if there are too few
+        values to estimate the error.
+    """
+    runs = [run for run in values if run[0] in (reference, *arms)]
+    seeds = sorted({seed for _, seed in runs})
+    freedom = len(runs) - len(arms) - len(seeds)
+    if freedom < 1 or not arms:
+        return {}
+    columns = [*((0, arm) for arm in arms), *((1, seed) for seed in seeds)]
+    design = np.array([[run[of] == name for of, name in columns] for run in runs], float)
+    ys = np.array([values[run] for run in runs])
+    means = np.linalg.lstsq(design, ys, rcond=None)[0]
+    noise = np.square(ys - design @ means).sum() / freedom
+    errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))
+    quantile = float(stats.t.isf(LEVEL / 2, freedom))
+    fitted = {}
+    for arm, value, error in zip(arms, means.tolist(), errors.tolist()):
+        p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(not value)
+        fitted[arm] = value, quantile * error, p
+    return fitted
+
+
+def estimate_effects(
+    outcomes: dict[str, dict[tuple[str, int], float]], groups: dict[str, str], reference: str
+) -> list[Effect]:
+    """Estimate the effect of every arm on every outcome.
+
+    Two arms alone give the paired t-test. With more arms all residuals estimate the error, which three pairs hardly do.
+    Seeds without the reference are left out.
+
+    Args:
+        outcomes: by outcome, arm and seed.
+        groups: the group of each arm; arms of one group share the estimate of their error.
+        reference: the arm from which differences are taken.
+
+    Returns:
+        The effects by outcome and arm, their p-values adjusted within each outcome; none where there are too few runs
+        to estimate the error.
+    """
+    effects: list[Effect] = []
+    for outcome, by_run in outcomes.items():
+        seeds = sorted(seed for arm, seed in by_run if arm == reference)
+        values = {(arm, seed): value for (arm, seed), value in by_run.items() if seed in seeds}
+        arms = [arm for arm in dict.fromkeys(arm for arm, _ in values) if arm != reference]
+        of_outcome: list[Effect] = []
+        for group in dict.fromkeys(groups[arm] for arm in arms):
+            together = [arm for arm in arms if groups[arm] == group]
+            for arm, (value, margin, p) in fit_block_design(values, together, reference).items():
+                pairs = [values[arm, seed] - values[reference, seed] for seed in seeds if (arm, seed) in values]
+                of_outcome.append(Effect(arm, outcome, value, (value - margin, value + margin), p, pairs))
+        for effect, p in zip(of_outcome, adjust_p_values([effect.p for effect in of_outcome])):
+            effect.p = p
+        effects += of_outcome
+    return effects
