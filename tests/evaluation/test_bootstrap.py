@@ -102,7 +102,7 @@ def test_resampled_ap_is_that_of_pycocotools(seed, kind):
 
 
 def test_ids_classes_and_blocks():
-    """Ids may be text, classes may be left out, and the result does not depend on the blocks that draws are taken in."""
+    """Ids may be text, classes may be left out, and the result does not depend on the blocks of draws."""
     truth, found = scenes(3)
     with contextlib.redirect_stdout(io.StringIO()):
         plain = coco(IMAGES, truth)
