@@ -1,12 +1,13 @@
-"""Pictures in one style, wherever they are drawn: masks, boxes, and labels that leave what is small to be seen."""
+"""Draw masks, boxes and labels in one style; labels are placed where they cover least."""
 
 from __future__ import annotations
 
 import colorsys
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,47 +28,53 @@ ADVICE = (
     'install a font that has them (for instance fonts-noto-cjk of Debian and Ubuntu), or one for Python alone: '
     'pip install mplfonts'
 )
+MAX_CELLS = 2**22  # of the map by which labels are placed
 
 
 @cache
-def letters_of(path: str) -> frozenset[int]:
-    """The code points that a font file has a picture of."""
+def list_letters(path: str) -> frozenset[int]:
+    """Return the code points for which a font file has a glyph."""
     try:
         return frozenset(get_font(path).get_charmap())
     except (OSError, RuntimeError):  # not a font that matplotlib can read
         return frozenset()
 
 
-def font_for(letters: set[int]) -> tuple[str, set[int]]:
-    """The name of the font that has the most of these code points, and which it lacks.
+def find_font(letters: set[int]) -> tuple[str, set[int]]:
+    """Find the font that has most of these code points.
 
-    It is matplotlib's own where that is enough, or else one of the system or of the package mplfonts.
+    It is matplotlib's own if that has all, or else one of the system or of the package mplfonts.
+
+    Returns:
+        The font's name, and the code points that it lacks.
     """
-    own = 'DejaVu Sans'
-    paths = {entry.fname: entry.name for entry in fontManager.ttflist if entry.name == own and entry.style == 'normal'}
-    lacking = letters - letters_of(next(iter(paths)))
+    default = 'DejaVu Sans'
+    paths = {
+        entry.fname: entry.name for entry in fontManager.ttflist if entry.name == default and entry.style == 'normal'
+    }
+    lacking = letters - list_letters(next(iter(paths)))
     if not lacking:
-        return own, lacking
+        return default, lacking
     package = find_spec('mplfonts')
     others = list(map(str, Path(package.origin).parent.glob('fonts/*'))) if package else []
-    best = max([*findSystemFonts(), *others], key=lambda path: len(lacking & letters_of(path)), default='')
-    if not lacking & letters_of(best):
-        return own, lacking
-    fontManager.addfont(best)  # the list of them may be older than it is
-    return fontManager.ttflist[-1].name, letters - letters_of(best)
+    best = max([*findSystemFonts(), *others], key=lambda path: len(lacking & list_letters(path)), default='')
+    if not lacking & list_letters(best):
+        return default, lacking
+    fontManager.addfont(best)  # matplotlib's list of fonts may be older than the file
+    return fontManager.ttflist[-1].name, letters - list_letters(best)
 
 
 @contextmanager
 def names_drawn(names: Iterable[str]) -> Iterator[None]:
-    """What pictures are drawn in: nothing in a name is read as mathematics, and a font that has its letters is found.
+    """Draw class names literally: switch mathematical text off, and use a font that has the letters of ``names``.
 
-    Letters that no font has are squares, and are told.
+    Warns about letters that no font has, which are drawn as squares.
     """
     letters = {ord(letter) for name in names for letter in name if not letter.isspace()}
-    font, lacking = font_for(letters)
+    font, lacking = find_font(letters)
     if lacking:
-        some = ' '.join(sorted(map(chr, lacking))[:20])
-        print(f'warning: {len(lacking)} letters of the names of classes are squares on pictures ({some}): {ADVICE}')
+        shown = ' '.join(sorted(map(chr, lacking))[:20])
+        print(f'warning: {len(lacking)} letters of the class names are drawn as squares ({shown}): {ADVICE}')
     families = [font, *matplotlib.rcParams['font.sans-serif']]
     with matplotlib.rc_context({'text.parse_math': False, 'font.sans-serif': families}):
         yield
@@ -75,14 +82,15 @@ def names_drawn(names: Iterable[str]) -> Iterator[None]:
 
 @dataclass
 class Mark:
-    """What is drawn of an object.
+    """An object's drawing.
 
     Attributes:
         box: x0, y0, x1, y1 in pixels.
-        text: its label.
+        text: its label; '' for none.
         colour: red, green and blue, 0 to 255.
-        mask: shape (H, W), bool; None where there is none.
-        dashed: whether the box is.
+        mask: shape (H, W), bool, or None. Only the part within its bounding box is kept.
+        dashed: whether the box's lines are dashed.
+        corner: x and y of the left upper corner of the kept part.
     """
 
     box: Sequence[float]
@@ -90,45 +98,80 @@ class Mark:
     colour: tuple[int, int, int]
     mask: np.ndarray | None = None
     dashed: bool = False
+    corner: tuple[int, int] = field(default=(0, 0), init=False)
+
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            mask = np.asarray(self.mask, bool)
+            ys, xs = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            self.corner = (int(xs[0]), int(ys[0])) if len(xs) else (0, 0)
+            self.mask = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1].copy() if len(xs) else None
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """The colour of a class: the first ones are far from each other, and each has another hue."""
+    """Return the colour of a class, RGB, 0 to 255. All hues differ, those of the first classes clearly."""
     hue = (0.6 + label * 0.618034) % 1  # steps of the golden ratio keep apart
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.45, 0.8))
 
 
 def label_of(name: str, score: float | None = None) -> str:
-    """A label: the class, and how sure the detector is, as 0.53."""
+    """Return a label's text: the class, and the score as in 0.53."""
     return name if score is None else f'{name} {score:.2f}'
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """How many pixels two boxes have in common."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def place(
-    text: tuple[float, float], box: Sequence[float], others: Sequence[Sequence[float]], size: tuple[int, int]
-) -> tuple[float, float]:
-    """Where a label covers least: above its box, below, beside it, or in its corner; its left upper corner.
+class LabelPlacer:
+    """Places labels where they cover least, in a time that does not depend on the number of other objects.
 
     Args:
-        text: the label's width and height.
-        box: the object's.
-        others: boxes to be left free, its own and other labels among them.
+        boxes: of all objects, x0, y0, x1, y1.
         size: the picture's width and height.
     """
-    (w, h), (x0, y0, x1, y1) = text, box
-    spots = [(x0, y0 - h), (x0, y1), (x1, y0), (x0 - w, y0), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0)]
-    inside = [(min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))) for x, y in spots]
 
-    def covered(spot: tuple[float, float]) -> float:
-        here = (*spot, spot[0] + w, spot[1] + h)
-        # Of a small box, a pixel is worth more.
-        return sum(overlap(here, other) / (1 + (other[2] - other[0]) * (other[3] - other[1])) for other in others)
+    def __init__(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> None:
+        self.size = size
+        self.cell = math.ceil(math.sqrt(size[0] * size[1] / MAX_CELLS))  # pixels that a cell is wide and high
+        width, height = (math.ceil(length / self.cell) for length in size)
+        # What a pixel of each cell is worth. First the changes at the corners of the boxes, then their sums.
+        changes = np.zeros((height + 1, width + 1))
+        for box in boxes:
+            x0, y0, x1, y1 = self._cells(box)
+            worth = weigh(box)
+            changes[[y0, y1], [x0, x1]] += worth
+            changes[[y0, y1], [x1, x0]] -= worth
+        self.worth = changes.cumsum(axis=0).cumsum(axis=1)[:-1, :-1].copy()
 
-    return min(inside, key=covered)
+    def _cells(self, box: Sequence[float]) -> list[int]:
+        """Return a box's first and last columns and rows of cells as x0, y0, x1, y1, within the picture."""
+        ends = [math.ceil(length / self.cell) for length in self.size] * 2
+        return [min(max(round(float(edge) / self.cell), 0), end) for edge, end in zip(box, ends)]
+
+    def place(self, text: tuple[float, float], box: Sequence[float]) -> tuple[float, float]:
+        """Place a label above its box, below, beside it or in its corner; later labels avoid it.
+
+        Args:
+            text: the label's width and height.
+            box: the object's.
+
+        Returns:
+            The label's left upper corner.
+        """
+        (w, h), (x0, y0, x1, y1) = text, box
+        spots = [(x0, y0 - h), (x0, y1), (x1, y0), (x0 - w, y0), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0)]
+        right, bottom = max(0, self.size[0] - w), max(0, self.size[1] - h)
+        inside = [(min(max(x, 0), right), min(max(y, 0), bottom)) for x, y in spots]
+        labels = [(x, y, x + w, y + h) for x, y in inside]
+        best = min(labels, key=lambda label: round(float(self._cover(label).sum()), 9))
+        self._cover(best)[:] += weigh(best)
+        return best[:2]
+
+    def _cover(self, box: Sequence[float]) -> np.ndarray:
+        x0, y0, x1, y1 = self._cells(box)
+        return self.worth[y0:y1, x0:x1]
+
+
+def weigh(box: Sequence[float]) -> float:
+    """Return what one pixel of a box is worth: more in a small box."""
+    return 1 / (1 + abs((box[2] - box[0]) * (box[3] - box[1])))
 
 
 def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str = '') -> np.ndarray:
@@ -137,47 +180,47 @@ def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str 
     Args:
         image: shape (H, W, 3), RGB, 0 to 255.
         marks: the objects; the last ones lie on top.
-        scale: how much larger the picture is than the image.
+        scale: the picture's size relative to the image's.
         title: a line above the picture.
 
     Returns:
-        Shape (scale * H, scale * W, 3), higher by the title where there is one, uint8.
+        Shape (scale * H, scale * W, 3), plus the height of the title if there is one, uint8.
     """
-    image = np.asarray(image).clip(0, 255).astype(np.uint8)
+    image = np.clip(image, 0, 255).astype(np.uint8)  # a copy
     for mark in marks:
         if mark.mask is not None:
-            image = image.copy()
-            image[mark.mask] = 0.6 * image[mark.mask] + 0.4 * np.array(mark.colour)
+            (x, y), (height, width) = mark.corner, mark.mask.shape
+            part = image[y : y + height, x : x + width]
+            part[mark.mask] = 0.6 * part[mark.mask] + 0.4 * np.array(mark.colour)
     if scale != 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
     pen = ImageDraw.Draw(picture)
     line = max(1, round(min(height, width) / 250))
-    font = font_of(int(np.clip(min(height, width) / 32, 10, 28)))
+    font = load_font(int(np.clip(min(height, width) / 32, 10, 28)))
     boxes = [[scale * float(edge) for edge in mark.box] for mark in marks]
     for mark, (x0, y0, x1, y1) in zip(marks, boxes):
         corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
         for start, end in zip(corners, corners[1:]):
-            for a, b in dashes(start, end, 5 * line) if mark.dashed else [(start, end)]:
+            for a, b in split_dashes(start, end, 5 * line) if mark.dashed else [(start, end)]:
                 pen.line([a, b], mark.colour, line)
-    taken = list(boxes)
+    placer = LabelPlacer(boxes, (width, height))
     for mark, box in zip(marks, boxes):
         if not mark.text:
             continue
         left, top, right, bottom = font.getbbox(mark.text)
         text = right - left + 4, bottom - top + 4
-        x, y = place(text, box, taken, (width, height))
-        taken.append([x, y, x + text[0], y + text[1]])
+        x, y = placer.place(text, box)
         pen.rectangle([x, y, x + text[0] - 1, y + text[1] - 1], mark.colour)
         bright = np.dot(mark.colour, (0.299, 0.587, 0.114)) > 150
         pen.text((x + 2 - left, y + 2 - top), mark.text, 'black' if bright else 'white', font)
-    return np.vstack([headline(title, width), np.asarray(picture)]) if title else np.asarray(picture)
+    return np.vstack([draw_title(title, width), np.asarray(picture)]) if title else np.asarray(picture)
 
 
-def headline(text: str, width: int) -> np.ndarray:
-    """A line of text on white, as wide as a picture, cut off where it is longer."""
-    font = font_of(14)
+def draw_title(text: str, width: int) -> np.ndarray:
+    """Draw a line of text on white, as wide as a picture; a longer text is cut."""
+    font = load_font(14)
     strip = Image.new('RGB', (width, 22), 'white')
     while text and font.getlength(text) > width - 8:
         text = text[:-2].rstrip('…') + '…' if len(text) > 2 else ''
@@ -185,8 +228,8 @@ def headline(text: str, width: int) -> np.ndarray:
     return np.asarray(strip)
 
 
-def dashes(start: tuple[float, float], end: tuple[float, float], length: float) -> Iterator[tuple]:
-    """The parts of a dashed line."""
+def split_dashes(start: tuple[float, float], end: tuple[float, float], length: float) -> Iterator[tuple]:
+    """Yield the start and end of each dash of a line."""
     start, end = np.array(start), np.array(end)
     count = max(1, round(np.linalg.norm(end - start) / length / 2))
     for i in range(count):
@@ -194,35 +237,33 @@ def dashes(start: tuple[float, float], end: tuple[float, float], length: float) 
         yield tuple(first), tuple(last)
 
 
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """The font of :func:`names_drawn`."""
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font that :func:`names_drawn` has chosen."""
     return ImageFont.truetype(findfont(FontProperties(family=matplotlib.rcParams['font.sans-serif'])), size)
 
 
 def tiled(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8) -> np.ndarray:
-    """Pictures in rows, each with white beside and below it up to the size of the largest."""
+    """Arrange pictures in rows, each filled up with white to the size of the largest."""
     height, width = (max(picture.shape[axis] for picture in pictures) + gap for axis in (0, 1))
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    whole = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
+    sheet = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
         y, x = gap + i // columns * height, gap + i % columns * width
-        whole[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    return whole
+        sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    return sheet
 
 
 def marks_of(instances: InstanceData, classes: Sequence[str] | None, least: float = 0) -> list[Mark]:
-    """What is drawn of MMDetection's instances, the surest last.
+    """Convert MMDetection's instances to marks, those with the highest scores last.
 
     Args:
-        instances: with bboxes and labels, and scores and masks where there are some.
+        instances: with bboxes and labels; scores and masks are optional.
         classes: the names of the labels.
-        least: of the score.
+        least: the score threshold.
     """
     instances = instances.cpu()
     masks = instances.get('masks')
-    if isinstance(masks, BitmapMasks | PolygonMasks):
-        masks = masks.to_ndarray()
     boxes = getattr(instances.bboxes, 'tensor', instances.bboxes)
     labels = np.asarray(instances.labels)
     scores = np.asarray(instances.scores) if 'scores' in instances else None
@@ -231,7 +272,9 @@ def marks_of(instances: InstanceData, classes: Sequence[str] | None, least: floa
         if scores is not None and scores[i] < least:
             continue
         name = classes[labels[i]] if classes is not None else f'class {labels[i]}'
-        mask = None if masks is None else np.asarray(masks[i], bool)
+        mask = None if masks is None else masks[int(i)]
+        if isinstance(mask, BitmapMasks | PolygonMasks):
+            (mask,) = mask.to_ndarray()
         text = label_of(name, None if scores is None else float(scores[i]))
         marks.append(Mark(np.asarray(boxes[i]), text, colour_of(int(labels[i])), mask))
     return marks
@@ -249,10 +292,10 @@ class LabelVisualizer(DetLocalVisualizer):
 
 @HOOKS.register_module()
 class PictureHook(DetVisualizationHook):
-    """MMDetection's DetVisualizationHook, which draws images of the same name in two folders into two folders."""
+    """MMDetection's DetVisualizationHook, with a picture for each image even if two folders contain the same name."""
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
-        """Draw the predictions, each in the place that its image has below the data set's image folder."""
+        """Draw the predictions into subfolders that mirror those of the data set's image folder."""
         top = self.test_out_dir
         if top is None:
             super().after_test_iter(runner, batch_idx, data_batch, outputs)
