@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from .fitting import coco_datasets, evaluators
 ROBOFLOW = '_annotations.coco.json'
 
 
-def pairs_of(folder: Path, split: str) -> Iterator[tuple[Path, list[Path]]]:
-    """The annotation files of a split, with the folders that its images may be in, where COCO, CVAT and Roboflow put
-    them: annotations/instances_train2017.json with train2017/, instances_Train.json with images/Train/, and
-    train/_annotations.coco.json beside its images.
+def list_pairs(folder: Path, split: str) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the annotation files of a split, with the folders that its images may be in.
+
+    These are COCO's, CVAT's and Roboflow's: annotations/instances_train2017.json with train2017/, instances_Train.json
+    with images/Train/, and train/_annotations.coco.json beside its images.
     """
     for ann_file in sorted(folder.glob('annotations/instances_*.json')):
         name = ann_file.stem.removeprefix('instances_')
@@ -29,11 +29,11 @@ def pairs_of(folder: Path, split: str) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """The annotation file and the image folder of a split.
+    """Find the annotation file and the image folder of a split.
 
     Args:
-        folder: in COCO's, CVAT's or Roboflow's layout, see :func:`pairs_of`.
-        split: 'train' or 'val'; their folders may be called train, train2017 or valid.
+        folder: in COCO's, CVAT's or Roboflow's layout, see :func:`list_pairs`.
+        split: 'train', 'val' or 'test'; their folders may be called train, train2017 or valid.
 
     Returns:
         Both paths, or None where there is neither of them.
@@ -41,71 +41,23 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
     Raises:
         InputError: if one is there without the other, or several pairs are.
     """
-    pairs = list(pairs_of(folder, split))
+    pairs = list(list_pairs(folder, split))
     found = [
         (ann_file, next(filter(Path.is_dir, images))) for ann_file, images in pairs if any(map(Path.is_dir, images))
     ]
     if len(found) > 1:
         names = ', '.join(str(images.relative_to(folder)) for _, images in found)
-        raise InputError(f'{folder}: holds several data sets for {split} ({names}); leave one of them there')
+        raise InputError(f'{folder}: contains several data sets for {split} ({names}); keep one of them')
     if found:
         return found[0]
     if pairs:
         ann_file, images = pairs[0]
-        raise InputError(f'{folder}: annotations/{ann_file.name} lacks its images, which belong in {images[0]}')
+        raise InputError(f'{folder}: annotations/{ann_file.name} lacks its images; copy them to {images[0]}')
     for images in sorted(folder.glob(f'{split}*')):
         if images.is_dir():
             ann_file = folder / 'annotations' / f'instances_{images.name}.json'
             raise InputError(f'{folder}: the images in {images.name} lack their annotation file, {ann_file}')
     return None
-
-
-def find_whole(folder: Path) -> tuple[Path, Path] | None:
-    """The one annotation file of all images, and their folder, as CVAT and Label Studio export them.
-
-    CVAT: annotations/instances_default.json with images/ or images/default/; Label Studio: result.json, which names its
-    images as images/NAME. None where there is no such file.
-
-    Raises:
-        InputError: if the images are in none of these places.
-    """
-    for ann_file in (*sorted(folder.glob('annotations/instances_*.json')), folder / 'result.json'):
-        if ann_file.is_file():
-            places = [folder / 'images' / ann_file.stem.removeprefix('instances_'), folder / 'images', folder]
-            name = first_image(ann_file)
-            for images in places:
-                if (images / name).is_file() or (images / base_name(name)).is_file():
-                    return ann_file, images
-            raise InputError(f'{folder}: {ann_file.name} names an image {name}, which is not in images/')
-    return None
-
-
-def first_image(ann_file: Path) -> str:
-    """The file name of the first image of an annotation file; '' where it has none."""
-    try:
-        return str(json.loads(ann_file.read_bytes())['images'][0]['file_name'])
-    except (ValueError, KeyError, IndexError, TypeError):
-        return ''  # which reading it will name
-
-
-def base_name(name: str) -> str:
-    """A file name without its folders, which Label Studio may write as Windows has them, or as its server has."""
-    return name.replace('\\', '/').rsplit('/', 1)[-1]
-
-
-def relocate(coco: dict, images: Path) -> int:
-    """Have an annotation file's content name images that are in another folder than it says; changes ``coco``.
-
-    Returns:
-        How many of them were found by their name without folders.
-    """
-    names = [base_name(image['file_name']) for image in coco['images']]
-    count = 0
-    for image, name in zip(coco['images'], names):
-        if not (images / image['file_name']).is_file() and names.count(name) == 1 and (images / name).is_file():
-            image['file_name'] = name
-            count += 1
-    return count
 
 
 def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
@@ -135,8 +87,8 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         found = find_split(folder, split)
         if found is None:
             raise InputError(
-                f'--data {folder}: lacks annotations/instances_{split}*.json and the folder {split}* of its images; of '
-                'other layouts and formats, spec-mmdet prepare makes that one'
+                f'--data {folder}: lacks annotations/instances_{split}*.json and the folder {split}* of its images. '
+                f'Convert other layouts and formats: spec-mmdet prepare {folder} --out DIR'
             )
         ann_file, images = found
         dataset = datasets[0]

@@ -119,8 +119,19 @@ def read_coco(path: Path, annotated: bool = True, found: Findings | None = None)
         ((value, count),) = Counter(category[name] for category in coco['categories']).most_common(1)
         if count > 1:
             raise InputError(f'annotation file {path}: several of its categories have the {name} {value}')
+    leave_out_placeholder(coco, path.name, found or Findings())
     fill_in(coco, path.name, found or Findings())
     return coco
+
+
+def leave_out_placeholder(coco: dict, name: str, found: Findings) -> None:
+    """Leave out Roboflow's category 0, the parent of all others, where no object is of it; changes ``coco``."""
+    first, *others = sorted(coco['categories'], key=lambda category: category['id'] != 0)
+    parents = {category.get('supercategory') for category in others}
+    used = any(annotation['category_id'] == 0 for annotation in coco.get('annotations', ()))
+    if first['id'] == 0 and parents == {first['name']} and not used:
+        coco['categories'] = [category for category in coco['categories'] if category['id'] != 0]
+        found.notes['placeholder categories of Roboflow, left out'].append(Place(name, detail=first['name']))
 
 
 def fill_in(coco: dict, name: str, found: Findings) -> None:

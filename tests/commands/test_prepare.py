@@ -275,7 +275,8 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     assert not out.exists()
 
 
-def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, capsys):
+@pytest.mark.parametrize('option', ['--drop', '--drop-objects'])
+def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, capsys, option):
     replace_image(truncated)(spoilt)
     edit(lambda coco: coco['annotations'][-2].update(bbox=[-50, 0, 10, 10]))(spoilt)
     edit(lambda coco: coco['annotations'][-1].pop('bbox'))(spoilt)
@@ -287,16 +288,20 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
     line = error_line(monkeypatch, 'prepare', spoilt, '--findings', listing)
     assert '4 errors in all' in line and str(listing) in line and 'instances_train.json' in line
 
-    run_tool(monkeypatch, 'prepare', spoilt, '--drop', '--out', out, '--findings', listing)
+    run_tool(monkeypatch, 'prepare', spoilt, option, '--out', out, '--findings', listing)
     rows = [row for row in csv.DictReader(listing.open(encoding='utf-8')) if row['level'] == 'left out']
     assert len(rows) == 4
     assert [row['annotation'] for row in rows if 'area' in row['kind']] == [str(val['annotations'][9]['id'])]
     assert [row['image'] for row in rows if 'decoded' in row['kind']] == [first_image(spoilt).name]
-    left = [json.loads((out / f'annotations/instances_{split}.json').read_text()) for split in ('train', 'val')]
-    gone = train['images'][0]['id']
-    assert left[0]['images'] == train['images'][1:] and left[1]['images'] == val['images']
-    assert left[0]['annotations'] == [a for a in train['annotations'][:-2] if a['image_id'] != gone]
-    assert left[1]['annotations'] == val['annotations'][:9] + val['annotations'][10:]
+    gone = [{train['images'][0]['id']}, set()]
+    if option == '--drop':  # an object that is left out would become background in its image
+        gone[0].add(train['annotations'][-2]['image_id'])
+        gone[1].add(val['annotations'][9]['image_id'])
+    for before, faulty, without, split in ((train, (-2, -1), gone[0], 'train'), (val, (9,), gone[1], 'val')):
+        left = json.loads((out / f'annotations/instances_{split}.json').read_text())
+        assert left['images'] == [image for image in before['images'] if image['id'] not in without]
+        sound = [a for a in before['annotations'] if a['image_id'] not in without]
+        assert left['annotations'] == [a for a in sound if a not in [before['annotations'][i] for i in faulty]]
     assert not (out / 'train' / first_image(spoilt).name).exists()
     capsys.readouterr()
     run_tool(monkeypatch, 'prepare', out)
@@ -366,16 +371,18 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     for args, says in (
         ([tmp_path / 'absent'], 'no such folder'),
         ([images], 'neither annotations/instances_train*.json nor'),
-        ([good, '--subset', 3], '--out DIR says where'),
-        ([good, '--val', 3], '--out DIR says where'),
+        ([good, '--subset', 3], 'need --out DIR'),
+        ([good, '--val', 3], 'need --out DIR'),
         ([good, '--val', 3, '--out', tmp_path / 'out'], 'has images for validation already'),
-        ([good, '--subset', 3, '--out', spoilt], 'is there already'),
+        ([good, '--subset', 3, '--out', spoilt], 'exists already'),
         ([images, '--annotations', images / 'absent.json', '--out', tmp_path / 'out'], 'no such file'),
         ([images, '--annotations', ann_file, '--val', 40, '--out', tmp_path / 'out'], 'leaves none for training'),
     ):
         assert says in error_line(monkeypatch, 'prepare', *args)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
-    assert 'not the 2 classes trained for (they are in another order)' in error_line(monkeypatch, 'prepare', spoilt)
+    assert 'not the 2 classes trained for (they are in another order)' in error_line(
+        monkeypatch, 'prepare', spoilt
+    )
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
     assert "has the width '96'" in error_line(monkeypatch, 'prepare', spoilt)

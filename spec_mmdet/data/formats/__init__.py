@@ -1,0 +1,170 @@
+"""Recognising and reading what labelling tools export, as COCO dicts.
+
+Everything in an export is either used, or counted and named as unused; nothing is guessed that its files state.
+
+Read here and not by a library: labelformat 0.1.17 passes over images without labels and lines that it cannot read, with
+a message in the log, and takes the size of an image before its EXIF orientation; globox 2.9 reads boxes alone;
+datumaro 1.13 brings another OpenCV and Pillow.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import InputError
+from ..checks import check_categories
+from ..findings import Findings
+from ..folders import find_split, list_pairs
+from ..reading import read_coco
+from ..splits import WHOLE, Split
+from .coco import join_files, read_any_coco
+from .export import NEUTRAL, SPLITS, Export, is_junk, split_named
+from .label_studio import read_label_studio
+from .labelme import read_labelme
+from .xml import read_cvat, read_voc
+from .yolo import read_yolo
+
+READERS: dict[str, Callable[[Export], list[Split] | None]] = {
+    'COCO (also of Roboflow, CVAT, Label Studio and FiftyOne)': read_any_coco,
+    'CVAT for images 1.1': read_cvat,
+    'Label Studio (JSON, JSON-MIN)': read_label_studio,
+    'YOLO (Ultralytics, Darknet, labelImg)': read_yolo,
+    'Pascal VOC': read_voc,
+    'LabelMe': read_labelme,
+}
+DATUM = (
+    'python -m venv dm && dm/bin/pip install "datumaro[cli]" && '
+    'dm/bin/datum convert -i {folder} -if {format} -f coco_instances -o OUT -- --save-media'
+)
+# Tools whose exports are not read: how their files are recognised, by suffix and all of some words, and how datumaro
+# 1.13 calls the format, where it reads it.
+FOREIGN = (
+    ('VIA (VGG Image Annotator)', '.json', ('"regions"', '"shape_attributes"'), ''),
+    ('VIA (VGG Image Annotator)', '.csv', ('region_shape_attributes',), ''),
+    ('Supervisely', '.json', ('"classTitle"',), ''),
+    ('Darwin (V7)', '.json', ('"bounding_box"', '"slots"'), ''),
+    ('Darwin (V7)', '.json', ('"annotations"', '"bounding_box"', '"dataset"'), ''),
+    ('Datumaro', '.json', ('"items"', '"categories"', '"media_type"'), 'datumaro'),
+    ('Datumaro', '.json', ('"items"', '"categories"', '"label_categories"'), 'datumaro'),
+    ('Labelbox', '.json', ('"data_row"',), ''),
+    ('Labelbox', '.ndjson', ('"data_row"',), ''),
+    ('Labelbox', '.json', ('"Labeled Data"',), ''),
+    ('Open Images', '.csv', ('ImageID', 'LabelName', 'XMin'), 'open_images'),
+)
+
+
+def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool = False) -> list[Split]:
+    """Read a data set in COCO's layout or in one of the formats above.
+
+    Args:
+        folder: the data set's folder, one around it, or a .zip of it.
+        found: gets what cannot be read, what is not used, and what was filled in.
+        scratch: a temporary folder, for archives and for images that exist only inside label files.
+        zero_based: whether Pascal VOC's coordinates count from 0.
+
+    Returns:
+        Its splits of 'train', 'val' and 'test', or 'all' of what is still to be split.
+
+    Raises:
+        InputError: if it is in no known format, or files contradict each other.
+    """
+    folder = unpack(folder, scratch)
+    splits = read_ready(folder, found)
+    export = Export(folder, found, scratch, zero_based)
+    if splits:
+        export.used.update(Path(export.folder, split.images.relative_to(folder), image['file_name'])
+                           for split in splits for image in split.coco['images'])  # fmt: skip
+        export.used.update(export.folder / split.ann_file.relative_to(folder) for split in splits)
+    for name, read in READERS.items():
+        if not splits and (splits := read(export)):
+            print(f'{folder}: in the format of {name}')
+    if not splits:
+        raise InputError(describe_unknown(export))
+    if {WHOLE, 'val'} <= {split.name for split in splits}:
+        for split in splits:
+            split.name = 'train' if split.name == WHOLE else split.name
+        print('the labels outside of a split named val are used for training')
+    export.report_unused()
+    return splits
+
+
+def unpack(folder: Path, scratch: Path) -> Path:
+    """The folder inside an archive, or inside folders that contain nothing else.
+
+    Raises:
+        InputError: if an archive cannot be read.
+    """
+    if folder.is_file():
+        target = scratch / 'archive' / folder.stem
+        try:
+            with zipfile.ZipFile(folder) as archive:
+                archive.extractall(target)
+        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise InputError(f'{folder}: cannot be read as a .zip ({error}); unpack it yourself') from error
+        folder = target
+    inside = [path for path in folder.iterdir() if not is_junk(path.name)]
+    if len(inside) != 1 or split_named(inside[0].name) or inside[0].name.lower() in NEUTRAL:
+        return folder
+    return unpack(inside[0], scratch) if inside[0].is_dir() or inside[0].suffix.lower() == '.zip' else folder
+
+
+def read_ready(folder: Path, found: Findings) -> list[Split]:
+    """The splits of a folder that training reads as it is; [] of another one."""
+    pairs = {name: list(list_pairs(folder, name)) for name in SPLITS}
+    if not pairs['train'] + pairs['val']:
+        return []
+    if not all(any(map(Path.is_dir, places)) for entries in pairs.values() for _, places in entries):
+        return []
+    splits: list[Split] = []
+    for name in SPLITS:
+        if pairs[name]:
+            ann_file, images = find_split(folder, name)
+            coco = read_coco(ann_file, found=found)
+            splits.append(Split(name, coco, '/'.join(ann_file.parts[-2:]), images, ann_file))
+            names = [[category['name'] for category in split.coco['categories']] for split in (splits[-1], splits[0])]
+            check_categories(ann_file, *names)
+    return splits
+
+
+def describe_unknown(export: Export) -> str:
+    """The error message for a folder in none of the formats."""
+    supported = f'Supported formats: {", ".join(READERS)}'
+    for tool, suffix, words, datumaro in FOREIGN:
+        for path in export.list_files(suffix)[:20]:
+            text = path.read_bytes().decode('utf-8', 'replace')
+            if all(word in text for word in words):
+                how = 'Export it from there as COCO, since datumaro does not read it either'
+                if datumaro:
+                    how = f'Convert it: {DATUM.format(folder=export.folder, format=datumaro)}'
+                return f'{export.folder}: in the format of {tool} ({export.name_of(path)}). {how}. {supported}'
+    for name in SPLITS:
+        find_split(export.folder, name)  # which says what of COCO's layout is missing
+    hint = ''
+    stems = {path.stem for path in export.images}
+    labels = [path for path in export.list_files('.txt') if path.stem in stems]
+    if labels:
+        hint = (
+            f' {export.name_of(labels[0])} looks like a label file of YOLO: add classes.txt with a class name a line.'
+        )
+    if not export.images:
+        hint += ' It contains no images.'
+    return (
+        f'{export.folder}: neither annotations/instances_train*.json nor the labels of a known format.{hint} '
+        f'{supported}'
+    )
+
+
+def read_annotations(images: Path, ann_file: Path, found: Findings, scratch: Path) -> Split:
+    """Read one annotation file in COCO's format whose images are in a folder.
+
+    Raises:
+        InputError: if it cannot be read, or none of its images is there.
+    """
+    export = Export(images, found, scratch)
+    split = join_files(export, WHOLE, {Path(os.path.abspath(ann_file)): read_coco(ann_file, found=found)})
+    export.used.add(Path(os.path.abspath(ann_file)))
+    export.report_unused()
+    return split

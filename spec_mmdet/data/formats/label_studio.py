@@ -1,0 +1,107 @@
+"""Label Studio's JSON and JSON-MIN: one file, a list of tasks with their results in percent of the image."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..findings import Place
+from ..splits import WHOLE, Split
+from .export import Builder, Export, box_around, build_splits, clip, outline_ellipse
+
+LABELS = dict(rectanglelabels='rectangle', polygonlabels='polygon', ellipselabels='ellipse')
+
+
+def read_label_studio(export: Export) -> list[Split] | None:
+    """Read an export of Label Studio's in JSON or JSON-MIN, None where it is in another format.
+
+    Rectangles, polygons and ellipses are used; results of other kinds are counted. Of several annotations of a task the
+    first is used.
+    """
+    builder, seen = Builder(export, WHOLE), False
+    for path in export.list_files('.json'):
+        for task in load_tasks(path):
+            seen = True
+            export.used.add(path)
+            add_task(builder, path, task)
+    return build_splits(export, 'Label Studio', [builder]) if seen else None
+
+
+def load_tasks(path: Path) -> list[dict]:
+    """The tasks of a JSON file; [] where it is not Label Studio's."""
+    try:
+        content = path.read_bytes()
+        content = json.loads(content) if content.lstrip()[:1] == b'[' else None
+    except ValueError:
+        return []
+    tasks = content if isinstance(content, list) and all(isinstance(task, dict) for task in content) else []
+    known = any('annotation_id' in task or 'lead_time' in task or isinstance(task.get('data'), dict) for task in tasks)
+    return tasks if known else []
+
+
+def list_results(task: dict) -> Iterator[dict]:
+    """The results of a task's first annotation, each with its value's fields and the image's size."""
+    done = [entry for entry in task.get('annotations', ()) if not entry.get('was_cancelled')]
+    for result in done[0].get('result', ()) if done else ():
+        yield {**result, **result.get('value', {})}
+    for value in task.values() if 'annotations' not in task else ():  # JSON-MIN: a list for each control
+        if isinstance(value, list):
+            yield from (result for result in value if isinstance(result, dict))
+
+
+def add_task(builder: Builder, path: Path, task: dict) -> None:
+    """Add a task's image and objects."""
+    export = builder.export
+    names = [value for value in {**task, **(task.get('data') or {})}.values() if isinstance(value, str)]
+    named = [image for name in names if (image := export.find_image(name, path, loosely=True))]
+    if len(set(named)) != 1:
+        detail = f'task {task.get("id")}: {next((name for name in names if "/" in name), "")}'
+        export.found.errors['tasks whose image is not there'].append(Place(export.name_of(path), detail=detail))
+        return
+    if named[0] in builder.paths or len(task.get('annotations', ())) > 1:
+        export.warn('tasks with several annotations, of which the first is used', path, export.name_of(named[0]))
+        if named[0] in builder.paths:
+            return
+    results = list(list_results(task))
+    stated = next(([r['original_width'], r['original_height']] for r in results if r.get('original_height')), [])
+    size = builder.add_image(named[0], path, stated)
+    for result in results if size else ():
+        kind = next((kind for kind in LABELS if kind in result), None)
+        where = f'task {task.get("id")}, {result.get("type") or result.get("id") or ""}'.strip(' ,')
+        if kind is None:
+            if any(key.endswith('labels') for key in result):
+                export.warn('results that are neither rectangles, polygons nor ellipses, not used', path, where)
+            continue
+        try:
+            (name,) = result[kind]
+            add_result(builder, name, LABELS[kind], result, size)
+        except (KeyError, TypeError, ValueError) as error:
+            detail = f'{where}: {type(error).__name__}: {error}'
+            builder.fault('results of Label Studio that cannot be read', path, detail)
+
+
+def add_result(builder: Builder, name: str, shape: str, result: dict, size: tuple[int, int]) -> None:
+    """Add an object; its numbers are percents, its rotation turns it about its upper left corner, or centre."""
+    width, height = size
+    if shape == 'polygon':
+        points = [float(v) * size[i] / 100 for point in result['points'] for i, v in enumerate(point)]
+        if len(points) < 6:
+            raise ValueError(f'a polygon of {len(points) // 2} points')
+        builder.add_object(name, box_around(points), [points])
+        return
+    x, y = float(result['x']) * width / 100, float(result['y']) * height / 100
+    angle = math.radians(float(result.get('rotation') or 0))
+    cos, sin = math.cos(angle), math.sin(angle)
+    if shape == 'rectangle':
+        w, h = float(result['width']) * width / 100, float(result['height']) * height / 100
+        offsets = [0, 0, w, 0, w, h, 0, h]
+    else:
+        rx, ry = float(result['radiusX']) * width / 100, float(result['radiusY']) * height / 100
+        offsets = outline_ellipse(0, 0, rx, ry)
+    points = []
+    for dx, dy in zip(offsets[::2], offsets[1::2]):
+        points += [x + dx * cos - dy * sin, y + dx * sin + dy * cos]
+    polygon = clip(points, *size)
+    builder.add_object(name, box_around(points if shape == 'rectangle' else polygon), [polygon] * (shape == 'ellipse'))

@@ -1,0 +1,136 @@
+"""JSON files of LabelMe and X-AnyLabeling, a file an image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..splits import Split
+from .export import Builder, Export, box_around, build_splits, clip, group_by_split, outline_ellipse
+
+SHAPES = 'polygon', 'rectangle', 'rotation', 'circle', 'mask'
+
+
+def read_labelme(export: Export) -> list[Split] | None:
+    """Read an export in LabelMe's format, None where it is in another one.
+
+    Polygons, rectangles, circles and masks are used; shapes of other types are counted. Shapes of one group_id and
+    label are one object. The image is the one that imagePath names, else that of the same name, else imageData.
+    """
+    files = {path: content for path in export.list_files('.json') if (content := load_labelme(path)) is not None}
+    if not files:
+        return None
+    by_name = {path: image for image, path in export.pair(export.images, list(files), {}).items()}
+    images: dict[Path, Path] = {}
+    for path, content in files.items():
+        stated = str(content.get('imagePath') or '')
+        image = export.find_image(stated, path) or by_name.get(path) or extract_image(export, path)
+        if image is None:
+            export.warn('label files without their image, not used', path, stated)
+            export.used.add(path)
+        else:
+            images[path] = image
+    splits = group_by_split(export, images)
+    builders = [Builder(export, split) for split in splits]
+    for builder in builders:
+        for path in splits[builder.name]:
+            add_labelme(builder, images[path], path, files[path])
+    return build_splits(export, 'LabelMe', builders)
+
+
+def load_labelme(path: Path) -> dict | None:
+    """A JSON file's content without its image; None where it is not LabelMe's."""
+    try:
+        content = path.read_bytes()
+        content = json.loads(content) if b'"shapes"' in content else None
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get('shapes'), list):
+        return None
+    return {key: value for key, value in content.items() if key != 'imageData'}
+
+
+def extract_image(export: Export, path: Path) -> Path | None:
+    """Write the image that a label file contains to the temporary folder; None where it contains none."""
+    try:
+        content = base64.b64decode(json.loads(path.read_bytes())['imageData'])
+        with Image.open(io.BytesIO(content)) as image:
+            suffix = f'.{image.format.lower()}'
+    except Exception:  # none, or one that is damaged
+        return None
+    target = (export.scratch / 'extracted' / export.name_of(path)).with_suffix(suffix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return target
+
+
+def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> None:
+    """Add an image and its objects."""
+    try:
+        stated = [float(content[key]) for key in ('imageWidth', 'imageHeight')]
+    except (KeyError, TypeError, ValueError):
+        stated = []
+    size = builder.add_image(image, path, stated)
+    if size is None:
+        return
+    groups: dict[object, list[tuple[str, dict, list[float]]]] = {}
+    for number, shape in enumerate(content['shapes'], start=1):
+        try:
+            name, kind = str(shape['label']).strip(), shape.get('shape_type') or 'polygon'
+            if kind not in SHAPES:
+                builder.export.warn(f'objects of the type {kind}, not used', path, name)
+                continue
+            points = [float(v) for point in shape['points'] for v in point]
+            if not name or len(points) % 2 or not all(map(math.isfinite, points)):
+                raise ValueError('no label, or points that are not pairs of numbers')
+            if len(points) < (6 if kind in ('polygon', 'rotation') else 4):
+                raise ValueError(f'a {kind} of {len(points) // 2} points')
+            decode_mask(shape, kind)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            detail = f'shape {number}: {type(error).__name__}: {error}'
+            builder.fault('shapes of LabelMe that cannot be read', path, detail)
+            continue
+        group = number if shape.get('group_id') is None else (name, str(shape['group_id']))
+        groups.setdefault(group, []).append((kind, shape, points))
+    for parts in groups.values():
+        polygons, masks, everything = [], [], []
+        for kind, shape, points in parts:
+            if kind == 'circle':
+                radius = math.dist(points[:2], points[2:4])
+                points = clip(outline_ellipse(*points[:2], radius, radius), *size)
+            elif kind == 'rectangle':
+                x, y, w, h = box_around(points)
+                points = [x, y, x + w, y, x + w, y + h, x, y + h]
+            if kind == 'mask':
+                masks.append((round(points[0]), round(points[1]), decode_mask(shape, kind)))
+            else:
+                polygons.append(points)
+            everything += points
+        boxes_alone = all(kind == 'rectangle' for kind, *_ in parts)
+        crowd = all(bool(shape.get('difficult')) for _, shape, _ in parts)  # X-AnyLabeling's, as in Pascal VOC
+        name = str(parts[0][1]['label']).strip()
+        builder.add_object(name, box_around(everything), [] if boxes_alone else polygons, crowd, masks)
+
+
+def decode_mask(shape: dict, kind: str) -> np.ndarray | None:
+    """The mask (H, W) of a shape of this type.
+
+    Raises:
+        ValueError: if it is missing or no image.
+    """
+    if kind != 'mask':
+        return None
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(shape['mask']))) as image:
+            mask = np.asarray(image.convert('L')) > 0
+    except Exception as error:
+        raise ValueError('the mask is not a PNG in base64') from error
+    if not mask.any():
+        raise ValueError('the mask is empty')
+    return mask

@@ -1,0 +1,270 @@
+"""YOLO's text files: of Ultralytics, of Darknet as CVAT exports it (YOLO 1.1), of labelImg, Label Studio and Roboflow.
+
+A line is a box (class, centre, width, height), a polygon (class, points) or, where ``kpt_shape`` says so, a box with
+keypoints; all are fractions of the image. Ultralytics: https://docs.ultralytics.com/datasets/detect.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import yaml
+
+from ...errors import InputError
+from ..findings import Place
+from ..splits import Split
+from .export import (
+    SPLITS,
+    Builder,
+    Export,
+    box_around,
+    build_splits,
+    group_by_split,
+    read_lines,
+    read_text,
+    require_unique,
+    split_named,
+    split_path,
+)
+
+CLASS_FILES = ('classes.txt', 'obj.names', '_darknet.labels')
+
+
+class UniqueLoader(yaml.BaseLoader):
+    """Reads every scalar as text, so that ``no`` stays a name, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if len(set(map(str, keys))) < len(keys):
+            raise yaml.YAMLError(f'line {node.start_mark.line + 1}: a key is there twice in one mapping')
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file with all of its scalars as text; {} where it is no mapping.
+
+    Raises:
+        InputError: if it is not YAML.
+    """
+    try:
+        content = yaml.load(read_text(path), Loader=UniqueLoader)  # noqa: S506, it builds text, lists and dicts alone
+    except yaml.YAMLError as error:
+        raise InputError(f'{path}: not YAML ({" ".join(str(error).split())})') from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_yolo(export: Export) -> list[Split] | None:
+    """Read an export in YOLO's format, None where it is in another one.
+
+    The classes are in data.yaml, obj.names or classes.txt. The splits are what data.yaml, obj.data, train.txt or the
+    folders' names say. A label file has its image's name; it lies in labels/, beside the image, or where no other is.
+
+    Raises:
+        InputError: if the classes or the splits are not stated clearly.
+    """
+    configs = [(path, read_yaml(path)) for path in export.list_files('.yaml', '.yml')]
+    configs = [(path, config) for path, config in configs if 'names' in config]
+    files = [path for path in export.files if path.name.lower() in CLASS_FILES]
+    if not configs and not files:
+        return None
+    if any(config != configs[0][1] for _, config in configs):
+        names = ', '.join(export.name_of(path) for path, _ in configs)
+        raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
+    path, config = configs[0] if configs else (files[0], {})
+    export.used.update(path for path, _ in configs)
+    if configs:
+        classes = number_classes(config['names'], path)
+        check_count(config, classes, path)
+    named = {tuple(require_unique(read_lines(path), path)): path for path in files}
+    if configs:
+        agreeing = [path for names, path in named.items() if list(names) == list(classes.values())]
+        for other in set(files) - set(agreeing):
+            export.warn(f'class files that differ from {export.name_of(path)}, not used', other)
+    elif len(named) > 1:
+        names = ', '.join(map(export.name_of, named.values()))
+        raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
+    else:
+        classes = dict(enumerate(next(iter(named))))
+    export.used.update(files)
+    lists = find_lists(export, path.parent, config)
+    labels = [path for path in export.list_files('.txt') if path not in export.used]
+    if not configs and not any(lists.values()):
+        stems = {image.stem for image in export.images}
+        if not any(path.stem in stems for path in labels):
+            return None  # classes.txt belongs to another format
+    splits = lists or group_by_split(export, export.images)
+    outside = [image for image in chain(*splits.values()) if not image.is_relative_to(export.folder)]
+    labels += filter(Path.is_file, dict.fromkeys(chain(*map(list_usual_labels, outside))))
+    pairs = export.pair(list(dict.fromkeys([*export.images, *outside])), labels, {})
+    keypoints = read_keypoints(config, path)
+    builders = [Builder(export, split) for split in splits]
+    for builder in builders:
+        for image in splits[builder.name]:
+            add_yolo(builder, image, pairs.get(image), classes, keypoints)
+    return build_splits(export, 'YOLO', builders, list(classes.values()))
+
+
+def number_classes(names: object, path: Path) -> dict[int, str]:
+    """The name of each number in the labels, in the order of the numbers.
+
+    Raises:
+        InputError: if data.yaml does not give each number one name and each name one number.
+    """
+    if isinstance(names, list):
+        names = {str(index): name for index, name in enumerate(names)}
+    if not isinstance(names, dict) or not all(isinstance(name, str) and key.isdecimal() for key, name in names.items()):
+        raise InputError(f'{path}: "names" is {names!r:.60}; write a list of names, or a line "NUMBER: NAME" for each')
+    classes = {int(key): name.strip() for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
+    if len(classes) < len(names):
+        raise InputError(f'{path}: "names" has one number twice')
+    require_unique(list(classes.values()), path)
+    return classes
+
+
+def check_count(config: dict, classes: dict[int, str], path: Path) -> None:
+    """Check ``nc``, which counts the names; with gaps between their numbers it may count these, too.
+
+    Raises:
+        InputError: if it is another number.
+    """
+    count = config.get('nc')
+    if count is not None and count not in (str(len(classes)), str(max(classes) + 1)):
+        raise InputError(f'{path}: nc is {count!r:.20}, but names has {len(classes)}; correct the one that is wrong')
+
+
+def read_keypoints(config: dict, path: Path) -> int:
+    """How many numbers of keypoints follow a box, as ``kpt_shape`` states: [points, 2 or 3].
+
+    Raises:
+        InputError: if it is stated in another form.
+    """
+    shape = config.get('kpt_shape')
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(str(v).isdecimal() for v in shape):
+        raise InputError(f'{path}: kpt_shape is {shape!r:.40}; write [number of points, 2 or 3]')
+    return int(shape[0]) * int(shape[1])
+
+
+def find_lists(export: Export, base: Path, config: dict) -> dict[str, list[Path]]:
+    """The images of each split that data.yaml, obj.data or lists beside the classes name; {} where nothing does."""
+    stated = {split: [config[word] for word in words if config.get(word)] for split, words in SPLITS.items()}
+    root = base / str(config.get('path') or '')
+    for path in export.list_files('.data') if not config else ():
+        export.used.add(path)
+        pairs = [line.partition('=') for line in read_lines(path)]
+        for split, words in SPLITS.items():
+            stated[split] += [value.strip() for key, _, value in pairs if key.strip().lower() in words]
+    if not config and not any(stated.values()):
+        for path in export.list_files('.txt'):
+            if path.parent in (base, export.folder) and (split := split_named(path.stem)):
+                stated[split].append(str(path))
+    images = {}
+    for split, values in stated.items():
+        entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
+        if entries and (found := list(chain(*(find_entry(export, root, base, split, e) for e in entries)))):
+            images[split] = list(dict.fromkeys(found))
+            if len(images[split]) < len(found):
+                kind = f'images that the lists of {split} name more than once, used once'
+                export.warn(kind, base, f'{len(found) - len(images[split])} of them')
+    return images
+
+
+def find_entry(export: Export, root: Path, base: Path, split: str, entry: object) -> list[Path]:
+    """The images of a folder, or of a list of images, that data.yaml or obj.data names.
+
+    A path of another machine is taken for the longest end of it that exists in the export.
+
+    Raises:
+        InputError: if there is none, except for a test split.
+    """
+    if not isinstance(entry, str):
+        raise InputError(f'{base}: names {entry!r:.60} for {split}; write a folder or a .txt list of images')
+    parts = split_path(entry.replace('\\', '/'))
+    stated = [root / entry, base / entry, export.folder / entry]
+    ends = [folder.joinpath(*parts[i:]) for i in range(len(parts)) for folder in (base, export.folder)]
+    place = next((Path(os.path.abspath(place)) for place in (*stated, *ends) if place.exists()), None)
+    if place is None:
+        if split != 'test':  # which Roboflow names whether it exports one or not
+            raise InputError(
+                f'{export.folder}: lacks {entry} that is named for {split}; copy it there, or delete this entry'
+            )
+        export.warn('test splits that are named but not there', base, entry)
+        return []
+    if not any(path.exists() for path in stated):
+        note = Place(entry, detail=export.name_of(place))
+        export.found.notes['folders or lists found in the export under the end of their path'].append(note)
+    if place.is_dir():
+        if place.is_relative_to(export.folder):
+            return [image for image in export.images if image.is_relative_to(place)]
+        return Export(place, export.found, export.scratch).images
+    export.used.add(place)
+    images = []
+    for line in read_lines(place):
+        if image := export.find_image(line, place) or export.find_image(line, root / 'data.yaml'):
+            images.append(image)
+        else:
+            place_of = Place(export.name_of(place), detail=line)
+            export.found.errors['entries of lists that name no image'].append(place_of)
+    return images
+
+
+def list_usual_labels(image: Path) -> Iterator[Path]:
+    """Where Ultralytics keeps an image's labels, and beside it."""
+    parts = list(image.parts)
+    if 'images' in parts:
+        parts[len(parts) - 1 - parts[::-1].index('images')] = 'labels'
+        yield Path(*parts).with_suffix('.txt')
+    yield image.with_suffix('.txt')
+
+
+def add_yolo(builder: Builder, image: Path, labels: Path | None, classes: dict[int, str], keypoints: int) -> None:
+    """Add an image and the objects of its label file."""
+    export = builder.export
+    size = builder.add_image(image, labels)
+    if labels is None:
+        export.warn('images without a label file, read as images without objects', image)
+    if size is None or labels is None:
+        return
+    try:
+        lines = read_text(labels).splitlines()
+    except InputError:
+        builder.fault('label files that are not text in UTF-8', labels)
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            add_line(builder, line.split(), size, classes, keypoints)
+        except ValueError as error:
+            builder.fault('lines of label files that cannot be read', labels, f'line {number}: {error}')
+    if keypoints and lines:
+        export.warn('label files with keypoints, of which the boxes alone are used', labels)
+
+
+def add_line(builder: Builder, fields: Sequence[str], size: tuple[int, int], classes: dict[int, str], keypoints: int):
+    """Add the object of a line.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    width, height = size
+    try:
+        index, *values = map(float, fields)
+    except ValueError:
+        raise ValueError(f'{" ".join(fields)!r:.60} are not all numbers') from None
+    if index not in classes:
+        raise ValueError(f'class {fields[0]:.20} has no name, of {len(classes)} named classes')
+    name = classes[int(index)]
+    if len(values) == 4 or keypoints and len(values) == 4 + keypoints:
+        x, y, w, h = values[:4]
+        builder.add_object(name, [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height])
+    elif not keypoints and len(values) >= 6 and len(values) % 2 == 0:
+        polygon = [value * (height if k % 2 else width) for k, value in enumerate(values)]
+        builder.add_object(name, box_around(polygon), [polygon])
+    else:
+        wanted = f'a box with keypoints has {4 + keypoints}' if keypoints else 'a polygon has 6 or more, in pairs'
+        raise ValueError(f'{len(values)} numbers after the class, where a box has 4 and {wanted}')
