@@ -15,7 +15,7 @@ from mmengine.config import Config
 from ..errors import InputError, list_briefly
 from . import rules
 from .findings import Findings, Place
-from .fitting import coco_datasets, evaluators, has_masks
+from .fitting import coco_datasets, evaluators, has_masks, stated_classes
 from .images import check_images
 from .reading import read_coco
 
@@ -249,7 +249,7 @@ def check_dataset(
         )
 
     categories = [category['name'] for category in coco['categories']]
-    named = (dataset.get('metainfo') or {}).get('classes')
+    named = stated_classes(dataset)
     if named:  # by a config that takes some of the file's classes
         categories = [name for name in categories if name in named]
     check_categories(ann_file, categories, classes or named or categories)

@@ -1,27 +1,59 @@
-"""Having a config agree with its data and with itself: the classes are stated once, and masks follow from the model."""
+"""Make a config agree with its data and with itself: one list of classes, and masks if the model predicts them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
+from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
+from mmdet.datasets.transforms import LoadAnnotations
+from mmdet.evaluation import CocoMetric, LVISMetric
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
+from mmengine.registry import Registry
 
 from ..errors import InputError, list_briefly
 
-COCO_DATASETS = ('CocoDataset', 'CheckedCocoDataset')
 LOOPS = ('train', 'val', 'test')
 NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # of proposals, which have no class, and of other classes (stuff)
 MASK_HEADS = ('mask_head', 'panoptic_head')
+OTHER_FORMATS = (CocoPanopticDataset, LVISV05Dataset)  # derived from CocoDataset, but their files are not COCO's
+
+
+def find_class(node: dict, registry: Registry) -> type | None:
+    """Return the class that the ``type`` of a config's dict names (with or without a scope) or is, if there is one."""
+    kind = node.get('type')
+    if isinstance(kind, str):
+        owner = registry
+        while owner is not None and kind not in owner.module_dict:
+            owner = owner.parent
+        # A name that no registry has is not searched for: MMEngine would import a module of that name.
+        kind = owner.module_dict[kind] if owner else registry.get(kind) if kind.startswith('mmdet.') else None
+    return kind if inspect.isclass(kind) else None
+
+
+def is_kind_of(node: dict, registry: Registry, kinds: type | tuple[type, ...]) -> bool:
+    """Tell whether the type of a config's dict is one of these classes or derived from one."""
+    return issubclass(find_class(node, registry) or object, kinds)
+
+
+def is_coco_dataset(node: dict) -> bool:
+    """Tell whether a config's dict is a data set that reads COCO's annotation files for instances."""
+    return is_kind_of(node, DATASETS, CocoDataset) and not is_kind_of(node, DATASETS, OTHER_FORMATS)
 
 
 def coco_datasets(node: object) -> Iterator[dict]:
-    """Every CocoDataset in (a part of) a config, also inside wrappers."""
+    """Every data set in COCO's format in (a part of) a config, also inside wrappers."""
     for _, found in walk(node):
-        if found.get('type') in COCO_DATASETS:
+        if is_coco_dataset(found):
             yield found
+
+
+def coco_metrics(cfg: Config, loop: str) -> list[dict]:
+    """The configs of a loop's evaluators that compute COCO's metrics."""
+    found = evaluators(cfg, loop)
+    return [e for e in found if is_kind_of(e, METRICS, CocoMetric) and not is_kind_of(e, METRICS, LVISMetric)]
 
 
 def evaluators(cfg: Config, loop: str) -> list[dict]:
@@ -50,8 +82,15 @@ def classes_in(metainfo: dict | None) -> list[str]:
 
 
 def configured_classes(dataset: dict) -> list[str]:
-    """The names of the classes that a CocoDataset's config, or else its type, has."""
-    return classes_in(dataset.get('metainfo')) or list(DATASETS.get(dataset['type']).METAINFO['classes'])
+    """The classes that a data set in COCO's format uses: those of its metainfo, or else of its type."""
+    return classes_in(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
+
+
+def stated_classes(dataset: dict) -> list[str]:
+    """The classes that a config states for a data set: in its metainfo, or by a type with classes other than COCO's."""
+    classes = configured_classes(dataset)
+    inherited = not classes_in(dataset.get('metainfo')) and classes == list(CocoDataset.METAINFO['classes'])
+    return [] if inherited else classes
 
 
 def state_classes_once(cfg: Config) -> list[str]:
@@ -66,12 +105,15 @@ def state_classes_once(cfg: Config) -> list[str]:
     stated: dict[str, list[str]] = {}
     for loop in LOOPS:
         for name, dataset in walk(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader'):
-            if dataset.get('type') not in COCO_DATASETS:
+            if not is_coco_dataset(dataset):
                 continue
-            metainfo = dataset.get('metainfo') or {}
-            if 'CLASSES' in metainfo:
-                raise InputError(f'{name}.metainfo.CLASSES in the config: MMDetection reads it as classes since 3.0')
-            if classes := classes_in(metainfo):
+            for place, metainfo in (
+                (f'{name}.metainfo', dataset.get('metainfo') or {}),
+                (f'METAINFO of {name}.type', find_class(dataset, DATASETS).METAINFO),
+            ):
+                if 'CLASSES' in metainfo:
+                    raise InputError(f'{place} contains CLASSES: MMDetection 3 reads "classes" instead; rename it')
+            if classes := stated_classes(dataset):
                 stated[f'{name}.metainfo.classes'] = classes
     if not stated:
         return []
@@ -164,7 +206,7 @@ def use_masks_as_the_model(cfg: Config) -> bool:
     masks = has_masks(cfg.get('model'))
     for loop in LOOPS:
         for _, transform in walk(cfg.get(f'{loop}_dataloader')):
-            if transform.get('type') == 'LoadAnnotations' and (loop == 'train' or not masks):
+            if is_kind_of(transform, TRANSFORMS, LoadAnnotations) and (loop == 'train' or not masks):
                 transform['with_mask'] = masks
         for evaluator in evaluators(cfg, loop):
             metrics = evaluator.get('metric')

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..conditioning import measure
 from ..conditioning.correction import describe_conditioning
-from ..data.fitting import coco_datasets, configured_classes, evaluators
+from ..data.fitting import coco_datasets, coco_metrics, configured_classes
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
@@ -124,9 +124,8 @@ def prepare(folder: Path, cfg: Config) -> None:
 
 def coco_evaluator(cfg: Config) -> dict:
     """The test evaluator whose metric is COCO's; an InputError where there is none."""
-    for evaluator in evaluators(cfg, 'test'):
-        if evaluator.type in ('CocoMetric', 'CheckedCocoMetric', 'FastCocoMetric'):
-            return evaluator
+    for evaluator in coco_metrics(cfg, 'test'):
+        return evaluator
     raise InputError('--report: needs a CocoMetric in test_evaluator')
 
 
