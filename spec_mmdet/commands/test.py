@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
@@ -25,6 +24,7 @@ from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, list_briefly
 from ..evaluation import report
 from ..evaluation.drawing import names_drawn
+from ..evaluation.metrics import DumpPredictions
 from ..evaluation.pages import PAGE
 from ..files import display_path, write_folder_atomically
 from ..training.guards import end_workers
@@ -115,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with one_line_errors(), names_drawn(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)
             if args.out:
-                runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+                metrics = runner.test_evaluator.metrics
+                metrics.append(DumpPredictions(str(args.out), metrics))
             try:
                 metrics = runner.test()
             finally:
                 end_workers(runner)
             if reported:
-                tested = report.TestResults.of(runner, get_run_info(load(args.checkpoint, mmap=True)))
+                tested = report.TestResults.from_runner(runner, get_run_info(load(args.checkpoint, mmap=True)))
             del runner
         require_measured(metrics)
         if reported:

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from ..errors import InputError, list_briefly
 from . import rules
 from .findings import Findings, Place
-from .fitting import coco_datasets, evaluators, has_masks, stated_classes
+from .fitting import coco_datasets, evaluators, has_masks, is_kind_of, stated_classes
 from .images import check_images
-from .reading import read_coco
+from .reading import CheckedCocoDataset, forget_coco, share_coco
 
 FILTER = MappingProxyType(dict(filter_empty_gt=True, min_size=32))  # what COCO's configs leave out of training
 LOOKED_AT = 500  # images that train and test decode before they start
@@ -238,7 +239,7 @@ def check_dataset(
     if not folder.is_dir():
         raise InputError(f'image folder {folder}: no such folder')
     found = Findings()
-    coco = read_coco(ann_file, annotated, found)
+    coco = share_coco(ann_file, annotated, found)
     found.require_none(ADVICE)
     if not coco['images']:
         raise InputError(f'annotation file {ann_file}: lists no images')
@@ -266,6 +267,8 @@ def check_dataset(
             found.require_none(ADVICE)
         look_at_images(coco, ann_file.name, folder, found)
         report_findings(coco, ann_file.name, loop, found)
+    if not is_kind_of(dataset, DATASETS, CheckedCocoDataset):  # it reads the file itself
+        forget_coco(ann_file)
     return categories
 
 

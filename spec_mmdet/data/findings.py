@@ -60,6 +60,12 @@ class Findings:
         levels = {'errors, to be put right': self.errors, 'left out, for their errors': self.dropped}
         return levels | {'warnings': self.warnings, 'notes': self.notes}
 
+    def update(self, other: Findings) -> None:
+        """Add what another one contains."""
+        for mine, theirs in ((self.errors, other.errors), (self.warnings, other.warnings), (self.notes, other.notes)):
+            for kind, places in theirs.items():
+                mine[kind] += places
+
     def drop_errors(self) -> None:
         """Count what are errors so far as dropped."""
         self.dropped, self.errors = self.errors, defaultdict(list)

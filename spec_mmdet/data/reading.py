@@ -1,22 +1,27 @@
-"""Reading annotation files: by one function, for the checks, the data sets, the evaluators and the report."""
+"""Read annotation files: one function for the checks, data sets, evaluators and reports, once per process and file."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
+from mmengine.dist import is_main_process
 from pycocotools import mask as mask_utils
 
 from ..errors import InputError
 from .findings import Findings, Place
 from .rules import fault_of_mask, fault_of_size, rasterised
 
+LARGE = 30e6  # bytes of a file whose reading takes seconds, so that it is announced
 REQUIRED = dict(
     images=dict(id=(int, str), file_name=str, height=int, width=int),
     annotations=dict(id=(int, str), image_id=(int, str), category_id=(int, str), bbox=list),
@@ -24,8 +29,8 @@ REQUIRED = dict(
 )
 
 
-def object_of(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, of which Python would take the last value of several under one name."""
+def build_object(pairs: list[tuple[str, object]]) -> dict:
+    """Build a JSON object; a name that occurs twice is an error, where Python would use its last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -33,16 +38,30 @@ def object_of(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Switch Python's cyclic garbage collector off, which takes half of the time in which large JSON files are read."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def read_json(path: Path) -> object:
-    """Any JSON file: in UTF-8, 16 or 32, with a byte order mark or without, whatever the locale is.
+    """Read a JSON file in UTF-8, 16 or 32, with or without a byte order mark, independently of the locale.
 
     Raises:
-        InputError: if there is none, or it is damaged.
+        InputError: if the file does not exist or is not JSON.
     """
     if not path.is_file():
         raise InputError(f'annotation file {path}: no such file')
+    if path.stat().st_size > LARGE and is_main_process():
+        print(f'reading {path.name} ({path.stat().st_size / 1e6:.0f} MB)', flush=True)
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=object_of)
+        return json.loads(path.read_bytes(), object_pairs_hook=build_object)
     except RecursionError as error:
         raise InputError(f'annotation file {path}: not JSON (its lists are nested too deep)') from error
     except ValueError as error:
@@ -52,7 +71,7 @@ def read_json(path: Path) -> object:
 
 
 def fault_of_entry(entry: dict, required: dict[str, type]) -> str:
-    """What is wrong with the fields of an entry; '' where nothing is."""
+    """Describe the first missing or mistyped field of an entry; '' for an entry without fault."""
     for name, kind in required.items():
         value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -63,23 +82,25 @@ def fault_of_entry(entry: dict, required: dict[str, type]) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written: JSON's escapes can hold half a character."""
+    """Tell whether a string can be encoded: JSON's escapes can denote half a character."""
     try:
         return bool(value.encode())
     except UnicodeEncodeError:
         return False
 
 
-def sound_entries(coco: object, key: str, path: Path, found: Findings | None) -> list[dict]:
-    """The entries under a key whose fields are there and of their type.
-
-    Others are an InputError, or errors of ``found`` where it is given.
-    """
+def list_entries(coco: object, key: str, path: Path) -> list[dict]:
+    """Return the list under a key of a file's content, or raise an InputError if there is none."""
     entries = coco.get(key) if isinstance(coco, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f'annotation file {path}: not in COCO\'s format, it has no list of "{key}"')
+    return entries
+
+
+def select_sound_entries(coco: object, key: str, path: Path, found: Findings | None) -> list[dict]:
+    """Return the entries under a key that have all required fields; others raise an InputError, or go to ``found``."""
     sound = []
-    for position, entry in enumerate(entries):
+    for position, entry in enumerate(list_entries(coco, key, path)):
         fault = fault_of_entry(entry, REQUIRED[key])
         if not fault:
             sound.append(entry)
@@ -102,16 +123,21 @@ def read_coco(path: Path, annotated: bool = True, found: Findings | None = None)
 
     Returns:
         Its content: a dict with at least 'images', 'categories' of different names and, if needed, 'annotations', in
-        which 'area', 'iscrowd', 'info' and 'licenses' are filled in where they are missing.
+        which missing 'area', 'iscrowd', 'info' and 'licenses' are filled in.
 
     Raises:
-        InputError: if it does not exist, is not COCO JSON or has no classes to speak of.
+        InputError: if it does not exist, is not COCO JSON or has no classes.
     """
-    content = read_json(path)
+    with pause_garbage_collection():
+        return check_layout(read_json(path), path, annotated, found)
+
+
+def check_layout(content: object, path: Path, annotated: bool, found: Findings | None) -> dict:
+    """Check and complete a JSON file's content; arguments, result and errors are those of :func:`read_coco`."""
     coco = dict(content) if isinstance(content, dict) else content
     for key in REQUIRED:
         if key != 'annotations' or annotated or isinstance(coco, dict) and key in coco:
-            sound = sound_entries(coco, key, path, found)
+            sound = select_sound_entries(coco, key, path, found)
             coco[key] = sound
     if not coco['categories']:
         raise InputError(f'annotation file {path}: lists no categories')
@@ -171,32 +197,151 @@ def area(annotation: dict, image: dict | None) -> float:
         return 0.0
 
 
+# Files that were read, by path: their size and time of change, content, and what was found.
+_shared: dict[Path, tuple[tuple[int, int], dict, Findings]] = {}
+
+
+def share_coco(path: Path, annotated: bool = True, found: Findings | None = None) -> dict:
+    """Read an annotation file as :func:`read_coco` does, or return what an earlier call has read, if it is unchanged.
+
+    The content is shared: do not change it. It stays in memory until :func:`forget_coco`.
+    """
+    path = path.resolve()
+    state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (0, 0)
+    if path not in _shared or _shared[path][0] != state:
+        _shared.pop(path, None)
+        new = Findings()
+        coco = read_coco(path, False, new)
+        if new.errors:
+            if found is None:
+                raise InputError(new.first_error())
+            found.update(new)
+            return coco
+        _shared[path] = state, coco, new
+    _, coco, earlier = _shared[path]
+    if annotated:
+        list_entries(coco, 'annotations', path)
+    if found is not None:
+        found.update(earlier)
+    return coco
+
+
+def forget_coco(path: str | Path) -> None:
+    """Free the memory of a file that :func:`share_coco` has read."""
+    _shared.pop(Path(path).resolve(), None)
+
+
+def number_ids(ids: list[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
+    """Return a number for each id, above all ids that are numbers already; {} if the evaluators can hold all ids.
+
+    They keep ids in NumPy's int64 and float64, take an annotation's id of 0 for no match, and sort classes by their id.
+    """
+    plain = [index for index in ids if type(index) is int and least <= index < 2**53]
+    if len(plain) == len(ids) and not (ascending and ids != sorted(ids)):
+        return {}
+    start = max((index for index in plain if index < 2**52), default=0) + 1
+    return {index: start + place for place, index in enumerate(dict.fromkeys(ids))}
+
+
 class AnnotationFile(COCO):
-    """pycocotools' ``COCO`` of a file that is read by :func:`read_coco`, with ids that are numbers or text."""
+    """pycocotools' ``COCO`` of a file that :func:`share_coco` reads, with ids that its evaluators can hold.
+
+    If a file has other ids (text, above 2**53, negative, an annotation's 0), they are replaced here, and nowhere else:
+    images, annotations and categories get numbers that differ from all ids of the file, in its order.
+    :meth:`loadRes` takes detections with the file's ids, and :meth:`original` returns the file's id of a number, for
+    results that are written.
+
+    Attributes:
+        numbers: for each of 'images', 'annotations' and 'categories', numbers by the file's ids; {} where unchanged.
+    """
 
     def __init__(self, annotation_file: str | None = None) -> None:
         super().__init__()
+        self.numbers: dict[str, dict[int | str, int]] = {}
         if annotation_file is not None:
-            self.dataset = read_coco(Path(annotation_file), annotated=False)
-            with redirect_stdout(None):  # it tells that it does
+            with pause_garbage_collection(), redirect_stdout(None):  # pycocotools prints its progress
+                self.dataset = self._number(share_coco(Path(annotation_file), annotated=False))
                 self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
-    def getAnnIds(self, imgIds=(), catIds=(), areaRng=(), iscrowd=None):
-        """As pycocotools has it, where a text is one id and not a list of letters."""
-        return super().getAnnIds(as_list(imgIds), as_list(catIds), areaRng, iscrowd)
+    def _number(self, coco: dict) -> dict:
+        """Return a file's content with numbers for ids; ``coco`` itself where they need no change."""
+        entries = {key: coco.get(key, []) for key in REQUIRED}
+        rules = dict(images={}, annotations=dict(least=1), categories=dict(ascending=True))
+        self.numbers = {k: number_ids([entry['id'] for entry in entries[k]], **rules[k]) for k in entries}
+        self._originals = {key: {n: index for index, n in numbers.items()} for key, numbers in self.numbers.items()}
+        if not any(self.numbers.values()):
+            return coco
+        fields = dict(image_id='images', category_id='categories')
 
-    def loadCats(self, ids=()):
-        """As pycocotools has it, where a text is one id and not a list of letters."""
-        return super().loadCats(as_list(ids))
+        def renumber(key: str, entry: dict) -> dict:
+            new = {field: self.number(kind, entry[field]) for field, kind in fields.items() if field in entry}
+            return {**entry, 'id': self.number(key, entry['id']), **new}
 
+        return {**coco, **{key: [renumber(key, entry) for entry in entries[key]] for key in entries if key in coco}}
 
-def as_list(ids: object) -> object:
-    return [ids] if isinstance(ids, str) else ids
+    def number(self, key: str, index: int | str) -> int | str:
+        """Return the number of an id of the file; of a number, itself.
+
+        Args:
+            key: 'images', 'annotations' or 'categories'.
+            index: the id.
+        """
+        return self.numbers.get(key, {}).get(index, index)
+
+    def original(self, key: str, number: int) -> int | str:
+        """Return the file's id of an image, annotation or category; the opposite of :meth:`number`."""
+        return self._originals[key].get(number, number) if self.numbers else number
+
+    @cached_property
+    def changeable(self) -> AnnotationFile:
+        """An index of copies of the annotations, for evaluations, which overwrite "ignore" and masks."""
+        result = copy.copy(self)
+        result.dataset = {**self.dataset, 'annotations': [dict(entry) for entry in self.dataset.get('annotations', ())]}
+        with pause_garbage_collection(), redirect_stdout(None):
+            result.createIndex()
+        result.changeable = result
+        return result
+
+    def number_detections(self, results: list[dict]) -> None:
+        """Replace the file's ids by numbers in detections.
+
+        Args:
+            results: in COCO's format for results; is changed.
+
+        Raises:
+            InputError: if they are of an image that is not in the file.
+        """
+        for result in results:
+            result['image_id'] = self.number('images', result['image_id'])
+            result['category_id'] = self.number('categories', result['category_id'])
+            if result['image_id'] not in self.imgs:
+                raise InputError(
+                    f'the detections are of other data than the annotation file: of an image {result["image_id"]!r:.40}'
+                )
+
+    def loadRes(self, results: list[dict]) -> COCO:
+        """Index detections, of which there may be none; see :meth:`number_detections`."""
+        self.number_detections(results)
+        with pause_garbage_collection(), redirect_stdout(None):
+            if results:
+                return super().loadRes(results)
+            found = COCO()  # pycocotools cannot tell of what kind no results are
+            found.dataset = dict(self.dataset, annotations=[])
+            found.createIndex()
+        return found
 
 
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
-    """MMDetection's CocoDataset that reads its annotation file by :func:`read_coco`."""
+    """MMDetection's CocoDataset that reads its annotation file by :func:`read_coco`, with any ids and encoding."""
 
     COCOAPI = AnnotationFile
+
+    def load_data_list(self) -> list[dict]:
+        """Load the annotations; those for training are then released, which nothing else in a run uses."""
+        with pause_garbage_collection():
+            entries = super().load_data_list()
+        if not self.test_mode:
+            forget_coco(self.ann_file)
+        return entries

@@ -11,8 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 from scipy.sparse import csr_array
 
-from ..errors import InputError
-from .metrics import remap_ids, require_measurable
+from .metrics import require_measurable
 
 BLOCK = 2**18  # entries of the arrays that a block of draws needs, which then fit into the processor's cache
 MAX_DETECTIONS = 100  # per image and class, as in COCO's AP
@@ -26,29 +25,25 @@ class ResampledAP:
 
     Args:
         truth: the annotations.
-        results: in COCO's results format; not empty.
+        results: in COCO's results format, with the ids of ``truth``; not empty.
         kind: 'bbox' or 'segm'.
         categories: ids of the categories to evaluate; by default all of them.
 
     Raises:
-        InputError: if a detection names an unknown image, or the box or mask of an annotation is invalid.
+        InputError: if the box or mask of an annotation is invalid.
     """
 
     def __init__(
-        self, truth: COCO, results: Sequence[dict], kind: str, categories: Sequence[int | str] | None = None
+        self, truth: COCO, results: Sequence[dict], kind: str, categories: Sequence[int] | None = None
     ) -> None:
         require_measurable(truth, kind)
-        numbers = remap_ids(image['id'] for image in truth.dataset['images'])
-        self.images = sorted(numbers, key=numbers.__getitem__)  # equal scores rank in this order
+        self.images = sorted(image['id'] for image in truth.dataset['images'])  # equal scores rank in this order
         place = {image: i for i, image in enumerate(self.images)}
         annotations, found = defaultdict(list), defaultdict(list)
         for annotation in truth.dataset['annotations']:
             if annotation['image_id'] in place:
                 annotations[annotation['category_id']].append(annotation)
         for result in results:
-            if result['image_id'] not in place:
-                raise InputError(f'the detections contain the image {result["image_id"]!r:.40}, which the annotation '
-                                 'file does not contain: they were made on other data')  # fmt: skip
             found[result['category_id']].append(result)
         if categories is None:
             categories = [category['id'] for category in truth.dataset['categories']]

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from pycocotools.coco import COCO
 from scipy import stats
 from tqdm import tqdm
 
@@ -213,7 +212,7 @@ def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:
         run.ap = {kind: run.ap[kind] for kind in KINDS if kind in run.ap}
 
 
-_shared: tuple[COCO, list | None, int]  # in each process of measure_runs: annotations, categories, number of draws
+_shared: tuple[AnnotationFile, list | None, int]  # annotations, categories, number of draws
 
 
 def _set_truth(*values: object) -> None:
@@ -228,6 +227,7 @@ def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
     results = read_detections(path, kind)
     if not results:
         raise InputError(f'{path}: is empty: this detector has found nothing')
+    truth.number_detections(results)
     resampled = ResampledAP(truth, results, kind, categories)
     del results
     images = len(resampled.images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -95,35 +95,40 @@ def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
 
 
 def draw_sides(
-    image: np.ndarray, evaluation: COCOeval, image_id: int, outcome: Outcome, longer: int
+    image: np.ndarray,
+    evaluation: COCOeval,
+    image_id: int,
+    outcome: Outcome,
+    longer: int,
+    masks: Sequence[dict] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The truth and the predictions of an image, coloured by what became of them.
+    """Draw the objects and the detections of an image, coloured by their outcome.
 
     Args:
         image: height x width x 3, RGB, 0 to 255.
-        evaluation: by masks where there are any, or by boxes.
+        evaluation: of boxes.
         image_id: of this image.
         outcome: of this image.
-        longer: how long the pictures' longer side is, in pixels.
+        longer: length of the pictures' longer side, in pixels.
+        masks: of all detections, as RLE, by their number; None where the detector has none.
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     crowds = [a['id'] for a in evaluation.cocoGt.imgToAnns[image_id] if a['iscrowd']]
-    own = dict(crowd=crowds, found=[o for _, o in outcome.found], missed=outcome.missed)
-    left = [(truth[index], kind) for kind, ids in own.items() for index in ids]
-    own = dict(crowd=outcome.crowd, found=[d for d, _ in outcome.found], false=outcome.false)
-    right = [(found[index], kind) for kind, ids in own.items() for index in ids]
+    kinds = dict(crowd=crowds, found=[o for _, o in outcome.found], missed=outcome.missed)
+    left = [(truth[index], kind) for kind, ids in kinds.items() for index in ids]
+    kinds = dict(crowd=outcome.crowd, found=[d for d, _ in outcome.found], false=outcome.false)
+    right = [(found[index], kind) for kind, ids in kinds.items() for index in ids]
 
     def mark(thing: dict, kind: str) -> Mark:
         x, y, width, height = thing['bbox']
-        masked = 'segmentation' in thing and evaluation.params.iouType == 'segm'
+        mask = None
+        if masks is not None:
+            rle = masks[thing['id'] - 1] if 'score' in thing else thing['segmentation']
+            mask = evaluation.cocoGt.annToMask(dict(image_id=image_id, segmentation=rle)).astype(bool)
         name = 'crowd' if kind == 'crowd' else evaluation.cocoGt.cats[thing['category_id']]['name']
-        return Mark(
-            (x, y, x + width, y + height),
-            label_of(name, thing.get('score')),
-            tuple(round(255 * part) for part in to_rgb(COLOURS[kind])),
-            evaluation.cocoGt.annToMask(thing).astype(bool) if masked else None,
-            dashed=kind == 'missed',
-        )
+        colour = tuple(round(255 * part) for part in to_rgb(COLOURS[kind]))
+        label = label_of(name, thing.get('score'))
+        return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'missed')
 
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # nearly, so that the colours stand out
     scale = longer / max(image.shape[:2])
@@ -133,21 +138,23 @@ def draw_sides(
 def draw_worst(
     folder: Path,
     read: Callable[[str], np.ndarray],
-    evaluations: dict[str, COCOeval],
+    boxes: COCOeval,
     outcome_of: dict[int, Outcome],
+    masks: Sequence[dict] | None,
 ) -> list[tuple[str, list[dict]]]:
-    """The images with the most errors of each kind, as they go into the page; in full size they go into a folder.
+    """Draw the images with the most errors of each kind, for the page, and in full size into a folder.
 
     Args:
-        folder: where to.
-        read: gives the image of a file's name, RGB.
-        evaluations: by boxes first.
-        outcome_of: their outcomes by boxes.
+        folder: an existing one.
+        read: returns the image of a file's name, RGB.
+        boxes: the evaluation of boxes.
+        outcome_of: the outcomes by boxes, by image.
+        masks: of all detections, see :func:`draw_sides`.
 
     Returns:
-        Of each kind that there is, its pictures. An image that has been drawn for a kind is not drawn again.
+        The pictures of each kind of error that occurs. No image is drawn for two kinds.
     """
-    images = evaluations['Boxes'].cocoGt.imgs
+    images = boxes.cocoGt.imgs
     drawn: set[int] = set()
     worst = []
     for kind in sorted(ERRORS, key=lambda kind: -sum(len(o.errors[kind]) for o in outcome_of.values())):
@@ -157,17 +164,20 @@ def draw_worst(
         for image_id in [i for i in ranked if i not in drawn][:WORST]:
             drawn.add(image_id)
             name, outcome = images[image_id]['file_name'], outcome_of[image_id]
-            image, by = read(name), list(evaluations.values())[-1]
-            whole = folder / f'{image_id}_{Path(name).stem}.jpg'
-            whole.write_bytes(as_jpeg(tiled(draw_sides(image, by, image_id, outcome, max(800, *image.shape[:2])), 2)))
-            sides = draw_sides(image, by, image_id, outcome, 2 * SIDE)
+            image = read(name)
+            full, small = (
+                draw_sides(image, boxes, image_id, outcome, longer, masks)
+                for longer in (max(800, *image.shape[:2]), 2 * SIDE)
+            )
+            path = folder / f'{image_id}_{Path(name).stem}.jpg'
+            path.write_bytes(as_jpeg(tiled(full, 2)))
             width = round(SIDE * image.shape[1] / max(image.shape[:2]))
             pictures.append(
                 dict(
                     name=name,
-                    counts=counted(outcome),
-                    whole=f'{folder.name}/{whole.name}',
-                    sides=[embedded(as_jpeg(side), 'jpeg', width) for side in sides],
+                    counts=describe_outcome(outcome),
+                    whole=f'{folder.name}/{path.name}',
+                    sides=[embedded(as_jpeg(side), 'jpeg', width) for side in small],
                 )
             )
         if pictures:
@@ -175,7 +185,7 @@ def draw_worst(
     return worst
 
 
-def counted(outcome: Outcome) -> str:
-    """An image's errors, in words."""
+def describe_outcome(outcome: Outcome) -> str:
+    """Return an image's numbers of found objects and of errors, in words."""
     errors = [f'{len(ids)} {kind}' for kind, ids in outcome.errors.items() if ids]
     return ', '.join([f'{len(outcome.found)} found', *errors])

@@ -1,163 +1,269 @@
-"""COCO's evaluation of detections in data sets with any ids, by pycocotools or, in a fraction of the time, in C++."""
+"""COCO's metrics, computed by pycocotools or, several times faster, in C++ by faster-coco-eval."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
+from tempfile import TemporaryDirectory
 
-from mmdet.evaluation import CocoMetric
-from mmdet.evaluation.metrics import coco_metric
+import numpy as np
+from mmdet.evaluation import CocoMetric, DumpDetResults
 from mmdet.registry import METRICS
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from terminaltables import AsciiTable
 
 from ..data import rules
-from ..data.reading import AnnotationFile
+from ..data.reading import AnnotationFile, pause_garbage_collection
 from ..errors import InputError
 
-
-def remap_ids(ids: Iterable[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
-    """Whole numbers for ids: themselves where the evaluators hold all of them, or else 1 to n, in their order.
-
-    They go through NumPy's int64 and float64; an annotation's id of 0 stands for no match; and MMDetection takes the
-    figures of the classes, which are in ascending order of the ids, for those in the order of the file.
-    """
-    ids = list(ids)
-    plain = all(type(index) is int and least <= index < 2**53 for index in ids)
-    if plain and not (ascending and ids != sorted(ids)):
-        return {index: index for index in ids}
-    return {index: number for number, index in enumerate(ids, start=1)}
+LIMITS = (1, 10, 100)  # detections per image in COCO's own summary
+# Places in pycocotools' summary, by MMDetection's names; AR is named for its default limits of detections.
+AP_ITEMS = dict(mAP=0, mAP_50=1, mAP_75=2, mAP_s=3, mAP_m=4, mAP_l=5)
+AR_ITEMS = {'AR@100': 6, 'AR@300': 7, 'AR@1000': 8, 'AR_s@1000': 9, 'AR_m@1000': 10, 'AR_l@1000': 11}
+ITEMS = AP_ITEMS | AR_ITEMS
 
 
 def require_measurable(truth: COCO, kind: str) -> None:
-    """Refuse objects with which an evaluation would not end, or take all memory, as where the checks were left out.
+    """Reject objects whose evaluation would not end, or use all memory; checks before a run find them, too.
 
     Raises:
         InputError: at the first one.
     """
+    checked = vars(truth).setdefault('measurable', set())  # kinds; an evaluation overwrites masks
+    if kind in checked:
+        return
     sizes = {image['id']: (image['width'], image['height']) for image in truth.dataset['images']}
     for annotation in truth.dataset['annotations']:
-        box, size = annotation['bbox'], sizes.get(annotation['image_id'], (0, 0))
-        sound = rules.is_finite(box) and len(box) == 4
         if kind == 'segm':
-            mask = annotation.get('segmentation')
-            # Of an evaluation before, in whose place pycocotools has put its own: a file holds no bytes.
-            own = isinstance(mask, dict) and isinstance(mask.get('counts'), bytes)
-            sound = own or rules.can_be_measured(mask, *size)
+            size = sizes.get(annotation['image_id'], (0, 0))
+            sound = rules.can_be_measured(annotation.get('segmentation'), *size)
+        else:
+            sound = rules.is_finite(annotation['bbox']) and len(annotation['bbox']) == 4
         if not sound:
+            index = annotation['id']
+            index = truth.original('annotations', index) if isinstance(truth, AnnotationFile) else index
             raise InputError(
-                f'the {"mask" if kind == "segm" else "box"} of annotation {annotation["id"]!r:.40} is none that can be '
-                'measured by; spec-mmdet prepare lists all that is wrong'
+                f'annotation {index!r:.40}: its {"mask" if kind == "segm" else "box"} cannot be evaluated. Run '
+                '"spec-mmdet prepare" on the data to list all faults'
             )
+    checked.add(kind)
+
+
+def prepare_truth(truth: COCO, kind: str) -> COCO:
+    """Return measurable annotations that an evaluation may change: copies of those of an :class:`AnnotationFile`."""
+    require_measurable(truth, kind)
+    return truth.changeable if isinstance(truth, AnnotationFile) else truth
 
 
 def read_detections(path: Path, kind: str) -> list[dict]:
-    """Detections of a kind, 'bbox' or 'segm', from a file in COCO's format for results."""
-    results = json.loads(path.read_bytes())
+    """Read detections of a kind, 'bbox' or 'segm', from a file in COCO's format for results."""
+    with pause_garbage_collection():
+        results = json.loads(Path(path).read_bytes())
     if kind == 'segm':
         for result in results:
             result.pop('bbox', None)  # or its area would be taken for the mask's
     return results
 
 
-class RemapIds:
-    """A mixin for pycocotools' ``COCOeval``, for ids that it cannot hold: it works on :func:`remap_ids` in their place.
+class Evaluation(COCOeval):
+    """pycocotools' COCOeval that first rejects objects whose evaluation would not end."""
 
-    Its parameters are to be set in the data set's own ids; they and all that it computes are numbers after
-    ``evaluate``, as are the ids in its ``cocoGt`` and ``cocoDt``.
-    """
-
-    def __init__(self, truth: COCO | None, found: COCO | None, kind: str, **kwargs) -> None:
-        if truth is None:
-            super().__init__(None, None, kind, **kwargs)
-            return
-        require_measurable(truth, kind)
-        self.images = remap_ids(image['id'] for image in truth.dataset['images'])
-        self.categories = remap_ids((category['id'] for category in truth.dataset['categories']), ascending=True)
-        super().__init__(self.numbered(truth), self.numbered(found), kind, **kwargs)
-        self.params.imgIds, self.params.catIds = list(self.images), list(self.categories)
-
-    def numbered(self, coco: COCO) -> COCO:
-        """The same with numbers for ids; itself where they are."""
-        objects = coco.dataset['annotations']
-        annotations = remap_ids((annotation['id'] for annotation in objects), least=1)
-        if all(index is number for ids in (self.images, self.categories, annotations) for index, number in ids.items()):
-            return coco
-        result = COCO()
-        result.dataset = {
-            **coco.dataset,
-            'images': [{**image, 'id': self.images[image['id']]} for image in coco.dataset['images']],
-            'categories': [{**c, 'id': self.categories[c['id']]} for c in coco.dataset['categories']],
-            'annotations': [
-                {
-                    **annotation,
-                    'id': annotations[annotation['id']],
-                    'image_id': self.images[annotation['image_id']],
-                    'category_id': self.categories[annotation['category_id']],
-                }
-                for annotation in objects
-            ],
-        }
-        result.createIndex()
-        return result
-
-    def evaluate(self) -> None:
-        """COCOeval's, on numbers."""
-        self.params.imgIds = [self.images[index] for index in self.params.imgIds]
-        self.params.catIds = [self.categories[index] for index in self.params.catIds]
-        super().evaluate()
+    def __init__(self, truth: COCO, found: COCO, kind: str) -> None:
+        super().__init__(prepare_truth(truth, kind), found, kind)
 
 
-class Evaluation(RemapIds, COCOeval):
-    """pycocotools' COCOeval for any ids."""
-
-
-def fast_evaluation(truth: COCO | None, found: COCO | None, kind: str) -> COCOeval:
-    """What ``Evaluation(truth, found, kind)`` is, in C++, for 'bbox' and 'segm'; it does not fill ``evalImgs``.
+def fast_evaluation(truth: COCO, found: COCO, kind: str) -> COCOeval:
+    """Return what ``Evaluation(truth, found, kind)`` is, in C++, for 'bbox' and 'segm'; it does not fill ``evalImgs``.
 
     Recalls and scores equal those of pycocotools to the last bit. So do the precisions but one: where a class's best
     precision is that of its first detection alone, pycocotools has 1 / (1 + 2**-52) and this has 1, so that an AP can
     differ in its sixteenth digit.
-
-    Raises:
-        InputError: if faster-coco-eval is not installed.
     """
-    if find_spec('faster_coco_eval') is None:
-        raise InputError('FastCocoMetric needs faster-coco-eval, which is not installed: pip install faster-coco-eval')
     from faster_coco_eval import COCOeval_faster
 
-    class FastEvaluation(RemapIds, COCOeval_faster):
-        # Its own takes AP at the last of maxDets, pycocotools' at 100.
-        summarize = COCOeval.summarize
+    class FastEvaluation(COCOeval_faster):
+        summarize = COCOeval.summarize  # its own takes AP at the last of maxDets, pycocotools' at 100
 
-    return FastEvaluation(truth, found, kind, extra_calc=False)
+    return FastEvaluation(prepare_truth(truth, kind), found, kind, extra_calc=False)
+
+
+def summarise(evaluation: COCOeval, limits: Sequence[int]) -> COCOeval:
+    """Return pycocotools' summary of an accumulated evaluation, without its detections and matches.
+
+    Args:
+        evaluation: for at least these limits (``params.maxDets``).
+        limits: three numbers of detections per image, ascending.
+
+    Returns:
+        ``stats``, the twelve numbers; ``eval``, precision of shape (IoU thresholds, recalls, classes, areas, limits)
+        and recall without the second dimension; ``params``.
+    """
+    places = [evaluation.params.maxDets.index(limit) for limit in limits]
+    summary = COCOeval(iouType=evaluation.params.iouType)
+    summary.params = copy.copy(evaluation.params)
+    summary.params.maxDets = list(limits)
+    summary.eval = {name: evaluation.eval[name][..., places] for name in ('precision', 'recall')}
+    summary.summarize()
+    return summary
+
+
+def average_precision(
+    summary: COCOeval, category: int, iou: float | None = None, area: int = 0, limit: int = -1
+) -> float:
+    """Return the AP of a category, by its place in ``params.catIds``; -1 where it has no objects.
+
+    Args:
+        summary: an evaluation that is accumulated.
+        category: its place.
+        iou: the IoU threshold; by default the mean over all.
+        area: the place of the range of areas; by default all sizes.
+        limit: the place of the limit of detections per image; by default the last.
+    """
+    precision = summary.eval['precision'][:, :, category, area, limit]
+    if iou is not None:
+        precision = precision[np.isclose(summary.params.iouThrs, iou)]
+    precision = precision[precision > -1]
+    return float(precision.mean()) if precision.size else -1.0
 
 
 @METRICS.register_module()
 class CheckedCocoMetric(CocoMetric):
     """MMDetection's CocoMetric for annotation files with any ids, in any encoding.
 
-    The files that it writes (``outfile_prefix``) contain the annotation file's own ids.
+    Its arguments and metrics are those of MMDetection, but that wrong arguments are rejected before a run, a detector
+    without detections has an AP of 0, ``iou_thrs`` may be a number or a list, and ``use_mp_eval`` has no effect.
+
+    Attributes:
+        summaries: after an evaluation, for 'bbox' and 'segm', the summary at COCO's own limits (:data:`LIMITS`).
+
+    Raises:
+        InputError: if an argument is wrong.
     """
 
-    evaluation = staticmethod(Evaluation)
+    evaluate_detections = staticmethod(Evaluation)
 
-    def __init__(self, *args, **kwargs) -> None:
-        with patch.object(coco_metric, 'COCO', AnnotationFile):
-            super().__init__(*args, **kwargs)
+    def __init__(
+        self, ann_file: str | None = None, *args, iou_thrs: float | Sequence[float] | None = None,
+        sort_categories: bool = False, **kwargs,
+    ) -> None:  # fmt: skip
+        super().__init__(None, *args, **kwargs)
+        if iou_thrs is not None:
+            self.iou_thrs = np.atleast_1d(iou_thrs).astype(float)
+        self.sort_categories = sort_categories
+        self.summaries: dict[str, COCOeval] = {}
+        if len(self.proposal_nums) != 3:
+            raise InputError(f'proposal_nums of the evaluator is {self.proposal_nums}: give three numbers')
+        if unknown := set(self.metric_items or ()) - set(ITEMS):
+            raise InputError(
+                f'metric_items of the evaluator contains {", ".join(sorted(unknown))}; use some of {", ".join(ITEMS)}'
+            )
+        if ann_file is not None:
+            with get_local_path(ann_file, backend_args=self.backend_args) as path:
+                self._coco_api = AnnotationFile(str(path))
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """CocoMetric's metrics of its results."""
+    @property
+    def annotations(self) -> AnnotationFile | None:
+        """The index of the annotation file; None before the first evaluation if it is made of the data set."""
+        return self._coco_api
+
+    def find_categories(self, names: Sequence[str]) -> list[int]:
+        """Return the categories of the labels, in MMDetection's order, as numbers of the annotation file's index."""
+        categories = self._coco_api.get_cat_ids(cat_names=names)
+        key = (lambda c: self._coco_api.original('categories', c)) if self.sort_categories else categories.index
+        return sorted(categories, key=key)
+
+    def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
+        """Write the detections with the annotation file's own ids; see MMDetection's CocoMetric."""
+        original = self._coco_api.original
+        self.cat_ids = [original('categories', c) for c in self.find_categories(self.dataset_meta['classes'])]
+        results = [{**result, 'img_id': original('images', result['img_id'])} for result in results]
+        return super().results2json(results, outfile_prefix)
+
+    def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
+        """Compute the metrics of the detections that :meth:`process` has collected.
+
+        Returns:
+            By MMDetection's names, for instance ``bbox_mAP_50`` and, with ``classwise``, ``CLASS_precision``.
+        """
+        truths, predictions = zip(*results)
+        with TemporaryDirectory() as folder:
+            prefix = self.outfile_prefix or str(Path(folder) / 'results')
+            if self._coco_api is None:
+                self._coco_api = AnnotationFile(self.gt_to_coco_json(truths, prefix))
+            self.img_ids = self._coco_api.get_img_ids()
+            files = self.results2json(predictions, prefix)
+            metrics: dict[str, float] = {}
+            if self.format_only:
+                print_log(f'wrote {", ".join(sorted(set(files.values())))}', 'current')
+                return metrics
+            for kind in self.metrics:
+                print_log(f'Evaluating {kind}...', 'current')
+                if kind == 'proposal_fast':
+                    recalls = self.fast_eval_recall(predictions, self.proposal_nums, self.iou_thrs, logger='current')
+                    metrics |= {f'AR@{limit}': recall for limit, recall in zip(self.proposal_nums, recalls)}
+                elif kind in files:
+                    metrics |= self.measure(kind, Path(files[kind]))
+                else:
+                    raise InputError(f'the metric {kind} of the evaluator: this detector predicts no masks; remove it')
+        return metrics
+
+    def measure(self, kind: str, path: Path) -> dict[str, float]:
+        """Evaluate a file of detections.
+
+        Args:
+            kind: 'bbox', 'segm' or 'proposal'.
+            path: in COCO's format for results.
+        """
+        box_or_mask = 'segm' if kind == 'segm' else 'bbox'
+        detections = read_detections(path, box_or_mask)
+        if not detections:
+            print_log('The detector has found nothing: its AP is 0.', 'current')
         printed = io.StringIO()
-        with patch.multiple(coco_metric, COCO=AnnotationFile, COCOeval=self.evaluation), redirect_stdout(printed):
-            metrics = super().compute_metrics(results)
-        print_log(printed.getvalue(), 'current')
+        limits = sorted(self.proposal_nums)
+        with pause_garbage_collection(), redirect_stdout(printed):
+            evaluation = self.evaluate_detections(self._coco_api, self._coco_api.loadRes(detections), box_or_mask)
+            evaluation.params.imgIds = self.img_ids
+            evaluation.params.catIds = self.find_categories(self.dataset_meta['classes'])
+            evaluation.params.maxDets = sorted({*LIMITS, *limits})
+            evaluation.params.iouThrs = self.iou_thrs
+            evaluation.params.useCats = int(kind != 'proposal')
+            evaluation.evaluate()
+            evaluation.accumulate()
+            if kind != 'proposal':
+                self.summaries[kind] = summarise(evaluation, LIMITS)
+            printed.truncate(printed.seek(0))
+            summary = summarise(evaluation, limits)
+        print_log(f'\n{printed.getvalue()}', 'current')
+        if kind == 'proposal':
+            return {item: float(f'{summary.stats[ITEMS[item]]:.3f}') for item in self.metric_items or AR_ITEMS}
+        metrics = self.measure_classes(summary) if self.classwise else {}
+        for item in self.metric_items or AP_ITEMS:
+            metrics[f'{kind}_{item}'] = float(np.round(summary.stats[ITEMS[item]], 3))
+        ap = ' '.join(f'{value:.3f}' for value in summary.stats[:6])
+        print_log(f'{kind}_mAP_copypaste: {ap}', 'current')
+        return metrics
+
+    def measure_classes(self, summary: COCOeval) -> dict[str, float]:
+        """Return the AP of each class, NaN for one without objects, and log a table."""
+        rows, metrics = [['category', *AP_ITEMS]], {}
+        for category in self.find_categories(self.dataset_meta['classes']):
+            place = summary.params.catIds.index(category)
+            values = [average_precision(summary, place, iou) for iou in (None, 0.5, 0.75)]
+            values += [average_precision(summary, place, area=area) for area in (1, 2, 3)]
+            values = [float(np.round(value, 3)) if value > -1 else float('nan') for value in values]
+            name = self._coco_api.cats[category]['name']
+            rows.append([name, *map(str, values)])
+            metrics[f'{name}_precision'] = values[0]
+        print_log('\n' + AsciiTable(rows).table, 'current')
         return metrics
 
 
@@ -169,8 +275,30 @@ class FastCocoMetric(CheckedCocoMetric):
         InputError: if faster-coco-eval is not installed.
     """
 
-    evaluation = staticmethod(fast_evaluation)
+    evaluate_detections = staticmethod(fast_evaluation)
 
     def __init__(self, *args, **kwargs) -> None:
-        fast_evaluation(None, None, 'bbox')  # complains before the detector runs, not after
+        if find_spec('faster_coco_eval') is None:
+            raise InputError(
+                'FastCocoMetric needs faster-coco-eval: pip install faster-coco-eval, or use CheckedCocoMetric'
+            )
         super().__init__(*args, **kwargs)
+
+
+class DumpPredictions(DumpDetResults):
+    """MMDetection's DumpDetResults that writes the annotation file's own image ids.
+
+    Args:
+        out_file_path: a .pkl file.
+        metrics: the evaluator's other metrics, one of which may have an annotation file.
+    """
+
+    def __init__(self, out_file_path: str, metrics: Sequence[BaseMetric]) -> None:
+        super().__init__(out_file_path=out_file_path)
+        self.annotations = next((m.annotations for m in metrics if isinstance(m, CheckedCocoMetric)), None)
+
+    def compute_metrics(self, results: list[dict]) -> dict:
+        """Write the predictions."""
+        for result in results if self.annotations is not None else ():
+            result['img_id'] = self.annotations.original('images', result['img_id'])
+        return super().compute_metrics(results)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
+
+from ..data.reading import AnnotationFile
+from .metrics import Evaluation, read_detections
 
 MIN_IOU = 0.5
 BACKGROUND_IOU = 0.1
@@ -31,6 +36,23 @@ class Outcome:
     crowd: list[int] = field(default_factory=list)  # detections in a crowd region, which do not count
     missed: list[int] = field(default_factory=list)  # objects
     errors: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in ERRORS})
+
+
+def match_boxes(annotations: AnnotationFile, detections: Path, summary: COCOeval) -> COCOeval:
+    """Match detected boxes with objects as pycocotools does, at :data:`MIN_IOU` and for boxes of all sizes alone.
+
+    Args:
+        annotations: the objects.
+        detections: a file in COCO's format for results.
+        summary: an evaluation of the same detections; its classes and greatest limit of detections are used.
+    """
+    with redirect_stdout(None):
+        evaluation = Evaluation(annotations, annotations.loadRes(read_detections(detections, 'bbox')), 'bbox')
+        params = evaluation.params
+        params.iouThrs, params.areaRng, params.areaRngLbl = np.array([MIN_IOU]), params.areaRng[:1], ['all']
+        params.catIds, params.maxDets = list(summary.params.catIds), summary.params.maxDets[-1:]
+        evaluation.evaluate()
+    return evaluation
 
 
 def matches(evaluation: COCOeval) -> Iterator[dict]:

@@ -1,12 +1,10 @@
-"""An evaluation that people can look at: an HTML page with COCO's figures, curves, confusions and the worst images."""
+"""The report of an evaluation: an HTML page with COCO's metrics, curves, confusions and the images with most errors."""
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,25 +13,25 @@ from statistics import median
 import mmdet
 import numpy as np
 import torch
+from mmdet.registry import METRICS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.fileio import get, get_local_path
 from mmengine.runner import Runner
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from ..conditioning import measure
 from ..conditioning.correction import describe_conditioning
-from ..data.fitting import coco_datasets, coco_metrics, configured_classes
+from ..data.fitting import coco_datasets, coco_metrics, configured_classes, is_kind_of
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import PARTIAL, display_path
 from .drawing import names_drawn
 from .figures import COLOURS, draw_confusion, draw_precision, draw_scores, draw_worst, embedded_figure
-from .metrics import Evaluation, read_detections
-from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, outcomes, scores_of
+from .metrics import CheckedCocoMetric, average_precision, read_detections
+from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, match_boxes, outcomes, scores_of
 from .pages import PAGE, page_of, record_data, require_free
 
 # COCO's twelve numbers, as pycocotools has them, and what they are.
@@ -52,35 +50,42 @@ STATS = {
     'ARl': 'objects above 96²',
 }
 IMAGES = 'images'
+KINDS = dict(Boxes='bbox', Masks='segm')
 ROLES = dict(Q='queries', K='keys', V='values')
 
 
 @dataclass
 class TestResults:
-    """What a report tells of the detector, beside what it found.
+    """The results of a test beside the detections.
 
     Attributes:
         conditioning: in the form that configs use.
-        spectra: for the queries', keys' and values' projections, over the layers: median and greatest kappa(W), and
-            kappa(W + C) where there is a C; empty where no attention is known.
-        speed: images a second, loading and all.
-        run: what the checkpoint's training says of itself.
+        spectra: a row for each of queries, keys and values: its name, median and greatest kappa(W) over the layers, and
+            the same of kappa(W + C) where there is a C; empty for a backbone without known attention.
+        speed: images per second, loading included.
+        run: facts of the checkpoint's training.
+        annotations: the objects that the detections were evaluated with.
+        summaries: the evaluation, by kind, 'bbox' and 'segm'; see :class:`CheckedCocoMetric`.
     """
 
     conditioning: str
     spectra: list[tuple[str, ...]]
     speed: str
     run: dict[str, object]
+    annotations: AnnotationFile
+    summaries: dict[str, COCOeval]
 
     @classmethod
-    def of(cls, runner: Runner, run: dict[str, object]) -> TestResults:
-        """Of a runner after its test."""
+    def from_runner(cls, runner: Runner, run: dict[str, object]) -> TestResults:
+        """Collect the results of a runner that has tested."""
         model = runner.model.module if hasattr(runner.model, 'module') else runner.model
         backbone = getattr(model, 'backbone', None) or nn.Identity()
         seconds = runner.message_hub.log_scalars.get('test/time')
         batch = runner.test_dataloader.batch_sampler.batch_size
         speed = f'{batch / seconds.mean():.1f} images a second, in batches of {batch}' if seconds else 'not measured'
-        return cls(describe_conditioning(backbone.state_dict()), spectra_of(backbone), speed, run)
+        metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, CheckedCocoMetric))
+        conditioning = describe_conditioning(backbone.state_dict())
+        return cls(conditioning, spectra_of(backbone), speed, run, metric.annotations, metric.summaries)
 
 
 def spectra_of(backbone: nn.Module) -> list[tuple[str, ...]]:
@@ -117,47 +122,24 @@ def prepare(folder: Path, cfg: Config) -> None:
     evaluator = coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
+    if evaluator.get('iou_thrs') is not None:
+        raise InputError("--report: needs COCO's own IoU thresholds; remove iou_thrs from test_evaluator")
     if not any(coco_datasets(cfg.test_dataloader)):
-        raise InputError('--report: needs a CocoDataset in test_dataloader')
+        raise InputError('--report: needs a CheckedCocoDataset in test_dataloader')
     evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / PARTIAL / 'detections')
 
 
 def coco_evaluator(cfg: Config) -> dict:
-    """The test evaluator whose metric is COCO's; an InputError where there is none."""
-    for evaluator in coco_metrics(cfg, 'test'):
-        return evaluator
-    raise InputError('--report: needs a CocoMetric in test_evaluator')
+    """Return the config of the test evaluator whose evaluation a report shows.
 
-
-def evaluate(coco: COCO, detections: Path, kind: str, categories: list[int | str]) -> COCOeval:
-    """Evaluate detections by pycocotools' own rules; the ids in the result are numbers (see :class:`Evaluation`).
-
-    Args:
-        coco: the truth.
-        detections: a JSON file in COCO's format for results.
-        kind: 'bbox' or 'segm'.
-        categories: ids of those to evaluate.
+    Raises:
+        InputError: if there is none.
     """
-    results = read_detections(detections, kind)
-    if results:
-        found = coco.loadRes(results)
-    else:  # loadRes cannot tell of what kind no results are
-        found = COCO()
-        found.dataset = dict(coco.dataset, annotations=[])
-        found.createIndex()
-    evaluation = Evaluation(coco, found, kind)
-    evaluation.params.catIds = categories
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return evaluation
-
-
-def average_precision(evaluation: COCOeval, category: int, iou: slice = slice(None)) -> float:
-    """A category's AP, by its place among the evaluated; -1 where it has no objects."""
-    precision = evaluation.eval['precision'][iou, :, category, 0, -1]
-    precision = precision[precision > -1]
-    return float(precision.mean()) if precision.size else -1.0
+    for evaluator in coco_metrics(cfg, 'test'):
+        if is_kind_of(evaluator, METRICS, CheckedCocoMetric):
+            return evaluator
+        raise InputError(f'--report: test_evaluator.type is {evaluator["type"]}; it needs FastCocoMetric')
+    raise InputError('--report: needs a FastCocoMetric in test_evaluator')
 
 
 def printed(value: float) -> str:
@@ -177,18 +159,10 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     """
     evaluator = coco_evaluator(cfg)
     dataset = next(coco_datasets(cfg.test_dataloader))
-    metrics = evaluator.get('metric', 'bbox')
-    kinds = {'Boxes': 'bbox', 'Masks': 'segm'} if 'segm' in metrics else {'Boxes': 'bbox'}
-    with redirect_stdout(io.StringIO()):
-        with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
-            coco = AnnotationFile(str(path))
-            record_data(folder, Path(path), configured_classes(dataset))
-        categories = coco.getCatIds(catNms=configured_classes(dataset))
-        evaluations = {
-            name: evaluate(coco, Path(f'{evaluator.outfile_prefix}.{kind}.json'), kind, categories)
-            for name, kind in kinds.items()
-        }
-    boxes = evaluations['Boxes']
+    summaries = {name: tested.summaries[kind] for name, kind in KINDS.items() if kind in tested.summaries}
+    with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
+        record_data(folder, Path(path), configured_classes(dataset))
+    boxes = match_boxes(tested.annotations, Path(f'{evaluator.outfile_prefix}.bbox.json'), summaries['Boxes'])
     scores = scores_of(boxes)
     least = float(scores.thresholds[scores.best])
     outcome_of = outcomes(boxes, least)
@@ -196,13 +170,18 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     names = [coco.cats[category]['name'] for category in boxes.params.catIds]
     matrix = confusion_matrix(boxes, outcome_of)
     images = os.path.join(dataset.get('data_root') or '', dataset.data_prefix.img)
+    masks = Path(f'{evaluator.outfile_prefix}.segm.json')
 
     (folder / IMAGES).mkdir()
     with names_drawn(names):
         worst = draw_worst(
-            folder / IMAGES, lambda name: decode(get(os.path.join(images, name)))[..., ::-1], evaluations, outcome_of
+            folder / IMAGES,
+            lambda name: decode(get(os.path.join(images, name)))[..., ::-1],
+            boxes,
+            outcome_of,
+            [result['segmentation'] for result in read_detections(masks, 'segm')] if 'Masks' in summaries else None,
         )
-        curves = [embedded_figure(draw_precision(evaluation, name)) for name, evaluation in evaluations.items()]
+        curves = [embedded_figure(draw_precision(summary, name)) for name, summary in summaries.items()]
         confusion, thresholds = embedded_figure(draw_confusion(matrix, names)), embedded_figure(draw_scores(scores))
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
@@ -214,7 +193,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         images=len(coco.imgs),
         detections=len(boxes.cocoDt.anns),
         date=time.strftime('%Y-%m-%d %H:%M'),
-        stats={name: [printed(value) for value in evaluation.stats] for name, evaluation in evaluations.items()},
+        stats={name: [printed(value) for value in summary.stats] for name, summary in summaries.items()},
         stat_names=STATS,
         least=f'{least:.2f}',
         best_f1=f'{scores.f1[scores.best]:.2f}',
@@ -229,8 +208,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         classes=[
             (
                 name,
-                *(printed(average_precision(evaluation, i)) for evaluation in evaluations.values()),
-                printed(average_precision(boxes, i, slice(0, 1))),
+                *(printed(average_precision(summary, i)) for summary in summaries.values()),
+                printed(average_precision(summaries['Boxes'], i, MIN_IOU)),
                 matrix[i].sum(),
                 matrix[i, i],
                 matrix[:, i].sum() - matrix[i, i],

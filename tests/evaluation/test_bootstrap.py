@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from spec_mmdet.data.reading import AnnotationFile
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.bootstrap import ResampledAP, draw_weights
 
@@ -101,8 +103,8 @@ def test_resampled_ap_is_that_of_pycocotools(seed, kind):
             assert np.isnan(ours) if expected == -1 else ours == pytest.approx(expected, abs=1e-12)
 
 
-def test_ids_classes_and_blocks():
-    """Ids may be text, classes may be left out, and the result does not depend on the blocks of draws."""
+def test_ids_classes_and_blocks(tmp_path):
+    """Ids may be text, classes may be left out, and the result does not depend on the size of blocks of draws."""
     truth, found = scenes(3)
     with contextlib.redirect_stdout(io.StringIO()):
         plain = coco(IMAGES, truth)
@@ -110,15 +112,18 @@ def test_ids_classes_and_blocks():
         expected = ResampledAP(plain, found, 'bbox', [1, 3])(weights)
         texts = coco(IMAGES, [entry for entry in truth if entry['category_id'] != 2])
         for entries in (texts.dataset['images'], texts.dataset['categories']):
-            entries[:] = [dict(entry, id=f'id {entry["id"]}') for entry in entries]
+            entries[:] = [dict(entry, id=f'id {entry["id"]}', file_name='') for entry in entries]
         renamed = [dict(e, image_id=f'id {e["image_id"]}', category_id=f'id {e["category_id"]}') for e in found]
         for entry in texts.dataset['annotations']:
             entry.update(image_id=f'id {entry["image_id"]}', category_id=f'id {entry["category_id"]}')
+    (tmp_path / 'truth.json').write_text(json.dumps(texts.dataset))
+    annotations = AnnotationFile(str(tmp_path / 'truth.json'))
+    annotations.number_detections(renamed)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr('spec_mmdet.evaluation.bootstrap.BLOCK', 1)
-        assert ResampledAP(texts, renamed, 'bbox')(weights) == pytest.approx(expected, abs=1e-15, nan_ok=True)
+        assert ResampledAP(annotations, renamed, 'bbox')(weights) == pytest.approx(expected, abs=1e-15, nan_ok=True)
     with pytest.raises(InputError, match='id 77'):
-        ResampledAP(texts, [dict(renamed[0], image_id='id 77')], 'bbox')
+        annotations.number_detections([dict(renamed[0], image_id='id 77')])
 
 
 def test_draws_are_of_all_images_and_the_same_again():

@@ -1,17 +1,21 @@
-"""Whatever the ids of a data set are, its figures are those under ids from 1 on: in both metrics and in the report."""
+"""Whatever the ids of a data set are, its metrics are those under ids from 1 on: in both metrics and in the report."""
 
 import copy
 import hashlib
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
-from mmdet.registry import METRICS
+import torch
+from mmdet.registry import DATASETS, METRICS
 from test_metrics import evaluated, scene
 
-from spec_mmdet.evaluation import report
-from spec_mmdet.evaluation.metrics import Evaluation
-from spec_mmdet.evaluation.outcomes import confusion_matrix, outcomes
+from spec_mmdet import InputError
+from spec_mmdet.data.reading import AnnotationFile
+from spec_mmdet.evaluation.metrics import DumpPredictions, Evaluation, average_precision
+from spec_mmdet.evaluation.outcomes import confusion_matrix, match_boxes, outcomes
 
 CLASSES = ('1', '2', '3', '4')
 
@@ -83,7 +87,7 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
             for i, item in enumerate(('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')):
                 assert figures[kind][f'{box_or_mask}_{item}'] == round(float(evaluation.stats[i]), 3)
         for i, label in enumerate(CLASSES):  # the masks' come last
-            ap = report.average_precision(expected['segm'], i)
+            ap = average_precision(expected['segm'], i)
             assert round(figures[kind][f'{label}_precision'], 3) == pytest.approx(round(ap, 3) if ap > -1 else np.nan,
                                                                                   nan_ok=True)  # fmt: skip
         # What is written out has the ids of the file.
@@ -91,15 +95,55 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
         assert {d['image_id'] for d in written} <= {entry['id'] for entry in other['images']}
         assert {d['category_id'] for d in written} <= {entry['id'] for entry in other['categories']}
 
-    coco = report.AnnotationFile(str(path))
-    for kind in ('bbox', 'segm'):
-        categories = coco.getCatIds(catNms=CLASSES)
-        evaluation = report.evaluate(coco, tmp_path / f'CheckedCocoMetric.{kind}.json', kind, categories)
-        assert np.array_equal(evaluation.stats, expected[kind].stats)
-        outcome = outcomes(evaluation, 0.3)
-        known = outcomes(expected[kind], 0.3)
-        for part in ('found', 'false', 'missed', 'crowd'):
-            counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
-            assert counts[0] == counts[1]
-        matrix = confusion_matrix(evaluation, outcome)
-        assert np.array_equal(matrix, confusion_matrix(expected[kind], known))
+    annotations = AnnotationFile(str(path))
+    assert [annotations.original('images', i) for i in annotations.imgs] == [e['id'] for e in other['images']]
+    assert [annotations.original('annotations', i) for i in annotations.anns] == [e['id'] for e in other['annotations']]
+    summary = metric.summaries['bbox']
+    assert np.abs(summary.stats - expected['bbox'].stats).max() < 1e-15
+    evaluation = match_boxes(annotations, tmp_path / 'FastCocoMetric.bbox.json', summary)
+    outcome = outcomes(evaluation, 0.3)
+    known = outcomes(expected['bbox'], 0.3)
+    for part in ('found', 'false', 'missed', 'crowd'):
+        counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
+        assert counts[0] == counts[1]
+    matrix = confusion_matrix(evaluation, outcome)
+    assert np.array_equal(matrix, confusion_matrix(expected['bbox'], known)) and np.trace(matrix) > 0
+
+
+def test_data_set_and_metric_agree(tmp_path):
+    """Detections come with the ids of the data set: MMDetection's own has those of the file, ours has numbers."""
+    truth, _ = scene(np.random.default_rng(1), 30)
+    ids = dict(zip(range(1, 7), (2, 1, 'one', 'two', 2**70, -3)))  # 1 and 2 are ids of the file, too
+    truth['images'] = [{**entry, 'id': ids[entry['id']], 'file_name': 'x.png'} for entry in truth['images']]
+    for entry in truth['annotations']:
+        entry['image_id'] = ids[entry['image_id']]
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    for kind in ('CocoDataset', 'CheckedCocoDataset'):
+        cfg = dict(type=kind, ann_file=str(path), data_prefix=dict(img=''), pipeline=[], test_mode=True)
+        dataset = DATASETS.build(cfg | dict(metainfo=dict(classes=CLASSES)))
+        prefix = tmp_path / kind
+        metric = METRICS.build(dict(type='CheckedCocoMetric', ann_file=str(path), outfile_prefix=str(prefix)))
+        metric.dataset_meta = dataset.metainfo
+        for entry in map(dataset.get_data_info, range(len(dataset))):
+            boxes = torch.tensor([i['bbox'] for i in entry['instances']]).reshape(-1, 4)
+            labels = torch.tensor([i['bbox_label'] for i in entry['instances']], dtype=torch.long)
+            pred = dict(bboxes=boxes, labels=labels, scores=torch.ones(len(labels)))
+            sample = dict(img_id=entry['img_id'], ori_shape=(64, 64), pred_instances=pred)
+            metric.process({}, [sample])
+        assert metric.compute_metrics(metric.results)['bbox_mAP_50'] > 0.9
+        written = {d['image_id'] for d in json.loads(Path(f'{prefix}.bbox.json').read_text())}
+        assert written == {entry['image_id'] for entry in truth['annotations'] if entry['bbox'][0] < 64}
+
+    dump = DumpPredictions(str(tmp_path / 'out.pkl'), [metric])
+    for entry in map(dataset.get_data_info, range(len(dataset))):
+        dump.process({}, [dict(img_id=entry['img_id'])])
+    dump.compute_metrics(dump.results)
+    assert [d['img_id'] for d in pickle.loads((tmp_path / 'out.pkl').read_bytes())] == list(ids.values())
+
+
+def test_detections_of_another_data_set(tmp_path):
+    truth, found = scene(np.random.default_rng(1), 30)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    with pytest.raises(InputError, match='image 99'):
+        AnnotationFile(str(tmp_path / 'truth.json')).loadRes([{**found[0], 'image_id': 99}])

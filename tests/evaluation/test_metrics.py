@@ -3,9 +3,11 @@
 import copy
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmdet.registry import METRICS
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -13,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 import spec_mmdet.evaluation.metrics
 from spec_mmdet import InputError
+from spec_mmdet.data.reading import share_coco
 from spec_mmdet.evaluation.metrics import Evaluation, fast_evaluation
 
 ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class's first detection alone, where it is right
@@ -122,25 +125,117 @@ def test_coco(coco_mini):
         assert 0.1 < require_equal(coco.dataset, perturbed(coco), kind)[0] < 0.9
 
 
-def test_fast_coco_metric_reports_what_coco_metric_reports(tmp_path):
+NAMES = ('1', '2', '3', '4')
+
+
+def computed(kind: str, path: Path, found: list[dict], names: tuple = NAMES, **settings) -> dict:
+    """The metrics of detections in the six images of a scene."""
+    metric = METRICS.build(dict(type=kind, ann_file=path and str(path), **settings))
+    metric.dataset_meta = dict(classes=names)
+    images = sorted({d['image_id'] for d in found} | set(range(1, 7)))
+    for image_id in images:
+        own = [d for d in found if d['image_id'] == image_id]
+        boxes = torch.tensor([d['bbox'] for d in own], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        pred = dict(bboxes=boxes, scores=torch.tensor([d['score'] for d in own], dtype=torch.float64))
+        pred['labels'] = torch.tensor([d['category_id'] - 1 for d in own], dtype=torch.long)
+        pred['masks'] = [dict(d['segmentation']) for d in own]
+        instances = [
+            dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0),
+            dict(bbox=[9, 9, 30, 40], bbox_label=2, ignore_flag=1),
+        ]
+        sample = dict(img_id=image_id, ori_shape=(64, 64), pred_instances=pred, instances=instances)
+        metric.process({}, [sample])
+    return metric.compute_metrics(metric.results)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(metric=['bbox', 'segm'], classwise=True),
+        dict(metric='bbox', proposal_nums=(3, 1, 100)),
+        dict(metric='segm', metric_items=['mAP_s', 'AR@300', 'mAP']),
+        dict(metric='proposal'),
+        dict(metric='proposal', metric_items=['AR_s@1000', 'AR@100']),
+        dict(metric='bbox', iou_thrs=np.array([0.3, 0.5, 0.75])),
+        dict(metric='bbox', sort_categories=True),
+        dict(metric='bbox', use_mp_eval=True),
+    ],
+    ids=str,
+)
+def test_metrics_are_those_of_mmdetection(tmp_path, settings):
+    truth, found = scene(np.random.default_rng(1), 30)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    expected = computed('CocoMetric', path, found, **settings)
+    assert max(map(float, expected.values())) > 0.01
+    for kind in ('CheckedCocoMetric', 'FastCocoMetric'):
+        ours = computed(kind, path, found, **settings)
+        assert list(ours) == list(expected)
+        np.testing.assert_equal(ours, dict(expected))
+
+
+@pytest.mark.parametrize('kind', ['CheckedCocoMetric', 'FastCocoMetric'])
+def test_metrics_of_a_data_set_without_an_annotation_file(tmp_path, kind):
+    _, found = scene(np.random.default_rng(1), 30)
+    near = [dict(d, bbox=[0, 0, 9, 8 + d['score']], category_id=1) for d in found]
+    expected = computed('CocoMetric', None, near)
+    assert 0.01 < expected['bbox_mAP'] < 1 and computed(kind, None, near) == dict(expected)
+
+
+def test_what_is_written(tmp_path):
+    truth, found = scene(np.random.default_rng(1), 30)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    settings = dict(format_only=True, metric=['bbox', 'segm'])
+    written = {}
+    for kind in ('CocoMetric', 'CheckedCocoMetric'):
+        assert computed(kind, path, found, outfile_prefix=str(tmp_path / kind), **settings) == {}
+        written[kind] = [json.loads((tmp_path / f'{kind}.{k}.json').read_text()) for k in ('bbox', 'segm')]
+    assert written['CheckedCocoMetric'] == written['CocoMetric'] and len(written['CocoMetric'][0]) == len(found)
+
+
+@pytest.mark.parametrize('kind', ['CheckedCocoMetric', 'FastCocoMetric'])
+def test_without_detections_ap_is_zero(tmp_path, kind):
+    truth, _ = scene(np.random.default_rng(1), 30)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    ours = computed(kind, tmp_path / 'truth.json', [], metric=['bbox', 'segm'])
+    assert ours['bbox_mAP'] == ours['segm_mAP_50'] == 0
+
+
+def test_one_threshold_may_be_a_number(tmp_path):
     truth, found = scene(np.random.default_rng(1), 30)
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
-    reported = []
+    one = computed('CheckedCocoMetric', tmp_path / 'truth.json', found, iou_thrs=0.5)
+    assert one['bbox_mAP'] == one['bbox_mAP_50'] > 0.01
+    assert one['bbox_mAP_50'] == computed('CocoMetric', tmp_path / 'truth.json', found)['bbox_mAP_50']
+
+
+@pytest.mark.parametrize('settings', [dict(metric_items=['mAP', 'AP']), dict(proposal_nums=(100,))], ids=str)
+def test_wrong_arguments_are_rejected_before_the_run(settings):
+    with pytest.raises(InputError, match='metric_items.* AP;|proposal_nums'):
+        METRICS.build(dict(type='CheckedCocoMetric', **settings))
+
+
+def test_masks_of_a_detector_without_masks(tmp_path):
+    truth, _ = scene(np.random.default_rng(1), 30)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    metric = METRICS.build(dict(type='CheckedCocoMetric', ann_file=str(tmp_path / 'truth.json'), metric='segm'))
+    metric.dataset_meta = dict(classes=NAMES)
+    empty = dict(img_id=1, bboxes=np.zeros((0, 4)), scores=[], labels=[])
+    with pytest.raises(InputError, match='segm'):
+        metric.compute_metrics([({}, empty)])
+
+
+def test_evaluations_leave_the_shared_annotations_alone(tmp_path):
+    """They overwrite "ignore" and masks, and a data set of the same file would leave crowds out."""
+    truth, found = scene(np.random.default_rng(1), 30)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    before = copy.deepcopy(share_coco(path))
     for kind in ('CheckedCocoMetric', 'FastCocoMetric'):
-        cfg = dict(type=kind, ann_file=str(tmp_path / 'truth.json'), metric=['bbox', 'segm'], classwise=True)
-        metric = METRICS.build(cfg)
-        metric.dataset_meta = dict(classes=('1', '2', '3', '4'))
-        metric.results = []
-        for image_id in range(1, 7):
-            own = [d for d in found if d['image_id'] == image_id]
-            boxes = np.array([d['bbox'] for d in own]).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            result = dict(img_id=image_id, bboxes=boxes, scores=np.array([d['score'] for d in own]))
-            result.update(labels=[d['category_id'] - 1 for d in own], masks=[dict(d['segmentation']) for d in own])
-            metric.results.append((dict(width=64, height=64, img_id=image_id), result))
-        reported.append(metric.compute_metrics(metric.results))
-    assert reported[0]['bbox_mAP'] > 0.01
-    np.testing.assert_equal(reported[1], reported[0])
+        computed(kind, path, found, metric=['bbox', 'segm'])
+    assert share_coco(path) == before
 
 
 def test_without_faster_coco_eval(monkeypatch):
@@ -172,7 +267,7 @@ def test_an_evaluation_of_absurd_objects_ends(kind, evaluator):
     for absurd in ABSURD[kind]:
         spoilt = copy.deepcopy(truth)
         spoilt['annotations'][3][dict(segm='segmentation', bbox='bbox')[kind]] = absurd
-        with pytest.raises(InputError, match='of annotation .* is none that can be measured by'):
+        with pytest.raises(InputError, match='annotation 4: .* cannot be evaluated'):
             evaluated(evaluator, spoilt, found, kind)
     # A mask that reaches out of its image is cut, and a box of any size is one.
     truth['annotations'][3]['segmentation'] = polygon([-50.0, 1.0, 200.0, 20.0])

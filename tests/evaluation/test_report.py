@@ -10,7 +10,9 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, error_line, run_tool
+from mmdet.registry import METRICS
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -65,15 +67,25 @@ def write_report(root: Path, found: list[dict]) -> str:
     folder = root / 'report'
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(settings(root))
-    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
+    set_classes(cfg, NAMES)
     report.prepare(folder, cfg)
-    tested = report.TestResults(
-        'None', [('queries', '12', '345', '–', '–')], '7 images a second', dict(seed=5, commit='abc')
-    )
     command = ['spec-mmdet', 'test', '--report', 'a & b', f'{Path.cwd()}/c']
     with write_folder_atomically(folder) as aside:
-        for kind in ('bbox', 'segm'):
-            Path(f'{cfg.test_evaluator.outfile_prefix}.{kind}.json').write_text(json.dumps(found))
+        metric = METRICS.build(cfg.test_evaluator)
+        metric.dataset_meta = dict(classes=NAMES)
+        for image in metric.annotations.imgs:
+            own = [d for d in found if d['image_id'] == image]
+            boxes = torch.tensor([d['bbox'] for d in own], dtype=torch.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            pred = dict(bboxes=boxes, scores=torch.tensor([d['score'] for d in own], dtype=torch.float64))
+            pred['labels'] = torch.tensor([d['category_id'] - 1 for d in own], dtype=torch.long)
+            pred['masks'] = [dict(d['segmentation']) for d in own]
+            metric.process({}, [dict(img_id=image, ori_shape=(96, 96), pred_instances=pred)])
+        metric.compute_metrics(metric.results)
+        tested = report.TestResults(
+            'None', [('queries', '12', '345', '–', '–')], '7 images a second', dict(seed=5, commit='abc'),
+            metric.annotations, metric.summaries,
+        )  # fmt: skip
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
     return (folder / 'index.html').read_text('utf-8')
 
@@ -239,7 +251,7 @@ def test_the_command(monkeypatch, data, tmp_path):
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(CONFIG)
-    set_classes(cfg, ['circle', 'square', 'triangle', 'star'])
+    set_classes(cfg, NAMES)
     checkpoint = tmp_path / 'untrained.pth'
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), checkpoint)
     options = dict(settings(data), **{'model.test_cfg.rcnn.score_thr': 1.1})
@@ -264,7 +276,7 @@ def test_the_command(monkeypatch, data, tmp_path):
         assert 'other than a report' in error_line(monkeypatch, 'test', *args, '--report', other)
     for option in ('test_evaluator.format_only=True', 'test_evaluator.metric=segm'):
         assert "the metric 'bbox'" in error_line(monkeypatch, 'test', *args, option, '--report', tmp_path / 'new')
-    assert 'needs a CocoMetric' in error_line(
+    assert 'needs a FastCocoMetric' in error_line(
         monkeypatch, 'test', *args, 'test_evaluator.type=VOCMetric', '--report', tmp_path / 'new'
     )
     assert not (tmp_path / 'new').exists()

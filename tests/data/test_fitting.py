@@ -1,0 +1,109 @@
+"""A config agrees with its data whatever its data set is called: a subclass, a name with a scope, or a class."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from mmdet.datasets import CocoDataset
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS
+from mmengine.config import Config
+
+from spec_mmdet import InputError
+from spec_mmdet.data.checks import check_inputs
+from spec_mmdet.data.fitting import (
+    coco_datasets,
+    coco_metrics,
+    configured_classes,
+    set_classes,
+    state_classes_once,
+    stated_classes,
+)
+from spec_mmdet.data.reading import CheckedCocoDataset
+
+NAMES = ('circle', 'square', 'triangle', 'star')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def registered():
+    """What a user's own module registers."""
+
+    class ShapesDataset(CocoDataset):
+        METAINFO = dict(classes=NAMES)
+
+    class OldShapesDataset(CocoDataset):
+        METAINFO = dict(CLASSES=NAMES)
+
+    class ShapesMetric(CocoMetric):
+        pass
+
+    for kind in (ShapesDataset, OldShapesDataset):
+        DATASETS.register_module(module=kind)
+    METRICS.register_module(module=ShapesMetric)
+    yield ShapesDataset, ShapesMetric
+    for registry, kind in ((DATASETS, 'ShapesDataset'), (DATASETS, 'OldShapesDataset'), (METRICS, 'ShapesMetric')):
+        del registry.module_dict[kind]
+
+
+def config(root, kind) -> Config:
+    cfg = Config.fromfile(ROOT / 'configs' / 'xcit_spec_shapes.py')
+    for loop in ('train', 'val', 'test'):
+        cfg[f'{loop}_dataloader'].dataset.update(type=kind, data_root=f'{root}/')
+        if loop != 'train':
+            cfg[f'{loop}_evaluator'].ann_file = str(root / 'annotations' / 'instances_val.json')
+    return cfg
+
+
+def fit(cfg: Config) -> list[str]:
+    """As train and test do before they start."""
+    state_classes_once(cfg)
+    classes = check_inputs(cfg, ('train', 'val'), thorough=False)
+    set_classes(cfg, classes)
+    return classes
+
+
+def widths(cfg: Config) -> set[int]:
+    return {cfg.model.roi_head[f'{kind}_head'].num_classes for kind in ('bbox', 'mask')}
+
+
+@pytest.mark.parametrize('spelling', ['ShapesDataset', 'mmdet.ShapesDataset', 'class'])
+def test_a_subclass_has_its_own_classes(shapes, registered, spelling):
+    cfg = config(shapes, registered[0] if spelling == 'class' else spelling)
+    assert stated_classes(cfg.train_dataloader.dataset) == list(NAMES)
+    assert fit(cfg) == list(NAMES) and widths(cfg) == {4}
+    assert configured_classes(cfg.test_dataloader.dataset) == list(NAMES)
+
+
+@pytest.mark.parametrize('spelling', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset, CheckedCocoDataset])
+def test_cocos_own_classes_give_way_to_those_of_the_file(shapes, spelling):
+    cfg = config(shapes, spelling)
+    assert len(configured_classes(cfg.train_dataloader.dataset)) == 80
+    assert fit(cfg) == list(NAMES) and widths(cfg) == {4}
+
+
+def test_a_subclass_with_other_classes_than_the_file(tmp_path, shapes):
+    cfg = config(shapes, 'ShapesDataset')
+    content = json.loads((shapes / 'annotations' / 'instances_train.json').read_text())
+    content['categories'] = content['categories'][::-1]
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    cfg.train_dataloader.dataset.ann_file = str(tmp_path / 'train.json')
+    with pytest.raises(InputError, match='train.json.*4 classes.*another order'):
+        fit(cfg)
+
+
+def test_classes_in_the_spelling_of_mmdetection_2(shapes):
+    with pytest.raises(InputError, match='METAINFO of train_dataloader.dataset.type contains CLASSES'):
+        fit(config(shapes, 'OldShapesDataset'))
+
+
+def test_wrappers_other_formats_and_names_that_nothing_defines(registered):
+    inside = [dict(type='CocoDataset'), dict(type='mmdet.ShapesDataset'), dict(type=CheckedCocoDataset)]
+    others = [dict(type=kind) for kind in ('CocoPanopticDataset', 'LVISV1Dataset', 'VOCDataset', 'antigravity', 'a.b')]
+    loader = dict(dataset=dict(type='ConcatDataset', datasets=[*others, *inside]))
+    assert list(coco_datasets(loader)) == inside
+
+
+@pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.ShapesMetric', 'FastCocoMetric', CocoMetric])
+def test_metrics(kind):
+    cfg = Config(dict(test_evaluator=[dict(type='LVISMetric'), dict(type='DumpDetResults'), dict(type=kind)]))
+    assert coco_metrics(cfg, 'test') == [cfg.test_evaluator[2]]
