@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import parser
-from spec_mmdet.data.checks import read_coco
+from spec_mmdet.data.reading import read_coco
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.metrics import fast_evaluation
 
