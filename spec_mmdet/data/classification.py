@@ -5,6 +5,8 @@ Needs timm, and is imported by the configs that pretrain alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,18 @@ SPLITS = ('train', 'val')
 
 
 def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
-    """timm's, which asks for 0 bits at its greatest magnitude; Pillow 12 takes 1 at least."""
+    """Posterize by timm to at least 1 bit: at its greatest magnitude it asks for 0, which Pillow 12 rejects."""
     return auto_augment.posterize(image, max(bits, 1), **kwargs)
 
 
-auto_augment.NAME_TO_OP['PosterizeIncreasing'] = posterize
+def build_transform(**arguments: object) -> Callable:
+    """Build timm's transform by its create_transform, with our :func:`posterize`."""
+    transform = create_transform(**arguments)
+    for step in transform.transforms:
+        for operation in [*getattr(step, 'ops', ()), *chain.from_iterable(getattr(step, 'policy', ()))]:
+            if getattr(operation, 'aug_fn', None) is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return transform
 
 
 def read_rgb(path: str) -> Image.Image:
@@ -58,7 +67,7 @@ class ClassFolder(ImageFolder):
 
     def __init__(self, root: str, transform: dict) -> None:
         try:
-            super().__init__(root, create_transform(**transform), loader=read_rgb)
+            super().__init__(root, build_transform(**transform), loader=read_rgb)
         except OSError as error:
             raise InputError(
                 f'{root}: {error}; --data FOLDER takes FOLDER/train/CLASS/ and FOLDER/val/CLASS/, with images of the '

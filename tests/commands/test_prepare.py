@@ -311,7 +311,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
 def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, capsys):
     replace_image(truncated)(spoilt)
     # As OpenCV 4.10 does: it returns what there is, and grey for the rest.
-    monkeypatch.setattr('mmcv.imfrombytes', lambda content: np.full((SIZE, SIZE, 3), 128, np.uint8))
+    monkeypatch.setattr('mmcv.imfrombytes', lambda content, **kwargs: np.full((SIZE, SIZE, 3), 128, np.uint8))
     error_line(monkeypatch, 'prepare', spoilt)
     assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
 

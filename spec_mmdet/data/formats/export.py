@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 
 from ...errors import InputError
 from ..findings import Findings, Place
-from ..images import DAMAGED, EXIF_ORIENTATION, IMAGE_SUFFIXES
+from ..images import DAMAGED, EXIF_ORIENTATION, IMAGE_SUFFIXES, allow_large_images
 from ..rules import area_of_polygon, rasterised
 from ..splits import WHOLE, Split
 
@@ -51,7 +51,7 @@ def is_junk(name: str) -> bool:
 
 def read_size(path: Path) -> tuple[int, int]:
     """Read an image's width and height from its header, turned by its EXIF orientation as training turns it."""
-    with Image.open(path) as image:
+    with allow_large_images(), Image.open(path) as image:
         # The base class's method: that of PNG decodes the image.
         turned = Image.Image.getexif(image).get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size

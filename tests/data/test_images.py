@@ -1,0 +1,127 @@
+"""Images are decoded once and completely, by the loader, the checks and the classifiers."""
+
+import io
+import threading
+import warnings
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+from mmcv.transforms import LoadImageFromFile
+from PIL import Image
+
+from spec_mmdet import InputError
+from spec_mmdet.data import images
+from spec_mmdet.data.images import CheckedLoadImageFromFile, allow_large_images, check_image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One picture as JPEG, PNG, WebP, BMP, 16-bit PNG and TIFF, and turned by its EXIF orientation."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).resize((120, 80))
+    for suffix in ('jpg', 'png', 'webp', 'bmp'):
+        picture.save(tmp_path / f'plain.{suffix}')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / 'turned.jpg', exif=exif)
+    for suffix in ('png', 'tif'):
+        cv2.imwrite(str(tmp_path / f'deep.{suffix}'), np.asarray(picture).astype(np.uint16) * 256)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'settings', [{}, dict(to_float32=True), dict(color_type='grayscale'), dict(imdecode_backend='pillow')], ids=str
+)
+def test_the_loader_returns_what_mmcv_returns(folder, settings):
+    for path in folder.iterdir():
+        ours, theirs = (
+            kind(**settings).transform(dict(img_path=str(path)))
+            for kind in (CheckedLoadImageFromFile, LoadImageFromFile)
+        )
+        assert list(ours) == list(theirs) and ours['img'].dtype == theirs['img'].dtype
+        assert ours['img_shape'] == theirs['img_shape'] and ours['ori_shape'] == theirs['ori_shape']
+        assert np.array_equal(ours['img'], theirs['img'])
+
+
+def test_files_are_read_and_decoded_once(folder, monkeypatch):
+    counts = dict(read=0, decoded=0)
+    read, decode = images.fileio.get, mmcv.imfrombytes
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(images.fileio, 'get', count('read', read))
+    monkeypatch.setattr(mmcv, 'imfrombytes', count('decoded', decode))
+    monkeypatch.setattr(images, 'require_whole', lambda content: pytest.fail('decoded by Pillow'))
+    CheckedLoadImageFromFile().transform(dict(img_path=str(folder / 'plain.jpg')))
+    assert counts == dict(read=1, decoded=1)
+    assert check_image(folder / 'plain.jpg', 80, 120)[:2] == ('', [])
+    assert counts['decoded'] == 2
+
+
+@pytest.mark.parametrize('name', ['plain.jpg', 'plain.png', 'plain.webp'])
+def test_truncated_and_missing_images(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for size in (path.stat().st_size, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(InputError, match=f'{name}: cannot be decoded to its end'):
+            CheckedLoadImageFromFile().transform(dict(img_path=str(path)))
+        assert check_image(path, 80, 120)[0]
+    path.unlink()
+    with pytest.raises(InputError, match=f'{name}: cannot be read'):
+        CheckedLoadImageFromFile().transform(dict(img_path=str(path)))
+    assert CheckedLoadImageFromFile(ignore_empty=True).transform(dict(img_path=str(path))) is None
+
+
+def test_checks_of_size_orientation_and_depth(folder):
+    assert check_image(folder / 'plain.png', 80, 121)[0] == 'images of another size than the annotation file says'
+    assert 'EXIF' in check_image(folder / 'turned.jpg', 120, 80)[1][0]
+    assert 'labels do not' in check_image(folder / 'turned.jpg', 80, 120)[0]
+    for name in ('deep.png', 'deep.tif'):
+        assert check_image(folder / name, 80, 120)[1] == [images.DEEP]
+
+
+def test_pillows_limit_is_lifted_only_where_images_are_decoded(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
+    buffer = io.BytesIO()
+    Image.new('RGB', (30, 30)).save(buffer, 'webp')
+    inside, leave = threading.Event(), threading.Event()
+
+    def work():
+        with allow_large_images():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        images.require_whole(buffer.getvalue())
+    assert Image.MAX_IMAGE_PIXELS is None  # the other thread still decodes
+    leave.set()
+    thread.join()
+    assert Image.MAX_IMAGE_PIXELS == 50
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(buffer)
+
+
+def test_timms_operations_are_its_own():
+    timm = pytest.importorskip('timm.data')
+    from spec_mmdet.data.classification import ClassFolder, build_transform  # noqa: F401, registers as a config does
+
+    operations = timm.auto_augment.NAME_TO_OP
+    assert operations['PosterizeIncreasing'] is timm.auto_augment.posterize
+    arguments = dict(input_size=32, is_training=True, auto_augment='rand-m10-inc1')
+    transform = build_transform(**arguments)
+    (augmentation,) = (step for step in transform.transforms if hasattr(step, 'ops'))
+    (operation,) = (op for op in augmentation.ops if op.name == 'PosterizeIncreasing')
+    operation.prob = 1
+    picture = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
+    assert np.unique(operation(picture)).tolist() == [128]  # 1 bit, where timm asks for none
