@@ -23,6 +23,7 @@ from ..configs import find_config, read_config
 from ..data.checks import check_inputs
 from ..data.fitting import (
     has_masks,
+    require_monitored_metrics,
     require_one_annotation_file,
     set_classes,
     state_classes_once,
@@ -149,6 +150,8 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
         masks_changed = use_masks_as_the_model(config)
         if check:
             require_one_annotation_file(config, loops)
+            if 'train' in loops:
+                require_monitored_metrics(config)
             if masks_changed and not has_masks(config.get('model')):
                 print('the detector has no mask head: masks are neither loaded nor evaluated')
             found = check_inputs(config, loops, found, thorough)

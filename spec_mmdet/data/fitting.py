@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
@@ -50,6 +51,13 @@ def coco_datasets(node: object) -> Iterator[dict]:
             yield found
 
 
+def list_annotation_files(cfg: Config, loop: str) -> list[Path]:
+    """List the annotation files on this machine that a loop's data sets in COCO's format read."""
+    datasets = coco_datasets(cfg.get(f'{loop}_dataloader'))
+    paths = [Path(dataset.get('data_root') or '', str(dataset.get('ann_file', ''))) for dataset in datasets]
+    return [path for path in paths if path.is_file()]
+
+
 def coco_metrics(cfg: Config, loop: str) -> list[dict]:
     """The configs of a loop's evaluators that compute COCO's metrics."""
     found = evaluators(cfg, loop)
@@ -57,13 +65,13 @@ def coco_metrics(cfg: Config, loop: str) -> list[dict]:
 
 
 def evaluators(cfg: Config, loop: str) -> list[dict]:
-    """The configs of a loop's evaluators, of which there may be none, one or several."""
+    """List the configs of a loop's evaluators."""
     found = cfg.get(f'{loop}_evaluator') or []
     return found if isinstance(found, list) else [found]
 
 
 def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
-    """Every dict in (a part of) a config with its name, as --cfg-options has it; those outside first."""
+    """Yield every dict in (a part of) a config with its name in --cfg-options, outer ones first."""
     if isinstance(node, dict):
         yield name, node
         for key, child in node.items():
@@ -74,7 +82,7 @@ def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
 
 
 def classes_in(metainfo: dict | None) -> list[str]:
-    """The classes that a data set's metainfo in a config states: a list, one name, or a file with a name a line."""
+    """Return the classes in a data set's metainfo: a list, one name, or a file with a name per line."""
     classes = (metainfo or {}).get('classes') or []
     if isinstance(classes, str):
         return Path(classes).read_text(encoding='utf-8').splitlines() if Path(classes).is_file() else [classes]
@@ -94,13 +102,13 @@ def stated_classes(dataset: dict) -> list[str]:
 
 
 def state_classes_once(cfg: Config) -> list[str]:
-    """Have all data sets of a config know the classes that the metainfo of one of them states; changes ``cfg``.
+    """Give all data sets of a config the classes that one of them states; changes ``cfg``.
 
     Returns:
-        These classes; none where no metainfo states any, and the annotation files tell.
+        These classes; none if no data set states any, so that the annotation files define them.
 
     Raises:
-        InputError: if two data sets state different ones, or one states them by a name that nothing reads.
+        InputError: if two data sets state different classes, or one states them by a name that nothing reads.
     """
     stated: dict[str, list[str]] = {}
     for loop in LOOPS:
@@ -130,14 +138,21 @@ def state_classes_once(cfg: Config) -> list[str]:
 
 
 def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
-    """Check that each loop's evaluators read the annotation file of its data set.
+    """Check that each loop's evaluators read the annotation file of its data set, of which there must be one.
 
     Raises:
-        InputError: if one reads another file that is there; its images would not be those that are predicted on.
+        InputError: if an evaluator reads another existing file, or if COCO's metrics would mix several data sets.
     """
     for loop in loops:
         datasets = list(coco_datasets(cfg.get(f'{loop}_dataloader')))
-        for evaluator in evaluators(cfg, loop) if len(datasets) == 1 else ():
+        metrics = coco_metrics(cfg, loop)
+        if metrics and len(datasets) > 1:
+            files = list_briefly([str(dataset.get('ann_file')) for dataset in datasets])
+            raise InputError(
+                f'{loop}_dataloader in the config has {len(datasets)} data sets ({files}), whose images one evaluator '
+                'would mix. Evaluate them in a run each, or merge their annotation files'
+            )
+        for evaluator in metrics if datasets else ():
             measured, predicted = evaluator.get('ann_file'), datasets[0].get('ann_file')
             if isinstance(measured, str) and isinstance(predicted, str):
                 files = Path(measured), Path(datasets[0].get('data_root') or '', predicted)
@@ -148,8 +163,47 @@ def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
                     )
 
 
+def require_monitored_metrics(cfg: Config) -> None:
+    """Check that the metrics by which hooks choose checkpoints or stop are among those of COCO's evaluators.
+
+    Raises:
+        InputError: naming the hook. Metrics of other evaluators are not known before the run and are not checked.
+    """
+    metrics = coco_metrics(cfg, 'val')
+    if not metrics or len(metrics) < len(evaluators(cfg, 'val')):
+        return
+    names, unlisted = [], []  # names of metrics; parts of names that depend on classes or limits of detections
+    for evaluator in metrics:
+        prefix = evaluator.get('prefix') or find_class(evaluator, METRICS).default_prefix
+        items = evaluator.get('metric_items') or ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+        names += [f'{prefix}/{kind}_{i}' for kind in list_kinds(evaluator) for i in items if kind in ('bbox', 'segm')]
+        unlisted += ['_precision'] * bool(evaluator.get('classwise'))
+        unlisted += ['/AR'] * any(kind.startswith('proposal') for kind in list_kinds(evaluator))
+    for hook, key in monitoring_hooks(cfg):
+        for wanted in [hook[key]] if isinstance(hook[key], str) else hook[key]:
+            if wanted not in ('auto', *names) and not any(part in wanted for part in unlisted):
+                raise InputError(
+                    f'{key} of {hook.get("type", "a hook")} in the config is {wanted}, which val_evaluator does not '
+                    f'compute; use {" or ".join(get_close_matches(wanted, names, 2, 0))}'
+                )
+
+
+def list_kinds(evaluator: dict) -> list[str]:
+    """The kinds of COCO's metrics that an evaluator's config names, for instance 'bbox' and 'segm'."""
+    kinds = evaluator.get('metric', 'bbox')
+    return [kinds] if isinstance(kinds, str) else list(kinds)
+
+
+def monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
+    """Yield the configs of hooks that choose by a metric, with the key of its name."""
+    for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]:
+        for key in ('save_best', 'monitor'):  # of checkpoints, of early stopping
+            if isinstance(hook, dict) and hook.get(key):
+                yield hook, key
+
+
 def class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
-    """What is as wide as there are classes: all in a model's heads that has num_classes, with its name."""
+    """Yield the parts of a model's heads that have num_classes, with their names."""
     for name, node in walk(model or {}, 'model'):
         keys = name.split('.')
         if 'num_classes' in node and any('head' in key for key in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
@@ -157,7 +211,7 @@ def class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
 
 
 def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -> None:
-    """Have a config's data sets and the heads of its model know these classes, in this order; changes ``cfg``.
+    """Set the classes, in this order, of a config's data sets and of the heads of its model; changes ``cfg``.
 
     Args:
         cfg: the whole config.
@@ -185,19 +239,19 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
 
 
 def has_masks(model: dict | None) -> bool:
-    """Whether a detector, by its config, finds masks and so learns from them."""
+    """Tell whether a detector, by its config, predicts masks and so is trained with them."""
     for _, node in walk(model or {}):
         if any(isinstance(node.get(key), (dict, list)) and node[key] for key in MASK_HEADS):
             return True
-        if str(node.get('type', '')).startswith('RTMDetIns'):  # whose head of boxes finds masks, too
+        if str(node.get('type', '')).startswith('RTMDetIns'):  # whose head of boxes predicts masks, too
             return True
     return False
 
 
 def use_masks_as_the_model(cfg: Config) -> bool:
-    """Have a config load masks to learn from if its model finds them, and else nowhere; changes ``cfg``.
+    """Have a config load and evaluate masks if its model predicts them, and else nowhere; changes ``cfg``.
 
-    A model without them is measured by its boxes, and so is its best checkpoint chosen.
+    Without masks in the evaluation, the best checkpoint is chosen by boxes.
 
     Returns:
         Whether anything was changed.
@@ -208,14 +262,12 @@ def use_masks_as_the_model(cfg: Config) -> bool:
         for _, transform in walk(cfg.get(f'{loop}_dataloader')):
             if is_kind_of(transform, TRANSFORMS, LoadAnnotations) and (loop == 'train' or not masks):
                 transform['with_mask'] = masks
-        for evaluator in evaluators(cfg, loop):
-            metrics = evaluator.get('metric')
-            if metrics and not masks:
-                metrics = [metrics] if isinstance(metrics, str) else metrics
-                evaluator['metric'] = [metric for metric in metrics if metric != 'segm'] or ['bbox']
-    if not masks:
-        for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]:
-            for key in ('save_best', 'monitor'):  # of checkpoints, of early stopping
-                if isinstance((hook or {}).get(key), str):
-                    hook[key] = hook[key].replace('segm_', 'bbox_')
+        for evaluator in coco_metrics(cfg, loop) if not masks else ():
+            if 'segm' in list_kinds(evaluator):
+                evaluator['metric'] = [kind for kind in list_kinds(evaluator) if kind != 'segm'] or ['bbox']
+    metrics = coco_metrics(cfg, 'val')
+    if metrics and not any('segm' in list_kinds(evaluator) for evaluator in metrics):
+        for hook, key in monitoring_hooks(cfg):
+            if isinstance(hook[key], str):
+                hook[key] = hook[key].replace('segm_', 'bbox_')
     return cfg.to_dict() != before

@@ -26,10 +26,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..conditioning.correction import describe_conditioning
+from ..data.fitting import list_annotation_files
 from ..data.images import decode
 from ..errors import InputError
 from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
-from ..files import format_csv, write
+from ..files import compute_digest, format_csv, write
 from .hooks import CONDITIONING, MEDIANS
 from .saving import unwrap_model
 
@@ -67,6 +68,10 @@ def describe_run(runner: Runner) -> dict:
         config=str(runner.cfg.filename),
         conditioning=describe_conditioning(backbone.state_dict()) if backbone is not None else 'None',
         started=runner.timestamp,
+        data={
+            loop: {str(path): compute_digest(path) for path in list_annotation_files(runner.cfg, loop)}
+            for loop in ('train', 'val')
+        },
         versions=dict(torch=str(torch.__version__), mmengine=mmengine.__version__, spec_mmdet=version('spec_mmdet')),
     )  # fmt: skip
 

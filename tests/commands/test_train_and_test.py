@@ -1,6 +1,7 @@
 """The command line tools, in process: training, testing, resuming, and what they say of unusable inputs."""
 
 import csv
+import hashlib
 import json
 import os
 import pickle
@@ -198,7 +199,7 @@ def test_training_writes_condition_numbers(trained):
         assert entries[-1][f'conditioning/{name}'] == pytest.approx(value, rel=1e-4)
 
 
-def test_training_leaves_what_people_look_at(trained):
+def test_training_leaves_what_people_look_at(trained, shapes):
     (epoch,) = csv.DictReader((trained / 'results.csv').read_text().splitlines())
     records = read_scalars(trained)
     losses = [entry['loss'] for entry in records if 'loss' in entry]
@@ -212,6 +213,9 @@ def test_training_leaves_what_people_look_at(trained):
     run = json.loads((trained / 'run.json').read_text())
     assert run['seed'] == 0 and run['conditioning'] == "dict(type='identity', lam=1)" and '--work-dir' in run['command']
     assert run['commit'].startswith(subprocess.check_output(['git', 'rev-parse', 'HEAD'], cwd=ROOT, text=True).strip())
+    annotations = {split: shapes / 'annotations' / f'instances_{split}.json' for split in ('train', 'val')}
+    digests = {split: {str(p): hashlib.sha256(p.read_bytes()).hexdigest()} for split, p in annotations.items()}
+    assert run['data'] == digests
     for name in ('epoch_1.pth', 'best_coco_segm_mAP_epoch_1_weights.pth'):
         assert load(trained / name)['meta']['run'] == run
 

@@ -1,6 +1,7 @@
 """A config agrees with its data whatever its data set is called: a subclass, a name with a scope, or a class."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from conftest import ROOT
@@ -15,9 +16,12 @@ from spec_mmdet.data.fitting import (
     coco_datasets,
     coco_metrics,
     configured_classes,
+    require_monitored_metrics,
+    require_one_annotation_file,
     set_classes,
     state_classes_once,
     stated_classes,
+    use_masks_as_the_model,
 )
 from spec_mmdet.data.reading import CheckedCocoDataset
 
@@ -107,3 +111,36 @@ def test_wrappers_other_formats_and_names_that_nothing_defines(registered):
 def test_metrics(kind):
     cfg = Config(dict(test_evaluator=[dict(type='LVISMetric'), dict(type='DumpDetResults'), dict(type=kind)]))
     assert coco_metrics(cfg, 'test') == [cfg.test_evaluator[2]]
+
+
+def test_several_data_sets_under_one_metric(shapes):
+    cfg = config(shapes, 'CheckedCocoDataset')
+    one = cfg.val_dataloader.dataset
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, dict(one, ann_file='b.json')])
+    require_one_annotation_file(cfg, ['train'])
+    with pytest.raises(InputError, match='val_dataloader.* 2 data sets .*b.json'):
+        require_one_annotation_file(cfg, ['train', 'val'])
+
+
+@pytest.mark.parametrize(
+    ('settings', 'rejected'),
+    [
+        ({'default_hooks.checkpoint.save_best': 'coco/bbox_mAP_50'}, ''),
+        ({'default_hooks.checkpoint.save_best': ['auto', 'coco/segm_mAP']}, ''),
+        ({'default_hooks.checkpoint.save_best': 'bbox_mAP'}, 'save_best.*bbox_mAP, .*coco/bbox_mAP'),
+        ({'default_hooks.checkpoint.save_best': 'coco/person_precision'}, 'coco/person_precision'),
+        ({'default_hooks.checkpoint.save_best': 'coco/person_precision', 'val_evaluator.classwise': True}, ''),
+        ({'default_hooks.checkpoint.save_best': 'coco/AR@100', 'val_evaluator.metric': ['bbox', 'proposal']}, ''),
+        ({'default_hooks.stop': dict(type='EarlyStoppingHook', monitor='coco/mAP')}, 'monitor of EarlyStoppingHook'),
+        ({'val_evaluator.metric': 'bbox'}, ''),  # the best is chosen by boxes then
+        ({'val_evaluator.prefix': 'mine'}, 'save_best.*coco/segm_mAP, .*mine/segm_mAP'),
+        ({'val_evaluator': [dict(type='VOCMetric')]}, ''),
+    ],
+    ids=str,
+)
+def test_metrics_that_hooks_monitor(shapes, settings, rejected):
+    cfg = config(shapes, 'CheckedCocoDataset')
+    cfg.merge_from_dict(settings)
+    use_masks_as_the_model(cfg)
+    with pytest.raises(InputError, match=rejected) if rejected else nullcontext():
+        require_monitored_metrics(cfg)

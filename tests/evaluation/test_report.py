@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from spec_mmdet.data import shapes
+from spec_mmdet.data import reading, shapes
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
 from spec_mmdet.evaluation.outcomes import ERRORS, confusion_matrix, outcomes, scores_of
@@ -258,8 +258,11 @@ def test_the_command(monkeypatch, data, tmp_path):
     options = [f'{key}={value}' for key, value in options.items()]
     args = [CONFIG, checkpoint, '--work-dir', tmp_path / 'work', '--cfg-options', *options]
     folder = tmp_path / 'a' / 'report'
+    parsed, read = [], reading.read_json
+    monkeypatch.setattr(reading, 'read_json', lambda path: parsed.append(path.name) or read(path))
     for _ in range(2):  # the second replaces the first
         run_tool(monkeypatch, 'test', *args, '--report', folder)
+        assert parsed == ['instances_val.json']  # by the first alone, and for all of it
         page = (folder / 'index.html').read_text('utf-8')
         assert [row[1] for row in table(page, 'stats')[:3]] == ['0.000'] * 3 and '<b>0 of ' in page
         assert 'The detector has found nothing at all' in page and 'No score can be advised' in page
