@@ -25,16 +25,16 @@ from pycocotools import mask as mask_utils
 
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import parser
-from spec_mmdet.data.shapes import annotation_of, background, noisy, write_png, write_split
+from spec_mmdet.data.shapes import add_noise, draw_background, make_annotation, write_png, write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import write_folder_atomically
 
-FIGURE = 96  # pixels that a figure is drawn in
-MIN_VISIBLE = 0.4  # no object is placed of which less than this would stay visible
+FIGURE = 96  # height and width of a drawn figure in pixels
+MIN_VISIBLE = 0.4  # the least visible fraction of an object
 
 
 class Source(Protocol):
-    """Where objects come from.
+    """A source of objects.
 
     Attributes:
         pretraining: names of the categories to pretrain on.
@@ -45,7 +45,7 @@ class Source(Protocol):
     detection: Sequence[str]
 
     def draw(self, rng: np.random.Generator, category: str, split: str) -> np.ndarray:
-        """An object: BGR and what of it is opaque (0 or 255), uint8, shape (H, W, 4)."""
+        """Draw an object: BGR and opacity (0 or 255), uint8, shape (H, W, 4)."""
 
 
 class Figures:
@@ -79,7 +79,7 @@ class Figures:
         self.detection = [name for place, name in named if place % 2]
 
     def draw(self, rng: np.random.Generator, category: str, split: str) -> np.ndarray:
-        """See :class:`Source`; figures are drawn anew, whatever the split."""
+        """See :class:`Source`; figures are drawn anew in every split."""
         texture, arrangement = category.split()
         centres = np.array(self.arrangements[arrangement]) * 0.3 * FIGURE + FIGURE / 2
         centres = np.round(centres + rng.uniform(-3, 3, centres.shape)).astype(int)
@@ -92,20 +92,20 @@ class Figures:
                 cv2.circle(opaque, (x, y), radius, 255, -1)
             else:
                 cv2.rectangle(opaque, (x - radius, y - radius), (x + radius, y + radius), 255, -1)
-        colours = self.two_colours(rng)
-        return np.dstack([colours[self.pattern(rng, texture).astype(int)], opaque])
+        colours = self.draw_colours(rng)
+        return np.dstack([colours[self.draw_pattern(rng, texture).astype(int)], opaque])
 
     @staticmethod
-    def two_colours(rng: np.random.Generator) -> np.ndarray:
-        """Two that differ enough for a texture to be seen."""
+    def draw_colours(rng: np.random.Generator) -> np.ndarray:
+        """Draw two colours that differ enough to show a texture; BGR, shape (2, 3)."""
         while True:
             colours = rng.integers(20, 236, (2, 3))
             if np.abs(colours[0] - colours[1]).sum() > 200:
                 return colours.astype(np.uint8)
 
     @staticmethod
-    def pattern(rng: np.random.Generator, texture: str) -> np.ndarray:
-        """Which of the two colours each pixel has."""
+    def draw_pattern(rng: np.random.Generator, texture: str) -> np.ndarray:
+        """Draw a mask of the pixels that have the second colour."""
         y, x = np.mgrid[:FIGURE, :FIGURE]
         period = rng.integers(8, 13)
         x, y = x // (period // 2), y // (period // 2)
@@ -126,7 +126,7 @@ class Garments:
             /usr/share/datasets/fashion-mnist.
 
     Raises:
-        InputError: if one of them is not there, or is another file.
+        InputError: if one of them is missing or is another file.
     """
 
     names = ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
@@ -145,7 +145,7 @@ class Garments:
 
     @staticmethod
     def read(path: Path, header: int) -> np.ndarray:
-        """The bytes after the header of a gzipped file of MNIST's kind, which says how many there are."""
+        """Read the bytes after the header of a gzipped file in MNIST's format; the header specifies their number."""
         try:
             content = gzip.decompress(path.read_bytes())
         except (OSError, EOFError) as error:
@@ -155,7 +155,7 @@ class Garments:
             ) from error
         sizes = np.frombuffer(content[4:header], '>u4')
         if len(content) - header != np.prod(sizes, dtype=np.int64) or not len(sizes):
-            raise InputError(f'{path}: is none of Fashion-MNIST, or not whole')
+            raise InputError(f'{path}: is corrupt or not a file of Fashion-MNIST')
         return np.frombuffer(content, np.uint8, offset=header)
 
     def draw(self, rng: np.random.Generator, category: str, split: str) -> np.ndarray:
@@ -171,17 +171,17 @@ class Garments:
 
 
 def put(image: np.ndarray, figure: np.ndarray, centre: Sequence[float], length: float, angle: float) -> np.ndarray:
-    """Draw an object into an image, which is changed.
+    """Draw an object into an image in place.
 
     Args:
         image: BGR, shape (H, W, 3).
         figure: see :class:`Source`.
         centre: of the object, (x, y).
-        length: what its longer side becomes, in pixels.
-        angle: that it is turned by, in degrees.
+        length: of its longer side, in pixels.
+        angle: of its rotation, in degrees.
 
     Returns:
-        Where it is, bool, shape (H, W).
+        Its mask, bool, shape (H, W).
     """
     rows, columns = (np.flatnonzero(figure[..., 3].max(axis=axis) > 127) for axis in (1, 0))
     figure = figure[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -196,11 +196,13 @@ def put(image: np.ndarray, figure: np.ndarray, centre: Sequence[float], length: 
 
 
 def make_scene(rng: np.random.Generator, size: int, source: Source, split: str) -> tuple[np.ndarray, list[dict]]:
-    """A scene of size x size pixels, BGR, with objects of the categories to detect, and its COCO annotations but for
-    the ids.
+    """Draw a scene of size x size pixels, BGR, with objects of the detected categories.
+
+    Returns:
+        The scene, and its COCO annotations without ids.
     """
-    image = background(rng, size)
-    placed: list[tuple[int, np.ndarray, int]] = []  # category, what of it is visible, pixels of the whole
+    image = draw_background(rng, size)
+    placed: list[tuple[int, np.ndarray, int]] = []  # category, visible mask, pixels of the whole
     for _ in range(rng.integers(3, 9)):
         category = int(rng.integers(len(source.detection)))
         figure = source.draw(rng, source.detection[category], split)
@@ -213,20 +215,20 @@ def make_scene(rng: np.random.Generator, size: int, source: Source, split: str) 
             continue
         image, placed = candidate, [*below, (category, there, whole)]
     masks = [mask_utils.encode(np.asfortranarray(visible.astype(np.uint8))) for _, visible, _ in placed]
-    annotations = [annotation_of(rle, category) for rle, (category, _, _) in zip(masks, placed)]
-    return noisy(rng, image), annotations
+    annotations = [make_annotation(rle, category) for rle, (category, _, _) in zip(masks, placed)]
+    return add_noise(rng, image), annotations
 
 
 def make_crop(rng: np.random.Generator, size: int, source: Source, category: str, split: str) -> np.ndarray:
-    """A picture of size x size pixels, BGR, of one object of a category."""
-    image = background(rng, size)
+    """Draw a picture of size x size pixels, BGR, of one object of a category."""
+    image = draw_background(rng, size)
     centre = size / 2 + rng.uniform(-0.08, 0.08, 2) * size
     put(image, source.draw(rng, category, split), centre, size * rng.uniform(0.6, 0.95), rng.uniform(0, 360))
-    return noisy(rng, image)
+    return add_noise(rng, image)
 
 
 def write_crops(root: Path, split: str, images: int, size: int, source: Source, rng: np.random.Generator) -> None:
-    """Write so many pictures of single objects to root/split/CATEGORY."""
+    """Write ``images`` pictures of single objects to root/split/CATEGORY."""
     for number in range(images):
         category = source.pretraining[number % len(source.pretraining)]
         folder = root / split / category

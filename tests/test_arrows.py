@@ -113,6 +113,8 @@ def test_no_module_imports_what_imports_it():
 
 
 def test_tools_are_thin_and_modules_short():
+    tools = {'train.py', 'test.py', 'convert_checkpoint.py', 'dist_train.sh', 'dist_test.sh'}
+    assert {path.name for path in (ROOT / 'tools').iterdir() if path.is_file()} == tools
     assert all(len(path.read_text().splitlines()) <= 15 for path in (ROOT / 'tools').iterdir() if path.is_file())
     modules = [path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts]
     assert all(len(path.read_text().splitlines()) <= 450 for path in modules)

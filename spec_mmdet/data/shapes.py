@@ -3,7 +3,7 @@
     write_shapes('data/shapes')
 
 Circles, squares, triangles and stars of random colour, size and rotation lie over one another on cluttered
-backgrounds; polygons follow what is visible. Some images hold a crowd region: many tiny shapes under one annotation
+backgrounds; polygons follow the visible parts. Some images hold a crowd region: many tiny shapes under one annotation
 with iscrowd=1, as in COCO. The same seed writes the same files.
 """
 
@@ -22,11 +22,11 @@ from shapely.geometry import MultiPolygon, Point, Polygon, box
 from ..files import write_folder_atomically
 
 CATEGORIES = ('circle', 'square', 'triangle', 'star')
-MIN_VISIBLE = 0.7  # no object is placed of which less than this would stay visible
+MIN_VISIBLE = 0.7  # the least visible fraction of an object
 
 
-def unit_shape(category: str) -> Polygon:
-    """The category's outline around the origin, within a radius of 1."""
+def make_outline(category: str) -> Polygon:
+    """Return the outline of a category around the origin, within a radius of 1."""
     if category == 'circle':
         return Point(0, 0).buffer(1, quad_segs=12)
     points = {'square': 4, 'triangle': 3, 'star': 10}[category]
@@ -36,24 +36,25 @@ def unit_shape(category: str) -> Polygon:
 
 
 def place(rng: np.random.Generator, category: str, x: float, y: float, radius: float) -> Polygon:
-    shape = affinity.scale(unit_shape(category), radius, radius * rng.uniform(0.85, 1), origin=(0, 0))
+    """Scale, turn and move the outline of a category; returns it in pixels."""
+    shape = affinity.scale(make_outline(category), radius, radius * rng.uniform(0.85, 1), origin=(0, 0))
     return affinity.translate(affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0)), x, y)
 
 
-def simple_polygons(geometry) -> list[Polygon]:
-    """The parts of a geometry as polygons without holes, which COCO's polygons cannot express: cut through each."""
+def cut_into_polygons(geometry) -> list[Polygon]:
+    """Cut a geometry into polygons without holes, which COCO's polygons cannot express."""
     if isinstance(geometry, Polygon):
         if not geometry.interiors:
             return [geometry] if geometry.area >= 4 else []
         x0, y0, x1, y1 = geometry.bounds
         cut = geometry.interiors[0].centroid.x
         halves = geometry.intersection(box(x0, y0, cut, y1)), geometry.intersection(box(cut, y0, x1, y1))
-        return [part for half in halves for part in simple_polygons(half)]
-    return [part for child in getattr(geometry, 'geoms', ()) for part in simple_polygons(child)]
+        return [part for half in halves for part in cut_into_polygons(half)]
+    return [part for child in getattr(geometry, 'geoms', ()) for part in cut_into_polygons(child)]
 
 
-def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Soft colour patches, lines and specks: clutter, but nothing that belongs to a category."""
+def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw colour patches, lines and specks that belong to no category; returns an image of size x size pixels, BGR."""
     patches = np.clip(rng.integers(30, 226, 3) + rng.integers(-60, 61, (4, 4, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(rng.integers(3, 7)):
@@ -76,8 +77,8 @@ def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
     cv2.polylines(image, [fixed_point], True, [c // 2 for c in colour], 1, cv2.LINE_AA, shift=8)
 
 
-def annotation_of(rle: dict, category: int, iscrowd: int = 0) -> dict:
-    """The COCO annotation, but for the ids, of a mask that pycocotools has encoded."""
+def make_annotation(rle: dict, category: int, iscrowd: int = 0) -> dict:
+    """Make the COCO annotation, without ids, of a mask that pycocotools has encoded."""
     return dict(
         category_id=category + 1,
         iscrowd=iscrowd,
@@ -87,8 +88,8 @@ def annotation_of(rle: dict, category: int, iscrowd: int = 0) -> dict:
     )
 
 
-def noisy(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """An image with the noise of a camera."""
+def add_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Add Gaussian noise to an image."""
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
 
 
@@ -98,8 +99,8 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
-    """An image of size x size pixels, BGR, and its COCO annotations but for the ids."""
-    image = background(rng, size)
+    """Draw an image of size x size pixels, BGR; returns it and its COCO annotations without ids."""
+    image = draw_background(rng, size)
     frame = box(0, 0, size, size)
     annotations = []
     taken = Polygon()
@@ -114,7 +115,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
             paint(image, member, rng)
         taken = MultiPolygon(members).buffer(0).convex_hull.intersection(frame)
         rle = mask_utils.frPyObjects([np.asarray(taken.exterior.coords).ravel().tolist()], size, size)[0]
-        annotations.append(annotation_of(rle, category, iscrowd=1))
+        annotations.append(make_annotation(rle, category, iscrowd=1))
 
     placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
     for _ in range(rng.integers(3, 7)):
@@ -130,7 +131,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         placed = candidate
 
     for category, _, visible in placed:
-        polygons = simple_polygons(visible)
+        polygons = cut_into_polygons(visible)
         x0, y0, x1, y1 = MultiPolygon(polygons).bounds
         annotations.append(
             dict(
@@ -141,7 +142,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
                 segmentation=[np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in polygons],
             )
         )
-    return noisy(rng, image), annotations
+    return add_noise(rng, image), annotations
 
 
 def write_split(

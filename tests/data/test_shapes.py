@@ -21,6 +21,16 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
         assert (tmp_path / 'a' / name).read_bytes() != (tmp_path / 'c' / name).read_bytes()
 
 
+def test_the_whole_data_set(tmp_path, capsys):
+    shapes.write_shapes(tmp_path / 'shapes', train=3, val=2, size=96, seed=7)
+    assert '3 training and 2 validation images of 96 pixels' in capsys.readouterr().out
+    for i, (split, images) in enumerate(dict(train=3, val=2).items()):
+        shapes.write_split(tmp_path / 'alone', split, images, 96, np.random.default_rng([7, i]))
+    files = [path.relative_to(tmp_path / 'alone') for path in (tmp_path / 'alone').rglob('*') if path.is_file()]
+    assert len(files) == 7
+    assert all((tmp_path / 'alone' / name).read_bytes() == (tmp_path / 'shapes' / name).read_bytes() for name in files)
+
+
 def test_annotations_agree_with_their_masks(tmp_path):
     shapes.write_split(tmp_path, 'val', 60, 128, np.random.default_rng(1))
     path = tmp_path / 'annotations' / 'instances_val.json'
@@ -47,6 +57,6 @@ def test_annotations_agree_with_their_masks(tmp_path):
 
 def test_holes_are_cut_open():
     ring = Point(0, 0).buffer(10).difference(Point(0, 0).buffer(4))
-    parts = shapes.simple_polygons(ring)
+    parts = shapes.cut_into_polygons(ring)
     assert len(parts) == 2 and not any(part.interiors for part in parts)
     assert abs(sum(part.area for part in parts) - ring.area) < 1e-9

@@ -31,8 +31,8 @@ class Marked:
 
 @pytest.mark.parametrize('seed', range(5))
 def test_masks_are_what_is_seen(monkeypatch, seed):
-    monkeypatch.setattr('research.scenes.background', lambda rng, size: np.zeros((size, size, 3), np.uint8))
-    monkeypatch.setattr('research.scenes.noisy', lambda rng, image: image)
+    monkeypatch.setattr('research.scenes.draw_background', lambda rng, size: np.zeros((size, size, 3), np.uint8))
+    monkeypatch.setattr('research.scenes.add_noise', lambda rng, image: image)
     source = Marked()
     image, annotations = make_scene(np.random.default_rng(seed), 96, source, 'train')
     assert annotations
@@ -95,7 +95,7 @@ def test_garments_are_pasted_from_their_own_split(monkeypatch, tmp_path):
 
     broken = tmp_path / 'train-images-idx3-ubyte.gz'
     broken.write_bytes(gzip.compress(gzip.decompress(broken.read_bytes())[:-1]))
-    assert 'not whole' in error_line(monkeypatch, 'research.scenes', tmp_path / 'new', '--fashion-mnist', tmp_path)
+    assert 'is corrupt' in error_line(monkeypatch, 'research.scenes', tmp_path / 'new', '--fashion-mnist', tmp_path)
     broken.unlink()
     assert 'dataset-fashion-mnist' in error_line(
         monkeypatch, 'research.scenes', tmp_path / 'new', '--fashion-mnist', tmp_path
