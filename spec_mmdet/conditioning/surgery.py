@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -15,6 +14,7 @@ from .finding.projections import Projection, find, find_projections
 from .fixed import Corrected, Corrections
 from .initialisation import conditioned_initialisation
 from .spectra import Report
+from .verification import Changes, change_and_verify, find_obstacle, find_shared_memory, reject_wrapped_model
 
 
 def condition(
@@ -75,58 +75,47 @@ def condition(
     """
     if type == 'initialisation' and (lam is not None or sigmas is not None or per_head or keep_function):
         raise ValueError("conditioning: 'initialisation' has no lam, sigmas, per_head or keep_function")
+    reject_wrapped_model(model)
     attention = find(model, layout, example)
+    shared, found = find_shared_memory(model, attention.projections), []
+    for projection in attention.projections:
+        name = projection.name
+        reason = find_obstacle(projection, keep_function) or shared.get(name)
+        if not reason and (per_head or type == 'initialisation') and projection.heads is None:
+            reason = 'has an unknown number of heads'
+        if not reason:
+            found.append(projection)
+        elif not partial:
+            raise InputError(f'condition: {name} {reason}')
+        else:
+            attention.refused[name] = reason
     if not partial:
         attention.require_complete()
-    found = attention.projections
     if not found:
         raise InputError('condition: found no query, key and value projections in this model')
     corrections = Corrections()
-    owners: dict[int, Projection] = {}
+    changes: Changes = {}
     for projection in found:
-        _require_plain(projection)
-        owner = owners.setdefault(id(projection.weight), projection)
-        if owner.module is not projection.module:
-            raise InputError(f'condition: {projection.name} shares the weight of {owner.name}: not supported')
-        if (per_head or type == 'initialisation') and projection.heads is None:
-            asked_by = 'per_head' if per_head else "type='initialisation'"
-            raise InputError(f'condition: {projection.name} does not say how many heads it has, as {asked_by} needs')
-        if type != 'initialisation':
+        owner = projection.module, projection.tensor
+        weight = changes.get(owner, projection.weight.detach())
+        if type == 'initialisation':
+            W = conditioned_initialisation(projection.W, projection.roles, projection.heads)
+            changes[owner] = projection.insert(W, weight)
+        else:
             correction = projection.make_correction(type, lam, sigmas, per_head)
-            corrections[projection.name] = Corrected(projection.module, projection.tensor, correction)
+            corrections[projection.name] = corrected = Corrected(*owner, correction)
+            changes[owner] = weight + corrected.C
     report = Report(found, corrections, by_head=type == 'initialisation')
     report.left_out = attention.refused | attention.uncovered
     if not keep_function:
-        report.notes = [*_warn_if_trained(model), *(_warn_if_small(found, corrections) if type == 'identity' else [])]
-    with torch.no_grad():
-        if type == 'initialisation':
-            for projection in found:
-                projection.replace(conditioned_initialisation(projection.W, projection.roles, projection.heads))
-        elif not keep_function:
-            for corrected in corrections.values():
-                corrected.weight.add_(corrected.C)
+        warned = _warn_if_small(found, corrections) if type == 'identity' else []
+        change_and_verify(changes, attention.runs)
+        report.notes = [*_warn_if_trained(model), *warned]
     if corrections:
+        for module, tensor in changes:  # so that a second call can be refused
+            module.conditioned_tensors = {*getattr(module, 'conditioned_tensors', ()), tensor}
         report.notes.append('the weights are W + C now; corrections.keep_fixed(optimizer) keeps C out of weight decay')
     return report
-
-
-def _require_plain(projection: Projection) -> None:
-    """Refuse a weight that no correction could be added to.
-
-    Raises:
-        InputError: saying why.
-    """
-    if projection.correction is not None:
-        raise InputError(f'condition: {projection.name} is conditioned already; fold(model) takes that into W')
-    if parametrize.is_parametrized(projection.module, projection.tensor):
-        raise InputError(f'condition: {projection.name} has a parametrization of another kind already')
-    weight = projection.weight
-    if weight.is_meta:
-        raise InputError(f'condition: {projection.name} is on the meta device and has no values; load or initialise it')
-    if hasattr(weight, 'placements'):
-        raise InputError(f'condition: {projection.name} is sharded; call condition before fully_shard')
-    if not weight.is_floating_point():
-        raise InputError(f'condition: {projection.name} is quantised ({weight.dtype}); condition the model before that')
 
 
 def _warn_if_trained(model: nn.Module) -> list[str]:

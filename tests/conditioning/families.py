@@ -237,14 +237,14 @@ def _compare_rows(model, events, found, weights) -> dict[str, dict[str, frozense
                 if len(sets) > 1 and sum(map(len, sets)) == len(frozenset.union(*sets)):
                     read_heads[weight][role] |= sets
     for projection in found.projections:
-        weight, stack = weights[projection.name], projection.rows
-        rows = torch.tensor(stack.index or range(len(stack.take(projection.weight))))
+        weight, selection = weights[projection.name], projection.rows
+        rows = torch.tensor(selection.index or range(len(selection.take(projection.weight))))
         by_hand = _BY_HAND.get(type(projection.attention).__name__)
         if weight not in read_rows and by_hand:
             parts = by_hand(projection.attention, torch.arange(len(projection.weight)))
             read_rows[weight] = {role: set(part.flatten().tolist()) for role, part in zip('QKV', parts)}
         assert weight in read_rows, f'{weight} is taken, but attention was not seen to use it'
-        for role, part in zip(stack.roles, rows.chunk(len(stack.roles))):
+        for role, part in zip(selection.roles, rows.chunk(len(selection.roles))):
             assert set(part.tolist()) == read_rows[weight][role], f'{weight} {role}'
             if projection.heads and read_heads[weight][role]:
                 heads = {frozenset(head.tolist()) for head in part.chunk(projection.heads)}

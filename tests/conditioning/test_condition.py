@@ -278,12 +278,12 @@ def test_what_cannot_be_conditioned_is_refused_and_left_alone():
         (nn.Linear(3, 3), {}, 'found no query'),
         (conditioned, {}, 'conditioned already'),
         (own, {}, 'conditioned already'),
-        (parametrized, {}, 'another kind'),
-        (headless, dict(per_head=True), 'how many heads'),
-        (headless, dict(type='initialisation'), 'how many heads'),
+        (parametrized, {}, 'parametrization'),
+        (headless, dict(per_head=True), 'number of heads'),
+        (headless, dict(type='initialisation'), 'number of heads'),
         (Attention().to('meta'), {}, 'meta device'),
-        (tied, {}, 'shares the weight of 0.qkv'),
-        (uneven, {}, 'could not be told'),
+        (tied, {}, 'shares its weight with 1.qkv'),
+        (uneven, {}, 'unknown order: qkv .20 x 8.'),
     ):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Which layers of an attention module hold its projections, by the names that they have."""
+"""Find the layers of an attention module that hold its projections, by their names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
 _ROLE = re.compile(
     r'(?P<before>|.*_|w|linear|lin)'
@@ -15,91 +14,95 @@ _ROLE = re.compile(
     r'(?P<after>|_.*|proj|lin|linear)',
     re.IGNORECASE,
 )
-_WORDS = re.compile('(quer(?:y|ies))|(keys?)|(values?)|_')
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LETTERS = {'queries': 'q', 'query': 'q', 'keys': 'k', 'key': 'k', 'values': 'v', 'value': 'v', '_': ''}
+_WORDS = re.compile('|'.join(_LETTERS))
 
 
 @dataclass(frozen=True)
 class NamedLayer:
-    """A layer that holds projections by its name.
+    """A layer whose name says that it holds projections.
 
     Attributes:
-        path: its name in the attention module.
-        roles: which projections, by the name.
-        module: the layer.
+        path: its name in the attention module; of a parameter of that module itself, without its last part, _weight.
+        roles: the projections in its name, in this order.
+        module: the module that owns the weight: the layer, or the attention module itself.
         transposed: whether its weight is stored with the outputs as its last dimension.
+        tensor: the weight's name in ``module``.
     """
 
     path: str
     roles: str
     module: nn.Module
     transposed: bool = False
+    tensor: str = 'weight'
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, as its module stores it."""
+        return getattr(self.module, self.tensor)
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in the attention module."""
+        return f'{self.path}.weight' if self.tensor == 'weight' else self.tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
-        weight = self.module.weight
-        return (weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight[0].numel())
+        """Numbers of outputs and inputs."""
+        outputs, inputs = self.weight.shape[0], self.weight.shape[1:].numel()
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 def parse_roles(name: str) -> tuple[str, str] | None:
-    """The projections that a name speaks of, and the rest of the name, which those of one attention share."""
+    """Split a layer's name into its projections, such as 'QKV', and the rest, which the layers of one group share."""
     match = _ROLE.fullmatch(name)
     if match is None:
         return None
-    roles = _WORDS.sub(
-        lambda word: 'q' if word[1] else 'k' if word[2] else 'v' if word[3] else '', match['role'].lower()
-    )
+    roles = _WORDS.sub(lambda word: _LETTERS[word[0]], match['role'].lower())
     return roles.upper(), f'{match["before"]}*{match["after"]}'
 
 
 def find_linear_layer(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
-    """The one layer y = W x + b of a module that is one or wraps one, as LeViT's with its normalisation.
+    """Find the one layer y = W x + b in a module that is one or wraps one, as LeViT's with its normalisation.
 
     Returns:
-        Its path in the module, the layer, and whether its weight is stored transposed; None where there is none or
-        more than one.
+        Its path in the module, the layer, and whether its weight is stored transposed; None for no layer or several.
     """
-    found = [(name, part, *kind) for name, part in module.named_modules() if (kind := _kind(part))]
+    found = [(name, part, _is_transposed(part)) for name, part in module.named_modules() if _is_linear(part)]
     return found[0] if len(found) == 1 else None
 
 
-def _kind(layer: nn.Module) -> tuple[bool] | None:
-    """None for what is not linear; else whether its weight is stored transposed."""
+def _is_transposed(layer: nn.Module) -> bool:
+    return type(layer).__name__ == 'Conv1D'  # transformers', which this package does not import
+
+
+def _is_linear(layer: nn.Module) -> bool:
     weight = getattr(layer, 'weight', None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim < 2:
-        return None
-    if isinstance(layer, nn.Linear):
-        return (False,) if _is_plain(layer, nn.Linear) else None
-    for convolution in _CONVOLUTIONS:
-        if isinstance(layer, convolution):
-            pointwise = weight[0, 0].numel() == 1 and layer.groups == 1
-            return (False,) if pointwise and _is_plain(layer, convolution) else None
-    # That of transformers, which conditioning does not import.
-    return (True,) if type(layer).__name__ == 'Conv1D' and weight.ndim == 2 else None
-
-
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a layer computes with its weight what its base class does: others may scale or quantise it first."""
-    own = next(c for c in type(layer).__mro__ if 'forward' in vars(c))
-    if own is kind or parametrize.is_parametrized(layer) or layer.weight.is_meta:
-        return True
-    x = torch.randn(2, *layer.weight[0].shape, generator=torch.Generator().manual_seed(0))
-    x = x.to(layer.weight)
-    try:
-        with torch.no_grad():
-            return torch.allclose(layer(x), kind.forward(layer, x), rtol=1e-4, atol=1e-5)
-    except Exception:  # a layer of another kind may want other inputs
+    if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
         return False
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return weight.shape[2:].numel() == 1 and layer.groups == 1
+    return isinstance(layer, nn.Linear) or _is_transposed(layer)
+
+
+def _find_own_parameters(attention: nn.Module) -> list[NamedLayer]:
+    """The projections of nn.MultiheadAttention, unless a subclass computes with other weights, as torch.ao's does."""
+    if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
+        return []
+    if attention._qkv_same_embed_dim:
+        return [NamedLayer('in_proj', 'QKV', attention, tensor='in_proj_weight')]
+    return [NamedLayer(f'{x}_proj', x.upper(), attention, tensor=f'{x}_proj_weight') for x in 'qkv']
 
 
 def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
-    """The layers of a module that by their names are projections.
+    """Find the layers of a module whose names are those of projections.
 
     Returns:
-        Groups of layers that together hold one query, key and value projection; and what is left over, layers called
-        like a projection that make no such group.
+        Groups of layers that together hold one query, key and value projection; and the remaining layers, which are
+        named like a projection but form no such group.
     """
+    if own := _find_own_parameters(attention):
+        return [own], []
     children = dict(attention.named_children())
     groups: dict[str, list[NamedLayer]] = {}
     for child, part in children.items():
@@ -119,5 +122,5 @@ def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
         for group in groups.values()
         if sorted(''.join(layer.roles for layer in group)) == ['K', 'Q', 'V']
     ]
-    taken = [layer for group in complete for layer in group]
-    return complete, [layer for group in groups.values() for layer in group if layer not in taken]
+    grouped = [layer for group in complete for layer in group]
+    return complete, [layer for group in groups.values() for layer in group if layer not in grouped]

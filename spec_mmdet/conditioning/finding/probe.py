@@ -1,113 +1,88 @@
-"""Finding out by experiment which rows of an attention module's layers are queries, keys and values.
+"""Find the layout of an unknown attention module by experiment.
 
-Neither a layer's name nor its shape says in which order its rows are: ViT's qkv holds all of Q, then all of K, then all
-of V, GPT-NeoX's holds them head by head. But whatever the order and whatever the attention, with K at zero its output
-does not depend on Q, and with V at zero it depends on neither. So a copy of the module, with random weights and in
-double precision, is run with an assumed K (or V) at zero, and autograd shows on which rows its output depends. A
-candidate that puts but one row wrong shows a dependence where there should be none.
+With its keys at zero, the output of any attention does not depend on its queries; with its values at zero, it depends
+on neither. So a random copy of the module is run in double precision with the assumed keys (or values) at zero, and
+autograd shows on which rows the output depends. A layout with a single wrong row shows a dependence that should not
+exist.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .examples import Call
+from .layouts import BY_GROUP, BY_ROLE, GATED, fit_template
+from .names import NamedLayer
 from .rows import Layout, RowSelection
+from .running import Call, make_calls
 
 _POSITIONS = re.compile('rel_|_rel|pos')
 
-# Relative to the largest gradient, what counts as none. The zeros are exact but for sums taken in another order.
-_NONE = 1e-9
+# Gradients below this part of the largest count as zero: they are exact but for sums in a different order.
+_TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer of an attention module that holds projections: its weight's name there, its roles and its rows."""
-
-    weight: str
-    roles: str
-    outputs: int
-    inputs: int
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How many heads an attention module says it has, of queries and of keys and values; None where it does not."""
-
-    queries: int | None
-    keys: int | None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The layout of each layer; whether the experiment bears out which rows are one head's."""
-
-    layouts: tuple[Layout, ...]
-    heads: bool
-
-
-def probe_layouts(attention: nn.Module, layers: list[Layer], heads: Heads, call: Call | None = None) -> Finding | None:
-    """Find the layouts of the layers that the attention's own behaviour bears out.
+def probe_layouts(
+    attention: nn.Module, layers: list[NamedLayer], call: Call | None = None
+) -> tuple[tuple[Layout, ...], bool] | None:
+    """Find the layouts that an attention module's behaviour confirms: by role, by head, by group, or with a gate.
 
     Args:
         attention: left as it is; a copy is run.
         layers: those of one query, key and value.
-        heads: what the module says of its heads.
-        call: what it got in its model, in double precision; if None, some inputs are made up.
+        call: its arguments in its model, in double precision; if None, random tokens.
 
     Returns:
-        None where the module does not run alone on the inputs, or none of the layouts that were thought of holds.
+        The layout of each layer, and whether the heads are confirmed, too; None if the module does not run on the
+        inputs, or no layout is confirmed.
     """
-    candidates = list(itertools.islice(_beliefs(attention, layers, heads), 200))
+    candidates = dict.fromkeys(
+        layouts for template in (BY_ROLE, BY_GROUP, GATED) for layouts in fit_template(template, attention, layers)
+    )
+    probe = start_probe(attention, layers, call)
+    confirmed = [layouts for layouts in candidates if probe.confirms(layouts)] if probe else []
+    by_heads = [layouts for layouts in confirmed if probe.confirms_heads(layouts)]
+    return ((by_heads or confirmed)[0], bool(by_heads)) if confirmed else None
+
+
+def start_probe(attention: nn.Module, layers: list[NamedLayer], call: Call | None = None) -> Probe | None:
+    """Make a probe of a module and the first inputs that it runs on; None if there are none."""
     try:
-        copied = copy.deepcopy(attention)
-        if any(parameter.is_meta for parameter in copied.parameters()):
-            copied.to_empty(device='cpu')  # its values do not matter
-        experiment = _Experiment(copied, layers)
-    except Exception:  # a module may hold anything
+        probe = Probe(attention, layers)
+    except Exception:  # a module may contain anything
         return None
-    for inputs in [_with_random_tokens(call, layers)] if call else _made_up_calls(attention, layers):
+    calls = (
+        [_replace_tokens(call, layers)] if call else make_calls(attention, layers[0].shape[1], torch.zeros(0).double())
+    )
+    for inputs in calls:
         try:
-            experiment.begin(inputs)
-        except Exception:  # these are not the inputs that it takes
+            probe.begin(inputs)
+            return probe
+        except Exception:  # the module does not take these inputs
             continue
-        without_heads = None
-        for candidate in candidates:
-            if experiment.confirms(candidate):
-                layouts = candidate
-                if not experiment.at_zero.any():
-                    layouts = tuple(_in_the_order_of_its_name(*pair) for pair in zip(candidate, layers))
-                if experiment.confirms_heads(candidate):
-                    return Finding(layouts, True)
-                without_heads = without_heads or Finding(layouts, False)
-        return without_heads
     return None
 
 
-class _Experiment:
-    """A copy of an attention module, random and in double precision, whose projections can be put at zero."""
+class Probe:
+    """A random copy of an attention module in double precision, whose projections can be set to zero."""
 
-    def __init__(self, attention: nn.Module, layers: list[Layer]) -> None:
-        self.attention, self.layers = attention, layers
-        attention.cpu().double()
-        attention.eval()
+    def __init__(self, attention: nn.Module, layers: list[NamedLayer]) -> None:
+        self.attention, self.layers = copy.deepcopy(attention), layers
+        if any(parameter.is_meta for parameter in attention.parameters()):
+            self.attention.to_empty(device='cpu')  # its values are not used
+        self.attention.cpu().double()
+        self.attention.eval()
         generator = torch.Generator().manual_seed(0)
         self.parameters = {}
         for name, parameter in self.attention.named_parameters(remove_duplicate=False):
             value = torch.zeros_like(parameter)
             if parameter.ndim > 1 and _POSITIONS.search(name):
-                pass  # relative positions can be keys of their own
+                pass  # relative positions can act as further keys
             elif parameter.ndim > 1:
                 value.normal_(generator=generator).div_(math.sqrt(parameter[0].numel()))
             elif not name.endswith('bias'):
@@ -116,14 +91,14 @@ class _Experiment:
         for module in self.attention.modules():
             if hasattr(module, 'reset_running_stats'):
                 module.reset_running_stats()
-        # Two draws, because the values' own part shows only when the queries and keys change. A few columns do.
+        # Two draws, because the role of the values shows only when queries and keys change. A few columns suffice.
         self.rows, self.others = (
-            [torch.randn(x.outputs, min(x.inputs, 8), generator=generator).double() / 8**0.5 for x in layers]
+            [torch.randn(x.shape[0], min(x.shape[1], 8), generator=generator).double() / 8**0.5 for x in layers]
             for _ in range(2)
         )
 
     def begin(self, call: Call) -> None:
-        """Try these inputs from here on: whatever the module raises on them is raised."""
+        """Use these inputs from here on; errors of the module on them are raised."""
         self.args, self.kwargs = call
         self.cotangent: Tensor | None = None
         self.signs = [1]
@@ -131,17 +106,17 @@ class _Experiment:
         if not self._depends().all():
             self.signs = [1, -1]  # a ReLU behind the attention may have left nothing of some values
         self.matters = self._depends()
-        # With all at zero softmax attention averages the values, so that on these alone the output depends.
+        # With all projections at zero, softmax attention averages the values: the output depends on these alone.
         self.at_zero = self._differ(self._gradients([torch.zeros_like(x) for x in self.rows]))
 
     @torch.enable_grad()
     def _gradients(self, rows: list[Tensor]) -> list[Tensor]:
-        """The gradient of a random sum of the output by each layer's rows, where these are what they hold."""
+        """Gradients of a random sum of the output with respect to each layer's rows, at these values of the rows."""
         leaves, parameters = [x.clone().requires_grad_() for x in rows], dict(self.parameters)
         for leaf, layer in zip(leaves, self.layers):
-            rows = nn.functional.pad(leaf, (0, layer.inputs - leaf.shape[1]))
-            stack = RowSelection(layer.roles, transposed=layer.transposed)
-            parameters[layer.weight] = stack.put(rows, self.parameters[layer.weight])
+            rows = nn.functional.pad(leaf, (0, layer.shape[1] - leaf.shape[1]))
+            selection = RowSelection(layer.roles, transposed=layer.transposed)
+            parameters[layer.parameter] = selection.put(rows, self.parameters[layer.parameter])
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -153,12 +128,12 @@ class _Experiment:
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
 
     def _depends(self, zero: list[Tensor] | None = None, change: list[Tensor] | None = None) -> Tensor:
-        """For all layers' rows one after the other: does the output depend on them?
+        """Whether the output depends on each row, for the rows of all layers one after the other.
 
         Args:
-            zero: for each layer, which rows are put at zero.
-            change: for each layer, which rows are put at other values; asked for is then whether that changes how the
-                output depends on them.
+            zero: for each layer, a mask of rows that are set to zero.
+            change: for each layer, a mask of rows that are changed; then the result is whether this change affects how
+                the output depends on each row.
         """
         found = torch.zeros(sum(len(rows) for rows in self.rows), dtype=torch.bool)
         for sign in self.signs:
@@ -173,11 +148,11 @@ class _Experiment:
         return found
 
     def _differ(self, gradients: list[Tensor]) -> Tensor:
-        return torch.cat([grad.abs().amax(1) for grad in gradients]) > _NONE * self.largest
+        return torch.cat([grad.abs().amax(1) for grad in gradients]) > _TOLERANCE * self.largest
 
-    def confirms(self, candidate: tuple[Layout, ...]) -> bool:
-        """Whether the queries, keys and values are where they are assumed to be."""
-        role, _ = _spread(candidate)
+    def confirms(self, layouts: tuple[Layout, ...]) -> bool:
+        """Whether the queries, keys and values are where these layouts have them."""
+        role, _ = _spread(layouts)
         whole, split = torch.cat(role), [role_ == 1 for role_ in role]
         Q, K, V, other = (whole == i for i in range(4))
         if not self.matters[~other].all():
@@ -190,32 +165,32 @@ class _Experiment:
         without_V = self._depends([role_ == 2 for role_ in role])
         if without_V[Q | K].any():
             return False
-        # The values take part through the attention's weights: rows that do not are another branch's.
+        # The values take part through the attention's weights; rows that do not belong to another branch.
         return bool(self._depends(change=[x <= 1 for x in role])[V].all())
 
-    def confirms_heads(self, candidate: tuple[Layout, ...]) -> bool:
-        """Whether the rows of each assumed head belong together, given that the roles are borne out."""
-        role, head = _spread(candidate)
+    def confirms_heads(self, layouts: tuple[Layout, ...]) -> bool:
+        """Whether the rows of each head belong together, given that the roles are confirmed."""
+        role, head = _spread(layouts)
         Q = torch.cat(role) == 0
         counts = [max(int(h[r == i].max()) + 1 for r, h in zip(role, head) if (r == i).any()) for i in range(3)]
         share = counts[0] // counts[1]
         of_query = torch.cat(head)[Q] // share
-        # Of the heads of keys, those whose number has a certain bit are left: then those of the queries are, too.
+        # Keep the heads of keys whose number has this bit: the output must depend on their queries alone.
         for bit in range((counts[1] - 1).bit_length()):
             expected = (of_query >> bit & 1) == 1
             of_keys, of_values = (
                 self._depends([(r == i) & (h >> bit & 1 == 0) for r, h in zip(role, head)])[Q] for i in (1, 2)
             )
-            # Where the heads' weights are mixed (CaiT's talking heads), all of them need any value.
+            # If the weights of heads are mixed (CaiT's talking heads), all heads depend on any value.
             if not torch.equal(of_keys, expected) or not (of_values.all() or torch.equal(of_values, expected)):
                 return False
         return True
 
 
-def _spread(candidate: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """For each layer's rows: the role's number in 'QKV-', and the number of the head."""
+def _spread(layouts: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """For the rows of each layer: the index of the role in 'QKV-', and the number of the head."""
     role, head, seen = [], [], dict.fromkeys('QKV-', 0)
-    for layout in candidate:
+    for layout in layouts:
         numbers = []
         for name, count in layout:
             numbers += [(('QKV-').index(name), seen[name])] * count
@@ -225,143 +200,14 @@ def _spread(candidate: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
     return role, head
 
 
-def _beliefs(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterator[tuple[Layout, ...]]:
-    """Layouts that the layers could have, the usual ones first."""
-    seen = set()
-    for sizes in _sizes(attention, layers, heads):
-        options = [_orders(layer, sizes) for layer in layers]
-        for candidate in itertools.product(*options):
-            if candidate not in seen:
-                seen.add(candidate)
-                yield candidate
-
-
-def _in_the_order_of_its_name(layout: Layout, layer: Layer) -> Layout:
-    """The roles as the name has them, where none of the three stands out as the values: in linear attention."""
-    blocks = [(role, list(group)) for role, group in itertools.groupby(layout, key=lambda block: block[0])]
-    if len(blocks) == len(layer.roles) and len({tuple(size for _, size in group) for _, group in blocks}) == 1:
-        return tuple((role, size) for role, (_, group) in zip(layer.roles, blocks) for _, size in group)
-    return layout
-
-
-# Of each role, the number of heads and the rows of one.
-Sizes = dict[str, tuple[int, int]]
-
-
-def _sizes(attention: nn.Module, layers: list[Layer], heads: Heads) -> Iterator[Sizes]:
-    """Numbers and sizes of heads that the attention could have, from what it says in its attributes."""
-    outputs = sum(layer.outputs for layer in layers)
-    numbers = sorted({x for x in vars(attention).values() if type(x) is int and 0 < x <= outputs})
-    said = [heads.queries] if heads.queries else [1, *(outputs // (3 * n) for n in numbers if outputs % (3 * n) == 0)]
-    for H, G in dict.fromkeys((h, g) for h in said for g in (heads.keys or h, h, 1)):
-        if H % G:
-            continue
-        alone = [x.outputs // {'Q': H, 'K': G, 'V': G}[x.roles] for x in layers if len(x.roles) == 1]
-        said_widths = [n for x in numbers for n in (x, x // H, x // G)]
-        widths = [n for n in dict.fromkeys([outputs // (H + 2 * G), *alone, *said_widths]) if n]
-        for d in widths:
-            for v in dict.fromkeys([d, (outputs - (H + G) * d) // G, *widths]):
-                if v > 0:
-                    yield {'Q': (H, d), 'K': (G, d), 'V': (G, v)}
-    n = (outputs - 1) // 2
-    yield {'Q': (1, 1), 'K': (1, n), 'V': (1, n)}  # MobileViT-v2's separable attention has one query, of one row
-
-
-def _orders(layer: Layer, sizes: Sizes) -> list[Layout]:
-    """The orders in which a layer could hold its projections' heads: role by role, head by head, and in between."""
-    counts = [sizes[role][0] for role in layer.roles]
-    rest = layer.outputs - sum(sizes[role][0] * sizes[role][1] for role in layer.roles)
-    # The rows that are left over are a gate's, one for each row or each head of queries.
-    if rest < 0 or rest and (layer.roles != 'Q' or rest not in (counts[0], layer.outputs // 2)):
-        return []
-    orders = []
-    common = math.gcd(*counts)
-    for groups in (n for n in range(1, common + 1) if common % n == 0):
-        parts = [((role, sizes[role][1]),) * (sizes[role][0] // groups) for role in layer.roles]
-        parts += [(('-', rest // groups),)] if rest else []
-        for order in itertools.permutations(parts):
-            names = [part[0][0] for part in order]
-            # Queries and keys are told apart by convention alone: queries come first.
-            if 'Q' not in names or 'K' not in names or names.index('Q') < names.index('K'):
-                orders.append(sum(order, ()) * groups)
-    return orders
-
-
-# Arguments that attention modules ask for, beside tokens, and what says nothing in their place.
-_WITHOUT = re.compile(r'mask|bias|past|cache|layer_idx|output_attentions|head_|dropout|use_|rel_pos|position_ids|freqs')
-_OTHER_TOKENS = re.compile(r'key|value|kv|context|encoder|memory|residual|^y$|hidden_states|query')
-
-
-def _made_up_calls(attention: nn.Module, layers: list[Layer]) -> Iterator[Call]:
-    """Inputs that a module of this kind could take: random tokens in several shapes, with what else it asks for."""
+def _replace_tokens(call: Call, layers: list[NamedLayer]) -> Call:
+    """Replace the tokens of a recorded call by random ones: in a new model they can be too small or too similar."""
     generator = torch.Generator().manual_seed(2)
-    width = layers[0].inputs
-    try:
-        first, *others = inspect.signature(attention.forward).parameters.values()
-    except (TypeError, ValueError):
-        return
-    required = [p for p in others if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    for h, w in _grids(attention):
-        N = h * w
-        for shape in ((2, N, width), (2, width, h, w), (2, h, w, width), (N, width)):
-            for rotary in _rotary_widths(attention) if any('position_emb' in p.name for p in others) else [None]:
-                kwargs = {}
-                for p in others:
-                    if p.name == 'position_embeddings':
-                        batch = shape[:-2] and (1,)
-                        kwargs[p.name] = torch.ones(*batch, N, rotary), torch.zeros(*batch, N, rotary)
-                    elif p not in required:
-                        continue
-                    elif re.search('seqlens', p.name):
-                        kwargs[p.name] = torch.tensor([0, N], dtype=torch.int32)
-                    elif p.name == 'alibi':
-                        kwargs[p.name] = torch.zeros(2, 1, 1, N)
-                    elif p.name in ('H', 'W', 'height', 'width'):
-                        kwargs[p.name] = h if p.name[0].lower() == 'h' else w
-                    elif re.search('size|shape|^hw$', p.name):
-                        kwargs[p.name] = (h, w)
-                    elif _OTHER_TOKENS.search(p.name):
-                        kwargs[p.name] = torch.randn(shape, generator=generator)
-                    else:
-                        kwargs[p.name] = None
-                kwargs = {k: _as_double(v) for k, v in kwargs.items()}
-                yield (torch.randn(shape, generator=generator, dtype=torch.float64),), kwargs
+    widths = {layer.shape[1] for layer in layers}
 
-
-def _with_random_tokens(call: Call, layers: list[Layer]) -> Call:
-    """A recorded call with other tokens: a fresh model's can be so alike or so small that nothing shows."""
-    generator = torch.Generator().manual_seed(2)
-    widths = {layer.inputs for layer in layers}
-
-    def other(x: object) -> object:
+    def replace(x: object) -> object:
         tokens = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and widths & {x.shape[-1], x.shape[1]}
         return torch.randn(x.shape, generator=generator).to(x) if tokens else x
 
     args, kwargs = call
-    return tree_map(other, args), {k: v if 'position' in k else tree_map(other, v) for k, v in kwargs.items()}
-
-
-def _as_double(value):
-    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
-
-
-def _grids(attention: nn.Module) -> Iterator[tuple[int, int]]:
-    """Heights and widths of tokens: what the module is made for, where it says so, or a few of its own choice."""
-    found = []
-    for name, value in vars(attention).items():
-        if re.search('window|resolution|feat_size|input_size|patch|grid', name):
-            value = (value, value) if type(value) is int else value
-            if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(x) is int and x > 0 for x in value):
-                found.append(tuple(value))
-    for _, tensor in itertools.chain(attention.named_buffers(), attention.named_parameters()):
-        side = math.isqrt(tensor.shape[-1]) if tensor.ndim > 1 else 0
-        if side > 1 and tensor.shape[-1] == tensor.shape[-2] == side**2:  # a bias between all pairs of tokens
-            found.append((side, side))
-    small = [(h, w) for h, w in found if h * w <= 1024]
-    yield from dict.fromkeys([*small, (3, 3), (4, 4)])
-
-
-def _rotary_widths(attention: nn.Module) -> list[int]:
-    """The widths that rotary position embeddings could have."""
-    said = {x for name, x in vars(attention).items() if type(x) is int and re.search('head_|rot|rope', name)}
-    return sorted({n for x in said for n in (x, x // 2, x // 4) if 1 < n <= 512}, reverse=True)[:8]
+    return tree_map(replace, args), {k: v if 'position' in k else tree_map(replace, v) for k, v in kwargs.items()}

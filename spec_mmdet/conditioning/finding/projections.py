@@ -1,11 +1,11 @@
-"""Finding the query, key and value projections in a model that exists already."""
+"""Find the query, key and value projections in an existing model."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from torch.nn.utils import parametrize
 
 from ...errors import InputError
 from ..correction import Correction
-from .coverage import uncovered
-from .examples import Call, make_example, record_calls
+from .coverage import find_uncovered
+from .layouts import count_heads, find_template, fit_separate_layers, fit_template
 from .names import NamedLayer, find_named_layers
-from .probe import Finding, Heads, Layer, probe_layouts
-from .rows import RowSelection, parse_layout, select_rows
+from .probe import probe_layouts
+from .rows import Layout, RowSelection, parse_layout, select_rows
+from .running import Call, Run, evaluation, find_runs, make_example, record_calls
+from .weights import find_fault
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Projection:
     """Query, key or value projections of one shape that an attention module holds in one weight.
 
     Attributes:
-        name: where it is in the model, for instance 'blocks.0.attn.qkv'; followed by the roles, for instance [V], where
-            the weight holds projections of other shapes beside these.
-        rows: which projections they are, and which rows of the weight they take.
+        name: path in the model, for instance 'blocks.0.attn.qkv'; followed by the roles, for instance [V], if the
+            weight holds projections of other shapes as well.
+        rows: the roles of the projections and their rows in the weight.
         attention: the attention module.
         module: the module that owns the weight: a linear layer, or the attention module itself.
         tensor: the weight's name in it.
@@ -41,27 +43,27 @@ class Projection:
 
     @property
     def roles(self) -> str:
-        """Which projections they are: 'QKV', 'KV', 'Q', 'K' or 'V', for instance."""
+        """The projections: 'QKV', 'KV', 'Q', 'K' or 'V', for instance."""
         return self.rows.roles
 
     @property
     def heads(self) -> int | None:
-        """How many heads each of the projections has, where that is known."""
+        """Number of heads of each projection; None if unknown."""
         return self.rows.heads
 
     @property
     def correction(self) -> Correction | None:
-        """What is added to the weight, if it is conditioned."""
+        """The correction that the module adds to this weight, if any."""
         for correction in find_corrections(self.module, self.tensor):
             if correction.rows in (None, self.rows):
                 return correction
-        own = getattr(self.attention, 'correction', None)
-        return own if isinstance(own, Correction) else None
+        correction = getattr(self.attention, 'correction', None)
+        return correction if isinstance(correction, Correction) else None
 
     @property
     def weight(self) -> Tensor:
         """The trained weight without its correction, as its module stores it."""
-        if parametrize.is_parametrized(self.module, self.tensor):
+        if find_corrections(self.module, self.tensor):
             return self.module.parametrizations[self.tensor].original
         return getattr(self.module, self.tensor)
 
@@ -72,7 +74,7 @@ class Projection:
 
     @property
     def W_plus_C(self) -> Tensor | None:
-        """W + C, shape of W; None where there is no correction."""
+        """W + C, in the shape of W; None without a correction."""
         return None if self.correction is None else self._blocks(self.correction(self.weight.detach()))
 
     def make_correction(
@@ -85,19 +87,18 @@ class Projection:
         """
         return Correction(self.weight, type, lam, sigmas, per_head, rows=self.rows)
 
-    @torch.no_grad()
-    def replace(self, W: Tensor) -> None:
-        """Put other values in the place of W, and leave the weight's other rows as they are."""
-        weight, rows = self.weight, W.flatten(0, 1)
+    def insert(self, W: Tensor, weight: Tensor) -> Tensor:
+        """A copy of a weight in which these projections have the values W; all other rows stay as they are."""
+        rows = W.flatten(0, 1)
         taken = self.rows.put(torch.ones_like(rows), weight).bool()
-        weight.copy_(self.rows.put(rows, weight).where(taken, weight))
+        return self.rows.put(rows, weight).where(taken, weight)
 
     def _blocks(self, weight: Tensor) -> Tensor:
         return self.rows.take(weight).unflatten(0, (len(self.roles), -1))
 
 
 def find_corrections(module: nn.Module, tensor: str) -> list[Correction]:
-    """The corrections that parametrize a module's tensor."""
+    """Find the corrections that parametrize a module's tensor."""
     if not parametrize.is_parametrized(module, tensor):
         return []
     return [part for part in module.parametrizations[tensor] if isinstance(part, Correction)]
@@ -105,32 +106,34 @@ def find_corrections(module: nn.Module, tensor: str) -> list[Correction]:
 
 @dataclass
 class Found:
-    """What attention a model has.
+    """The attention of a model.
 
     Attributes:
-        projections: those whose rows are known.
-        refused: layers that hold projections, but whose rows could not be told, and what to do about it.
-        uncovered: what looks like attention and has no layers that could be taken, and what it looks like.
+        projections: projections whose rows are known.
+        refused: layers that hold projections whose rows are unknown, with the reason and what to do.
+        uncovered: modules that look like attention but have no known projections, with the reason.
+        runs: calls that run the model or its parts.
     """
 
     projections: list[Projection]
     refused: dict[str, str]
     uncovered: dict[str, str]
+    runs: list[Run] = field(default_factory=list)
 
     def require_complete(self) -> None:
-        """Refuse a model of whose attention a part could not be taken.
+        """Refuse a model if a part of its attention cannot be conditioned.
 
         Raises:
-            InputError: naming all of that part.
+            InputError: naming that part.
         """
         if self.refused:
             name, why = next(iter(self.refused.items()))
             others = f' ({len(self.refused) - 1} more like it)' if len(self.refused) > 1 else ''
-            raise InputError(f'{name}: {why}, or partial=True to leave it as it is{others}')
+            raise InputError(f'condition: {name} {why}. partial=True leaves it unconditioned{others}')
         if self.uncovered:
             listed = '; '.join(f'{name} {why}' for name, why in self.uncovered.items())
             raise InputError(
-                f'condition: {len(self.uncovered)} modules look like attention and would be left as they are: '
+                f'condition: {len(self.uncovered)} modules look like attention and would stay unconditioned: '
                 f'{listed}. Pass partial=True to condition the {len(self.projections)} projections that were found'
             )
 
@@ -138,185 +141,164 @@ class Found:
 def find_projections(
     model: nn.Module, layout: dict[str, str] | None = None, example: object = None
 ) -> Iterator[Projection]:
-    """The query, key and value projections of a model, as :func:`find` finds them.
+    """Yield the query, key and value projections of a model, as :func:`find` finds them.
 
     Raises:
-        InputError: where it cannot be told which rows of a layer they are.
+        InputError: if the rows of a layer are unknown.
     """
-    found = find(model, layout, example)
+    found = find(model, layout, example, coverage=False)
     for name, why in found.refused.items():
-        raise InputError(f'{name}: {why}')
+        raise InputError(f'{name} {why}')
     yield from found.projections
 
 
-def find(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Found:
-    """Find the query, key and value projections in a model, and what looks like attention beside them.
+def find(
+    model: nn.Module, layout: dict[str, str] | None = None, example: object = None, coverage: bool = True
+) -> Found:
+    """Find the query, key and value projections in a model, and the attention that has none.
 
-    Layers are found by the names that attention modules give them. Which of their rows are queries, keys and values is
-    taken from ``layout``, from what the module says of its heads, or from an experiment (:mod:`.probe`).
+    Layers are found by the names that attention modules give them. Their rows are taken from ``layout``, from existing
+    corrections, from the table of known classes, from the numbers of heads for separate layers, or else from an
+    experiment (:mod:`.probe`).
 
     Args:
-        model: any; left as it is.
-        layout: for layers by their name in the model, in which * stands for anything, the rows that they hold, as
-            :func:`.rows.parse_layout` reads it.
-        example: an input of the model, whose attention gets its own inputs from it in the experiment: a tensor, a
-            tuple of arguments, or a dict of keyword arguments.
+        model: left as it is.
+        layout: rows of layers by name in the model, where * matches anything, as :func:`.rows.parse_layout` reads them.
+        example: an input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. The experiment
+            takes the inputs of the attention modules from it.
+        coverage: also look for attention without projections, by running the model.
 
     Raises:
-        InputError: if a layout cannot be read, does not fit its layer or names none.
+        InputError: if a layout cannot be parsed, does not fit its layer or matches none, or if the model does not run
+            on the example.
     """
-    layout = dict(layout or {})
-    unused = set(layout)
-    found = Found([], {}, {})
-    taken: set[nn.Module] = set()
-    known: dict[tuple, Finding | None] = {}
-    calls = None if example is None else record_calls(model, example)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            taken.add(module)
-            found.projections += _of_multihead_attention(name, module)
-            continue
-        for group in find_named_layers(module)[0]:
-            taken.add(module)
-            paths = [f'{name}.{layer.path}'.lstrip('.') for layer in group]
-            stated = _stated(paths, group, layout, unused)
-            selections = _conditioned(module, group) or stated or _by_attributes(module, group)
-            others = [p for p, x in zip(paths, group) if not selections and parametrize.is_parametrized(x.module)]
-            if others:
-                found.refused[others[0]] = 'it has a parametrization of another kind already'
-                continue
-            if not selections:
-                selections = _by_experiment(module, group, calls and calls.get(name), known)
-            if not selections and calls is None:
-                calls = _usual_calls(model)
-                selections = _by_experiment(module, group, calls.get(name), known)
-            if not selections:
-                found.refused |= dict.fromkeys(paths, _unknown(paths, group))
-                continue
-            for path, layer, parts in zip(paths, group, selections):
-                for rows in parts:
-                    part = f'[{rows.roles}]' if len(parts) > 1 else ''
-                    found.projections.append(Projection(path + part, rows, module, layer.module))
-    if unused:
-        raise InputError(f'layout: no layer is called {", ".join(sorted(unused))}')
-    found.uncovered = uncovered(model, taken)
-    return found
+    with evaluation(model):  # spectral_norm changes its state when a weight is read in training mode
+        return _Search(model, dict(layout or {}), example).run(coverage)
 
 
-def _unknown(paths: list[str], group: list[NamedLayer]) -> str:
-    rows = ', '.join(f'{path} ({layer.shape[0]} x {layer.shape[1]})' for path, layer in zip(paths, group))
-    return (
-        f'it could not be told which rows of {rows} are queries, keys and values. Pass layout= with the heads and rows '
-        f"that they have, for instance {{'{_pattern(paths[0])}': '8q64 8k64 8v64'}} (see parse_layout in "
-        'spec_mmdet.conditioning.rows), or example= with an input of the model'
-    )
+class _Search:
+    """The search for the projections of one model."""
+
+    def __init__(self, model: nn.Module, layout: dict[str, str], example: object) -> None:
+        self.model, self.layout, self.example = model, layout, example
+        self.unused = set(layout)
+        self.probed: dict[tuple, object] = {}
+        self._calls: dict[str, Call] | None = None
+
+    def run(self, coverage: bool) -> Found:
+        found = Found([], {}, {})
+        attention: set[nn.Module] = set()
+        for name, module in self.model.named_modules():
+            for group in find_named_layers(module)[0]:
+                attention.add(module)
+                paths = [f'{name}.{layer.path}'.lstrip('.') for layer in group]
+                selections = self.select(name, module, paths, group)
+                if isinstance(selections, str):
+                    found.refused |= dict.fromkeys(paths, selections)
+                    continue
+                for path, layer, parts in zip(paths, group, selections):
+                    for rows in parts:
+                        part = f'[{rows.roles}]' if len(parts) > 1 else ''
+                        found.projections.append(Projection(path + part, rows, module, layer.module, layer.tensor))
+        if self.unused:
+            raise InputError(f'layout: no layer is named {", ".join(sorted(self.unused))}')
+        if coverage:
+            found.runs = find_runs(self.model, self.example)
+            found.uncovered = find_uncovered(self.model, attention, found.runs)
+        return found
+
+    def select(
+        self, name: str, module: nn.Module, paths: list[str], group: list[NamedLayer]
+    ) -> list[list[RowSelection]] | str:
+        """The rows of each layer of a group, or the reason why they are unknown."""
+        stated = self.apply_layout(paths, group)
+        selections = _read_corrections(module, group) or stated
+        if selections:
+            return selections
+        faults = [find_fault(layer.module, layer.tensor) for layer in group]
+        if any(faults):
+            return next(filter(None, faults))
+        template = find_template(module)
+        layouts = next(fit_template(template, module, group), None) if template else None
+        if layouts:
+            return _select(module, layouts, group)
+        return fit_separate_layers(module, group) or self.probe(name, module, group) or _describe_unknown(paths, group)
+
+    def apply_layout(self, paths: list[str], group: list[NamedLayer]) -> list[list[RowSelection]] | None:
+        """The rows that the user's layouts give these layers."""
+        keys = [next((key for key in self.layout if fnmatch.fnmatchcase(path, key)), None) for path in paths]
+        if not any(keys):
+            return None
+        self.unused -= set(keys)
+        selections = []
+        for path, layer, key in zip(paths, group, keys):
+            if key is None:
+                raise InputError(f'layout: {path} is missing; it belongs to the same attention as {", ".join(paths)}')
+            parsed = parse_layout(self.layout[key])
+            roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
+            if rows != layer.shape[0] or roles != set(layer.roles):
+                raise InputError(
+                    f'layout: {path} has {layer.shape[0]} rows of {", ".join(layer.roles)}, but {self.layout[key]!r} '
+                    f'has {rows} rows of {", ".join(sorted(roles, key="QKV".index))}'
+                )
+            selections.append(select_rows(parsed, layer.transposed))
+        return selections
+
+    def probe(self, name: str, module: nn.Module, group: list[NamedLayer]) -> list[list[RowSelection]] | None:
+        """The rows that an experiment shows: on the example, or on random tokens and then on an input made for it."""
+        shapes = tuple((key, tuple(parameter.shape)) for key, parameter in module.named_parameters())
+        key = type(module), count_heads(module), shapes  # the blocks of a model have the same attention
+        if self.probed.get(key) is None:
+            call = self.calls.get(name) if self.example is not None else None
+            self.probed[key] = probe_layouts(module, group, call)
+            if self.probed[key] is None and call is None and name in self.calls:
+                self.probed[key] = probe_layouts(module, group, self.calls[name])
+        if self.probed[key] is None:
+            return None
+        layouts, heads_confirmed = self.probed[key]
+        return _select(module, layouts, group, heads_confirmed)
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """The arguments of the attention modules when the model is run on the example, or on one made for it."""
+        if self._calls is None:
+            example = make_example(self.model) if self.example is None else self.example
+            try:
+                self._calls = {} if example is None else record_calls(self.model, example)
+            except InputError:
+                if self.example is not None:
+                    raise
+                self._calls = {}
+        return self._calls
 
 
-def _of_multihead_attention(name: str, module: nn.MultiheadAttention) -> Iterator[Projection]:
-    if module._qkv_same_embed_dim:
-        path = f'{name}.in_proj'.lstrip('.')
-        yield Projection(path, RowSelection('QKV', module.num_heads), module, module, 'in_proj_weight')
-        return
-    for role in 'qkv':
-        path = f'{name}.{role}_proj'.lstrip('.')
-        yield Projection(path, RowSelection(role.upper(), module.num_heads), module, module, f'{role}_proj_weight')
-
-
-def _pattern(path: str) -> str:
-    """All layers called like this one, whatever block they are in."""
-    return re.sub(r'(^|\.)\d+(?=\.)', r'\1*', path)
-
-
-def _stated(paths: list[str], group: list[NamedLayer], layout: dict[str, str], unused: set[str]) -> list | None:
-    """What the user says of these layers."""
-    texts = [next((key for key in layout if fnmatch.fnmatchcase(path, key)), None) for path in paths]
-    if not any(texts):
-        return None
-    unused -= set(texts)
-    result = []
-    for path, layer, key in zip(paths, group, texts):
-        if key is None:
-            raise InputError(f'layout: it says nothing of {path}, which belongs with {", ".join(paths)}')
-        parsed = parse_layout(layout[key])
-        roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
-        if rows != layer.shape[0] or roles != set(layer.roles):
-            raise InputError(
-                f'layout: {path} has {layer.shape[0]} rows of {", ".join(layer.roles)}, but {layout[key]!r} are {rows} '
-                f'of {", ".join(sorted(roles, key="QKV".index))}'
-            )
-        result.append(select_rows(parsed, layer.transposed))
-    return result
-
-
-def _conditioned(attention: nn.Module, group: list[NamedLayer]) -> list | None:
-    """What the layers' corrections know."""
-    own = getattr(attention, 'correction', None)
-    whole = [RowSelection(layer.roles, _count(attention, _HEADS)) for layer in group]
-    if isinstance(own, Correction):
+def _read_corrections(attention: nn.Module, group: list[NamedLayer]) -> list[list[RowSelection]] | None:
+    """The rows recorded in the layers' corrections."""
+    whole = [RowSelection(layer.roles, count_heads(attention)) for layer in group]
+    if isinstance(getattr(attention, 'correction', None), Correction):
         return [[rows] for rows in whole]
-    result = [[c.rows or all_rows for c in find_corrections(x.module, 'weight')] for x, all_rows in zip(group, whole)]
-    return result if all(result) else None
+    recorded = [
+        [correction.rows or rows for correction in find_corrections(layer.module, layer.tensor)]
+        for layer, rows in zip(group, whole)
+    ]
+    return recorded if all(recorded) else None
 
 
-_HEADS = ('num_heads', 'num_attention_heads', 'heads', 'n_heads', 'n_head', 'nhead', 'num_query_heads')
-_KEY_HEADS = ('num_key_value_heads', 'num_kv_heads', 'n_kv_heads', 'kv_heads')
-_WIDTHS = (
-    'head_dim',
-    'attention_head_size',
-    'head_size',
-    'dim_head',
-    'dim_per_head',
-    'key_dim',
-    'qk_head_dim',
-    'd_head',
-)
+def _select(
+    attention: nn.Module, layouts: tuple[Layout, ...], group: list[NamedLayer], heads_known: bool = True
+) -> list[list[RowSelection]]:
+    selections = [select_rows(layout, layer.transposed) for layout, layer in zip(layouts, group)]
+    # A single head is only an assumption if the module states no number of heads.
+    if heads_known and (count_heads(attention) or any(rows.heads > 1 for parts in selections for rows in parts)):
+        return selections
+    return [[replace(rows, heads=None) for rows in parts] for parts in selections]
 
 
-def _count(attention: nn.Module, names: tuple[str, ...]) -> int | None:
-    """What the attention, or else its configuration, says under one of these names."""
-    for holder in (attention, getattr(attention, 'config', None)):
-        for name in names:
-            if type(getattr(holder, name, None)) is int:
-                return getattr(holder, name)
-    return None
-
-
-def _by_attributes(attention: nn.Module, group: list[NamedLayer]) -> list | None:
-    """Layers that hold one projection each, where the heads that the attention says it has fit their rows."""
-    if len(group) < 3:
-        return None
-    Q, K, V = (layer.shape[0] for layer in group)
-    H, G = _count(attention, _HEADS), _count(attention, _KEY_HEADS)
-    widths = [w for name in _WIDTHS if type(w := getattr(attention, name, None)) is int and w > 0]
-    for d in [*widths, *([Q // H] if H else [])]:
-        h, g = Q // d, K // d
-        fits = h * d == Q and g * d == K and H in (None, h) and (G in (None, g) or Q == K)
-        if fits and h % g == 0 and V % g == 0:
-            return [[RowSelection(x.roles, n, None, x.transposed)] for x, n in zip(group, (h, g, g))]
-    if Q == K:
-        return [[RowSelection(layer.roles, None, None, layer.transposed)] for layer in group]
-    return None
-
-
-def _usual_calls(model: nn.Module) -> dict[str, Call]:
-    example = make_example(model)
-    try:
-        return {} if example is None else record_calls(model, example)
-    except InputError:  # it was but a guess
-        return {}
-
-
-def _by_experiment(attention: nn.Module, group: list[NamedLayer], call: Call | None, known: dict) -> list | None:
-    heads = Heads(_count(attention, _HEADS), _count(attention, _KEY_HEADS))
-    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in attention.named_parameters())
-    key = type(attention), heads, shapes  # the blocks of a model have the same attention
-    if known.get(key) is None:
-        layers = [Layer(f'{layer.path}.weight', layer.roles, *layer.shape, layer.transposed) for layer in group]
-        known[key] = probe_layouts(attention, layers, heads, call)
-    finding = known[key]
-    if finding is None:
-        return None
-    result = [select_rows(layout, layer.transposed) for layout, layer in zip(finding.layouts, group)]
-    # That there is one head is what was assumed where nothing is known.
-    known_heads = finding.heads and (heads.queries or any(rows.heads > 1 for found in result for rows in found))
-    return result if known_heads else [[replace(rows, heads=None) for rows in found] for found in result]
+def _describe_unknown(paths: list[str], group: list[NamedLayer]) -> str:
+    rows = ', '.join(f'{path} ({layer.shape[0]} x {layer.shape[1]})' for path, layer in zip(paths, group))
+    pattern = re.sub(r'(^|\.)\d+(?=\.)', r'\1*', paths[0])  # the same layer in all blocks
+    return (
+        f'has query, key and value rows in an unknown order: {rows}. Pass layout= with the heads and rows of each, '
+        f"for instance {{'{pattern}': '8q64 8k64 8v64'}} (see parse_layout in "
+        'spec_mmdet.conditioning.finding.rows), or example= with an input of the model'
+    )

@@ -1,4 +1,4 @@
-"""Which rows of a weight are the query, key and value projections: where they lie, and how a user can say it."""
+"""Rows of a weight that are query, key and value projections, and the notation for them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Projections of one shape that lie in one weight.
+    """Rows of one weight that hold projections of one shape.
 
     Attributes:
-        roles: which they are, for instance 'QKV', 'KV' or 'Q'.
-        heads: how many heads each of them has; None where that is not known.
-        index: the rows of the weight that they take, projection by projection and head by head; None for all of them
-            in the order in which they are stored.
+        roles: the projections, for instance 'QKV', 'KV' or 'Q'.
+        heads: number of heads of each of them; None if unknown.
+        index: their rows in the weight, projection by projection and head by head; None for all rows in the order in
+            which they are stored.
         transposed: whether the weight is stored with its rows as the last dimension, as transformers' Conv1D stores it.
     """
 
@@ -29,13 +29,13 @@ class RowSelection:
     transposed: bool = False
 
     def take(self, weight: Tensor) -> Tensor:
-        """The projections one below the other, shape (projections * D, k), out of a weight as its layer stores it."""
-        rows = weight.flatten(1)  # a 1 x 1 convolution's, too
+        """The projections one below the other, shape (projections * D, k), of a weight as its layer stores it."""
+        rows = weight.flatten(1)  # 1 x 1 convolutions have more dimensions
         rows = rows.mT if self.transposed else rows
         return rows if self.index is None else rows[torch.tensor(self.index, device=weight.device)]
 
     def put(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """The inverse of :meth:`take`: a tensor stored as ``weight`` is, with zeros where other rows are."""
+        """Inverse of :meth:`take`: a tensor in the form of ``weight``, with zeros in all other rows."""
         if self.index is not None:
             outputs = weight.shape[-1 if self.transposed else 0]
             index = torch.tensor(self.index, device=weight.device)
@@ -43,24 +43,24 @@ class RowSelection:
         return (rows.mT if self.transposed else rows).reshape(weight.shape)
 
 
-# A layout: the blocks of rows of a weight, in order; each the role 'Q', 'K' or 'V', or '-' for rows that are none of
-# these, and the number of rows. Each block is one head's.
+# A layout: the blocks of rows of a weight, in order; each a role 'Q', 'K' or 'V', or '-' for other rows, and its number
+# of rows. Each block belongs to one head.
 Layout = tuple[tuple[str, int], ...]
 
 
 def parse_layout(text: str) -> Layout:
-    """Read a layout as a user writes it.
+    """Parse a layout in the notation of users.
 
-    A block of rows is a role (q, k, v, or - for rows that are none of them) and its number of rows; a number before it
-    repeats it, as it does a group in parentheses. Each block is one head's. For instance, with two heads:
+    A block of rows is a role (q, k, v, or - for other rows) and its number of rows. A number before a block, or before
+    a group in parentheses, repeats it. Each block belongs to one head. For instance, with two heads:
 
-        '2q32 2k32 2v32'     all of Q, then all of K, then all of V: as timm's ViT has them
-        '2(q16 k16 v64)'     head by head: as GPT-NeoX and TinyViT have them
+        '2q32 2k32 2v32'     all of Q, then all of K, then all of V: as in timm's ViT
+        '2(q16 k16 v64)'     head by head: as in GPT-NeoX and TinyViT
         '2(4q64 k64 v64)'    eight heads of queries that share two of keys and values
         '2(q64 -64)'         each head's queries and then a gate
 
     Raises:
-        InputError: if that is not how it is written.
+        InputError: if the text does not follow this notation.
     """
     blocks: list[tuple[str, int]] = []
     rest = text.strip()
@@ -85,7 +85,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def select_rows(layout: Layout, transposed: bool = False) -> list[RowSelection]:
-    """The projections of a layout, those of one shape stacked together in the order Q, K, V.
+    """Select the rows of a layout, projections of one shape together, in the order Q, K, V.
 
     Raises:
         InputError: if one role's blocks have different numbers of rows.
