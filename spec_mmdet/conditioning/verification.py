@@ -18,56 +18,13 @@ Changes = dict[tuple[nn.Module, str], Tensor]
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3, torch.float64: 1e-9}
 
 # Functions that compute with a weight as it is, or pass it on in another shape or type.
-_USES = [
-    'linear',
-    'bilinear',
-    'conv1d',
-    'conv2d',
-    'conv3d',
-    'matmul',
-    '__matmul__',
-    '__rmatmul__',
-    'mm',
-    'bmm',
-    'addmm',
-    'baddbmm',
-    'einsum',
-    'tensordot',
-    'cat',
-    'stack',
-    'multi_head_attention_forward',
-    't',
-    'transpose',
-    'permute',
-    'movedim',
-    'view',
-    'reshape',
-    'flatten',
-    'unflatten',
-    'squeeze',
-    'unsqueeze',
-    'expand',
-    'chunk',
-    'split',
-    'tensor_split',
-    'unbind',
-    'select',
-    'narrow',
-    '__getitem__',
-    '__get__',
-    'contiguous',
-    'to',
-    'type',
-    'type_as',
-    'float',
-    'half',
-    'bfloat16',
-    'double',
-    'cpu',
-    'cuda',
-    'detach',
-    'clone',
-]
+_NAMES = """
+linear bilinear conv1d conv2d conv3d matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm einsum tensordot cat stack
+multi_head_attention_forward t transpose permute movedim view reshape flatten unflatten squeeze unsqueeze expand chunk
+split tensor_split unbind select narrow __getitem__ __get__ contiguous to type type_as float half bfloat16 double cpu
+cuda detach clone
+"""
+_USES = set(_NAMES.split())
 
 
 def reject_wrapped_model(model: nn.Module) -> None:
