@@ -57,7 +57,7 @@ class ImportantLogHandler(logging.StreamHandler):  # a backend of MMEngine's tak
 class Bar(Progress):
     """A line of how far it is, and below it one of figures."""
 
-    format_progress = ''
+    figures = ''
 
     def get_renderables(self):
         yield from super().get_renderables()

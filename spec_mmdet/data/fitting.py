@@ -117,10 +117,10 @@ def state_classes_once(cfg: Config) -> list[str]:
                 continue
             for place, metainfo in (
                 (f'{name}.metainfo', dataset.get('metainfo') or {}),
-                (f'METAINFO of {name}.type', find_class(dataset, DATASETS).METAINFO),
+                (f'{name}.type.METAINFO', find_class(dataset, DATASETS).METAINFO),
             ):
                 if 'CLASSES' in metainfo:
-                    raise InputError(f'{place} contains CLASSES: MMDetection 3 reads "classes" instead; rename it')
+                    raise InputError(f'{place}.CLASSES in the config: MMDetection 3 reads "classes" instead; rename it')
             if classes := stated_classes(dataset):
                 stated[f'{name}.metainfo.classes'] = classes
     if not stated:

@@ -96,7 +96,7 @@ def test_a_subclass_with_other_classes_than_the_file(tmp_path, shapes):
 
 
 def test_classes_in_the_spelling_of_mmdetection_2(shapes):
-    with pytest.raises(InputError, match='METAINFO of train_dataloader.dataset.type contains CLASSES'):
+    with pytest.raises(InputError, match='train_dataloader.dataset.type.METAINFO.CLASSES'):
         fit(config(shapes, 'OldShapesDataset'))
 
 
