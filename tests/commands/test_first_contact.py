@@ -78,7 +78,9 @@ def roboflow(source, root: Path) -> None:
     for name, range_ in dict(train=(0, 8), valid=(8, 10)).items():
         some = part(coco, *range_)
         copy(images, some['images'], root / name)
-        write(root / name / '_annotations.coco.json', some)
+        placeholder = dict(id=0, name='shapes', supercategory='none')
+        categories = [placeholder, *(dict(category, supercategory='shapes') for category in some['categories'])]
+        write(root / name / '_annotations.coco.json', {**some, 'categories': categories})
 
 
 def cvat(source, root: Path) -> None:

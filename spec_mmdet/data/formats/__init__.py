@@ -10,6 +10,7 @@ datumaro 1.13 brings another OpenCV and Pillow.
 from __future__ import annotations
 
 import os
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..findings import Findings
 from ..folders import find_split, list_pairs
 from ..reading import read_coco
 from ..splits import WHOLE, Split
-from .coco import join_files, read_any_coco
-from .export import NEUTRAL, SPLITS, Export, is_junk, split_named
+from .coco import join_files, load_coco, read_any_coco
+from .export import NEUTRAL, SPLITS, Export, is_junk, parse_split
 from .label_studio import read_label_studio
 from .labelme import read_labelme
 from .xml import read_cvat, read_voc
@@ -52,6 +53,7 @@ FOREIGN = (
     ('Labelbox', '.json', ('"data_row"',), ''),
     ('Labelbox', '.ndjson', ('"data_row"',), ''),
     ('Labelbox', '.json', ('"Labeled Data"',), ''),
+    ('FiftyOne (use COCODetectionDataset)', '.json', ('"classes"', '"labels"', '"bounding_box"'), ''),
     ('Open Images', '.csv', ('ImageID', 'LabelName', 'XMin'), 'open_images'),
 )
 
@@ -71,16 +73,20 @@ def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool =
     Raises:
         InputError: if it is in no known format, or files contradict each other.
     """
-    folder = unpack(folder, scratch)
+    given, folder = folder, unpack(folder, scratch)
     splits = read_ready(folder, found)
     export = Export(folder, found, scratch, zero_based)
-    if splits:
-        export.used.update(Path(export.folder, split.images.relative_to(folder), image['file_name'])
-                           for split in splits for image in split.coco['images'])  # fmt: skip
-        export.used.update(export.folder / split.ann_file.relative_to(folder) for split in splits)
+    for split in splits:
+        export.used.add(export.folder / split.ann_file.relative_to(folder))
+        images = export.folder / split.images.relative_to(folder)
+        export.used.update(images / image['file_name'] for image in split.coco['images'])
+        split.is_foreign = folder != given
     for name, read in READERS.items():
-        if not splits and (splits := read(export)):
-            print(f'{folder}: in the format of {name}')
+        if splits or (splits := read(export)) is None:
+            continue
+        print(f'{given}: in the format of {name}')
+        if not splits:
+            raise InputError(f'{given}: none of the images is there that the labels belong to; copy them there')
     if not splits:
         raise InputError(describe_unknown(export))
     if {WHOLE, 'val'} <= {split.name for split in splits}:
@@ -106,7 +112,7 @@ def unpack(folder: Path, scratch: Path) -> Path:
             raise InputError(f'{folder}: cannot be read as a .zip ({error}); unpack it yourself') from error
         folder = target
     inside = [path for path in folder.iterdir() if not is_junk(path.name)]
-    if len(inside) != 1 or split_named(inside[0].name) or inside[0].name.lower() in NEUTRAL:
+    if len(inside) != 1 or parse_split(inside[0].name) or inside[0].name.lower() in NEUTRAL:
         return folder
     return unpack(inside[0], scratch) if inside[0].is_dir() or inside[0].suffix.lower() == '.zip' else folder
 
@@ -122,8 +128,10 @@ def read_ready(folder: Path, found: Findings) -> list[Split]:
     for name in SPLITS:
         if pairs[name]:
             ann_file, images = find_split(folder, name)
-            coco = read_coco(ann_file, found=found)
-            splits.append(Split(name, coco, '/'.join(ann_file.parts[-2:]), images, ann_file))
+            coco, incomplete = load_coco(ann_file, found) or (read_coco(ann_file, found=found), set())
+            if coco['images'] and not any((images / image['file_name']).is_file() for image in coco['images']):
+                return []  # they are named by other paths
+            splits.append(Split(name, coco, '/'.join(ann_file.parts[-2:]), images, ann_file, incomplete=incomplete))
             names = [[category['name'] for category in split.coco['categories']] for split in (splits[-1], splits[0])]
             check_categories(ann_file, *names)
     return splits
@@ -138,17 +146,18 @@ def describe_unknown(export: Export) -> str:
             if all(word in text for word in words):
                 how = 'Export it from there as COCO, since datumaro does not read it either'
                 if datumaro:
-                    how = f'Convert it: {DATUM.format(folder=export.folder, format=datumaro)}'
-                return f'{export.folder}: in the format of {tool} ({export.name_of(path)}). {how}. {supported}'
-    for name in SPLITS:
-        find_split(export.folder, name)  # which says what of COCO's layout is missing
-    hint = ''
+                    how = f'Convert it: {DATUM.format(folder=shlex.quote(str(export.folder)), format=datumaro)}'
+                return f'{export.folder}: in the format of {tool} ({export.format_path(path)}). {how}. {supported}'
+    try:
+        for name in SPLITS:
+            find_split(export.folder, name)
+    except InputError as error:  # a part of COCO's layout is missing
+        return f'{error}. {supported}'
+    hint = f' {export.found.first_error()}.' * bool(export.found.errors)
     stems = {path.stem for path in export.images}
     labels = [path for path in export.list_files('.txt') if path.stem in stems]
     if labels:
-        hint = (
-            f' {export.name_of(labels[0])} looks like a label file of YOLO: add classes.txt with a class name a line.'
-        )
+        hint += f' {export.format_path(labels[0])} may be labels of YOLO: add classes.txt with a class name a line.'
     if not export.images:
         hint += ' It contains no images.'
     return (
@@ -164,7 +173,9 @@ def read_annotations(images: Path, ann_file: Path, found: Findings, scratch: Pat
         InputError: if it cannot be read, or none of its images is there.
     """
     export = Export(images, found, scratch)
-    split = join_files(export, WHOLE, {Path(os.path.abspath(ann_file)): read_coco(ann_file, found=found)})
-    export.used.add(Path(os.path.abspath(ann_file)))
+    ann_file = Path(os.path.abspath(ann_file))
+    content = load_coco(ann_file, found) if ann_file.is_file() else None
+    split = join_files(export, WHOLE, {ann_file: content or (read_coco(ann_file, found=found), set())})
+    export.used.add(ann_file)
     export.report_unused()
     return split

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ...errors import InputError
-from ..findings import Place
-from ..reading import read_coco
+from ..findings import Findings
+from ..reading import check_layout, read_json
 from ..splits import WHOLE, Split
-from .export import SPLITS, Export, locate_images, split_named
+from .export import MISSING, SPLITS, Export, locate_images, parse_split
 
 
 def read_any_coco(export: Export) -> list[Split] | None:
@@ -18,24 +17,23 @@ def read_any_coco(export: Export) -> list[Split] | None:
     A file is of the split that its name or its folder names; files of several subsets that are none are one. Its images
     are found by the path that it states, of a server's path by the file name.
     """
-    paths = [path for path in export.list_files('.json') if is_coco(path)]
-    paths = [path for path in paths if path.stem.startswith('instances_')] or paths  # beside keypoints and captions
-    if not paths:
+    contents = {path: found for path in export.list_files('.json') if (found := load_coco(path, export.found))}
+    instances = [path for path in contents if path.stem.startswith('instances_')]  # beside keypoints and captions
+    if not contents:
         return None
-    splits = {path: split_named(path.stem.removeprefix('instances_')) or export.split_of(path) for path in paths}
+    contents = {path: contents[path] for path in instances or contents}
+    splits = {path: parse_split(path.stem.removeprefix('instances_')) or export.infer_split(path) for path in contents}
     if 'train' in splits.values():
         for path in [path for path, split in splits.items() if split is None]:
-            export.warn('annotation files of subsets that are neither train, val nor test, not used', path)
+            export.add_warning('annotation files of subsets that are neither train, val nor test, not used', path)
             export.used.add(path)
-            del splits[path]
-    contents = {path: read_coco(path, found=export.found) for path in splits}
+            del splits[path], contents[path]
     export.used.update(contents)
-    names = dict.fromkeys(category['name'] for coco in contents.values() for category in coco['categories'])
-    first = next(iter(contents.values()))['categories']
-    if any(coco['categories'] != first for coco in contents.values()):
-        first = [dict(id=index, name=name, supercategory='') for index, name in enumerate(names, start=1)]
-        for coco in contents.values():
-            renumber_categories(coco, {category['name']: category['id'] for category in first})
+    categories = [coco['categories'] for coco, _ in contents.values()]
+    if any(other != categories[0] for other in categories):
+        names = dict.fromkeys(category['name'] for some in categories for category in some)
+        for coco, _ in contents.values():
+            renumber_categories(coco, {name: index for index, name in enumerate(names, start=1)})
     result = []
     for split in (*SPLITS, None):
         files = {path: coco for path, coco in contents.items() if splits[path] == split}
@@ -44,16 +42,25 @@ def read_any_coco(export: Export) -> list[Split] | None:
     return result
 
 
-def is_coco(path: Path) -> bool:
-    """Test whether a JSON file is in COCO's format: it has lists of images, annotations and categories."""
+def load_coco(path: Path, found: Findings) -> tuple[dict, set] | None:
+    """Read a JSON file, if it is in COCO's format.
+
+    Returns:
+        Its content, and the ids of images with annotations that cannot be read; None of a file in another format.
+
+    Raises:
+        InputError: if it is damaged.
+    """
     content = path.read_bytes()
     if not all(key in content for key in (b'"images"', b'"annotations"', b'"categories"')):
-        return False
-    try:
-        coco = json.loads(content)
-    except (ValueError, RecursionError):
-        return True  # which reading it will name
-    return isinstance(coco, dict) and all(isinstance(coco.get(key), list) for key in ('images', 'categories'))
+        return None
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ('images', 'categories')):
+        return None
+    coco = check_layout(raw, path, True, found)
+    read = set(map(id, coco['annotations']))
+    incomplete = {str(entry.get('image_id')) for entry in raw['annotations'] if id(entry) not in read}
+    return coco, {image['id'] for image in coco['images'] if str(image['id']) in incomplete}
 
 
 def renumber_categories(coco: dict, ids: dict[str, int]) -> None:
@@ -65,37 +72,39 @@ def renumber_categories(coco: dict, ids: dict[str, int]) -> None:
         annotation['category_id'] = new.get(old, f'unknown {old}')
 
 
-def join_files(export: Export, split: str, files: dict[Path, dict]) -> Split:
+def join_files(export: Export, split: str, files: dict[Path, tuple[dict, set]]) -> Split:
     """The split that these files are together; ids are renumbered where there are several."""
+    first, _ = next(iter(files.values()))
     title = '/'.join(next(iter(files)).parts[-2:]) if len(files) == 1 else f'{export.folder.name}, COCO, {split}'
-    images, annotations, paths = [], [], {}
-    for path, coco in files.items():
+    images, annotations, paths, incomplete = [], [], {}, set()
+    for path, (coco, faulty) in files.items():
         near = (path.stem.removeprefix('instances_'), path.parent.name)
         near = next((name for name in near if name.lower() in export.folders), '')
         ids = {}
         for image in coco['images']:
             found = export.find_image(image['file_name'], path, near, loosely=True, split=split)
             if found is None or found in paths:
-                kind = 'images that several entries name' if found else 'images that are not there'
-                export.found.errors[kind].append(Place(export.name_of(path), image['file_name']))
+                export.add_error('images that several entries name' if found else MISSING, path, image['file_name'])
                 ids.setdefault(image['id'], None)
                 continue
             ids[image['id']] = image['id'] if len(files) == 1 else len(images) + 1
             paths[found] = None
+            incomplete |= {ids[image['id']]} if image['id'] in faulty else set()
             images.append({**image, 'id': ids[image['id']]})
         for annotation in coco['annotations']:
             index = ids.get(annotation['image_id'], f'{annotation["image_id"]} of {path.name}')
             if index is not None:
                 number = annotation['id'] if len(files) == 1 else len(annotations) + 1
                 annotations.append({**annotation, 'id': number, 'image_id': index})
-    if not paths:
+    if not paths and first['images']:
         raise InputError(
-            f'{export.folder}: lacks the images of {title}, first {next(iter(files.values()))["images"][:1]!r:.100}; '
-            'copy them there, or use "spec-mmdet prepare IMAGES --annotations FILE"'
+            f'{export.folder}: lacks the images of {title}, first '
+            f'{first["images"][0]["file_name"]}; copy them there, or '
+            'use "spec-mmdet prepare IMAGES --annotations FILE"'
         )
     root, names = locate_images(export, split, list(paths))
     for image, name in zip(images, names, strict=True):
         image['file_name'] = name
     export.used.update(paths)
-    coco = {**next(iter(files.values())), 'images': images, 'annotations': annotations}
-    return Split(split, coco, title, root, is_foreign=True)
+    coco = {**first, 'images': images, 'annotations': annotations}
+    return Split(split, coco, title, root, is_foreign=True, incomplete=incomplete)

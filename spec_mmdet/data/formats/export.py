@@ -22,12 +22,13 @@ from ..splits import WHOLE, Split
 
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
 JUNK = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini'}
+MISSING = 'images that are not there'
 LABELS = {'.txt', '.xml', '.json', '.jsonl', '.ndjson', '.csv'}
 # Folders that separate labels from images, so that they are no part of what both paths have in common.
 NEUTRAL = set('images labels annotations jpegimages data img imgs image ann json jsons xml xmls txt'.split())  # noqa: SIM905
 
 
-def split_named(name: str) -> str | None:
+def parse_split(name: str) -> str | None:
     """Return the split that a folder, list or subset is named after, as 'Train', 'train2017' or 'valid' are."""
     word = name.lower().rstrip('0123456789').rstrip('_-')
     return next((split for split, words in SPLITS.items() if word in words), None)
@@ -85,21 +86,18 @@ class Export:
     """
 
     def __init__(self, folder: Path, found: Findings, scratch: Path, zero_based: bool = False) -> None:
-        self.folder, self.found, self.scratch, self.zero_based = (
-            Path(os.path.abspath(folder)),
-            found,
-            scratch,
-            zero_based,
-        )
+        self.folder, self.scratch = Path(os.path.abspath(folder)), Path(os.path.abspath(scratch))
+        self.found, self.zero_based = found, zero_based
         self.used: set[Path] = set()
         self.files: list[Path] = []
         self.hidden: list[Path] = []
         for root, folders, names in os.walk(self.folder, followlinks=True):
-            self.hidden += [Path(root, name) for name in (*folders, *names) if is_junk(name)]
+            hidden = [Path(root, name) for name in (*folders, *names) if is_junk(name)]
+            self.hidden += [path for path in hidden if path != self.scratch]
             folders[:] = sorted(name for name in folders if not is_junk(name))
             self.files += [Path(root, name) for name in sorted(names) if not is_junk(name)]
         self.images = [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
-        self.folders = {part.lower() for path in self.images for part in self.name_of(path).split('/')[:-1]}
+        self.folders = {part.lower() for path in self.images for part in self.format_path(path).split('/')[:-1]}
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.images:
             self.by_name[unicodedata.normalize('NFC', path.name)].append(path)
@@ -107,17 +105,23 @@ class Export:
     def list_files(self, *suffixes: str) -> list[Path]:
         return [path for path in self.files if path.suffix.lower() in suffixes]
 
-    def name_of(self, path: Path) -> str:
+    def format_path(self, path: Path) -> str:
         """A path as messages name it: relative to the export where it lies in it."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
-    def split_of(self, path: Path) -> str | None:
+    def infer_split(self, path: Path) -> str | None:
         """The split that one of the folders above a file is named after."""
         inside = path.is_relative_to(self.folder)
-        return next(filter(None, map(split_named, path.relative_to(self.folder).parts[:-1])), None) if inside else None
+        return next(filter(None, map(parse_split, path.relative_to(self.folder).parts[:-1])), None) if inside else None
 
-    def warn(self, kind: str, path: Path, detail: str = '') -> None:
-        self.found.warnings[kind].append(Place(self.name_of(path), detail=detail))
+    def add_error(self, kind: str, path: Path, detail: str = '') -> None:
+        self.found.errors[kind].append(Place(self.format_path(path), detail=detail))
+
+    def add_warning(self, kind: str, path: Path, detail: str = '') -> None:
+        self.found.warnings[kind].append(Place(self.format_path(path), detail=detail))
+
+    def add_note(self, kind: str, path: Path, detail: str = '') -> None:
+        self.found.notes[kind].append(Place(self.format_path(path), detail=detail))
 
     def find_image(
         self, name: str, label: Path, near: str = '', loosely: bool = False, split: str | None = None
@@ -138,23 +142,22 @@ class Export:
         for spelling in list_spellings(name):
             if os.path.isfile(path := os.path.normpath(label.parent / spelling)):
                 return Path(path)
-        split, near = split or self.split_of(label), near.lower() if near.lower() in self.folders else ''
+        split, near = split or self.infer_split(label), near.lower() if near.lower() in self.folders else ''
         for spelling in list_spellings(name):
             stated = split_path(spelling)
             fits: dict[int, list[Path]] = defaultdict(list)
             same = self.by_name.get(stated[-1], []) if stated else []
-            same = [path for path in same if not near or near in self.name_of(path).lower().split('/')[:-1]]
-            same = [path for path in same if split in (None, WHOLE) or self.split_of(path) in (None, split)]
+            same = [path for path in same if not near or near in self.format_path(path).lower().split('/')[:-1]]
+            same = [path for path in same if split in (None, WHOLE) or self.infer_split(path) in (None, split)]
             for path in same:
-                own = split_path(self.name_of(path))
+                own = split_path(self.format_path(path))
                 shared = min(len(own), len(stated))
                 if own[-shared:] == stated[-shared:]:
                     fits[shared].append(path)
             if fits and len(best := fits[max(fits)]) == 1:
                 return best[0]
             if loosely and len(same) == 1 and not fits and stated[-2].lower() not in self.folders:
-                kind = 'images found by their file name, in another folder than stated'
-                self.found.notes[kind].append(Place(self.name_of(label), name))
+                self.add_note('images found by their file name, in another folder than stated', label, name)
                 return same[0]
         return None
 
@@ -172,7 +175,7 @@ class Export:
         by_key: dict[tuple, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
         for side, paths in enumerate((images, labels)):
             for path in paths:
-                by_key[self.key_of(path)][side].append(path)
+                by_key[self.make_key(path)][side].append(path)
         by_stem = defaultdict(list)
         for key, sides in by_key.items():
             if not all(sides):
@@ -196,34 +199,31 @@ class Export:
             kind = 'label files of different content for one image: delete all but one'
             if len(pictures) > 1:
                 kind = 'label files of several images of one name: rename an image and its label file'
-            names = ', '.join(map(self.name_of, (*files, *pictures)))
-            self.found.errors[kind].append(Place(str(self.folder), detail=names))
+            self.add_error(kind, files[0], ', '.join(map(self.format_path, (*files[1:], *pictures))))
             self.used.update(files, pictures)
         return pairs
 
-    def key_of(self, path: Path) -> tuple[tuple[str, ...], str]:
-        parts = Path(self.name_of(path)).parts[:-1]
-        return tuple(part for part in parts if part.lower() not in NEUTRAL), unicodedata.normalize('NFC', path.stem)
+    def make_key(self, path: Path) -> tuple[tuple[str, ...], str]:
+        parts = Path(self.format_path(path)).parts[:-1]
+        stem = unicodedata.normalize('NFC', unquote(path.stem))  # Label Studio's label files may have %20 for blanks
+        return tuple(part for part in parts if part.lower() not in NEUTRAL), stem
 
     def report_unused(self) -> None:
         """Add every file that was not used to the findings, by kind."""
         for path in self.files:
             if path in self.used:
                 continue
-            level, suffix = self.found.warnings, path.suffix.lower()
+            suffix = path.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
-                kind = 'images that no label file and no list names, not used'
+                self.add_warning('images that no label file and no list names, not used', path)
             elif (mimetypes.guess_type(path.name)[0] or '').startswith('image/'):
-                kind = f'images in {suffix}, not used: save them as PNG or JPEG'
+                self.add_warning(f'images in {suffix}, not used: save them as PNG or JPEG', path)
             elif suffix in LABELS and not path.name.lower().startswith('readme'):
-                kind = 'label files or lists that belong to no image, not used'
+                self.add_warning('label files or lists that belong to no image, not used', path)
             else:
-                level, kind = self.found.notes, 'other files, not used'
-            level[kind].append(Place(str(self.folder), detail=self.name_of(path)))
+                self.add_note('other files, not used', path)
         for path in self.hidden:
-            self.found.notes['hidden files and folders, not used'].append(
-                Place(str(self.folder), detail=self.name_of(path))
-            )
+            self.add_note('hidden files and folders, not used', path)
 
 
 def is_within(short: tuple, long: tuple) -> bool:
@@ -254,14 +254,14 @@ class Builder:
         """
         self.export.used.update(filter(None, (path, labels)))
         if path in self.paths:
-            place = Place(self.export.name_of(labels or path), self.export.name_of(path))
-            self.export.found.errors['images that several label files or entries name'].append(place)
+            kind = 'images that several label files or entries name'
+            self.export.add_error(kind, labels or path, self.export.format_path(path))
             return None
         if not (len(size) == 2 and min(size) > 0):
             try:
                 size = read_size(path)
             except Exception:  # a damaged file can make the decoders raise anything
-                self.export.found.errors[DAMAGED].append(Place(str(path.parent), path.name))
+                self.export.add_error(DAMAGED, path)
                 return None
         width, height = map(int, size)
         self.paths[path] = None
@@ -314,9 +314,9 @@ class Builder:
             )
         )
 
-    def fault(self, kind: str, path: Path, detail: str = '') -> None:
+    def add_fault(self, kind: str, path: Path, detail: str = '') -> None:
         """Add an error: the last image has an object that cannot be read."""
-        self.export.found.errors[kind].append(Place(self.export.name_of(path), detail=detail))
+        self.export.add_error(kind, path, detail)
         self.incomplete.add(len(self.images))
 
 
@@ -382,13 +382,13 @@ def group_by_split(export: Export, paths: Iterable[Path]) -> dict[str, list[Path
     """
     groups = defaultdict(list)
     for path in paths:
-        groups[export.split_of(path)].append(path)
+        groups[export.infer_split(path)].append(path)
     if set(groups) == {None}:
         return {WHOLE: groups[None]}
     return {split: groups[split] for split in SPLITS if split in groups}
 
 
-def box_around(points: Sequence[float]) -> list[float]:
+def compute_box(points: Sequence[float]) -> list[float]:
     """The box [x, y, width, height] around points [x, y, x, y, ...]."""
     xs, ys = points[::2], points[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]

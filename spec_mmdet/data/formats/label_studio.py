@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..findings import Place
 from ..splits import WHOLE, Split
-from .export import Builder, Export, box_around, build_splits, clip, outline_ellipse
+from .export import MISSING, Builder, Export, build_splits, clip, compute_box, outline_ellipse
 
 LABELS = dict(rectanglelabels='rectangle', polygonlabels='polygon', ellipselabels='ellipse')
 
@@ -58,10 +57,12 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
     named = [image for name in names if (image := export.find_image(name, path, loosely=True))]
     if len(set(named)) != 1:
         detail = f'task {task.get("id")}: {next((name for name in names if "/" in name), "")}'
-        export.found.errors['tasks whose image is not there'].append(Place(export.name_of(path), detail=detail))
+        export.add_error(MISSING, path, detail)
         return
     if named[0] in builder.paths or len(task.get('annotations', ())) > 1:
-        export.warn('tasks with several annotations, of which the first is used', path, export.name_of(named[0]))
+        export.add_warning(
+            'tasks with several annotations, of which the first is used', path, export.format_path(named[0])
+        )
         if named[0] in builder.paths:
             return
     results = list(list_results(task))
@@ -72,14 +73,14 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
         where = f'task {task.get("id")}, {result.get("type") or result.get("id") or ""}'.strip(' ,')
         if kind is None:
             if any(key.endswith('labels') for key in result):
-                export.warn('results that are neither rectangles, polygons nor ellipses, not used', path, where)
+                export.add_warning('results that are neither rectangles, polygons nor ellipses, not used', path, where)
             continue
         try:
             (name,) = result[kind]
             add_result(builder, name, LABELS[kind], result, size)
         except (KeyError, TypeError, ValueError) as error:
             detail = f'{where}: {type(error).__name__}: {error}'
-            builder.fault('results of Label Studio that cannot be read', path, detail)
+            builder.add_fault('results of Label Studio that cannot be read', path, detail)
 
 
 def add_result(builder: Builder, name: str, shape: str, result: dict, size: tuple[int, int]) -> None:
@@ -89,7 +90,7 @@ def add_result(builder: Builder, name: str, shape: str, result: dict, size: tupl
         points = [float(v) * size[i] / 100 for point in result['points'] for i, v in enumerate(point)]
         if len(points) < 6:
             raise ValueError(f'a polygon of {len(points) // 2} points')
-        builder.add_object(name, box_around(points), [points])
+        builder.add_object(name, compute_box(points), [points])
         return
     x, y = float(result['x']) * width / 100, float(result['y']) * height / 100
     angle = math.radians(float(result.get('rotation') or 0))
@@ -104,4 +105,4 @@ def add_result(builder: Builder, name: str, shape: str, result: dict, size: tupl
     for dx, dy in zip(offsets[::2], offsets[1::2]):
         points += [x + dx * cos - dy * sin, y + dx * sin + dy * cos]
     polygon = clip(points, *size)
-    builder.add_object(name, box_around(points if shape == 'rectangle' else polygon), [polygon] * (shape == 'ellipse'))
+    builder.add_object(name, compute_box(points if shape == 'rectangle' else polygon), [polygon] * (shape == 'ellipse'))

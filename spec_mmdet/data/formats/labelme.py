@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..splits import Split
-from .export import Builder, Export, box_around, build_splits, clip, group_by_split, outline_ellipse
+from .export import Builder, Export, build_splits, clip, compute_box, group_by_split, outline_ellipse
 
 SHAPES = 'polygon', 'rectangle', 'rotation', 'circle', 'mask'
 
@@ -23,7 +23,16 @@ def read_labelme(export: Export) -> list[Split] | None:
     Polygons, rectangles, circles and masks are used; shapes of other types are counted. Shapes of one group_id and
     label are one object. The image is the one that imagePath names, else that of the same name, else imageData.
     """
-    files = {path: content for path in export.list_files('.json') if (content := load_labelme(path)) is not None}
+    files = {}
+    for path in export.list_files('.json'):
+        try:
+            content = load_labelme(path)
+        except ValueError as error:
+            export.add_error('JSON files that cannot be read', path, str(error))
+            export.used.add(path)
+            continue
+        if content is not None:
+            files[path] = content
     if not files:
         return None
     by_name = {path: image for image, path in export.pair(export.images, list(files), {}).items()}
@@ -32,7 +41,7 @@ def read_labelme(export: Export) -> list[Split] | None:
         stated = str(content.get('imagePath') or '')
         image = export.find_image(stated, path) or by_name.get(path) or extract_image(export, path)
         if image is None:
-            export.warn('label files without their image, not used', path, stated)
+            export.add_warning('label files without their image, not used', path, stated)
             export.used.add(path)
         else:
             images[path] = image
@@ -45,12 +54,13 @@ def read_labelme(export: Export) -> list[Split] | None:
 
 
 def load_labelme(path: Path) -> dict | None:
-    """A JSON file's content without its image; None where it is not LabelMe's."""
-    try:
-        content = path.read_bytes()
-        content = json.loads(content) if b'"shapes"' in content else None
-    except ValueError:
-        return None
+    """A JSON file's content without its image; None where it is not LabelMe's.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    content = path.read_bytes()
+    content = json.loads(content) if b'"shapes"' in content else None
     if not isinstance(content, dict) or not isinstance(content.get('shapes'), list):
         return None
     return {key: value for key, value in content.items() if key != 'imageData'}
@@ -64,7 +74,7 @@ def extract_image(export: Export, path: Path) -> Path | None:
             suffix = f'.{image.format.lower()}'
     except Exception:  # none, or one that is damaged
         return None
-    target = (export.scratch / 'extracted' / export.name_of(path)).with_suffix(suffix)
+    target = (export.scratch / 'extracted' / export.format_path(path)).with_suffix(suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
     return target
@@ -84,7 +94,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
         try:
             name, kind = str(shape['label']).strip(), shape.get('shape_type') or 'polygon'
             if kind not in SHAPES:
-                builder.export.warn(f'objects of the type {kind}, not used', path, name)
+                builder.export.add_warning(f'objects of the type {kind}, not used', path, name)
                 continue
             points = [float(v) for point in shape['points'] for v in point]
             if not name or len(points) % 2 or not all(map(math.isfinite, points)):
@@ -94,7 +104,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
             decode_mask(shape, kind)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             detail = f'shape {number}: {type(error).__name__}: {error}'
-            builder.fault('shapes of LabelMe that cannot be read', path, detail)
+            builder.add_fault('shapes of LabelMe that cannot be read', path, detail)
             continue
         group = number if shape.get('group_id') is None else (name, str(shape['group_id']))
         groups.setdefault(group, []).append((kind, shape, points))
@@ -105,7 +115,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
                 radius = math.dist(points[:2], points[2:4])
                 points = clip(outline_ellipse(*points[:2], radius, radius), *size)
             elif kind == 'rectangle':
-                x, y, w, h = box_around(points)
+                x, y, w, h = compute_box(points)
                 points = [x, y, x + w, y, x + w, y + h, x, y + h]
             if kind == 'mask':
                 masks.append((round(points[0]), round(points[1]), decode_mask(shape, kind)))
@@ -115,7 +125,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
         boxes_alone = all(kind == 'rectangle' for kind, *_ in parts)
         crowd = all(bool(shape.get('difficult')) for _, shape, _ in parts)  # X-AnyLabeling's, as in Pascal VOC
         name = str(parts[0][1]['label']).strip()
-        builder.add_object(name, box_around(everything), [] if boxes_alone else polygons, crowd, masks)
+        builder.add_object(name, compute_box(everything), [] if boxes_alone else polygons, crowd, masks)
 
 
 def decode_mask(shape: dict, kind: str) -> np.ndarray | None:

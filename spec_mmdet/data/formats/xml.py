@@ -13,18 +13,18 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ...errors import InputError
-from ..findings import Place
 from ..splits import WHOLE, Split
 from .export import (
+    MISSING,
     Builder,
     Export,
-    box_around,
     build_splits,
     clip,
+    compute_box,
     group_by_split,
     outline_ellipse,
+    parse_split,
     read_lines,
-    split_named,
 )
 
 SHAPES = 'box', 'polygon', 'ellipse', 'mask'  # of CVAT
@@ -104,9 +104,7 @@ def read_voc(export: Export) -> list[Split] | None:
             root = parse_xml(path)
         except InputError as error:
             export.used.add(path)
-            export.found.errors['XML files that cannot be read'].append(
-                Place(export.name_of(path), detail=str(error).partition(': ')[2])
-            )
+            export.add_error('XML files that cannot be read', path, str(error).partition(': ')[2])
             continue
         if root.tag == 'annotation':
             files[path] = VocFile(path, root)
@@ -121,13 +119,9 @@ def read_voc(export: Export) -> list[Split] | None:
         other = export.find_image(stated[path], path) if stated[path] != image.name else None
         if other is not None and other != image:
             detail = f'<filename> is {stated[path]}, the image of the same name is {image.name}'
-            export.found.errors['XML files that name another image than theirs'].append(
-                Place(export.name_of(path), detail=detail)
-            )
-    if not export.zero_based:
-        export.found.notes['XML files whose coordinates count from 1, which is subtracted (not with --zero-based)'] += [
-            Place(export.name_of(path)) for path in pairs.values()
-        ]
+            export.add_error('XML files that name another image than theirs', path, detail)
+    for path in pairs.values() if not export.zero_based else ():
+        export.add_note('XML files whose coordinates count from 1, which is subtracted (not with --zero-based)', path)
     splits = read_image_sets(export, pairs) or group_by_split(export, pairs)
     builders = [Builder(export, split) for split in splits]
     for builder in builders:
@@ -149,15 +143,15 @@ def add_voc(builder: Builder, image: Path, file: VocFile) -> None:
                 raise ValueError('an object without <name> or <bndbox>')
             x0, y0, x1, y1 = read_numbers(box, ('xmin', 'ymin', 'xmax', 'ymax'))
         except ValueError as error:
-            builder.fault('objects of XML files that cannot be read', file.path, str(error))
+            builder.add_fault('objects of XML files that cannot be read', file.path, str(error))
             continue
         if first and min(x0, y0) < 1:
             kind = (
                 'boxes that begin before pixel 1, where coordinates count from 1: if yours count from 0, --zero-based'
             )
-            export.warn(kind, file.path, f'xmin {x0:g}, ymin {y0:g}')
+            export.add_warning(kind, file.path, f'xmin {x0:g}, ymin {y0:g}')
         if thing.find('polygon') is not None:
-            export.warn('objects with a <polygon>, of which the box alone is used', file.path, name)
+            export.add_warning('objects with a <polygon>, of which the box alone is used', file.path, name)
         crowd = (thing.findtext('difficult') or '').strip() == '1'
         builder.add_object(name, [x0 - first, y0 - first, x1 - x0, y1 - y0], crowd=crowd)
 
@@ -171,13 +165,13 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
     for path in export.list_files('.txt'):
         if path.parent.name.lower() != 'main' or re.search(r'_(train|val|trainval|test)$', path.stem):
             continue  # others are lists of one class
-        lists.setdefault(split_named(path.stem) or WHOLE, []).append(path)
+        lists.setdefault(parse_split(path.stem) or WHOLE, []).append(path)
     if 'train' in lists and 'val' in lists:
         export.used.update(lists.pop(WHOLE, ()))
     elif WHOLE in lists:  # trainval.txt, of which train.txt or val.txt alone would be a part
         for split in ('train', 'val'):
             for path in lists.pop(split, ()):
-                export.warn('lists beside one of all images, not used', path)
+                export.add_warning('lists beside one of all images, not used', path)
                 export.used.add(path)
     by_name: dict[str, list[Path]] = {}
     for image, path in pairs.items():
@@ -195,8 +189,7 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
             if len(found) == 1:
                 images[found[0]] = None
             else:
-                place = Place(export.name_of(path), detail=line)
-                export.found.errors['entries of lists that name no image with an XML file, or several'].append(place)
+                export.add_error('entries of lists that name no image with an XML file, or several', path, line)
         splits[split] = list(images)
     return splits
 
@@ -215,7 +208,7 @@ def read_cvat(export: Export) -> list[Split] | None:
         return None
     classes: dict[str, None] = {}
     builders: dict[str, Builder] = {}
-    subsets = {split_named(image.get('subset') or '') for _, root in roots for image in root.iter('image')}
+    subsets = {parse_split(image.get('subset') or '') for _, root in roots for image in root.iter('image')}
     for path, root in roots:
         export.used.add(path)
         if root.find('track') is not None:
@@ -226,11 +219,11 @@ def read_cvat(export: Export) -> list[Split] | None:
         for entry in root.findall('image'):
             name, subset = entry.get('name', ''), entry.get('subset') or ''
             image = export.find_image(name, path.parent / 'images' / path.name, subset)
-            split = split_named(subset) or WHOLE
+            split = parse_split(subset) or WHOLE
             if image is None:
-                export.found.errors['images that are not there'].append(Place(export.name_of(path), name))
+                export.add_error(MISSING, path, name)
             elif split == WHOLE and subsets != {None}:
-                export.warn('images of subsets that are neither train, val nor test, not used', image, subset)
+                export.add_warning('images of subsets that are neither train, val nor test, not used', image, subset)
                 export.used.add(image)
             else:
                 add_cvat(builders.setdefault(split, Builder(export, split)), image, path, entry)
@@ -257,12 +250,14 @@ def add_cvat(builder: Builder, image: Path, path: Path, entry: ElementTree.Eleme
         name, kind = shape.get('label', '').strip(), shape.tag
         if kind not in SHAPES:
             what = 'labels of images' if kind == 'tag' else f'objects of the shape {kind}'
-            builder.export.warn(f'{what}, not used', path, f'{name} in {entry.get("name")}')
+            builder.export.add_warning(f'{what}, not used', path, f'{name} in {entry.get("name")}')
             continue
         try:
             add_cvat_shape(builder, name, shape, size)
         except ValueError as error:
-            builder.fault('objects of CVAT that cannot be read', path, f'{kind} {name} of {entry.get("name")}: {error}')
+            builder.add_fault(
+                'objects of CVAT that cannot be read', path, f'{kind} {name} of {entry.get("name")}: {error}'
+            )
 
 
 def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size: tuple[int, int]) -> None:
@@ -274,7 +269,7 @@ def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size
     turn = math.radians(float(shape.get('rotation') or 0))
     if shape.tag == 'box':
         x0, y0, x1, y1 = read_numbers(shape, ('xtl', 'ytl', 'xbr', 'ybr'))
-        builder.add_object(name, box_around(rotate([x0, y0, x1, y0, x1, y1, x0, y1], turn)))
+        builder.add_object(name, compute_box(rotate([x0, y0, x1, y0, x1, y1, x0, y1], turn)))
     elif shape.tag == 'mask':
         x, y, w, h = map(int, read_numbers(shape, ('left', 'top', 'width', 'height')))
         runs = np.array([int(run) for run in shape.get('rle', '').split(',')])
@@ -290,14 +285,14 @@ def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f'{len(polygon)} coordinates')
         polygon = clip(polygon, *size) if shape.tag == 'ellipse' else polygon
-        builder.add_object(name, box_around(polygon), [polygon])
+        builder.add_object(name, compute_box(polygon), [polygon])
 
 
 def rotate(points: list[float], angle: float) -> list[float]:
     """Points [x, y, x, y, ...] turned about the centre of the box around them, in radians."""
     if not angle:
         return points
-    x, y, w, h = box_around(points)
+    x, y, w, h = compute_box(points)
     offsets = np.reshape(points, (-1, 2)) - (x + w / 2, y + h / 2)
     cos, sin = math.cos(angle), math.sin(angle)
     return (offsets @ [[cos, sin], [-sin, cos]] + (x + w / 2, y + h / 2)).ravel().tolist()

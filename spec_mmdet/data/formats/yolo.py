@@ -14,23 +14,23 @@ from pathlib import Path
 import yaml
 
 from ...errors import InputError
-from ..findings import Place
 from ..splits import Split
 from .export import (
     SPLITS,
     Builder,
     Export,
-    box_around,
     build_splits,
+    compute_box,
     group_by_split,
+    parse_split,
     read_lines,
     read_text,
     require_unique,
-    split_named,
     split_path,
 )
 
 CLASS_FILES = ('classes.txt', 'obj.names', '_darknet.labels')
+NOTHING = ('', 'null', '~', [])  # of YAML, in which this module reads everything as text
 
 
 class UniqueLoader(yaml.BaseLoader):
@@ -71,7 +71,7 @@ def read_yolo(export: Export) -> list[Split] | None:
     if not configs and not files:
         return None
     if any(config != configs[0][1] for _, config in configs):
-        names = ', '.join(export.name_of(path) for path, _ in configs)
+        names = ', '.join(export.format_path(path) for path, _ in configs)
         raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
     path, config = configs[0] if configs else (files[0], {})
     export.used.update(path for path, _ in configs)
@@ -82,9 +82,9 @@ def read_yolo(export: Export) -> list[Split] | None:
     if configs:
         agreeing = [path for names, path in named.items() if list(names) == list(classes.values())]
         for other in set(files) - set(agreeing):
-            export.warn(f'class files that differ from {export.name_of(path)}, not used', other)
+            export.add_warning(f'class files that differ from {export.format_path(path)}, not used', other)
     elif len(named) > 1:
-        names = ', '.join(map(export.name_of, named.values()))
+        names = ', '.join(map(export.format_path, named.values()))
         raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
     else:
         classes = dict(enumerate(next(iter(named))))
@@ -151,7 +151,8 @@ def read_keypoints(config: dict, path: Path) -> int:
 
 def find_lists(export: Export, base: Path, config: dict) -> dict[str, list[Path]]:
     """The images of each split that data.yaml, obj.data or lists beside the classes name; {} where nothing does."""
-    stated = {split: [config[word] for word in words if config.get(word)] for split, words in SPLITS.items()}
+    config = {key: value for key, value in config.items() if value not in NOTHING}
+    stated = {split: [config[word] for word in words if word in config] for split, words in SPLITS.items()}
     root = base / str(config.get('path') or '')
     for path in export.list_files('.data') if not config else ():
         export.used.add(path)
@@ -160,7 +161,7 @@ def find_lists(export: Export, base: Path, config: dict) -> dict[str, list[Path]
             stated[split] += [value.strip() for key, _, value in pairs if key.strip().lower() in words]
     if not config and not any(stated.values()):
         for path in export.list_files('.txt'):
-            if path.parent in (base, export.folder) and (split := split_named(path.stem)):
+            if path.parent in (base, export.folder) and (split := parse_split(path.stem)):
                 stated[split].append(str(path))
     images = {}
     for split, values in stated.items():
@@ -169,7 +170,7 @@ def find_lists(export: Export, base: Path, config: dict) -> dict[str, list[Path]
             images[split] = list(dict.fromkeys(found))
             if len(images[split]) < len(found):
                 kind = f'images that the lists of {split} name more than once, used once'
-                export.warn(kind, base, f'{len(found) - len(images[split])} of them')
+                export.add_warning(kind, base, f'{len(found) - len(images[split])} of them')
     return images
 
 
@@ -192,11 +193,10 @@ def find_entry(export: Export, root: Path, base: Path, split: str, entry: object
             raise InputError(
                 f'{export.folder}: lacks {entry} that is named for {split}; copy it there, or delete this entry'
             )
-        export.warn('test splits that are named but not there', base, entry)
+        export.add_warning('test splits that are named but not there', base, entry)
         return []
     if not any(path.exists() for path in stated):
-        note = Place(entry, detail=export.name_of(place))
-        export.found.notes['folders or lists found in the export under the end of their path'].append(note)
+        export.add_note('folders or lists found under the end of the path that is stated', place, entry)
     if place.is_dir():
         if place.is_relative_to(export.folder):
             return [image for image in export.images if image.is_relative_to(place)]
@@ -207,8 +207,7 @@ def find_entry(export: Export, root: Path, base: Path, split: str, entry: object
         if image := export.find_image(line, place) or export.find_image(line, root / 'data.yaml'):
             images.append(image)
         else:
-            place_of = Place(export.name_of(place), detail=line)
-            export.found.errors['entries of lists that name no image'].append(place_of)
+            export.add_error('entries of lists that name no image', place, line)
     return images
 
 
@@ -226,13 +225,13 @@ def add_yolo(builder: Builder, image: Path, labels: Path | None, classes: dict[i
     export = builder.export
     size = builder.add_image(image, labels)
     if labels is None:
-        export.warn('images without a label file, read as images without objects', image)
+        export.add_warning('images without a label file, read as images without objects', image)
     if size is None or labels is None:
         return
     try:
         lines = read_text(labels).splitlines()
     except InputError:
-        builder.fault('label files that are not text in UTF-8', labels)
+        builder.add_fault('label files that are not text in UTF-8', labels)
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -240,9 +239,9 @@ def add_yolo(builder: Builder, image: Path, labels: Path | None, classes: dict[i
         try:
             add_line(builder, line.split(), size, classes, keypoints)
         except ValueError as error:
-            builder.fault('lines of label files that cannot be read', labels, f'line {number}: {error}')
+            builder.add_fault('lines of label files that cannot be read', labels, f'line {number}: {error}')
     if keypoints and lines:
-        export.warn('label files with keypoints, of which the boxes alone are used', labels)
+        export.add_warning('label files with keypoints, of which the boxes alone are used', labels)
 
 
 def add_line(builder: Builder, fields: Sequence[str], size: tuple[int, int], classes: dict[int, str], keypoints: int):
@@ -264,7 +263,7 @@ def add_line(builder: Builder, fields: Sequence[str], size: tuple[int, int], cla
         builder.add_object(name, [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height])
     elif not keypoints and len(values) >= 6 and len(values) % 2 == 0:
         polygon = [value * (height if k % 2 else width) for k, value in enumerate(values)]
-        builder.add_object(name, box_around(polygon), [polygon])
+        builder.add_object(name, compute_box(polygon), [polygon])
     else:
         wanted = f'a box with keypoints has {4 + keypoints}' if keypoints else 'a polygon has 6 or more, in pairs'
         raise ValueError(f'{len(values)} numbers after the class, where a box has 4 and {wanted}')
