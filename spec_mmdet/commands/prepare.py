@@ -133,7 +133,10 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         raise InputError(f'{args.folder}: has images for validation already; leave out --val')
     if not found.errors:
         if WHOLE in names or args.val:
-            index = names.index(WHOLE if WHOLE in names else 'train')
+            whole = WHOLE if WHOLE in names else 'train'
+            if whole not in names:
+                raise InputError(f'{args.folder}: has no images for training that --val could split; leave out --val')
+            index = names.index(whole)
             splits[index : index + 1] = operations.split_off(splits[index], args.val or 0.2, args.seed)
         operations.compare_splits(splits, digests, found)
     report(splits, found, args.folder, args.findings)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.formats import READERS, find_splits
-from spec_mmdet.data.splits import check_splits, draw_for_validation
+from spec_mmdet.data.splits import check_splits, draw_for_validation, drop_faulty
 from spec_mmdet.errors import InputError
 
 CLASSES = ['zebra', 'größe 2', 'apfel']  # in no order
@@ -655,6 +655,9 @@ FAULTS = {
     'labels that differ': ('label_studio_yolo', add('images/007.txt', '0 .5 .5 .1 .1'), 'errors', 'labels/007.txt'),
     'two images of one name': ('labelimg', add('007.jpg', picture(ITEMS[3])), 'errors', '007.jpg'),
     'binary labels': ('labelimg', add('007.txt', b'\xff\xfe\xfa'), 'errors', '007.txt'),
+    'yaml of something else': ('labelimg', add('compose.yaml', 'a: 1\na: 2'), 'notes', 'compose.yaml'),
+    'split in a yaml without a value': ('ultralytics', rewrite('data.yaml', 'test: images/test', 'test:'), 'warnings',
+                                        'images/test/z.png'),
     'hidden folder': ('labelimg', add('.ipynb_checkpoints/007.txt', '9'), 'notes', '.ipynb_checkpoints'),
     'damaged image': ('labelimg', drop_first_lines('007.png'), 'errors', '007.png'),
     'VOC: list entry without image': ('voc_lists', rewrite('ImageSets/Main/val.txt', 'x 1', 'xx 1'), 'errors', 'xx 1'),
@@ -708,6 +711,41 @@ def test_a_fault_is_told_and_counted(name, change, level, says, tmp_path):
     told = getattr(found, level)
     assert [kind for kind, places in told.items() if says in kind or any(says in str(place) for place in places)]
     assert bool(found.errors) == (level == 'errors')
+
+
+DROPPED = {
+    'class without a name': ('ultralytics', add('labels/train/007.txt', '9 .5 .5 .1 .1'), {'007'}),
+    'labels that differ': ('label_studio_yolo', add('images/007.txt', '0 .5 .5 .1 .1'), {'007'}),
+    'two images of one name': ('labelimg', add('007.jpg', picture(ITEMS[3])), {'007'}),
+    'damaged image': ('labelimg', drop_first_lines('007.png'), {'007'}),
+    'VOC: no box': ('voc_from_zero', rewrite('007.xml', 'bndbox', 'robndbox'), {'007'}),
+    'VOC: another filename': ('voc_from_zero', rewrite('007.xml', '007.png', '0_1.png'), {'007'}),
+    'LabelMe: another image': ('labelme_polygons', rewrite('007.json', '007.png', '0_1.png'), {'007', '0_1'}),
+    'LabelMe: damaged': ('labelme_polygons', rewrite('007.json', '"shapes": [', '"shapes": [[}'), {'007'}),
+    'CVAT: no number': ('cvat_boxes', rewrite('annotations.xml', 'xtl="', 'xtl="a'), {'photo 1'}),
+    'COCO: two files of one image': ('fiftyone_coco', add('more.json', coco(ITEMS[:1])), {'photo 1'}),
+    'COCO: no box': ('fiftyone_coco', change_json('labels.json', lambda content: content['annotations'][0].pop('bbox')),
+                     {'photo 1'}),
+    'Label Studio: no number': ('label_studio_json', rewrite('project.json', '"x": ', '"y": '), {'photo 1'}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'change', 'gone'), DROPPED.values(), ids=DROPPED)
+def test_an_image_with_a_fault_is_dropped_with_all_of_its_objects(name, change, gone, tmp_path):
+    """What is left is as it was written: no object becomes background."""
+    write, expected, _, options = WRITERS[name]
+    write(tmp_path / 'export')
+    change(tmp_path / 'export')
+    splits, found = read(tmp_path / 'export', tmp_path / 'scratch', **options)
+    check_splits(splits, found)
+    assert found.errors
+    for split in drop_faulty(splits, found):
+        left = {Path(image['file_name']).stem: image['id'] for image in split.coco['images']}
+        assert set(left) == {item.stem for item in expected[split.name]} - gone
+        for item in expected[split.name]:
+            boxes = [a['bbox'] for a in split.coco['annotations'] if a['image_id'] == left.get(item.stem)]
+            wanted = [box for _, box in item.boxes] if item.stem in left else []
+            np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), np.reshape(wanted, (-1, 4)), atol=0.01)
 
 
 TOOLS = {

@@ -86,9 +86,10 @@ def join_files(export: Export, split: str, files: dict[Path, tuple[dict, set]]) 
             if found is None or found in paths:
                 export.add_error('images that several entries name' if found else MISSING, path, image['file_name'])
                 ids.setdefault(image['id'], None)
+                incomplete |= {paths[found]} if found else set()
                 continue
             ids[image['id']] = image['id'] if len(files) == 1 else len(images) + 1
-            paths[found] = None
+            paths[found] = ids[image['id']]
             incomplete |= {ids[image['id']]} if image['id'] in faulty else set()
             images.append({**image, 'id': ids[image['id']]})
         for annotation in coco['annotations']:

@@ -89,6 +89,7 @@ class Export:
         self.folder, self.scratch = Path(os.path.abspath(folder)), Path(os.path.abspath(scratch))
         self.found, self.zero_based = found, zero_based
         self.used: set[Path] = set()
+        self.unclear: set[Path] = set()  # images with an error in which label file is theirs
         self.files: list[Path] = []
         self.hidden: list[Path] = []
         for root, folders, names in os.walk(self.folder, followlinks=True):
@@ -201,6 +202,7 @@ class Export:
                 kind = 'label files of several images of one name: rename an image and its label file'
             self.add_error(kind, files[0], ', '.join(map(self.format_path, (*files[1:], *pictures))))
             self.used.update(files, pictures)
+            self.unclear.update(pictures)
         return pairs
 
     def make_key(self, path: Path) -> tuple[tuple[str, ...], str]:
@@ -256,6 +258,7 @@ class Builder:
         if path in self.paths:
             kind = 'images that several label files or entries name'
             self.export.add_error(kind, labels or path, self.export.format_path(path))
+            self.incomplete.add(list(self.paths).index(path) + 1)
             return None
         if not (len(size) == 2 and min(size) > 0):
             try:
@@ -294,7 +297,7 @@ class Builder:
                 place |= part[max(-y, 0) :, max(-x, 0) :][: place.shape[0], : place.shape[1]].astype(np.uint8)
             rle = mask_utils.encode(np.asfortranarray(whole))
             if polygons:
-                rle = mask_utils.merge([rle, rasterised(list(polygons), width, height)])
+                rle = mask_utils.merge([rle, rasterised([clip(p, width, height) for p in polygons], width, height)])
             box, area = mask_utils.toBbox(rle).tolist(), float(mask_utils.area(rle))
             mask = dict(segmentation=dict(size=[height, width], counts=rle['counts'].decode()))
         elif polygons:

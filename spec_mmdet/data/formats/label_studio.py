@@ -24,7 +24,10 @@ def read_label_studio(export: Export) -> list[Split] | None:
         for task in load_tasks(path):
             seen = True
             export.used.add(path)
-            add_task(builder, path, task)
+            try:
+                add_task(builder, path, task)
+            except (AttributeError, TypeError) as error:
+                export.add_error('tasks that cannot be read', path, f'task {task.get("id")}: {error}')
     return build_splits(export, 'Label Studio', [builder]) if seen else None
 
 

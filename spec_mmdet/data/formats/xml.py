@@ -115,11 +115,13 @@ def read_voc(export: Export) -> list[Split] | None:
     for path in files.keys() - set(pairs.values()) - export.used:  # of another name than its image
         if (image := export.find_image(stated[path], path)) and image not in pairs:
             pairs[image] = path
-    for image, path in pairs.items():
+    for image, path in list(pairs.items()):
         other = export.find_image(stated[path], path) if stated[path] != image.name else None
         if other is not None and other != image:
             detail = f'<filename> is {stated[path]}, the image of the same name is {image.name}'
             export.add_error('XML files that name another image than theirs', path, detail)
+            export.used.update((path, image))
+            del pairs[image]
     for path in pairs.values() if not export.zero_based else ():
         export.add_note('XML files whose coordinates count from 1, which is subtracted (not with --zero-based)', path)
     splits = read_image_sets(export, pairs) or group_by_split(export, pairs)

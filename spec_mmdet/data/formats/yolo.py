@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from urllib.parse import unquote
 
 import yaml
 
@@ -65,36 +66,17 @@ def read_yolo(export: Export) -> list[Split] | None:
     Raises:
         InputError: if the classes or the splits are not stated clearly.
     """
-    configs = [(path, read_yaml(path)) for path in export.list_files('.yaml', '.yml')]
+    configs = [path for path in export.list_files('.yaml', '.yml') if b'names' in path.read_bytes()]
+    configs = [(path, read_yaml(path)) for path in configs]
     configs = [(path, config) for path, config in configs if 'names' in config]
     files = [path for path in export.files if path.name.lower() in CLASS_FILES]
-    if not configs and not files:
+    stems = {unquote(image.stem) for image in export.images}
+    if not configs and not (files and any(unquote(path.stem) in stems for path in export.list_files('.txt'))):
         return None
-    if any(config != configs[0][1] for _, config in configs):
-        names = ', '.join(export.format_path(path) for path, _ in configs)
-        raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
     path, config = configs[0] if configs else (files[0], {})
-    export.used.update(path for path, _ in configs)
-    if configs:
-        classes = number_classes(config['names'], path)
-        check_count(config, classes, path)
-    named = {tuple(require_unique(read_lines(path), path)): path for path in files}
-    if configs:
-        agreeing = [path for names, path in named.items() if list(names) == list(classes.values())]
-        for other in set(files) - set(agreeing):
-            export.add_warning(f'class files that differ from {export.format_path(path)}, not used', other)
-    elif len(named) > 1:
-        names = ', '.join(map(export.format_path, named.values()))
-        raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
-    else:
-        classes = dict(enumerate(next(iter(named))))
-    export.used.update(files)
+    classes = read_classes(export, configs, files)
     lists = find_lists(export, path.parent, config)
     labels = [path for path in export.list_files('.txt') if path not in export.used]
-    if not configs and not any(lists.values()):
-        stems = {image.stem for image in export.images}
-        if not any(path.stem in stems for path in labels):
-            return None  # classes.txt belongs to another format
     splits = lists or group_by_split(export, export.images)
     outside = [image for image in chain(*splits.values()) if not image.is_relative_to(export.folder)]
     labels += filter(Path.is_file, dict.fromkeys(chain(*map(list_usual_labels, outside))))
@@ -103,8 +85,31 @@ def read_yolo(export: Export) -> list[Split] | None:
     builders = [Builder(export, split) for split in splits]
     for builder in builders:
         for image in splits[builder.name]:
-            add_yolo(builder, image, pairs.get(image), classes, keypoints)
+            if image not in export.unclear:
+                add_yolo(builder, image, pairs.get(image), classes, keypoints)
     return build_splits(export, 'YOLO', builders, list(classes.values()))
+
+
+def read_classes(export: Export, configs: Sequence[tuple[Path, dict]], files: Sequence[Path]) -> dict[int, str]:
+    """Read the name of each number in the labels, from data.yaml or else from the files of class names.
+
+    Raises:
+        InputError: if they are not valid, or contradict each other.
+    """
+    contents = [config for _, config in configs] or [require_unique(read_lines(path), path) for path in files]
+    if any(content != contents[0] for content in contents):
+        names = ', '.join(export.format_path(path) for path in ([path for path, _ in configs] or files))
+        raise InputError(f'{export.folder}: {names} differ; keep the one that belongs to the labels')
+    export.used.update(files, (path for path, _ in configs))
+    if not configs:
+        return dict(enumerate(contents[0]))
+    path, config = configs[0]
+    classes = number_classes(config['names'], path)
+    check_count(config, classes, path)
+    for other in files:
+        if read_lines(other) != list(classes.values()):
+            export.add_warning(f'class files that differ from {export.format_path(path)}, not used', other)
+    return classes
 
 
 def number_classes(names: object, path: Path) -> dict[int, str]:
