@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from .products import is_plain, scale_output
+from .products import is_plain
 from .xcit import MLP, SpecXCiT
 
 
@@ -24,11 +24,10 @@ class ClassAttention(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gamma: Tensor | float = 1.0) -> Tensor:
         """x: tokens, shape (B, N, C); returns shape (B, 1, C), its channels scaled by gamma."""
         C = x.shape[2]
-        plain = is_plain(self.qkv, self.proj)
-        if plain:  # the image's tokens have no queries
+        if is_plain(self.qkv):  # the image's tokens have no queries
             W_q, W_kv = self.qkv.weight.split((C, 2 * C))
             b_q, b_kv = self.qkv.bias.split((C, 2 * C))
             q, kv = F.linear(x[:, :1], W_q, b_q), F.linear(x, W_kv, b_kv)
@@ -37,7 +36,7 @@ class ClassAttention(nn.Module):
         q = q[:, :1].unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return F.linear(y, *scale_output(self.proj, gamma)) if plain else self.proj(y) * gamma
+        return self.proj(y) * gamma
 
 
 class ClassAttentionBlock(nn.Module):

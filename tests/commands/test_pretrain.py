@@ -54,6 +54,11 @@ def pretrained(crops, tmp_path_factory) -> Path:
     return work
 
 
+def test_condition_numbers_are_recorded(pretrained):
+    layers = {line.split(',')[1] for line in (pretrained / 'conditioning.csv').read_text().splitlines()[1:]}
+    assert len(layers) >= ARCH['depth']
+
+
 def test_accuracy_is_that_of_the_saved_weights(pretrained, crops, capsys):
     cfg = Config.fromfile(next(pretrained.glob('*.py')))
     model = MODELS.build(cfg.model)
