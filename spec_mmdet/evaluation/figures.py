@@ -17,6 +17,7 @@ from .drawing import Mark, draw, label_of, tiled
 from .outcomes import ERRORS, Outcome, Scores
 
 COLOURS = dict(found='#2563eb', missed='#f59e0b', false='#dc2626', crowd='#6b7280')
+CLASSES = 30  # in the picture of the confusion matrix
 WORST = 3  # images that are drawn of each kind of error
 DPI = 150  # of the figures, whose inches are a hundred of the page's pixels
 SIDE = 420  # of an image in the page, in pixels, of its longer side
@@ -72,26 +73,55 @@ def draw_scores(scores: Scores) -> Figure:
     return figure
 
 
+def select_confused(matrix: np.ndarray, count: int) -> np.ndarray:
+    """Select the classes that are confused with others most often, or else miss or invent most objects, ascending.
+
+    Args:
+        matrix: confusions, shape (classes + 1, classes + 1); the last row and column are the background's.
+        count: of classes.
+    """
+    wrong = matrix - np.diag(np.diag(matrix))
+    among, beside = wrong[:-1, :-1], wrong[:-1, -1] + wrong[-1, :-1]
+    return np.sort(np.lexsort((-beside, -among.sum(axis=0) - among.sum(axis=1)))[:count])
+
+
 def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
-    """The confusion matrix: colours are shares of a row, numbers (where they find room) are counts."""
-    few = len(names) <= 20
-    size = max(4.5, 2 + 0.45 * len(names)) if few else 11
+    """Draw the confusion matrix: colours are shares of a row, numbers are counts.
+
+    Of more than :data:`CLASSES` classes the most confused ones are drawn, and all others as one.
+    """
+    labels = [*names, 'background']
+    if len(names) > CLASSES:
+        drawn = select_confused(matrix, CLASSES)
+        group = np.full(len(labels), CLASSES)
+        group[drawn], group[-1] = range(CLASSES), CLASSES + 1
+        member = np.eye(CLASSES + 2, dtype=matrix.dtype)[group]
+        matrix = member.T @ matrix @ member
+        labels = [*(names[i] for i in drawn), f'{len(names) - CLASSES} others', 'background']
+    size = max(4.5, 2.45 + 0.45 * len(names)) if len(labels) <= 20 else 11.5
     figure = Figure(figsize=(size, size), layout='constrained')
     axis = figure.subplots()
     share = matrix / matrix.sum(axis=1, keepdims=True).clip(1)
     axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    font = 9 if few else max(3, 540 / len(names))
-    labels = [*names, 'background']
+    font = 9 if len(labels) <= 20 else 8
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=font)
     axis.set_yticks(range(len(labels)), labels, fontsize=font)
     axis.set(xlabel='predicted', ylabel='truth')
     for edge in np.arange(len(labels) + 1) - 0.5:
         axis.axhline(edge, color='#e5e7eb', linewidth=0.4)
         axis.axvline(edge, color='#e5e7eb', linewidth=0.4)
-    for i, j in np.argwhere(matrix) if few else ():
-        colour = 'white' if share[i, j] > 0.5 else 'black'
-        axis.text(j, i, matrix[i, j], ha='center', va='center', fontsize=9, color=colour)
+    for i, j in np.argwhere(matrix):
+        count, colour = matrix[i, j], 'white' if share[i, j] > 0.5 else 'black'
+        text = f'{count / 1000:.0f}k' if count >= 10_000 else str(count)
+        axis.text(j, i, text, ha='center', va='center', fontsize=font if count < 1000 else font - 2, color=colour)
     return figure
+
+
+def list_confusions(matrix: np.ndarray, names: list[str]) -> list[dict]:
+    """List all counts of a confusion matrix but 0, the largest first: truth, predicted, count."""
+    labels = [*names, 'background']
+    pairs = sorted(np.argwhere(matrix).tolist(), key=lambda pair: -matrix[tuple(pair)])
+    return [dict(truth=labels[i], predicted=labels[j], count=int(matrix[i, j])) for i, j in pairs]
 
 
 def draw_sides(

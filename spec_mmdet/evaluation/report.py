@@ -27,9 +27,18 @@ from ..data.fitting import coco_datasets, coco_metrics, configured_classes, is_k
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
-from ..files import PARTIAL, display_path
+from ..files import PARTIAL, display_path, format_csv
 from .drawing import names_drawn
-from .figures import COLOURS, draw_confusion, draw_precision, draw_scores, draw_worst, embedded_figure
+from .figures import (
+    CLASSES,
+    COLOURS,
+    draw_confusion,
+    draw_precision,
+    draw_scores,
+    draw_worst,
+    embedded_figure,
+    list_confusions,
+)
 from .metrics import CheckedCocoMetric, average_precision, read_detections
 from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, match_boxes, outcomes, scores_of
 from .pages import PAGE, page_of, record_data, require_free
@@ -49,7 +58,7 @@ STATS = {
     'ARm': 'objects from 32² to 96²',
     'ARl': 'objects above 96²',
 }
-IMAGES = 'images'
+IMAGES, CONFUSIONS = 'images', 'confusion.csv'
 KINDS = dict(Boxes='bbox', Masks='segm')
 ROLES = dict(Q='queries', K='keys', V='values')
 
@@ -172,6 +181,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     images = os.path.join(dataset.get('data_root') or '', dataset.data_prefix.img)
     masks = Path(f'{evaluator.outfile_prefix}.segm.json')
 
+    (folder / CONFUSIONS).write_text(format_csv(list_confusions(matrix, names)), 'utf-8')
     (folder / IMAGES).mkdir()
     with names_drawn(names):
         worst = draw_worst(
@@ -204,6 +214,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         error_kinds=ERRORS,
         curves=curves,
         confusion=confusion,
+        confusions=CONFUSIONS,
+        drawn_classes=CLASSES,
         mistaken=sorted(mistaken, key=lambda m: -m[0])[:10],
         classes=[
             (

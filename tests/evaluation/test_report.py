@@ -1,5 +1,6 @@
 """The report of an evaluation: its figures are those of pycocotools, and a browser shows all of it."""
 
+import hashlib
 import json
 import os
 import re
@@ -268,6 +269,10 @@ def test_the_command(monkeypatch, data, tmp_path):
         assert 'The detector has found nothing at all' in page and 'No score can be advised' in page
         assert [row[1] for row in table(page, 'errors')[:5]] == ['0'] * 5
         assert [row[0] for row in table(page, 'conditioning')] == ['queries', 'keys', 'values'] and 'lam=1)' in page
+        assert (folder / 'confusion.csv').read_text().startswith('truth,predicted,count') and 'confusion.csv' in page
+        record = json.loads((folder / 'data.json').read_text())
+        content = Path(record['annotations']).read_bytes()
+        assert record['sha256'] == hashlib.sha256(content).hexdigest() and record['classes'] == list(NAMES)
         assert 'images a second' in page and 'the checkpoint does not say' in page
         assert (
             f'test {os.path.relpath(CONFIG, Path.cwd())} {checkpoint} --work-dir' in page
