@@ -21,7 +21,7 @@ from research import paper_figures
 from spec_mmdet import InputError
 from spec_mmdet.commands import demo
 from spec_mmdet.data.findings import Findings, Place
-from spec_mmdet.evaluation.pages import PAGE, mark_of
+from spec_mmdet.evaluation.pages import PAGE, make_mark
 from spec_mmdet.files import replace_folder
 
 LEFT = 8192  # bytes
@@ -130,7 +130,7 @@ CASES = [(writer, 'full') for writer in WRITERS] + [(writer, 'read-only') for wr
 def test_a_command(monkeypatch, shapes, trained, without_exporting, disk, tmp_path, writer, how):
     old = disk.folder / 'old'
     (old / 'train').mkdir(parents=True)
-    (old / PAGE).write_text(mark_of('report'))
+    (old / PAGE).write_text(make_mark('report'))
     for name in ('converted.pth', 'detections.bbox.json', 'xcit_spec_shapes.py', 'train/000001.png',
                  'projections.csv', 'annotations.json'):  # fmt: skip
         (old / name).write_text(f'the old {name}')

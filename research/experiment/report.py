@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from research.statistics import LEVEL, Effect, estimate_effects
-from spec_mmdet.evaluation.comparison import Run, arms_of, draw_curve, spread
+from spec_mmdet.evaluation.comparison import Run, draw_curve, format_spread, group_runs
 from spec_mmdet.files import write, write_atomically
 
 from .arms import LAMBDA_10, read_logs
@@ -183,7 +183,7 @@ def tabulate_arms(logs: Sequence[dict], effects: Sequence[Effect]) -> list[str]:
             differences[effect.outcome] = f'{effect}, p {effect.p:.2g}<br>({pairs})'
         rows.append([
             arm, ', '.join(str(log['seed']) for log in runs),
-            *(spread([get_outcomes(log)[name] for log in runs]) for name in names),
+            *(format_spread([get_outcomes(log)[name] for log in runs]) for name in names),
             *(differences.get(name, '') for name in names),
         ])  # fmt: skip
     return format_table(['arm', 'seeds', *names, *(f'{name}, from plain' for name in names)], rows)
@@ -200,12 +200,13 @@ def compare_controls(logs: Sequence[dict]) -> list[str]:
 def compare_with_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
     """Tell how much pretraining gains with the same budget of detection."""
     lines = ['Pretraining gains, at the same budget of detection:\n']
-    for arm, runs in arms_of(convert_to_runs(scratch)).items():
+    for arm, runs in group_runs(convert_to_runs(scratch)).items():
         others = {run.seed: run for run in convert_to_runs(tuned) if run.arm == arm}
         pairs = [(others[run.seed], run) for run in runs if run.seed in others]
         if pairs:
             gains = [
-                f'{kind} AP {spread([ours.ap[kind] - theirs.ap[kind] for ours, theirs in pairs])}' for kind in KINDS
+                f'{kind} AP {format_spread([ours.ap[kind] - theirs.ap[kind] for ours, theirs in pairs])}'
+                for kind in KINDS
             ]
             lines.append(f'* {arm}: {", ".join(gains)} ({len(pairs)} seeds)')
     return [*lines, '']

@@ -23,7 +23,7 @@ import torch
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import parser
 from spec_mmdet.errors import InputError
-from spec_mmdet.evaluation.comparison import interval_of_seeds
+from spec_mmdet.evaluation.comparison import compute_seed_interval
 from spec_mmdet.files import create_folder, display_path, one_line_write_errors
 
 from . import SYSTEMS
@@ -39,7 +39,7 @@ def format_row(arm: str, logs: list[Log], plain: list[Log]) -> str:
     difference, interval = '-', ''
     if logs is not plain:
         difference = f'{mean(ours) - mean(reference):+.2f}'
-        if ends := interval_of_seeds(ours, reference, paired=True):
+        if ends := compute_seed_interval(ours, reference, paired=True):
             interval = '{:+.2f} to {:+.2f}'.format(*ends)
     kappa = [mean(log.kappa[of][when] for log in logs) for of in ('whole', 'head') for when in (0, 1)]
     return (

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from mmdet.registry import MODELS
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
 from mmengine.dataset import Compose
@@ -29,9 +29,6 @@ from ..models.jacobians import JacobianSpectrum, jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .common import add_config, load_config, parser
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     with path.open('w', newline='') as file:
@@ -44,7 +41,8 @@ def draw(report: Report, jacobians: dict[str, list[JacobianSpectrum]], path: Pat
     """Over the layers: kappa of the projections, their singular values, and kappa of the Jacobians."""
     layers = list(dict.fromkeys(row.name for row in report))
     panels = 3 if jacobians else 2
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout='constrained')
+    figure = Figure(figsize=(5.5 * panels, 4), layout='constrained')
+    axes = figure.subplots(1, panels)
     for color, role in enumerate(dict.fromkeys(row.role for row in report)):
         rows = [row for row in report if row.role == role]
         x = [layers.index(row.name) for row in rows]

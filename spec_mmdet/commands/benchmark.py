@@ -33,10 +33,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -54,9 +54,6 @@ from ..files import write_folder_atomically
 from ..models.products import linear
 from ..models.xcit import ARCHS, SpecXCiT
 from .common import adapt_to_data, parser
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 PEERS = {
     'resnet-50': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
@@ -379,7 +376,8 @@ def print_table(rows: list[dict], size: str) -> None:
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """Seconds over pixels, both axes logarithmic: linear cost is a line of slope one."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    axes = figure.subplots(1, 2)
     for axis, job in zip(axes, ('inference', 'training')):
         for name in dict.fromkeys(row['model'] for row in rows):
             own = [row for row in rows if row['model'] == name]

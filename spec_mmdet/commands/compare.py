@@ -24,9 +24,9 @@ from pathlib import Path
 from ..errors import InputError
 from ..evaluation.comparison import (
     DRAWS,
+    compare_arms,
     describe_arms,
     describe_difference,
-    differences,
     measure_runs,
     read_run,
     require_comparable,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.append(read_run(folder, name, read_facts(folder), read_curves(folder)))
     require_comparable(runs)
     measure_runs(runs, DRAWS)
-    found = differences(runs)
+    found = compare_arms(runs)
     with write_folder_atomically(args.out) as temporary:
         write_comparison(temporary, runs, found)
     print(*describe_arms(runs), *map(describe_difference, found), f'wrote {args.out / PAGE}', sep='\n')

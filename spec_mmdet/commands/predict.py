@@ -42,7 +42,7 @@ from ..checkpoints.reading import describe_mismatches, get_classes, get_state_di
 from ..data import images
 from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError, list_briefly
-from ..evaluation.drawing import names_drawn
+from ..evaluation.drawing import use_font_for
 from ..files import is_empty, write_folder_atomically
 from ..substitution import protect
 from .common import add_config, add_keep_types, load_config, parser
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with (
         write_folder_atomically(out) as aside,
         json_list(aside / 'predictions.json') as add_result,
-        names_drawn(() if args.no_pictures else inferencer.model.dataset_meta['classes']),
+        use_font_for(() if args.no_pictures else inferencer.model.dataset_meta['classes']),
         json_list(aside / 'images.json', json.dumps(about)[:-1] + ', "images": [', ']}') as add_image,
     ):
         for batch in batches:

@@ -23,7 +23,7 @@ from ..checkpoints.reading import get_run_info, load
 from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, list_briefly
 from ..evaluation import report
-from ..evaluation.drawing import names_drawn
+from ..evaluation.drawing import use_font_for
 from ..evaluation.metrics import DumpPredictions
 from ..evaluation.pages import PAGE
 from ..files import display_path, write_folder_atomically
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     terminal = None if args.verbose else Terminal()
     names = [name for dataset in datasets for name in configured_classes(dataset)]
     with write_folder_atomically(reported) if reported else nullcontext() as aside:
-        with one_line_errors(), names_drawn(names), terminal or nullcontext():
+        with one_line_errors(), use_font_for(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)
             if args.out:
                 metrics = runner.test_evaluator.metrics

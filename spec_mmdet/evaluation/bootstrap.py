@@ -65,11 +65,11 @@ class ResampledAP:
         weights = np.ascontiguousarray(np.asarray(weights, np.int32).T)
         objects = self.objects @ weights
         total = np.zeros(weights.shape[1])
-        for matches, own in zip(self.classes, objects):
+        for matches, number in zip(self.classes, objects):
             block = max(1, BLOCK // max(1, matches.counted.shape[0]))
             for start in range(0, len(total), block):
                 part = slice(start, start + block)
-                total[part] += matches.measure(weights[:, part], own[part])
+                total[part] += matches.measure(weights[:, part], number[part])
         with np.errstate(invalid='ignore'):
             return total / (objects > 0).sum(axis=0)
 
@@ -114,10 +114,10 @@ class ClassMatches:
         self.counted = count_matrix(rows[kept], images[kept], len(true), len(place))
         self.levels = []
         for hits, ignores in zip(hit, ignored):
-            own, left_out = np.flatnonzero(hits), np.flatnonzero(ignores)
-            left_out = left_out[left_out < own[-1]] if len(own) else left_out[:0]
-            crowds = count_matrix(np.searchsorted(own, left_out), images[left_out], len(own), len(place))
-            self.levels.append((rows[own], images[own], crowds if len(left_out) else None))
+            found, left_out = np.flatnonzero(hits), np.flatnonzero(ignores)
+            left_out = left_out[left_out < found[-1]] if len(found) else left_out[:0]
+            crowds = count_matrix(np.searchsorted(found, left_out), images[left_out], len(found), len(place))
+            self.levels.append((rows[found], images[found], crowds if len(left_out) else None))
 
     def measure(self, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
         """Compute the class's AP of each draw, 0 without objects.

@@ -27,7 +27,7 @@ from ..files import compute_digest, display_path, format_csv
 from .bootstrap import ResampledAP, draw_weights
 from .figures import embedded_figure
 from .metrics import read_detections
-from .pages import DATA, PAGE, page_of
+from .pages import DATA, PAGE, render_page
 from .report import rounded
 
 KINDS = dict(bbox='box', segm='mask')
@@ -153,7 +153,7 @@ def require_comparable(runs: Sequence[Run]) -> None:
     Raises:
         InputError: naming the runs.
     """
-    arms = arms_of(runs)
+    arms = group_runs(runs)
     if len(arms) < 2:
         raise InputError(f'all runs are of one arm ({runs[0].arm}): name them, as in plain=DIR conditioned=DIR')
     for arm, members in arms.items():
@@ -235,7 +235,7 @@ def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
     return float(ap), np.array(drawn)
 
 
-def arms_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs by arm, in the order of the runs; those of an arm by rising seed."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
@@ -243,7 +243,7 @@ def arms_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {arm: sorted(members, key=lambda run: (run.seed is None, run.seed)) for arm, members in arms.items()}
 
 
-def interval_of_seeds(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> tuple[float, float] | None:
+def compute_seed_interval(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> tuple[float, float] | None:
     """Return the 95 % interval of a difference of means over seeds, by Student's t; None for a single run.
 
     Args:
@@ -262,24 +262,24 @@ def interval_of_seeds(ours: Sequence[float], theirs: Sequence[float], paired: bo
     return low, high
 
 
-def difference(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Difference:
+def compare_two_arms(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Difference:
     """Compute the difference between two arms, and its intervals."""
     ours, theirs = ([run.ap[kind] for run in runs] for runs in (arm, reference))
     drawn = np.mean([run.drawn[kind] for run in arm], axis=0) - np.mean([run.drawn[kind] for run in reference], axis=0)
     tail = (1 - LEVEL) / 2
     images = tuple(float(value) for value in np.nanquantile(drawn, [tail, 1 - tail]))
     paired = [run.seed for run in arm] == [run.seed for run in reference]
-    seeds = interval_of_seeds(ours, theirs, paired)
+    seeds = compute_seed_interval(ours, theirs, paired)
     return Difference(arm[0].arm, reference[0].arm, kind, float(np.mean(ours) - np.mean(theirs)), images, seeds, paired)
 
 
-def differences(runs: Sequence[Run]) -> list[Difference]:
+def compare_arms(runs: Sequence[Run]) -> list[Difference]:
     """Compute the differences of every arm from the first, for each kind of AP."""
-    (_, reference), *others = arms_of(runs).items()
-    return [difference(arm, reference, kind) for kind in reference[0].ap for _, arm in others]
+    (_, reference), *others = group_runs(runs).items()
+    return [compare_two_arms(arm, reference, kind) for kind in reference[0].ap for _, arm in others]
 
 
-def spread(values: Sequence[float], scale: float = 100) -> str:
+def format_spread(values: Sequence[float], scale: float = 100) -> str:
     """Format mean and standard deviation over seeds, in points or by another scale."""
     mean = f'{scale * np.mean(values):.1f}'
     return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
@@ -306,7 +306,7 @@ def draw_differences(found: Sequence[Difference]) -> Figure:
 
 def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | None:
     """Draw a curve of all runs over the iterations, one colour per arm; None if no run has it."""
-    colours = {arm: f'C{i % 10}' for i, arm in enumerate(arms_of(runs))}
+    colours = {arm: f'C{i % 10}' for i, arm in enumerate(group_runs(runs))}
     if not any(name in run.curves for run in runs):
         return None
     beside = len(colours) > 4  # a long legend would cover curves
@@ -333,11 +333,11 @@ def describe_difference(entry: Difference) -> str:
 
 def describe_arms(runs: Sequence[Run]) -> list[str]:
     """Describe each arm's AP in a line."""
-    return [
-        f'{arm}: {", ".join(f"{KINDS[kind]} AP {spread([run.ap[kind] for run in own])}" for kind in own[0].ap)} '
-        f'({len(own)} runs)'
-        for arm, own in arms_of(runs).items()
-    ]
+    lines = []
+    for arm, members in group_runs(runs).items():
+        parts = (f'{KINDS[kind]} AP {format_spread([run.ap[kind] for run in members])}' for kind in members[0].ap)
+        lines.append(f'{arm}: {", ".join(parts)} ({len(members)} runs)')
+    return lines
 
 
 def format_last(runs: Sequence[Run], name: str) -> str:
@@ -367,17 +367,17 @@ def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
         draw_curve(runs, 'loss', log=True),
         *(draw_curve(runs, name, log=True) for name in KAPPAS),
     ]
-    return page_of(
+    return render_page(
         'comparison',
-        title=' against '.join(reversed(arms_of(runs))),
+        title=' against '.join(reversed(group_runs(runs))),
         arms=[
             dict(
                 name=arm,
                 seeds=', '.join(str(run.seed) for run in members),
-                ap={KINDS[kind]: spread([run.ap[kind] for run in members]) for kind in members[0].ap},
+                ap={KINDS[kind]: format_spread([run.ap[kind] for run in members]) for kind in members[0].ap},
                 kappa=[format_last(members, name) for name in KAPPAS],
             )
-            for arm, members in arms_of(runs).items()
+            for arm, members in group_runs(runs).items()
         ],
         runs=[dict(row, folder=display_path(run.folder), facts=run.facts) for row, run in zip(tabulate(runs), runs)],
         kinds=[KINDS[kind] for kind in runs[0].ap],

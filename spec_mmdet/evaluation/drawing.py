@@ -65,7 +65,7 @@ def find_font(letters: set[int]) -> tuple[str, set[int]]:
 
 
 @contextmanager
-def names_drawn(names: Iterable[str]) -> Iterator[None]:
+def use_font_for(names: Iterable[str]) -> Iterator[None]:
     """Draw class names literally: switch mathematical text off, and use a font that has the letters of ``names``.
 
     Warns about letters that no font has, which are drawn as squares.
@@ -108,13 +108,13 @@ class Mark:
             self.mask = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1].copy() if len(xs) else None
 
 
-def colour_of(label: int) -> tuple[int, int, int]:
+def choose_colour(label: int) -> tuple[int, int, int]:
     """Return the colour of a class, RGB, 0 to 255. All hues differ, those of the first classes clearly."""
     hue = (0.6 + label * 0.618034) % 1  # steps of the golden ratio keep apart
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.45, 0.8))
 
 
-def label_of(name: str, score: float | None = None) -> str:
+def format_label(name: str, score: float | None = None) -> str:
     """Return a label's text: the class, and the score as in 0.53."""
     return name if score is None else f'{name} {score:.2f}'
 
@@ -238,11 +238,11 @@ def split_dashes(start: tuple[float, float], end: tuple[float, float], length: f
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that :func:`names_drawn` has chosen."""
+    """Load the font that :func:`use_font_for` has chosen."""
     return ImageFont.truetype(findfont(FontProperties(family=matplotlib.rcParams['font.sans-serif'])), size)
 
 
-def tiled(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8) -> np.ndarray:
+def tile_pictures(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8) -> np.ndarray:
     """Arrange pictures in rows, each filled up with white to the size of the largest."""
     height, width = (max(picture.shape[axis] for picture in pictures) + gap for axis in (0, 1))
     columns = min(columns, len(pictures))
@@ -254,7 +254,7 @@ def tiled(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8) -> np.
     return sheet
 
 
-def marks_of(instances: InstanceData, classes: Sequence[str] | None, least: float = 0) -> list[Mark]:
+def convert_to_marks(instances: InstanceData, classes: Sequence[str] | None, least: float = 0) -> list[Mark]:
     """Convert MMDetection's instances to marks, those with the highest scores last.
 
     Args:
@@ -275,8 +275,8 @@ def marks_of(instances: InstanceData, classes: Sequence[str] | None, least: floa
         mask = None if masks is None else masks[int(i)]
         if isinstance(mask, BitmapMasks | PolygonMasks):
             (mask,) = mask.to_ndarray()
-        text = label_of(name, None if scores is None else float(scores[i]))
-        marks.append(Mark(np.asarray(boxes[i]), text, colour_of(int(labels[i])), mask))
+        text = format_label(name, None if scores is None else float(scores[i]))
+        marks.append(Mark(np.asarray(boxes[i]), text, choose_colour(int(labels[i])), mask))
     return marks
 
 
@@ -287,7 +287,7 @@ class LabelVisualizer(DetLocalVisualizer):
     def _draw_instances(
         self, image: np.ndarray, instances: InstanceData, classes: list[str] | None, palette: object
     ) -> np.ndarray:
-        return draw(image, marks_of(instances, classes))
+        return draw(image, convert_to_marks(instances, classes))
 
 
 @HOOKS.register_module()

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pycocotools.cocoeval import COCOeval
 
-from .drawing import Mark, draw, label_of, tiled
+from .drawing import Mark, draw, format_label, tile_pictures
 from .outcomes import ERRORS, Outcome, Scores
 
 COLOURS = dict(found='#2563eb', missed='#f59e0b', false='#dc2626', crowd='#6b7280')
@@ -157,7 +157,7 @@ def draw_sides(
             mask = evaluation.cocoGt.annToMask(dict(image_id=image_id, segmentation=rle)).astype(bool)
         name = 'crowd' if kind == 'crowd' else evaluation.cocoGt.cats[thing['category_id']]['name']
         colour = tuple(round(255 * part) for part in to_rgb(COLOURS[kind]))
-        label = label_of(name, thing.get('score'))
+        label = format_label(name, thing.get('score'))
         return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'missed')
 
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # nearly, so that the colours stand out
@@ -200,7 +200,7 @@ def draw_worst(
                 for longer in (max(800, *image.shape[:2]), 2 * SIDE)
             )
             path = folder / f'{image_id}_{Path(name).stem}.jpg'
-            path.write_bytes(as_jpeg(tiled(full, 2)))
+            path.write_bytes(as_jpeg(tile_pictures(full, 2)))
             width = round(SIDE * image.shape[1] / max(image.shape[:2]))
             pictures.append(
                 dict(

@@ -15,16 +15,16 @@ PAGE = 'index.html'
 DATA = 'data.json'  # beside a report's detections: their annotation file, its digest, classes
 
 
-def mark_of(kind: str) -> str:
+def make_mark(kind: str) -> str:
     """Return the line that marks a page as one of a kind."""
     return f'<meta name="generator" content="spec_mmdet {kind}">'
 
 
-def page_of(kind: str, **values: object) -> str:
+def render_page(kind: str, **values: object) -> str:
     """Fill in the template of a page, 'report' or 'comparison'."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
     template = jinja2.Environment(loader=loader, autoescape=True).get_template(f'{kind}.html')
-    return template.render(values, mark=mark_of(kind))
+    return template.render(values, mark=make_mark(kind))
 
 
 def require_free(option: str, folder: Path, kind: str) -> None:
@@ -34,7 +34,7 @@ def require_free(option: str, folder: Path, kind: str) -> None:
         InputError: naming the option.
     """
     page = folder / PAGE
-    earlier = page.is_file() and mark_of(kind).encode() in page.read_bytes()
+    earlier = page.is_file() and make_mark(kind).encode() in page.read_bytes()
     if folder.exists() and not is_empty(folder) and not earlier:
         raise InputError(f'{option} {folder}: contains something other than a {kind}. Name a new folder')
 

@@ -28,7 +28,7 @@ from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
-from .drawing import names_drawn
+from .drawing import use_font_for
 from .figures import (
     CLASSES,
     COLOURS,
@@ -41,7 +41,7 @@ from .figures import (
 )
 from .metrics import CheckedCocoMetric, average_precision, read_detections
 from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, match_boxes, outcomes, scores_of
-from .pages import PAGE, page_of, record_data, require_free
+from .pages import PAGE, record_data, render_page, require_free
 
 # COCO's twelve numbers, as pycocotools has them, and what they are.
 STATS = {
@@ -183,7 +183,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
 
     (folder / CONFUSIONS).write_text(format_csv(list_confusions(matrix, names)), 'utf-8')
     (folder / IMAGES).mkdir()
-    with names_drawn(names):
+    with use_font_for(names):
         worst = draw_worst(
             folder / IMAGES,
             lambda name: decode(get(os.path.join(images, name)))[..., ::-1],
@@ -195,7 +195,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         confusion, thresholds = embedded_figure(draw_confusion(matrix, names)), embedded_figure(draw_scores(scores))
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
-    page = page_of(
+    page = render_page(
         'report',
         title=Path(cfg.filename).stem,
         checkpoint=display_path(checkpoint),

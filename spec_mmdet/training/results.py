@@ -29,7 +29,7 @@ from ..conditioning.correction import describe_conditioning
 from ..data.fitting import list_annotation_files
 from ..data.images import decode
 from ..errors import InputError
-from ..evaluation.drawing import draw, marks_of, names_drawn, tiled
+from ..evaluation.drawing import convert_to_marks, draw, tile_pictures, use_font_for
 from ..files import compute_digest, format_csv, write
 from .hooks import CONDITIONING, MEDIANS
 from .saving import unwrap_model
@@ -206,7 +206,7 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
 
 def picture(image: np.ndarray, instances: object, classes: Sequence[str], title: str) -> np.ndarray:
     """An image of a pipeline or a file, RGB, with what is on it."""
-    return draw(image, marks_of(instances, classes, MIN_SCORE), TILE / max(image.shape[:2]), title)
+    return draw(image, convert_to_marks(instances, classes, MIN_SCORE), TILE / max(image.shape[:2]), title)
 
 
 @HOOKS.register_module()
@@ -249,7 +249,7 @@ class ResultsHook(Hook):
             return
         classes = runner.train_dataloader.dataset.metainfo['classes']
         tiles = []
-        with names_drawn(classes):
+        with use_font_for(classes):
             for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:IMAGES]:
                 pixels = torch.as_tensor(image).cpu().numpy().transpose(1, 2, 0)
                 pixels = pixels[..., ::-1] if self.bgr else pixels
@@ -263,13 +263,13 @@ class ResultsHook(Hook):
         """Draw what is found on the first images."""
         classes = runner.val_dataloader.dataset.metainfo['classes']
         wanted = (outputs or ())[: IMAGES - len(self.tiles)]
-        with names_drawn(classes if wanted else ()):
+        with use_font_for(classes if wanted else ()):
             for sample in wanted:
                 image, name = decode(get(sample.img_path))[..., ::-1], Path(sample.img_path).name
                 pair = [picture(image, sample.pred_instances, classes, f'{name}: predictions')]
                 if 'gt_instances' in sample:
                     pair.insert(0, picture(image, sample.gt_instances, classes, f'{name}: truth'))
-                self.tiles.append(tiled(pair, 2, 4))
+                self.tiles.append(tile_pictures(pair, 2, 4))
 
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -296,4 +296,4 @@ class ResultsHook(Hook):
 
     def _write_picture(self, runner: Runner, name: str, tiles: Sequence[np.ndarray], columns: int = 4) -> None:
         if tiles:
-            self._write(runner, name, cv2.imencode('.jpg', tiled(tiles, columns)[..., ::-1])[1].tobytes())
+            self._write(runner, name, cv2.imencode('.jpg', tile_pictures(tiles, columns)[..., ::-1])[1].tobytes())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from spec_mmdet.evaluation.comparison import Run, arms_of, difference, differences
+from spec_mmdet.evaluation.comparison import Run, compare_arms, compare_two_arms, group_runs
 
 DRAWS = 400
 
@@ -24,13 +24,13 @@ def test_verdicts():
     same = [run('same', seed, 0.40 + 0.002 * (2 - seed), rng) for seed in range(3)]
     once = [run('once', 0, 0.50, rng)]
     chance = [run('chance', seed, ap, rng, 1e-4) for seed, ap in enumerate((0.30, 0.42, 0.60))]
-    found = {entry.arm: entry for entry in differences([*plain, *better, *same, *once, *chance])}
+    found = {entry.arm: entry for entry in compare_arms([*plain, *better, *same, *once, *chance])}
     assert found['better'].verdict == 'beyond the noise' and found['better'].paired
     assert found['better'].value == pytest.approx(0.1003, abs=1e-4)
     assert found['same'].verdict == 'within the noise of the images and seeds'
     assert found['chance'].verdict == 'within the noise of the seeds'
     assert 'from one run' in found['once'].verdict and found['once'].seeds is None and not found['once'].paired
-    assert list(arms_of([*better, *plain])) == ['better', 'plain']
+    assert list(group_runs([*better, *plain])) == ['better', 'plain']
 
 
 @settings(max_examples=30)
@@ -40,7 +40,7 @@ def test_intervals_are_those_of_the_books(seed, paired):
     rng = np.random.default_rng(seed)
     ours = [run('a', i, *rng.random(1), rng) for i in range(4)]
     theirs = [run('b', i + (not paired), *rng.random(1), rng) for i in range(4)]
-    entry = difference(ours, theirs, 'bbox')
+    entry = compare_two_arms(ours, theirs, 'bbox')
     a, b = (np.array([r.ap['bbox'] for r in runs]) for runs in (ours, theirs))
     if paired:
         error, freedom = (a - b).std(ddof=1) / 2, 3
@@ -57,5 +57,5 @@ def test_intervals_are_those_of_the_books(seed, paired):
 def test_runs_without_any_spread():
     rng = np.random.default_rng(0)
     one, other = ([run(arm, seed, ap, rng, 0) for seed in range(2)] for arm, ap in (('a', 0.5), ('b', 0.4)))
-    entry = difference(one, other, 'bbox')
+    entry = compare_two_arms(one, other, 'bbox')
     assert entry.seeds == pytest.approx((0.1, 0.1)) and entry.verdict == 'beyond the noise'

@@ -19,14 +19,14 @@ from spec_mmdet.evaluation.drawing import (
     draw,
     find_font,
     list_letters,
-    names_drawn,
+    use_font_for,
 )
 
 NAMES = ['US$5_^ or $\\frac{$', '$_$', 'Größe <b>', 'красный', '%', '\\']
 
 
 def test_a_name_is_no_mathematics():
-    with names_drawn(NAMES):
+    with use_font_for(NAMES):
         figures.draw_confusion(np.eye(len(NAMES) + 1, dtype=int), NAMES).savefig('/dev/null', format='png')
         visualizer = LabelVisualizer()
         visualizer.dataset_meta = dict(classes=NAMES, palette='random')
@@ -48,11 +48,11 @@ def test_a_font_is_looked_for(monkeypatch, tmp_path, capsys):
     (letter, *_) = sorted(list_letters(symbols) - list_letters(own))
     monkeypatch.setattr(drawing, 'findSystemFonts', lambda: [str(tmp_path / 'absent.ttf'), symbols])
     assert find_font({letter, ord('a')}) == ('STIXGeneral', set())
-    with names_drawn([f'a{chr(letter)}']):
+    with use_font_for([f'a{chr(letter)}']):
         assert matplotlib.rcParams['font.sans-serif'][0] == 'STIXGeneral'
     assert not capsys.readouterr().out
     monkeypatch.setattr(drawing, 'findSystemFonts', lambda: [])
-    with names_drawn(['红色 a']), pytest.warns(UserWarning, match='Glyph'):
+    with use_font_for(['红色 a']), pytest.warns(UserWarning, match='Glyph'):
         Figure().text(0, 0, '红色').figure.savefig('/dev/null', format='png')
     assert 'warning: 2 letters' in capsys.readouterr().out
 
