@@ -66,7 +66,7 @@ class ResampledAP:
         objects = self.objects @ weights
         total = np.zeros(weights.shape[1])
         for matches, number in zip(self.classes, objects):
-            block = max(1, BLOCK // max(1, matches.counted.shape[0]))
+            block = max(1, BLOCK // max(1, matches.counted.shape[0], number.max(initial=0)))
             for start in range(0, len(total), block):
                 part = slice(start, start + block)
                 total[part] += matches.measure(weights[:, part], number[part])
@@ -127,6 +127,11 @@ class ClassMatches:
             objects: their weighted number, shape (draws,).
         """
         total = np.zeros(len(objects))
+        # For each draw and number of true positives, the number of recalls reached.
+        most = int(objects.max())
+        recall = np.arange(most + 1) / np.maximum(objects, 1)[:, None]
+        reached_by = np.searchsorted(self.recalls, recall, side='right')
+        start = np.arange(len(objects)) * (most + 1)
         counted = np.cumsum(self.counted @ weights, axis=0, dtype=np.int32)
         for rows, images, crowds in self.levels:
             if not len(rows):
@@ -137,8 +142,7 @@ class ClassMatches:
                 every -= np.cumsum(crowds @ weights, axis=0, dtype=np.int32)
             precision = true / np.maximum(every, 1)
             precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-            # How many of the recalls are reached between a true positive and the one before.
-            reached = np.searchsorted(self.recalls, true / np.maximum(objects, 1), side='right')
+            reached = np.take(reached_by, true + start)
             total += np.einsum('ij,ij->j', precision, np.diff(reached, axis=0, prepend=0))
         return total / (len(self.thresholds) * len(self.recalls))
 
