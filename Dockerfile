@@ -1,4 +1,4 @@
-# The toolkit in a container: docs/installation.md has the commands.
+# The toolkit in a container: docs/guide/install.md has the commands.
 # BASE is any Debian or Ubuntu with Python 3.10 or newer. NVIDIA's is for GPUs, with TORCH_INDEX empty: pip's own index
 # has PyTorch with CUDA.
 ARG BASE=debian:bookworm-slim

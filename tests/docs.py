@@ -48,10 +48,12 @@ SKIPPED = {
     'docker': 'builds and runs a container; the Dockerfile has the commands of the page about installing',
     'pip install jupyterlab': 'waits for a browser; what the notebook has is run as that of a page',
     'make demo TORCH=': 'another PyTorch is another download; the command is that of make demo',
-    'make demo TORCH_INDEX=': 'likewise',
+    'make demo TORCH_INDEX=': 'the same',
     'make docs-test': 'is this',
     'make test': 'CI runs it',
     'make test-onedl': 'CI runs it',
+    'pip wheel --wheel-dir wheels': 'builds and downloads what the commands before it have installed',
+    'pip install --no-index': 'the same',
     'make clean': 'would remove the environment that the other commands need',
     'make torture': 'takes half an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; what it runs is what make demo runs',
@@ -61,7 +63,6 @@ SKIPPED = {
     'spec-mmdet compare': 'is of trainings that take an hour; the suite runs it',
     'make experiment': 'takes hours; what it runs are the commands of the page about pretraining',
     'python -m research.experiment': 'likewise',
-    'python -m benchmarks.overfit': 'takes 700 iterations; what it runs is train and test',
 }
 
 # What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
@@ -95,12 +96,12 @@ AS_400 = '(cd work_dirs/pretrain_xcit_small_12_p16 && cp epoch_1.pth epoch_400.p
 LAST_EPOCH = 'for f in work_dirs/*/last_checkpoint; do (cd ${f%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
 
 # A training does not start in a directory that holds the checkpoints of another.
-ANEW = 'rm -rf work_dirs/xcit_spec_maskrcnn &&'
+ANEW = 'rm -rf work_dirs/xcit_maskrcnn &&'
 PREPENDED = {
-    'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr': ANEW,
-    'spec-mmdet train xcit_spec_maskrcnn --data data/coco': ANEW,
-    'tools/dist_train.sh': ANEW,
-    'torchrun --nproc_per_node 8 -m spec_mmdet train xcit_spec_maskrcnn': ANEW,
+    'spec-mmdet train xcit_maskrcnn --data data/coco': ANEW,
+    'spec-mmdet train xcit_maskrcnn --data data/mine --preset': ANEW,
+    'tools/dist_train.sh xcit_maskrcnn': ANEW,
+    'torchrun --nproc_per_node 8 -m spec_mmdet train xcit_maskrcnn': ANEW,
     'spec-mmdet pretrain pretrain_xcit_small_12_p16': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
     'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
 }
@@ -148,6 +149,11 @@ PLACEHOLDERS = {
     'IMAGES --annotations FILE': shlex.join(
         [f'{COCO.resolve()}/val2017', '--annotations', f'{COCO.resolve()}/annotations/instances_val2017.json']
     ),
+    'init_cfg.checkpoint=FILE': 'init_cfg.checkpoint=made/timm.pth',
+    'EXPORT': 'made/export',
+    'DATA': 'data/mine',
+    'NEW.pth': 'made/new.pth',
+    'NEW': 'made/boxes',
     'IMAGENET': 'data/scenes/pretraining',
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
@@ -156,7 +162,14 @@ PLACEHOLDERS = {
 
 # Makes what the commands find in the clone besides: a Python program, in the environment.
 MADE = """
-import timm, torch
+import pathlib, cv2, numpy, timm, torch
+export = pathlib.Path('made/export')
+for folder in ('images', 'labels'):
+    (export / folder).mkdir(parents=True, exist_ok=True)
+(export / 'classes.txt').write_text('bolt')
+for i in range(5):
+    cv2.imwrite(f'{export}/images/{i}.png', numpy.full((64, 64, 3), 40 * i, numpy.uint8))
+    (export / 'labels' / f'{i}.txt').write_text('0 0.5 0.5 0.4 0.4')
 torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.pth')
 """
 
@@ -164,7 +177,8 @@ torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.p
 NEEDS = {
     'xcit_spec_maskrcnn': 'mkdir -p data',
     'data/coco': 'mkdir -p data',
-    'work_dirs/xcit_spec_maskrcnn/': 'spec-mmdet train xcit_spec_maskrcnn --auto-scale-lr',
+    'work_dirs/xcit_maskrcnn/': 'spec-mmdet train xcit_maskrcnn --data data/coco',
+    'work_dirs/xcit_spec_maskrcnn/': 'tools/dist_train.sh xcit_spec_maskrcnn',
     'work_dirs/demo/': 'make demo',
     'data/scenes': 'python -m research.scenes',
     'work_dirs/experiment_pretraining/': 'spec-mmdet pretrain research/configs/experiment_pretraining.py',
@@ -173,7 +187,7 @@ NEEDS = {
     'work_dirs/pretrain_xcit_small_12_p16/': 'spec-mmdet pretrain pretrain_xcit_small_12_p16',
     'checkpoint=backbone.pth': 'spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16',
     'data/mine': 'spec-mmdet prepare IMAGES',
-    'work_dirs/mine/': 'spec-mmdet train xcit_spec_maskrcnn --data data/mine',
+    'work_dirs/mine/': 'spec-mmdet train xcit_maskrcnn --data data/mine',
     'train my_detector.py': "_base_ = 'spec_mmdet::xcit/xcit_spec_maskrcnn.py'",
     'own-data/drawn': 'from spec_mmdet.data.shapes',
     'own-data/prepared': 'spec-mmdet prepare own-data/drawn',
@@ -272,7 +286,7 @@ def read_pages() -> dict[str, str]:
     """The README and the pages of docs/ and research/, by name, in the order in which the README links to them."""
     readme = read_page(ROOT / 'README.md')
     linked = list(dict.fromkeys(re.findall(r'\]\(((?:docs|research)/[\w/-]+\.(?:md|ipynb))', readme)))
-    there = [*(ROOT / 'docs').glob('*.md'), *(ROOT / 'docs').glob('*.ipynb'), *(ROOT / 'research').glob('**/README.md')]
+    there = [*(ROOT / 'docs').rglob('*.md'), *(ROOT / 'docs').rglob('*.ipynb'), *(ROOT / 'research').rglob('README.md')]
     forgotten = {str(page.relative_to(ROOT)) for page in there} - {*linked}
     if forgotten:
         sys.exit(f'error: the README does not link to {", ".join(sorted(forgotten))}')
@@ -300,7 +314,7 @@ def read_commands(pages: dict[str, str]) -> list[Command]:
                     text = re.sub(r'(^|\s+)#\s.*', '', line.group().replace('\\\n', '')).strip()
                     if text:
                         add(page, match.start(2) + line.start(), text)
-            elif language != 'text':
+            elif language not in ('text', 'bibtex'):
                 sys.exit(f'error: {page} has a block of {language!r}; use shell, python or, for what is not run, text')
     return list(commands.values())
 

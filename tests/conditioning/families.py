@@ -1,12 +1,13 @@
 """condition() over families of timm and transformers, against what the models really compute with.
 
-    python tests/conditioning/families.py           makes the table in docs/attention.md, in about 20 minutes
+    python tests/conditioning/families.py           writes docs/results/attention.csv, in about 20 minutes
     python tests/conditioning/families.py NAME ...  prints the rows of these
 
 Models are small and random, built from their own configurations without a download. What their queries, keys and
 values come from is read off a run (reading.py), and the condition numbers of those rows are held against the report's.
 """
 
+import csv
 import inspect
 import os
 import sys
@@ -29,8 +30,8 @@ from spec_mmdet import InputError
 from spec_mmdet.conditioning import condition
 from spec_mmdet.conditioning.finding.projections import find
 
-PAGE = Path(__file__).parents[2] / 'docs' / 'attention.md'
-HEADING = '| model | attention | projections | verdict |\n|---|---|---|---|\n'
+TABLE = Path(__file__).parents[2] / 'docs' / 'results' / 'attention.csv'
+HEADING = '| model | attention | projections | verdict |'
 
 # Of each family of architectures the smallest that timm has.
 _TIMM = """
@@ -283,6 +284,6 @@ if __name__ == '__main__':
     asked = sys.argv[1:]
     lines, wrong = rows(asked or [*TIMM, *TRANSFORMERS])
     if not asked:
-        before = PAGE.read_text().partition(HEADING)[0]
-        PAGE.write_text(before + HEADING + '\n'.join(lines) + '\n')
+        with TABLE.open('w', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows(line[2:-2].split(' | ') for line in (HEADING, *lines))
     sys.exit(bool(wrong))

@@ -1,4 +1,4 @@
-"""A few of the families of the table in docs/attention.md, each of another kind; families.py goes through them all."""
+"""Test a few families of docs/results/attention.csv, each of a different kind; families.py runs all of them."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The programs of docs/recipes.md, as they are written; the distributed one also in two processes."""
+"""Run the programs of docs/method/recipes.md as they are written; the distributed one also in two processes."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-PAGE = (ROOT / 'docs' / 'recipes.md').read_text()
+PAGE = (ROOT / 'docs' / 'method' / 'recipes.md').read_text()
 RECIPES = dict(re.findall(r'^## ([^\n]+)\n\n```python\n(.+?)^```$', PAGE, re.MULTILINE | re.DOTALL))
 DISTRIBUTED = RECIPES['DDP and FSDP2']
 

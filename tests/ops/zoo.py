@@ -1,6 +1,6 @@
 """A config of each family that MMDetection ships, without a compiled mmcv: built, trained for a step, predicted with.
 
-    python tests/ops/zoo.py           makes the table in docs/operators.md
+    python tests/ops/zoo.py           writes docs/results/operators.csv
     python tests/ops/zoo.py NAME ...  prints the rows of these folders
 
 Models are as large as their configs have them, and random; images are small. What CUDA tensors would go through, goes
@@ -8,6 +8,7 @@ through our operators here: mmcv's deformable attention of CPU tensors is made t
 """
 
 import copy
+import csv
 import gc
 import os
 import sys
@@ -36,8 +37,8 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.structures import InstanceData
 
-PAGE = Path(__file__).parents[2] / 'docs' / 'operators.md'
-HEADING = '| family | config | trains a step | predicts | operators of mmcv called |\n|---|---|---|---|---|\n'
+TABLE = Path(__file__).parents[2] / 'docs' / 'results' / 'operators.csv'
+HEADING = '| family | config | trains a step | predicts | operators of mmcv called |'
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
 OPERATORS = {name: getattr(mmcv._ext, name) for name in mmcv._ext.__all__}
@@ -314,5 +315,5 @@ if __name__ == '__main__':
     asked = sys.argv[1:]
     lines = rows(asked or families())
     if not asked:
-        before = PAGE.read_text().partition(HEADING)[0]
-        PAGE.write_text(before + HEADING + '\n'.join(lines) + '\n')
+        with TABLE.open('w', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows(line[2:-2].split(' | ') for line in (HEADING, *lines))
