@@ -21,7 +21,7 @@ def test_every_picture_is_shown():
 def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():
     listed = subprocess.run([sys.executable, ROOT / 'tests' / 'docs.py', '--list'], capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
-    for command in ('spec-mmdet train xcit_maskrcnn --data data/coco', 'spec-mmdet prepare IMAGES'):
+    for command in ('spec-mmdet train xcit_maskrcnn --data data/coco', 'spec-mmdet test xcit_maskrcnn'):
         assert re.search(rf'^\S+ +(rm .* && )?{re.escape(command)} ', listed.stdout, re.M)
 
 
