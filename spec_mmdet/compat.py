@@ -5,7 +5,19 @@ Checked against torch 2.14.1, MMEngine 0.10.7 and onedl-mmengine 0.10.12.
 
 from __future__ import annotations
 
-from torch import nn
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import _weights_only_unpickler, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:  # conditioning needs PyTorch alone
+    from mmengine.config import Config, ConfigDict
+    from mmengine.optim import OptimWrapper
+    from mmengine.runner import BaseLoop, Runner
+    from torch.utils.data import DataLoader
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -13,3 +25,113 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+# One thread at a time may have globals of its own.
+_LOADING = threading.RLock()
+
+
+def known_globals() -> dict[str, object]:
+    """Return what a file may name in PyTorch's weights-only loading, by its names there."""
+    return _weights_only_unpickler._get_allowed_globals()
+
+
+@contextmanager
+def use_globals(allowed: dict[str, object]) -> Iterator[None]:
+    """Have PyTorch's weights-only loading allow exactly these names in this thread.
+
+    ``torch.serialization.safe_globals`` can only add names, and what PyTorch and MMEngine allow stays.
+    """
+    thread = threading.get_ident()
+    names = ('_get_allowed_globals', '_get_user_allowed_globals')
+    with _LOADING:
+        before = {name: getattr(_weights_only_unpickler, name) for name in names}
+        for name, mine in zip(names, (allowed, {})):
+            get = before[name]
+            replacement = lambda get=get, mine=mine: mine if threading.get_ident() == thread else get()  # noqa: E731
+            setattr(_weights_only_unpickler, name, replacement)
+        try:
+            yield
+        finally:
+            for name, get in before.items():
+                setattr(_weights_only_unpickler, name, get)
+
+
+def get_content(cfg: Config) -> ConfigDict:
+    """Return a config's content, to be changed in place."""
+    return cfg._cfg_dict
+
+
+def get_load_path(runner: Runner) -> str | None:
+    """Return the checkpoint that a runner starts from."""
+    return runner._load_from
+
+
+def is_resuming(runner: Runner) -> bool:
+    """Return whether a runner continues the training of a checkpoint."""
+    return runner._resume
+
+
+def is_training(runner: Runner) -> bool:
+    """Return whether a runner has built its loop of training."""
+    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)
+
+
+def get_built_loops(runner: Runner) -> list[BaseLoop]:
+    """Return the loops that a runner has built."""
+    loops = (runner._train_loop, runner._val_loop, runner._test_loop)
+    return [loop for loop in loops if loop is not None and not isinstance(loop, dict)]
+
+
+def end_loader_workers(loader: DataLoader) -> None:
+    """End the persistent workers of a loader."""
+    loader._iterator = None
+
+
+def count_accumulated_batches(optim_wrapper: OptimWrapper) -> int:
+    """Return the number of iterations that a step of the optimiser is accumulated over."""
+    return optim_wrapper._accumulative_counts
+
+
+def count_epoch(loop: BaseLoop) -> None:
+    """Count an epoch in a loop of training."""
+    loop._epoch += 1
+
+
+def update_val_interval(loop: BaseLoop) -> None:
+    """Have a loop of training follow its ``dynamic_intervals``."""
+    loop._decide_current_val_interval()
+
+
+class CheckpointSteps:
+    """A mixin before MMEngine's CheckpointHook that names the methods which a subclass overrides."""
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        self.save_step(runner, step, meta)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        self.update_best(runner, metrics)
+
+    def update_best(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint as MMEngine does."""
+        super()._save_best_checkpoint(runner, metrics)
+
+
+def exchanges_channels(preprocessor: nn.Module) -> bool:
+    """Return whether an image preprocessor of MMEngine exchanges red and blue."""
+    return getattr(preprocessor, '_channel_conversion', True)
+
+
+def normalises(preprocessor: nn.Module) -> bool:
+    """Return whether an image preprocessor of MMEngine subtracts a mean and divides by a standard deviation."""
+    return preprocessor._enable_normalize
+
+
+def get_step_pre_hooks(optimizer: Optimizer) -> list[Callable]:
+    """Return the hooks that an optimiser calls before a step."""
+    return list(optimizer._optimizer_step_pre_hooks.values())
+
+
+def has_one_projection(attention: nn.MultiheadAttention) -> bool:
+    """Return whether Q, K and V are projected by one matrix."""
+    return attention._qkv_same_embed_dim

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / 'spec_mmdet'
 GROUND = {
+    'compat',
     'errors',
     'files',
     'ops',
@@ -110,6 +112,16 @@ def test_no_module_imports_what_imports_it():
     for name, imported in graph.items():
         if name.split('.')[0] in GROUND:
             assert {other for other in imported if other.split('.')[0] != name.split('.')[0]} <= {'errors'}, name
+
+
+def test_private_members_of_others_are_used_in_one_module():
+    """Those of MMEngine's and PyTorch's objects by the names that variables of them have here."""
+    ours = r'(?<![\w.])(self\.)?(runner|loader|loop|cfg|optimizer|optim_wrapper|module|preprocessor)\._(?!_)\w+'
+    for path in PACKAGE.rglob('*.py'):
+        text = path.read_text()
+        if path.name != 'compat.py' and '.mim' not in path.parts:
+            assert not re.search(ours, text), (path, re.search(ours, text)[0])
+            assert not re.search(r'unittest|torch\._dynamo|import _weights_only', text), path
 
 
 def test_tools_are_thin_and_modules_short():

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import pickle
-import re
 import shutil
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as mmengine_loaders
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, _weights_only_unpickler, nn
+from torch import Tensor, nn
 
 from ..errors import InputError, list_briefly, prefix_errors
-from .records import STAND_INS, rebuild
+from .records import rebuild
+from .safe_loading import explain_unpickling_error, weights_only
 
 # Seconds that a server may be silent.
 PATIENCE = 60
@@ -32,24 +27,8 @@ PATIENCE = 60
 # How many times as large as the file its tensors may be.
 SHARED = 16
 
-# In the place of the config in a checkpoint, which MMEngine's DetInferencer would run where it is given none.
+# Instead of the config in a checkpoint, which MMEngine's DetInferencer would run if it is given none.
 NO_CONFIG = 'raise ValueError("the config inside of a checkpoint is code, and is not run: name a config, too")'
-
-
-@contextmanager
-def weights_only() -> Iterator[None]:
-    """What every torch.load happens in: no code of the file is run, whoever calls it, with whatever arguments.
-
-    Of the names that PyTorch itself allows, those in :data:`STAND_INS` are left, and by what is there.
-    """
-    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
-    os.environ[name] = '1'
-    try:
-        with patch.object(_weights_only_unpickler, '_get_allowed_globals', lambda: STAND_INS):
-            yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def as_data(content: object, size: int | None = None) -> object:
@@ -114,6 +93,11 @@ def local_file(path: str | Path) -> Path:
     return copy
 
 
+def fetch(path: str) -> str:
+    """Return the local copy of an http(s) address, see :func:`local_file`, or any other path as it is."""
+    return str(local_file(path)) if path.startswith(('http://', 'https://')) else path
+
+
 def load(
     path: str | Path,
     map_location: str | torch.device | None = 'cpu',
@@ -134,7 +118,8 @@ def load(
         InputError: if the file does not exist, is not a checkpoint, is damaged, or would need code to be run.
     """
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
-        return CheckpointLoader.load_checkpoint(str(path), map_location)
+        with prefix_errors(f'checkpoint {path}'):
+            return as_data(CheckpointLoader.load_checkpoint(str(path), map_location))
     file = local_file(path)
     with prefix_errors(f'checkpoint {path}'):
         return _load(file, map_location, mmap, trust_pickle)
@@ -153,7 +138,7 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
                 raise InputError('not a checkpoint written by torch.save: it is compressed')
         if trust_pickle:
             return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap and is_zip)
-        with weights_only():
+        with weights_only(strict=True):
             content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
             return as_data(content, size)
     except InputError:
@@ -163,49 +148,10 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
     except RecursionError as error:
         raise InputError('not a checkpoint: it is nested too deeply') from error
     except pickle.UnpicklingError as error:
-        refused = re.search(r'GLOBAL (\S+)', str(error))
-        if refused:
-            raise InputError(
-                f'holds {refused[1]}, which only running code from the file could read; it was not run. Save it again '
-                'with nothing but tensors and plain containers in it, or, if you trust whoever made it, convert it '
-                'with spec-mmdet convert --trust-pickle.'
-            ) from error
-        raise InputError('not a checkpoint written by torch.save, or damaged') from error
+        raise InputError(explain_unpickling_error(error)) from error
     except Exception as error:  # whatever an unpickler stumbles over in bytes that were not written by a pickler
         reason = str(error).partition('\n')[0].partition(' In PyTorch 2.6')[0][:200]  # which advises to run it
         raise InputError(f'not a checkpoint written by torch.save, or damaged ({reason})') from error
-
-
-@CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), force=True)
-def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
-    """MMEngine's loader for files and addresses: its own run code, or cannot read what MMEngine has written itself.
-
-    Whoever calls it wants weights: without any, or with such as are not finite, it is an InputError.
-    """
-    content = load(filename, map_location)
-    get_state_dict(content, f'checkpoint {filename}')
-    return content
-
-
-def safely(loader: Callable) -> Callable:
-    """One of MMEngine's loaders of named weights, which call torch.load or load by address, under the same rules."""
-
-    @functools.wraps(loader)
-    def load_safely(filename: str, map_location: str | torch.device | None = None) -> object:
-        with weights_only():
-            return as_data(loader(filename, map_location))
-
-    return load_safely
-
-
-for _prefixes, _loader in (
-    (('open-mmlab://', 'openmmlab://'), mmengine_loaders.load_from_openmmlab),
-    (('modelzoo://', 'torchvision://'), mmengine_loaders.load_from_torchvision),
-    ('mmcls://', mmengine_loaders.load_from_mmcls),
-    ('pavi://', mmengine_loaders.load_from_pavi),
-    ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), mmengine_loaders.load_from_ceph),
-):
-    CheckpointLoader.register_scheme(_prefixes, safely(_loader), force=True)
 
 
 def is_state_dict(content: object) -> bool:

@@ -28,7 +28,7 @@ class Dtype:
     """Stands in for numpy.dtype: the type of a number, as (kind and size, byte order)."""
 
     def __init__(self, code: object = None, *_) -> None:
-        if not isinstance(code, str) or not re.fullmatch('[biufc][0-9]{1,2}', code):
+        if not isinstance(code, str) or not re.fullmatch('[biufcSU][0-9]{1,6}', code):
             raise InputError(f'holds NumPy data of the type {code!r:.40}; only plain numbers are read')
         self.code, self.order = code, '='
 
@@ -178,12 +178,13 @@ STAND_INS |= {
 }
 
 
-def rebuild(content: object, done: dict[int, tuple]) -> object:
+def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> object:
     """The content of a checkpoint with data in the place of what stands in for them; containers are changed in place.
 
     Args:
         content: what was unpickled.
         done: gets all that is in it, as pairs of what it was and what it is now.
+        strict: whether to refuse tensors that are not plain ones, and names other than texts and numbers.
 
     Raises:
         InputError: where something in it is damaged, or a tensor that is not a plain one.
@@ -194,7 +195,7 @@ def rebuild(content: object, done: dict[int, tuple]) -> object:
     new = content
     if isinstance(content, Array | History):
         new = content.rebuilt()
-    elif isinstance(content, Tensor):
+    elif isinstance(content, Tensor) and strict:
         require_plain(content)
     # With the content, which must stay alive as long as its number stands for it.
     done[id(content)] = content, new
@@ -203,16 +204,16 @@ def rebuild(content: object, done: dict[int, tuple]) -> object:
             for name in set(vars(content)) - {'_metadata'}:  # could be in the place of its methods
                 del content.__dict__[name]
         for key, value in content.items():
-            if not isinstance(key, str | bytes | int | float | None):
+            if strict and not isinstance(key, str | bytes | int | float | None):
                 raise InputError(f'holds a {type(key).__name__} for a name; only text and numbers are read')
-            content[key] = rebuild(value, done)
+            content[key] = rebuild(value, done, strict)
     elif isinstance(content, list):
-        content[:] = [rebuild(value, done) for value in content]
+        content[:] = [rebuild(value, done, strict) for value in content]
     elif type(content) is tuple:
-        new = tuple([rebuild(value, done) for value in content])
+        new = tuple([rebuild(value, done, strict) for value in content])
         done[id(content)] = content, new
     elif isinstance(content, argparse.Namespace):
-        rebuild(vars(content), done)
+        rebuild(vars(content), done, strict)
     elif isinstance(content, Dtype) or content in (Dtype, Array, History):
         raise InputError('holds a record that is damaged')
     return new

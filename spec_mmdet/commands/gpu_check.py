@@ -162,7 +162,7 @@ def demo(args: argparse.Namespace) -> Iterator[Row]:
 def compiled(args: argparse.Namespace) -> Iterator[Row]:
     """Compiled blocks on several sizes against those that are not, without a graph break."""
     backend = 'aot_eager' if args.small else 'inductor'
-    torch._dynamo.reset()
+    torch.compiler.reset()
     arch = dict(dim=32, depth=4, num_heads=4) if args.small else args.arch
     own = SpecXCiT(arch, compile=dict(dynamic=True, fullgraph=True, backend=backend)).to(args.device)
     plain = SpecXCiT(arch).to(args.device)

@@ -16,6 +16,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from ..compat import get_content
 from ..data.fitting import walk
 from ..errors import InputError, list_briefly
 from ..models.xcit import ARCHS
@@ -90,7 +91,7 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
 
 def remove_none_parents(cfg: Config, key: str) -> None:
     """Take away what is None in a config where a key of --cfg-options has a dict; changes ``cfg``."""
-    node = cfg._cfg_dict
+    node = get_content(cfg)
     for part in key.split('.')[:-1]:
         if isinstance(node, (list, tuple)):
             node = node[int(part)]
@@ -127,7 +128,7 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
     Raises:
         InputError: if not.
     """
-    node, above = cfg._cfg_dict, []
+    node, above = get_content(cfg), []
     for part in key.split('.'):
         here = '.'.join(above)
         name = f'{here}.{part}' if here else part
@@ -216,7 +217,7 @@ def describe_unread_key(cfg: Config, part: str, here: str, known: set[str]) -> s
         return f'say {INSTEAD[part]}'
     if not here and part in cfg:
         value = cfg[part] if isinstance(cfg[part], (dict, list)) else None
-        read = ((name, node) for name, node in walk(cfg._cfg_dict) if name.split('.')[0] in TOP)
+        read = ((name, node) for name, node in walk({**cfg}) if name.split('.')[0] in TOP)
         places = [INSTEAD[part]] if part in INSTEAD else []
         places += [
             f'{name}.{key}' for name, node in read for key in node if key == part or value and node[key] == value
@@ -235,7 +236,7 @@ def describe_unread_key(cfg: Config, part: str, here: str, known: set[str]) -> s
 
 def walk_names(cfg: Config) -> list[str]:
     """The names of all settings of a config."""
-    return [f'{name}.{key}' if name else key for name, node in walk(cfg._cfg_dict) for key in node]
+    return [f'{name}.{key}' if name else key for name, node in walk({**cfg}) for key in node]
 
 
 def walk_keys(cfg: Config) -> set[str]:

@@ -38,7 +38,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-from ..checkpoints.reading import describe_mismatches, get_classes, get_state_dict, load
+from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
 from ..data import images
 from ..data.fitting import configured_classes, set_classes
 from ..errors import InputError, list_briefly
@@ -210,7 +210,7 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     weights = get_state_dict(content, name)
     classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's has none
     set_classes(cfg, classes)
-    inferencer = DetInferencer(cfg, checkpoint, device, show_progress=False)
+    inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
     faults = describe_mismatches(inferencer.model, weights)
     if faults:
         raise InputError(f'{name} does not fit the configured model: {faults}')

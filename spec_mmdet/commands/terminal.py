@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..compat import get_load_path, is_resuming, is_training
 from ..conditioning.correction import describe_conditioning
 from ..files import display_path
 from ..models.xcit import SpecXCiT
@@ -160,7 +161,7 @@ class Terminal(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Say the metrics in a line."""
         self._end()
-        if not isinstance(runner._train_loop, EpochBasedTrainLoop):
+        if not is_training(runner) or not isinstance(runner.train_loop, EpochBasedTrainLoop):
             say(', '.join(format_metrics(metrics or {})))
             return
         best = Path(runner.message_hub.runtime_info.get('best_ckpt') or '').stem.endswith(f'_epoch_{runner.epoch}')
@@ -210,8 +211,8 @@ def describe_model(runner: Runner) -> list[str]:
     if isinstance(backbone, SpecXCiT):
         conditioning = describe_conditioning(backbone.state_dict())
         lines.append(f'          conditioning: {conditioning if conditioning != "None" else "none, a plain XCiT"}')
-    if runner._load_from:
-        source = f'{"resumed from" if runner._resume else "from"} {display_path(runner._load_from)}'
+    if get_load_path(runner):
+        source = f'{"resumed from" if is_resuming(runner) else "from"} {display_path(get_load_path(runner))}'
     else:
         init_cfg = getattr(backbone, 'init_cfg', None) or {}
         pretrained = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None

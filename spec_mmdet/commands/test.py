@@ -19,7 +19,7 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 
-from ..checkpoints.reading import get_run_info, load
+from ..checkpoints.reading import fetch, get_run_info, load
 from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, list_briefly
 from ..evaluation import report
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_run_config(args, splits=('test',))
     classes = decide_on_main(lambda: read_classes(args.checkpoint))
     adapt_to_data(cfg, ('test',), classes, not args.no_check)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = fetch(args.checkpoint)
     reported = args.report if is_main_process() else None
     decide_on_main(lambda: reported and report.prepare(reported, cfg))
     if args.show or args.show_dir:

@@ -20,6 +20,7 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from ..checkpoints.reading import fetch
 from ..configs import CONFIGS
 from ..errors import InputError
 from ..training.guards import end_workers
@@ -148,7 +149,9 @@ def train(cfg: Config, args: argparse.Namespace, fit: Callable[[list[str] | None
 
     resumed, classes = decide_on_main(choose)
     if resumed:
-        cfg.resume, cfg.load_from = True, resumed
+        cfg.resume, cfg.load_from = True, fetch(resumed)
+    elif cfg.get('load_from'):
+        cfg.load_from = fetch(cfg.load_from)
     fit(classes)
 
     set_precision(cfg, args.amp)

@@ -9,6 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from ..compat import get_step_pre_hooks
 from ..errors import InputError, list_briefly
 from .correction import Correction
 
@@ -74,7 +75,7 @@ class Corrections(dict[str, Corrected]):
             raise InputError(f'keep_fixed: {type(optimizer).__name__} is no torch.optim.Optimizer')
         if not self._trained_by(optimizer):
             raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
-        hooks = optimizer._optimizer_step_pre_hooks.values()
+        hooks = get_step_pre_hooks(optimizer)
         if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
             raise InputError('keep_fixed: was called for this optimiser before')
         remover = _CorrectionRemover(self, len(self._trained_by(optimizer)))

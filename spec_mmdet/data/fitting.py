@@ -132,7 +132,7 @@ def state_classes_once(cfg: Config) -> list[str]:
                 f'{name} is ({list_briefly(other)}) and {first} is ({list_briefly(classes)}) in the config: give both '
                 'the same classes'
             )
-    for dataset in coco_datasets(cfg._cfg_dict):
+    for dataset in coco_datasets({**cfg}):
         dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
     return classes
 
@@ -222,7 +222,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         InputError: if a head was given a number of classes by hand: one that is neither theirs, nor COCO's, which
             configs inherit, nor that of the classes which the config's data sets had so far.
     """
-    inherited = {len(configured_classes(dataset)) for dataset in coco_datasets(cfg._cfg_dict)}
+    inherited = {len(configured_classes(dataset)) for dataset in coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
     for name, head in class_heads(cfg.get('model')):
         if head['num_classes'] not in inherited:
@@ -234,7 +234,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
     metainfo = dict(classes=tuple(classes))
     if len(classes) > 80:
         metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
-    for dataset in coco_datasets(cfg._cfg_dict):
+    for dataset in coco_datasets({**cfg}):
         dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}
 
 

@@ -26,6 +26,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
+from ..compat import exchanges_channels, normalises
 from ..errors import InputError
 from .padding import MaskedDataPreprocessor
 
@@ -105,8 +106,8 @@ class DetectorGraph(nn.Module):
         """Normalised, padded, and with a channel that says where, as the detector's own preprocessor does it."""
         preprocessor = self.detector.data_preprocessor
         # Pixels are read as BGR, so that one that exchanges red and blue wants them in the order in which they are.
-        x = (image if preprocessor._channel_conversion else image.flip(1)).float()
-        if preprocessor._enable_normalize:
+        x = (image if exchanges_channels(preprocessor) else image.flip(1)).float()
+        if normalises(preprocessor):
             x = (x - preprocessor.mean) / preprocessor.std
         h, w = image.shape[-2:]
         divisor = preprocessor.pad_size_divisor

@@ -20,6 +20,7 @@ from mmengine.dist import broadcast, get_rank, get_world_size
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from ..compat import count_accumulated_batches, count_epoch, update_val_interval
 from ..errors import InputError
 from .saving import EVALUATED, count_progress
 
@@ -136,7 +137,7 @@ class ExactLoop:
         return {
             'images': len(self.dataloader.dataset),
             'images an iteration': batch * get_world_size(),
-            'iterations a step': self.runner.optim_wrapper._accumulative_counts,
+            'iterations a step': count_accumulated_batches(self.runner.optim_wrapper),
         }
 
     def _restore_run(self, may_differ: tuple[str, ...] = ()) -> None:
@@ -164,14 +165,14 @@ class ExactLoop:
         return bool(known)
 
     def _evaluate_if_due(self) -> None:
-        done, last = (self._epoch, self._max_epochs) if self._epoch else (self._iter, self._max_iters)
+        done, last = (self.epoch, self.max_epochs) if self.epoch else (self.iter, self.max_iters)
         due = done >= self.val_begin and (done % self.val_interval == 0 or done == last)
         if self.runner.val_loop is not None and due:
             self.runner.val_loop.run()
 
     def run_iter(self, *args) -> None:
         """Train for an iteration, with its own random numbers."""
-        seed_all(ITERATION, self.runner.seed, self._iter * get_world_size() + get_rank())
+        seed_all(ITERATION, self.runner.seed, self.iter * get_world_size() + get_rank())
         super().run_iter(*args)
 
 
@@ -196,13 +197,13 @@ class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
         """
         within = self.resumed_from.get('iter_in_epoch', 0)
         self._restore_run(may_differ=() if within else ('images',))
-        self.epoch_start = self._iter - within
+        self.epoch_start = self.iter - within
         self.runner.call_hook('before_train')
-        if self._epoch and not within and not self._is_evaluated():
+        if self.epoch and not within and not self._is_evaluated():
             self._evaluate_if_due()
-        while self._epoch < self._max_epochs and not self.stop_training:
+        while self.epoch < self.max_epochs and not self.stop_training:
             self.run_epoch()
-            self._decide_current_val_interval()
+            update_val_interval(self)
             self._evaluate_if_due()
         self.runner.call_hook('after_train')
         return self.runner.model
@@ -212,12 +213,12 @@ class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = self.dataloader.batch_sampler
-        batches.epoch, batches.start = self._epoch, self._iter - self.epoch_start
+        batches.epoch, batches.start = self.epoch, self.iter - self.epoch_start
         for idx, data_batch in enumerate(self.dataloader, batches.start):
             self.run_iter(idx, data_batch)
         self.runner.call_hook('after_train_epoch')
-        self._epoch += 1
-        self.epoch_start = self._iter
+        count_epoch(self)
+        self.epoch_start = self.iter
 
 
 @LOOPS.register_module()
@@ -240,14 +241,14 @@ class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
         self._restore_run()
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
-        if self._iter and not self._is_evaluated():
+        if self.iter and not self._is_evaluated():
             self._evaluate_if_due()
-        self.dataloader.batch_sampler.start = self._iter
+        self.dataloader.batch_sampler.start = self.iter
         batches = iter(self.dataloader)
-        while self._iter < self._max_iters and not self.stop_training:
+        while self.iter < self.max_iters and not self.stop_training:
             self.runner.model.train()
             self.run_iter(next(batches))
-            self._decide_current_val_interval()
+            update_val_interval(self)
             self._evaluate_if_due()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')

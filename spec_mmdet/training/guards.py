@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoints.reading import describe_mismatches, get_state_dict
+from ..compat import end_loader_workers, get_built_loops, get_load_path, is_resuming, is_training
 from ..conditioning import require_same_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write
@@ -39,12 +40,15 @@ class CheckpointGuard(Hook):
         Raises:
             InputError: where they do not fit.
         """
+        # MMEngine runs it as Python when it resumes.
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
+            checkpoint['meta'].pop('config', None)
         model = unwrap_model(runner)
-        name = f'checkpoint {runner._load_from}' if runner._load_from else 'checkpoint'
+        name = f'checkpoint {get_load_path(runner)}' if get_load_path(runner) else 'checkpoint'
         weights = get_state_dict(checkpoint, name)
         with prefix_errors(name):
             require_same_conditioning(weights, model.state_dict())
-        fine_tuning = runner._train_loop is not None and not isinstance(runner._train_loop, dict) and not runner._resume
+        fine_tuning = is_training(runner) and not is_resuming(runner)
         faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}')
@@ -174,8 +178,7 @@ class LoaderGuard(Hook):
 
 def find_loaders(runner: Runner) -> list[DataLoader]:
     """The loaders with workers that a runner has made."""
-    loops = (runner._train_loop, runner._val_loop, runner._test_loop)
-    loaders = (getattr(loop, 'dataloader', None) for loop in loops)
+    loaders = (getattr(loop, 'dataloader', None) for loop in get_built_loops(runner))
     return [loader for loader in loaders if isinstance(loader, DataLoader) and loader.num_workers]
 
 
@@ -185,4 +188,4 @@ def end_workers(runner: Runner) -> None:
     Those that are collected with it, in a reference cycle, are told so by nobody, and PyTorch waits 5 seconds for each.
     """
     for loader in find_loaders(runner):
-        loader._iterator = None
+        end_loader_workers(loader)

@@ -24,6 +24,7 @@ from mmengine.optim.scheduler.param_scheduler import (
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..compat import get_load_path, is_resuming
 from ..conditioning import measure
 from ..errors import InputError
 from ..models.classifier import SpecXCiTClassifier
@@ -49,7 +50,7 @@ class ScheduleGuard(Hook):
                                   'finetune is for pretrained weights')  # fmt: skip
         backbone = getattr(unwrap_model(runner), 'backbone', None)
         to_be_learnt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
-        if to_be_learnt or backbone.init_cfg or runner._load_from or runner._resume:
+        if to_be_learnt or backbone.init_cfg or get_load_path(runner) or is_resuming(runner):
             return
         if backbone.frozen_stages >= 0:
             raise InputError(
@@ -148,7 +149,7 @@ class ConditioningHook(Hook):
         self.table, self.failed, self.pending = Path(runner.work_dir, f'{CONDITIONING}.csv'), False, None
         if is_main_process():
             with self._continue_on_error(runner):
-                if not (runner._resume and self.table.exists()):
+                if not (is_resuming(runner) and self.table.exists()):
                     self.table.write_text(','.join(self.columns) + '\n')
                 if worsened := measure(unwrap_model(runner).backbone).describe_worsened():
                     runner.logger.warning(worsened)

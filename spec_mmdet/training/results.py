@@ -25,6 +25,7 @@ from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from ..compat import exchanges_channels
 from ..conditioning.correction import describe_conditioning
 from ..data.fitting import list_annotation_files
 from ..data.images import decode
@@ -231,7 +232,7 @@ class ResultsHook(Hook):
         self.facts = describe_run(runner)
         self._write(runner, RUN, json.dumps(self.facts, indent=1).encode())
         self.started = runner.iter
-        self.bgr = getattr(unwrap_model(runner).data_preprocessor, '_channel_conversion', True)
+        self.bgr = exchanges_channels(unwrap_model(runner).data_preprocessor)
 
     @master_only
     def _write(self, runner: Runner, name: str, content: bytes) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import get_state_dict, load, require_training_state
+from ..compat import get_load_path
 from ..errors import InputError, list_briefly
 from ..files import LEFTOVERS
 from .saving import INTERRUPTED
@@ -95,7 +96,9 @@ def explain_resume_errors(runner: Runner) -> None:
             raise
         except Exception as error:
             reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:200]
-            raise InputError(f'checkpoint {runner._load_from}: training cannot resume from it ({reason})') from error
+            raise InputError(
+                f'checkpoint {get_load_path(runner)}: training cannot resume from it ({reason})'
+            ) from error
 
     runner.load_or_resume = load_or_resume_or_say_why
 

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..checkpoints.reading import find_nonfinite, load
+from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
 from ..files import write
 
@@ -74,7 +75,7 @@ class AtomicBackend(LocalBackend):
 
 
 @HOOKS.register_module()
-class AtomicCheckpointHook(CheckpointHook):
+class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     """MMEngine's CheckpointHook that keeps an intact checkpoint at every moment.
 
     * A file is written atomically (by the file backend "atomic", unless ``backend_args`` says otherwise), and the
@@ -120,7 +121,8 @@ class AtomicCheckpointHook(CheckpointHook):
         self.last_ckpt = os.path.join(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
 
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+    def save_step(self, runner: Runner, step: int, meta: dict) -> None:
+        """Save the checkpoint of a step, then remove what is outdated."""
         outdated = None
         if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
@@ -133,13 +135,14 @@ class AtomicCheckpointHook(CheckpointHook):
                 Path(self.out_dir, self.filename_tmpl.format(outdated)).unlink(missing_ok=True)
             Path(self.out_dir, INTERRUPTED).unlink(missing_ok=True)
 
-    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+    def update_best(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint and its weights, then remove the one before."""
         several = getattr(self, 'best_ckpt_path_dict', {})
         before = dict(several) or {None: getattr(self, 'best_ckpt_path', None)}
         # MMEngine removes the old one first; what it does not know of, it leaves.
         self.best_ckpt_path = None
         several.update(dict.fromkeys(several))
-        super()._save_best_checkpoint(runner, metrics)
+        super().update_best(runner, metrics)
         for key, old in before.items():
             new = several[key] if several else self.best_ckpt_path
             if new is None:  # no better one
@@ -181,7 +184,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Tell the loop where it is to go on, with the gradients that were being accumulated."""
-        if runner._resume and runner._train_loop is not None:
+        if is_resuming(runner) and is_training(runner):
             runner.train_loop.resumed_from = checkpoint['meta']
             gradients = checkpoint.get('gradients', {})
             for name, parameter in unwrap_model(runner).named_parameters():

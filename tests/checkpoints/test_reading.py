@@ -1,7 +1,9 @@
 """Checkpoints are read without running their code, and refused where they do not fit."""
 
+import argparse
 import pickle
 import random
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,57 @@ def test_mmengine_checkpoints_are_read(tmp_path):
     history = checkpoint['message_hub']['log_scalars']['train/loss']
     assert history.mean() == 2 and history.statistics('max') == 3
     assert checkpoint['message_hub']['runtime_info']['score'] == 0.5
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two contents are the same, types included."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        values = [(value.to_dense() if value.is_sparse else value).to(torch.complex128) for value in (a, b)]
+        return (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad) and torch.allclose(*values, equal_nan=True)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, np.ndarray | np.generic):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, HistoryBuffer):
+        return all(map(np.array_equal, a.data, b.data)) and a.mean() == b.mean() and a.max_length == b.max_length
+    return a == b
+
+
+CONTENTS = {
+    'weights under "model"': dict(model=dict(w=torch.ones(2), n=torch.nn.Parameter(torch.ones(1)))),
+    'weights that are not finite': OrderedDict(w=torch.tensor([torch.nan, torch.inf])),
+    'a checkpoint of MMEngine': mmengine_checkpoint(),
+    'texts of configs': dict(meta=dict(cfg='a = 1', config='b = 2'), message_hub=dict(runtime_info=dict(cfg='a = 1'))),
+    'arguments of a script': dict(args=argparse.Namespace(lr=0.1, output_dir=Path('out')), size=torch.Size([1])),
+    'NumPy': dict(a=np.arange(3), b=np.float32(1), c=np.array(['x', 'yy']), d=np.array([True]), e=np.str_('name')),
+    'other tensors': dict(a=torch.eye(2).to_sparse(), b=torch.ones(1) * 1j),
+    'other containers': dict(
+        a={1, 2}, b=slice(1, 2), c=Counter('aab'), d=(1, None), e={(0, 1): b'x'}, f=frozenset({1})
+    ),
+    'no weights': [1, 'text', None],
+}
+
+
+@pytest.mark.parametrize('name', CONTENTS)
+@pytest.mark.parametrize('zipped', [True, False])
+def test_mmengine_reads_what_contains_no_code(monkeypatch, tmp_path, name, zipped):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    path = tmp_path / 'file.pth'
+    torch.save(CONTENTS[name], path, _use_new_zipfile_serialization=zipped)
+    content = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert equal(content, torch.load(path, 'cpu', weights_only=False))
+    if name == 'other tensors':
+        with pytest.raises(InputError):
+            load(path)
+
+
+def test_mmengines_own_errors(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'absent.pth'))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

@@ -89,7 +89,7 @@ def _find_own_parameters(attention: nn.Module) -> list[NamedLayer]:
     """The projections of nn.MultiheadAttention, unless a subclass computes with other weights, as torch.ao's does."""
     if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
         return []
-    if attention._qkv_same_embed_dim:
+    if has_one_projection(attention):
         return [NamedLayer('in_proj', 'QKV', attention, tensor='in_proj_weight')]
     return [NamedLayer(f'{x}_proj', x.upper(), attention, tensor=f'{x}_proj_weight') for x in 'qkv']
 
