@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...compat import has_one_projection
+
 _ROLE = re.compile(
     r'(?P<before>|.*_|w|linear|lin)'
     r'(?P<role>query_key_value|queries_keys_values|keys?_values?|query_key|qkv|kv|qk|queries|query|q|keys|key|k|values|value|v)'
