@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditioning import Correction, conditioned_initialisation
-from .products import gram, is_plain, linear, scale_output
+from .products import get_product_dtype, gram, is_plain, linear, scale_output
 
 EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
 
@@ -82,7 +82,13 @@ class _Centred(torch.autograd.Function):
             by_x = by_x * mask
         N = x.shape[-2] if mask is None else mask.sum(dim=-2)
         constant = (by_mean - by_x.sum(dim=-2, dtype=by_mean.dtype)) / N
-        by_x = by_x + linear(x, (by_G + by_G.mT).to(x.dtype), constant.to(x.dtype))
+        by_G = by_G + by_G.mT
+        if x.dtype == torch.float16:  # where a gradient this small would underflow
+            scale = 64 * torch.maximum(by_G.abs().amax(), constant.abs().amax()).clamp_min(torch.finfo(by_G.dtype).tiny)
+            product = linear(x, (by_G / scale).to(x.dtype), (constant / scale).to(x.dtype))
+            by_x = torch.addcmul(by_x.to(scale.dtype), product, scale)
+        else:
+            by_x = by_x + linear(x, by_G.to(x.dtype), constant.to(x.dtype))
         return (by_x if mask is None else by_x * mask).to(ctx.dtype), None, None
 
 
@@ -113,9 +119,8 @@ def xca_gram(
     """
     B, N, C = x.shape
     heads = len(temperature)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = get_product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         mean, G, x = _Centred.apply(x, mask, dtype)
         if mask is not None:
             N = mask.sum(dim=1).to(G.dtype)[..., None]  # (B, 1, 1)

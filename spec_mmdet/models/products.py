@@ -26,7 +26,7 @@ def on_onednn(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
         return False
     if torch.is_autocast_enabled('cpu'):
-        return torch.get_autocast_dtype('cpu') == torch.bfloat16
+        return get_product_dtype(x) == torch.bfloat16
     return x.dtype in (torch.float32, torch.float64)
 
 
@@ -138,11 +138,10 @@ class _Transposed(torch.autograd.Function):
         return by_x, by_W, by_y.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
-def of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in the dtype in which autocast, where it is enabled, has convolutions of them."""
-    device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def get_product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products with x are computed: autocast's, if it is enabled, or that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Conv2d(nn.Conv2d):
@@ -153,7 +152,8 @@ class Conv2d(nn.Conv2d):
         small = self.in_channels < 32 or self.bias is not None
         if torch.compiler.is_compiling() or x.device.type != 'cpu' or small:
             return super().forward(x)
-        return _Convolution.apply(*of_autocast(x, self.weight), self.stride[0], self.padding[0])
+        dtype = get_product_dtype(x)
+        return _Convolution.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], self.padding[0])
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -165,7 +165,8 @@ class Upsample(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or x.device.type != 'cpu':
             return super().forward(x)
-        return _Transposed.apply(*of_autocast(x, self.weight, self.bias))
+        dtype = get_product_dtype(x)
+        return _Transposed.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 def is_plain(*layers: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
 from .attention import XCA
-from .products import Conv2d, Upsample, is_plain, linear, on_onednn, scale_output
+from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, on_onednn, scale_output
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
 ARCHS = {
@@ -221,15 +221,19 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def residual(self, x: Tensor, gamma: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` and a branch's output, LayerScaled by gamma; in training images go without it at random."""
-        if not self.training or not self.drop_path:
-            return x + branch(gamma)
-        # The factor is exact whatever the dtype of x: 1 / 0.95 is 1.0547 in bfloat16.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        kept = x.new_empty(len(x), 1, 1, dtype=exact).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
-        if len(x) == 1:  # scales the branch's weights instead of its tokens
-            return x + branch((gamma * kept.flatten()).to(gamma.dtype))
-        return torch.addcmul(x, branch(gamma), kept).to(x.dtype)
+        """Add a branch's output, LayerScaled by gamma, to ``x``; in training, leave it out for images at random."""
+        factor = None  # of the branch's output
+        if self.training and self.drop_path:
+            # Exact whatever the dtype of x: 1 / 0.95 is 1.0547 in bfloat16.
+            exact = torch.promote_types(x.dtype, torch.float32)
+            factor = x.new_empty(len(x), 1, 1, dtype=exact).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+            if len(x) == 1:  # scales the branch's weights instead of its tokens
+                gamma, factor = (gamma * factor.flatten()).to(gamma.dtype), None
+        if get_product_dtype(x) == torch.float16:  # a weight times a gamma of 1e-5 would underflow
+            largest = gamma.detach().abs().max().clamp_min(torch.finfo(gamma.dtype).tiny)
+            gamma, factor = gamma / largest, largest if factor is None else factor * largest
+        y = branch(gamma)
+        return x + y if factor is None else torch.addcmul(x, y, factor).to(x.dtype)
 
     def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
         """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
