@@ -34,8 +34,8 @@ class TimmTokens(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        # Of contiguous images, PyTorch 2.14's batch normalisation in evaluation mode gets its gradient in another memory
-        # format on a CPU, and computes wrong ones from it.
+        # PyTorch 2.14's batch normalisation in evaluation mode computes wrong gradients on a CPU if its input is
+        # contiguous and the gradient of its output is channels_last.
         x, (h, w) = self.model.patch_embed(images.contiguous(memory_format=torch.channels_last))
         x = x + self.model.pos_embed(len(x), h, w).flatten(2).transpose(1, 2)
         for block in self.model.blocks:

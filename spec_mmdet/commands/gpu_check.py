@@ -29,7 +29,7 @@ from ..data.shapes import write_split
 from ..errors import InputError
 from ..files import write
 from ..models.attention import xca_gram, xca_plain
-from ..models.products import Upsample, gram
+from ..models.products import Upsample, compute_gram
 from ..models.xcit import SpecXCiT
 from . import benchmark, train
 from .benchmark import AMP, build_detector, clocked, objects, processor
@@ -102,9 +102,9 @@ def half_precision(args: argparse.Namespace) -> Iterator[Row]:
     """Errors under autocast against float64: the Gram form's over the plain form's."""
     x = torch.randn(2, 4000, 192, device=args.device).bfloat16()
     exact = x.double().mT @ x.double()
-    error = ((gram(x) - exact).norm() / exact.norm()).item()
+    error = ((compute_gram(x) - exact).norm() / exact.norm()).item()
     yield dict(product='Gram matrix of bfloat16', error=error)
-    require(gram(x).dtype == torch.float32 and error < 2**-9, f'the Gram matrix is wrong by {error:.1e}')
+    require(compute_gram(x).dtype == torch.float32 and error < 2**-9, f'the Gram matrix is wrong by {error:.1e}')
     for lam in (0.0, 10.0):
         given = xca_arguments(2000, 4, 48, lam)
         expected = xca_plain(*given)

@@ -1,1 +1,1 @@
-"""What is registered as a model: the backbone, its attention, and what masks and merges around it."""
+"""The registered models: the backbone, its attention, classifiers, and modules for padding, ONNX and augmentation."""

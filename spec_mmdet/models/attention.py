@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditioning import Correction, conditioned_initialisation
-from .products import get_product_dtype, gram, is_plain, linear, scale_output
+from .products import compute_gram, get_product_dtype, is_plain, linear, scale_output
 
-EPS = 1e-12  # least length of a channel over the tokens; F.normalize's
+EPS = 1e-12  # lower bound of a channel's length over the tokens, as in F.normalize
 
 
 def xca_plain(
     x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
+    """Compute XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
 
     Per head, with tokens as rows and columns normalised to length one over the tokens,
     ``y = V softmax(temperature K^T Q)^T``: a d x d matrix mixes the channels of every token alike.
@@ -31,7 +31,7 @@ def xca_plain(
         W_out: the output projection, shape (C, C).
         b_out: its bias, shape (C,).
         temperature: shape (heads, 1, 1).
-        mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding has no part in the attention.
+        mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding does not affect the attention.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -50,10 +50,10 @@ def attend(qkv: Tensor, temperature: Tensor, mask: Tensor | None = None) -> Tens
 
 
 class _Centred(torch.autograd.Function):
-    """The mean of x over the tokens and x_c^T x_c of the centred tokens x_c = x - mean, both in float32 at least, and
-    x_c in ``dtype``: all that is kept of the tokens.
+    """The mean of x over the tokens, the Gram matrix of the centred tokens x_c = x - mean, and x_c in ``dtype``.
 
-    One matrix product forward and one backward: as x_c adds up to zero, nothing of the product reaches the mean.
+    Mean and Gram matrix are in float32 at least. Only x_c is kept of the tokens for the backward pass. There is one
+    matrix product forward and one backward: x_c sums to zero, so the product's gradient does not reach the mean.
     """
 
     generate_vmap_rule = True
@@ -68,7 +68,7 @@ class _Centred(torch.autograd.Function):
             mean = (x * mask).sum(dim=-2, dtype=exact) / mask.sum(dim=-2, dtype=exact)
             x = (x - mean[..., None, :]) * mask
         x = x.to(dtype)
-        return mean, gram(x), x
+        return mean, compute_gram(x), x
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -95,24 +95,24 @@ class _Centred(torch.autograd.Function):
 def xca_gram(
     x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """XCA without the queries, keys and values of any token: the same function as :func:`xca_plain`.
+    """Compute the same as :func:`xca_plain` without the queries, keys and values of single tokens.
 
-    The inner products and lengths of channels over the tokens are quadratic forms in the Gram matrix G of the centred
-    tokens, and products of the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Not
-    centred, the bias could cancel most of a quadratic form, and with it half the digits.) The attention A then joins
-    the value and output projections in one C x C matrix M per image, and y = x M^T + m. So each token costs 2 C^2
-    multiplications in place of 4 C^2 + 2 C d, and nothing but x, centred, is kept of it for the backward pass.
+    The inner products and lengths of channels over the tokens follow from the Gram matrix G of the centred tokens and
+    from the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Without centring, the
+    bias could cancel most of a quadratic form and half of its digits.) The attention A then merges the value and output
+    projections into one C x C matrix M per image, and y = x M^T + m. Each token costs 2 C^2 multiplications instead of
+    4 C^2 + 2 C d, and only the centred x is kept of it for the backward pass.
 
     Under autocast the centred tokens are in half precision, and G and all C x C matrices in float32.
 
     Args:
         x: tokens, shape (B, N, C); otherwise as for :func:`xca_plain`.
-        W: see there.
-        b: see there.
-        W_out: see there.
-        b_out: see there.
-        temperature: see there.
-        mask: see there. Padded tokens are left out of G, the mean and N.
+        W: as there.
+        b: as there.
+        W_out: as there.
+        b_out: as there.
+        temperature: as there.
+        mask: as there. Padded tokens are left out of G, the mean and N.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -151,7 +151,7 @@ class XCA(nn.Module):
             ``dict(type='initialisation')``, which changes the initial weights alone.
     """
 
-    # Tokens per channel from which the Gram form is taken: with fewer, its C x C matrices cost more than it saves.
+    # The Gram form is used from this many tokens per channel: with fewer, its C x C matrices cost more than it saves.
     gram_from = 2
 
     def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None) -> None:
@@ -180,8 +180,8 @@ class XCA(nn.Module):
 
         Args:
             x: tokens, shape (B, N, C).
-            gamma: LayerScale of the output, shape (C,). It costs nothing per token here.
-            mask: 1 for tokens and 0 for padding, which has no part in the attention; shape (B, N, 1).
+            gamma: LayerScale of the output, shape (C,); it scales the weights of the output projection.
+            mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding does not affect the attention.
 
         Returns:
             Tensor of the same shape.

@@ -1,4 +1,4 @@
-"""Classifiers on SpecXCiT's blocks, which backbones are pretrained as."""
+"""Classifiers on SpecXCiT's blocks, to pretrain backbones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .xcit import MLP, SpecXCiT
 
 
 class ClassAttention(nn.Module):
-    """Softmax attention of which the first token, the class token, alone has a query (arXiv 2103.17239)."""
+    """Softmax attention with one query, that of the first token, the class token (arXiv 2103.17239)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ClassAttentionBlock(nn.Module):
         dim: channels.
         num_heads: heads of the attention.
         eta: initial value of LayerScale.
-        tokens_norm: whether the second norm is for all tokens, or for the class token alone.
+        tokens_norm: whether the second norm is applied to all tokens or only to the class token.
     """
 
     def __init__(self, dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
@@ -61,7 +61,7 @@ class ClassAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the class token and the image's, shape (B, 1 + N, C); returns the same shape."""
-        # The image's tokens go through no attention and no MLP: the reference adds their norm, and themselves.
+        # As in the reference, the image's tokens skip attention and MLP: their scaled norm is added, then they double.
         normed = self.norm1(x)
         token = x[:, :1] + self.attn(normed, self.gamma1)
         others = torch.addcmul(x[:, 1:], normed[:, 1:], self.gamma1)
@@ -75,14 +75,14 @@ class ClassAttentionBlock(nn.Module):
 class SpecXCiTClassifier(SpecXCiT):
     """XCiT's classifier: SpecXCiT's blocks, two of class attention, a norm and a linear head.
 
-    Parameter names are those of the reference implementation (facebookresearch/xcit). The conditioning is that of the
-    blocks that a detector takes over; class attention, which it does not, stays plain.
+    Parameter names are those of the reference implementation (facebookresearch/xcit). The conditioning applies to the
+    blocks, which a detector uses; class attention stays plain.
 
     Args:
         num_classes: of the head.
         arch: as for :class:`SpecXCiT`.
-        tokens_norm: whether the second norm of class attention is for all tokens; by default for all but nano_12, as in
-            the reference.
+        tokens_norm: whether the second norm of class attention is applied to all tokens; by default in all archs but
+            nano_12, as in the reference.
         **backbone: SpecXCiT's other arguments.
     """
 
@@ -105,7 +105,7 @@ class SpecXCiTClassifier(SpecXCiT):
         nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees of images of shape (B, 3, H, W): shape (B, dim)."""
+        """Return the features before the head, shape (B, dim), of images of shape (B, 3, H, W)."""
         x = self.taps(x)[-1].flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
         for block in self.cls_attn_blocks:
@@ -113,7 +113,7 @@ class SpecXCiTClassifier(SpecXCiT):
         return self.norm(x[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images of shape (B, 3, H, W): shape (B, num_classes)."""
+        """Return logits, shape (B, num_classes), of images of shape (B, 3, H, W)."""
         return self.head(self.features(x))
 
 
@@ -147,7 +147,7 @@ class ImageClassifier(BaseModel):
             self.mixing = Mixup(**mixing, label_smoothing=0.0, num_classes=self.backbone.num_classes)
 
     def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'tensor') -> dict[str, Tensor] | Tensor:
-        """The loss of a batch in mode 'loss', else its logits, shape (B, num_classes).
+        """Return the loss of a batch in mode 'loss', else its logits, shape (B, num_classes).
 
         Args:
             inputs: normalised images, shape (B, 3, H, W). To be mixed, they must be an even number.

@@ -1,4 +1,4 @@
-"""The Jacobians of a backbone's attention: their extreme singular values on an image."""
+"""Extreme singular values of the Jacobians of a backbone's attention on an image."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .attention import XCA
 
 @dataclass(frozen=True)
 class JacobianSpectrum:
-    """The extreme singular values of one attention layer's Jacobian by its query, key and value projections.
+    """Extreme singular values of a layer's Jacobian with respect to its query, key and value projections.
 
-    Heads do not depend on each other's projections, so the layer's are the extremes over its heads: exact where
-    ``heads`` are all of them, and where they are a sample, those of the sample.
+    A head does not depend on other heads' projections, so the layer's extremes are those over its heads. They are exact
+    if ``heads`` contains all heads; otherwise they are the extremes over this sample.
     """
 
     name: str
@@ -42,16 +42,16 @@ def _choose_heads(num_heads: int, head_dim: int, wanted: int | None) -> tuple[in
 
 @torch.no_grad()
 def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) -> list[JacobianSpectrum]:
-    """The Jacobian of every XCA layer in a model, with the correction it has, on one image.
+    """Compute the Jacobian spectrum of every XCA layer in a model, its correction included, on one image.
 
     Args:
         model: a backbone; a copy is run on the CPU, in float64 and evaluation mode.
-        image: as the backbone takes it, shape (1, 3, H, W).
-        heads: how many heads of each layer to take. By default all, if they are at most 32 channels wide, which take
-            hundredths of a second each, or else one, which takes about a second.
+        image: the backbone's input, shape (1, 3, H, W).
+        heads: the number of heads to use in each layer. By default all if they are at most 32 channels wide (hundredths
+            of a second each), or else one (about a second).
 
     Returns:
-        One spectrum a layer, in the order of the model; none for layers of other kinds.
+        One spectrum for each XCA layer, in the order of the model.
     """
     model = copy.deepcopy(model).cpu().double()
     model.eval()

@@ -92,15 +92,15 @@ class DetectorGraph(nn.Module):
         """
         shape = image.shape[-2:]
         feats = self.detector.neck(self.detector.backbone(self._preprocess(image)))
-        boxes, scores, labels = self._dense(feats, shape, score)
+        boxes, scores, labels = self._detect_dense(feats, shape, score)
         if self.two_stages:
             feats = feats[: self.detector.roi_head.bbox_roi_extractor.num_inputs]
-            boxes, scores, labels = self._boxes(feats, boxes, shape, score)
+            boxes, scores, labels = self._detect_boxes(feats, boxes, shape, score)
         scale = torch.stack([size[1] / shape[1], size[0] / shape[0]]).float().repeat(2)
         found = boxes * scale
         if not self.with_mask:
             return found, scores, labels
-        return found, scores, labels, self._masks(feats, boxes, labels, found, size)
+        return found, scores, labels, self._make_masks(feats, boxes, labels, found, size)
 
     def _preprocess(self, image: Tensor) -> Tensor:
         """Normalised, padded, and with a channel that says where, as the detector's own preprocessor does it."""
@@ -117,7 +117,9 @@ class DetectorGraph(nn.Module):
             x = torch.cat([x, F.pad(torch.ones_like(image[:, :1], dtype=x.dtype), padding)], dim=1)
         return x
 
-    def _dense(self, feats: Sequence[Tensor], shape: Sequence[int], score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _detect_dense(
+        self, feats: Sequence[Tensor], shape: Sequence[int], score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What RPN or RetinaNet finds, of several anchors a position."""
         head, cfg = self.dense_head, self.dense_head.test_cfg
         scores_of, deltas_of = head(feats)
@@ -144,7 +146,7 @@ class DetectorGraph(nn.Module):
             boxes, scores, groups = boxes[large], scores[large], groups[large]
         return suppress(boxes, scores, groups, shape, cfg.nms.iou_threshold, cfg.max_per_img)
 
-    def _boxes(
+    def _detect_boxes(
         self, feats: Sequence[Tensor], proposals: Tensor, shape: Sequence[int], score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The second stage's boxes, scores and labels."""
@@ -158,7 +160,9 @@ class DetectorGraph(nn.Module):
         boxes = decode(head.bbox_coder, proposals[kept], deltas, shape)
         return suppress(boxes, scores[kept, labels], labels, shape, cfg.nms.iou_threshold, cfg.max_per_img)
 
-    def _masks(self, feats: Sequence[Tensor], boxes: Tensor, labels: Tensor, found: Tensor, size: Tensor) -> Tensor:
+    def _make_masks(
+        self, feats: Sequence[Tensor], boxes: Tensor, labels: Tensor, found: Tensor, size: Tensor
+    ) -> Tensor:
         """The masks of boxes, pasted where ``found`` has them in an image of ``size``."""
         roi_head = self.detector.roi_head
         masks = roi_head.mask_head(pool(roi_head.mask_roi_extractor, feats, boxes))
@@ -166,8 +170,8 @@ class DetectorGraph(nn.Module):
             labels = torch.zeros_like(labels)
         masks = masks[torch.arange(labels.shape[0]), labels].sigmoid()
         # Bilinear sampling is a product with each side's weights; grid_sample would need two numbers a pixel besides.
-        across = sampling(found[:, 0], found[:, 2], size[1], masks.shape[2])
-        down = sampling(found[:, 1], found[:, 3], size[0], masks.shape[1])
+        across = weigh_cells(found[:, 0], found[:, 2], size[1], masks.shape[2])
+        down = weigh_cells(found[:, 1], found[:, 3], size[0], masks.shape[1])
         return down @ masks @ across.transpose(1, 2) >= roi_head.test_cfg.mask_thr_binary
 
 
@@ -206,7 +210,7 @@ def pool(extractor: SingleRoIExtractor, feats: Sequence[Tensor], boxes: Tensor) 
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 
-def sampling(start: Tensor, end: Tensor, pixels: Tensor, cells: int) -> Tensor:
+def weigh_cells(start: Tensor, end: Tensor, pixels: Tensor, cells: int) -> Tensor:
     """How much each cell of a mask from ``start`` to ``end`` counts for each pixel of a side, shape (n, pixels, cells).
 
     Outside a mask, zeros are sampled, as by torch's grid_sample.

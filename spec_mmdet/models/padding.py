@@ -1,4 +1,4 @@
-"""Predictions that do not depend on what an image is batched with: the backbone is told where the padding is."""
+"""Predictions that do not depend on the other images in a batch: the backbone gets a mask of the padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mmdet.registry import MODELS
 
 @MODELS.register_module()
 class MaskedDataPreprocessor(DetDataPreprocessor):
-    """MMDetection's data preprocessor, with a fourth channel that is 1 where an image is and 0 where it is padded.
+    """MMDetection's data preprocessor with a fourth channel: 1 inside an image, 0 in its padding.
 
-    SpecXCiT leaves the padding out of the attention's statistics, of its convolutions and of the position encoding.
-    The reference does not, and published checkpoints were trained so.
+    SpecXCiT excludes the padding from the attention's statistics, its convolutions and the position encoding. The
+    reference does not, and published checkpoints were trained without a mask.
 
     Args:
         kwargs: as for MMDetection's.
@@ -27,7 +27,7 @@ class MaskedDataPreprocessor(DetDataPreprocessor):
             raise ValueError('MaskedDataPreprocessor: batch_augments would change the images without their masks')
 
     def forward(self, data: dict, training: bool = False) -> dict:
-        """As MMDetection's, with inputs of shape (B, 4, H, W)."""
+        """Preprocess as MMDetection's does, and return inputs of shape (B, 4, H, W)."""
         sizes = [tuple(image.shape[-2:]) for image in data['inputs']]
         data = super().forward(data, training)
         mask = torch.zeros_like(data['inputs'][:, :1])

@@ -12,16 +12,16 @@ from torch.nn.grad import conv2d_weight
 
 from ..compat import has_hooks
 
-# Tokens whose half-precision products add up in float32 within oneDNN; the sums are rounded before they are added up.
+# Tokens per product in half precision: oneDNN sums them in float32 and rounds; the rounded sums are added in float32.
 SLICE = 1024
-WINDOWS = 2**21  # elements of a convolution's windows that are copied at a time, to stay in the cache
+WINDOWS = 2**21  # elements of a convolution's windows copied at a time, so that they stay in the cache
 
 
-def on_onednn(x: Tensor) -> bool:
-    """Whether products with x are handed to oneDNN, as convolutions of one pixel, and not to PyTorch's choice for them.
+def uses_onednn(x: Tensor) -> bool:
+    """Return whether products with x are computed by oneDNN, as 1 x 1 convolutions, instead of by PyTorch's choice.
 
-    On a CPU that is MKL, which takes up to twice oneDNN's time on one of AMD's; under autocast to bfloat16 it is oneDNN
-    too, but with a pass more for the bias.
+    PyTorch chooses MKL on a CPU, which can take twice as long as oneDNN on an AMD processor. Under autocast to bfloat16
+    PyTorch chooses oneDNN, too, but adds the bias in a separate pass.
     """
     if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
         return False
@@ -30,13 +30,13 @@ def on_onednn(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)
 
 
-def as_row(x: Tensor) -> Tensor:
-    """Tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N); nothing is copied."""
+def view_as_row(x: Tensor) -> Tensor:
+    """View tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N)."""
     return x.mT.unsqueeze(2)
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """``x W^T + b``.
+    """Compute ``x W^T + b``.
 
     Args:
         x: tokens, shape (B, N, C).
@@ -46,18 +46,18 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     Returns:
         Tensor of shape (B, N, D).
     """
-    if not on_onednn(x):
+    if not uses_onednn(x):
         return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
     if W.ndim == 2:
-        return F.conv2d(as_row(x), W[:, :, None, None], b).squeeze(2).mT
+        return F.conv2d(view_as_row(x), W[:, :, None, None], b).squeeze(2).mT
     ys = [linear(*own) for own in zip(x.split(1), W, b)]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
 
 
-def gram(x: Tensor) -> Tensor:
-    """``x^T x`` of each image's tokens x, shape (B, N, C): shape (B, C, C).
+def compute_gram(x: Tensor) -> Tensor:
+    """Compute ``x^T x`` of each image's tokens x, shape (B, N, C), in float32 at least: shape (B, C, C).
 
-    In float32 at least: tokens in half precision are multiplied as they are, and the products added up in float32.
+    Tokens in half precision are multiplied as they are, and the products summed in float32.
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.device.type == 'cuda' and 'dtype' in torch.ops.aten.bmm.overloads():
@@ -65,19 +65,20 @@ def gram(x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16:  # which has the range for it
             return torch.stack([(part.mT @ part).float() for part in x.split(SLICE, dim=1)]).sum(dim=0)
         x = x.float()
-    if not on_onednn(x):
+    if not uses_onednn(x):
         return x.mT @ x
-    C = x.shape[2]  # to a convolution, it is the gradient of a weight
-    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_row(x).split(1)])
+    C = x.shape[2]  # the Gram matrix is the gradient of a 1 x 1 convolution with respect to its weight
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in view_as_row(x).split(1)])
 
 
-def weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
-    """The gradient by its weight of a convolution of x, as a matrix product: oneDNN's own takes up to three times as
-    long, where x is channels_last.
+def compute_weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
+    """Compute the gradient of a convolution with respect to its weight as a matrix product.
+
+    oneDNN's own kernel takes up to three times as long if x is channels_last.
 
     Args:
         x: shape (B, C, H, W).
-        by_y: the gradient by what the convolution returns, shape (B, D, h, w).
+        by_y: the gradient with respect to the output, shape (B, D, h, w).
         kernel: its height and width.
         stride: of the convolution.
         padding: of the convolution.
@@ -86,7 +87,7 @@ def weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: 
         Tensor of shape (D, C, kernel, kernel).
     """
     windows = F.pad(x, (padding,) * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
-    windows = windows.permute(0, 2, 3, 4, 5, 1)  # (B, h, w, kernel, kernel, C), of each place of y what it sees
+    windows = windows.permute(0, 2, 3, 4, 5, 1)  # (B, h, w, kernel, kernel, C): the inputs of each output
     by_y = by_y.permute(0, 2, 3, 1)
     shape = windows.shape[3:]
     rows = max(1, WINDOWS // (windows.shape[2] * shape.numel()))
@@ -112,11 +113,13 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, by_y: Tensor) -> tuple:
         x, W = ctx.saved_tensors
         by_x = None
-        if ctx.needs_input_grad[0]:  # from x itself, to be as channels_last as it is
+        if ctx.needs_input_grad[0]:  # computed from x itself, so that it has the memory format of x
             by_x, _, _ = torch.ops.aten.convolution_backward(
                 by_y, x, W, None, [ctx.stride] * 2, [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
             )
-        by_W = weight_gradient(x, by_y, W.shape[2], ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        by_W = (
+            compute_weight_gradient(x, by_y, W.shape[2], ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        )
         return by_x, by_W, None, None
 
 
@@ -134,14 +137,15 @@ class _Transposed(torch.autograd.Function):
         x, W = ctx.saved_tensors
         kernel = W.shape[2]
         by_x = F.conv2d(by_y, W, stride=kernel) if ctx.needs_input_grad[0] else None
-        by_W = weight_gradient(by_y, x, kernel, kernel) if ctx.needs_input_grad[1] else None
+        by_W = compute_weight_gradient(by_y, x, kernel, kernel) if ctx.needs_input_grad[1] else None
         return by_x, by_W, by_y.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
 def get_product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which products with x are computed: autocast's, if it is enabled, or that of x."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class Conv2d(nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Test-time augmentation for instance segmentation, which MMDetection has for boxes alone."""
+"""Test-time augmentation for instance segmentation; MMDetection's merges only boxes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FLIP_DIMS = dict(horizontal=[2], vertical=[1], diagonal=[1, 2])
 
 @MODELS.register_module()
 class MaskTTAModel(DetTTAModel):
-    """Merge the detections in several views of an image by NMS; each that is kept brings its own mask.
+    """Merges the detections in several views of an image by NMS; each kept detection keeps its own mask.
 
     Args:
-        tta_cfg: ``nms``, the config of the NMS, and ``max_per_img``, how many detections are kept.
+        tta_cfg: ``nms``, the config of the NMS, and ``max_per_img``, the number of detections to keep.
     """
 
     def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:

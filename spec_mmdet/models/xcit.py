@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
 from .attention import XCA
-from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, on_onednn, scale_output
+from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, scale_output, uses_onednn
 
 # dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
 ARCHS = {
@@ -195,7 +195,7 @@ class MLP(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return linear(gelu(linear(x, self.fc1.weight, self.fc1.bias)), W, b)
 
-        if torch.is_grad_enabled() or not on_onednn(x):
+        if torch.is_grad_enabled() or not uses_onednn(x):
             return mlp(x)
         # It is fastest on so many tokens at a time that their wide hidden layer stays in the cache, and is not copied.
         parts = [mlp(part) for part in x.split(4096, dim=1)]

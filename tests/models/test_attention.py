@@ -52,7 +52,7 @@ def test_gram_form_equals_the_plain_form(**draw):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('onednn', [True, False])
 def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
-    monkeypatch.setattr(products, 'on_onednn', lambda x: onednn)  # a GPU has none
+    monkeypatch.setattr(products, 'uses_onednn', lambda x: onednn)  # a GPU has none
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
         given[2] = torch.zeros_like(given[2])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spec_mmdet.models import products
-from spec_mmdet.models.products import Conv2d, Upsample, gram
+from spec_mmdet.models.products import Conv2d, Upsample, compute_gram
 
 SIDES = st.integers(1, 9)
 
@@ -59,15 +59,15 @@ def test_the_gradient_of_a_weight_is_added_up_over_parts_of_an_image(monkeypatch
     monkeypatch.setattr(products, 'WINDOWS', 1000)
     x, by_y = normal(1)((2, 5, 31, 17)), normal(2)((2, 3, 16, 9))
     expected = torch.nn.grad.conv2d_weight(x, (3, 5, 3, 3), by_y, stride=2, padding=1)
-    torch.testing.assert_close(products.weight_gradient(x, by_y, 3, 2, 1), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(products.compute_weight_gradient(x, by_y, 3, 2, 1), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('N', [1, 100, products.SLICE + 1, 8 * products.SLICE])
 def test_products_of_bfloat16_add_up_in_float32(N):
     x = normal(N)((2, N, 24)).bfloat16()
     exact = x.double().mT @ x.double()
-    error = gram(x) - exact
-    assert gram(x).dtype == torch.float32
+    error = compute_gram(x) - exact
+    assert compute_gram(x).dtype == torch.float32
     assert (error.flatten(1).norm(dim=1) <= 2**-8 * exact.flatten(1).norm(dim=1)).all()
     if N > products.SLICE + 1:  # one product is rounded once by up to 2**-8, and the errors of several average out
         assert error.norm() < 0.6 * (x.mT @ x - exact).norm()
