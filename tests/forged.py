@@ -37,7 +37,7 @@ def touch(path: Path) -> str:
 
 
 def replaced(content: dict, old: bytes | None, new: bytes) -> bytes:
-    """What torch.save writes of the content, with other bytes in its pickle, or in the place of all of it."""
+    """Return what torch.save writes for the content, with other bytes in its pickle, or instead of all of it."""
     whole, forged = io.BytesIO(), io.BytesIO()
     torch.save(content, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(forged, 'w') as target:
@@ -88,7 +88,7 @@ HARMLESS = {
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a forged file may be taken."""
+    """Return whether a forged file may be accepted."""
     return name in HARMLESS or name.startswith('config ')
 
 

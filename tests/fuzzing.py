@@ -54,7 +54,7 @@ def only_input_errors(action: Callable, *args) -> object:
 
 
 def good_checkpoint() -> dict:
-    """What a training of MMEngine saves, in small."""
+    """Make a small checkpoint with the contents of one of MMEngine's."""
     hub = dict(log_scalars={'train/loss': HistoryBuffer([1.0], [1])}, runtime_info=dict(iter=3), resumed_keys={})
     meta = dict(epoch=1, iter=3, cfg='a = 1', dataset_meta=dict(classes=('a', 'b')), x=np.float64(1))
     weights = torch.nn.Linear(2, 2).state_dict()

@@ -94,7 +94,7 @@ def coco_of(shapes: Path, folder: Path) -> Path:
 
 @dataclass
 class Places:
-    """What a command is given: data, a trained detector, a folder elsewhere, and on the disk an old and a new one."""
+    """Make the inputs of a command: data, a detector, a folder elsewhere, and an old and a new one on the disk."""
 
     shapes: Path
     trained: Path

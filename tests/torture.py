@@ -49,7 +49,7 @@ SECONDS, MEGABYTES = (
 
 @dataclass
 class Row:
-    """What was tried of a kind, and what of it was lost, with a line on each."""
+    """The count of one kind of fault: how often it was tested, and a line for each loss."""
 
     name: str
     tried: int = 0
@@ -92,7 +92,7 @@ def child(action: Callable[[], None]) -> int:
 
 
 def finish(work: Path, truth: dict) -> bool:
-    """Whether the training in a directory can be finished, with the weights of one that was never stopped."""
+    """Return whether the training in a directory can be finished with the weights of one that was never stopped."""
     _, status = os.waitpid(child(lambda: train(work)), 0)
     if status:
         return False

@@ -1,4 +1,4 @@
-"""The compiled operators of mmcv that MMDetection's detectors need, by torchvision and plain PyTorch.
+"""Replacements for the compiled mmcv operators that MMDetection's detectors need, in torchvision and PyTorch.
 
 Compiling mmcv is the hardest part of installing MMDetection; torchvision ships some of its operators, for CPU and CUDA,
 in its wheels, and PyTorch computes the others. Where mmcv has not been compiled, this package is its module
@@ -84,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Callable:
-    # mmcv looks up every operator when it is imported and calls the few it needs, so that only a call is an error.
+    # mmcv looks up every operator at import and calls few of them, so only a call is an error.
     if name.startswith('__'):
         raise AttributeError(name)
 

@@ -1,4 +1,4 @@
-"""Sampling at places that the network chooses: multi-scale deformable attention and deformable convolutions."""
+"""Sampling at positions that the network predicts: multi-scale deformable attention and deformable convolutions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .precision import compute, gradients, widen
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, size: list[int]) -> Tensor:
-    """What one level adds to the attention.
+    """Compute the contribution of one level to the attention.
 
     Args:
         value: (B, height * width, heads, d).
@@ -34,9 +34,9 @@ def _attend(value: Tensor, locations: Tensor, weights: Tensor, size: list[int]) 
 
 
 def _levels(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Iterator[tuple]:
-    """Of each level the arguments of :func:`_attend`, the size apart, as views.
+    """Yield each level's size and, as views, its other arguments of :func:`_attend`.
 
-    One level at a time, backward too: the samples of all at once are what takes the memory.
+    One level at a time limits the memory: the samples of all levels would take most of it.
     """
     sizes = shapes.tolist()
     parts = value.split([height * width for height, width in sizes], dim=1)
@@ -81,7 +81,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Write the gradients by maps, locations and weights into the tensors named after them, of their shapes."""
+    """Write the gradients with respect to maps, locations and weights into the tensors named after them."""
     levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
     outputs = _levels(grad_value, value_spatial_shapes, grad_sampling_loc, grad_attn_weight)
     for (size, inputs), (_, parts) in zip(levels, outputs):
@@ -90,8 +90,8 @@ def ms_deform_attn_backward(
 
 
 def _beside_the_map(offset: Tensor, kernel: torch.Size, settings: tuple[int, ...]) -> Tensor:
-    """Whether a sample lies exactly a pixel before the first row, or column, for each offset, of its shape."""
-    along = []  # of each axis the samples' places at an offset of 0, (places of the kernel, size)
+    """Return a mask shaped as ``offset``: True where a sample lies exactly one pixel before the first row or column."""
+    along = []  # for each axis the samples' positions at offset 0, (kernel positions, size)
     strides, paddings, dilations = settings[:2], settings[2:4], settings[4:6]
     for size, places, stride, padding, dilation in zip(offset.shape[2:], kernel, strides, paddings, dilations):
         starts = torch.arange(size, device=offset.device) * stride - padding
@@ -104,7 +104,7 @@ def _beside_the_map(offset: Tensor, kernel: torch.Size, settings: tuple[int, ...
 def _deform_conv_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *settings: int
 ) -> list[Tensor]:
-    """torchvision's gradients by input, weight, offset, mask and bias.
+    """Compute torchvision's gradients with respect to input, weight, offset, mask and bias.
 
     Args:
         settings: stride, padding and dilation, each down and across, groups and groups of offsets.
@@ -115,8 +115,8 @@ def _deform_conv_backward(
     grad_output, input, weight, offset, mask, bias = widen(grad_output, input, weight, offset, mask, bias)
     backward = torch.ops.torchvision._deform_conv2d_backward
     computed = list(backward(grad_output, input, weight, offset, mask, bias, *settings, use_mask))
-    # There samples have a kink: torchvision's gradient is the slope inside, mmcv's is 0. Training begins with offsets
-    # of 0, at which padding puts the samples of all borders there.
+    # Samples have a kink there: torchvision's gradient is the slope inside, mmcv's is 0. Training starts with offsets
+    # of 0, where padding puts the samples of all borders.
     computed[2] = computed[2].masked_fill(_beside_the_map(offset, weight.shape[2:], settings), 0)
     return computed
 
@@ -177,7 +177,7 @@ def deform_conv_backward_input(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Write the gradients by input and offset into the tensors named after them, of their shapes."""
+    """Write the gradients with respect to input and offset into the tensors named after them."""
     settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     by_input, _, by_offset, _, _ = _deform_conv_backward(grad_output, input, weight, offset, None, *settings)
     grad_input.copy_(by_input)
@@ -204,16 +204,16 @@ def deform_conv_backward_parameters(
     scale: float,
     im2col_step: int,
 ) -> None:
-    """Add ``scale`` times the gradient by the weight to ``grad_weight``, of the weight's shape."""
+    """Add ``scale`` times the gradient with respect to the weight to ``grad_weight``."""
     settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    # It does not depend on the weight's values.
+    # The gradient does not depend on the weight's values.
     grad_weight += scale * _deform_conv_backward(grad_output, input, grad_weight, offset, None, *settings)[1]
 
 
 def _leading(tensor: Tensor, output: Tensor) -> Tensor:
-    """What mmcv's kernels read of offsets or factors of a larger size than the output: the first numbers of each image.
+    """Return what mmcv's kernels read of offsets or factors larger than the output: each image's first numbers.
 
-    They lay the output's size over the memory. DyHead convolves with the offsets of a map twice as large.
+    The kernels index the memory with the output's size. DyHead passes offsets of a map twice as large.
     """
     channels, size = tensor.shape[1], output.shape[2:]
     if tensor.shape[2:].numel() <= size.numel():
@@ -222,7 +222,7 @@ def _leading(tensor: Tensor, output: Tensor) -> Tensor:
 
 
 def _write_leading(gradient: Tensor, computed: Tensor) -> None:
-    """Write the gradient by what :func:`_leading` takes, and 0 behind it."""
+    """Write the gradient with respect to what :func:`_leading` returns, and 0 after it."""
     missing = gradient[0].numel() - computed[0].numel()
     gradient.copy_(F.pad(computed.flatten(1), [0, missing]).view_as(gradient))
 
@@ -248,7 +248,7 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Write the deformable convolution with a factor for each sample (arXiv 1811.11168) into ``output``.
+    """Write the modulated deformable convolution (arXiv 1811.11168) into ``output``.
 
     Args:
         input: (B, C_in, H, W).
@@ -294,7 +294,7 @@ def modulated_deform_conv_backward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Write the gradients by input, weight, bias, offset and mask into the tensors named after them."""
+    """Write the gradients with respect to input, weight, bias, offset and mask into the tensors named after them."""
     settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     by_input, by_weight, by_offset, by_mask, by_bias = _deform_conv_backward(
         grad_output, input, weight, _leading(offset, grad_output), _leading(mask, grad_output), *settings

@@ -1,4 +1,4 @@
-"""Batch normalisation over several processes, between whose steps mmcv sums over them (``MMSyncBN`` in configs)."""
+"""Steps of batch normalisation over several processes; mmcv sums between them (``MMSyncBN`` in configs)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sync_bn_forward_output(
 
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """Write the gradients of this process by weight and bias, shape (C,)."""
+    """Write this process's gradients with respect to weight and bias, shape (C,)."""
     grad_weight.copy_((grad_output * norm).sum((0, 2)))
     grad_bias.copy_(widen(grad_output)[0].sum((0, 2)))
 
@@ -70,6 +70,10 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """Write the gradient by the input, of its shape, from those by weight and bias, means over the processes."""
+    """Write the gradient with respect to the input.
+
+    Args:
+        grad_weight, grad_bias: gradients with respect to weight and bias, averaged over the processes.
+    """
     shared = (grad_weight[:, None] * norm + grad_bias[:, None]) / grad_output[:, 0].numel()
     grad_input.copy_((weight / std)[:, None] * (grad_output - shared))

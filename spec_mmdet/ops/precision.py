@@ -1,4 +1,4 @@
-"""Computing in single precision at least, whatever the operator is given."""
+"""Compute operators in single precision at least, whatever the precision of their inputs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def widen(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the one type that holds all of them, single precision at least.
+    """Convert tensors to their common type, single precision at least.
 
-    On a CPU many of the kernels have no half form, and in half precision a box at 1000 pixels is off by 4. Under
-    autocast, what comes together is often half in part.
+    Many CPU kernels have no half-precision form, and in bfloat16 a box at 1000 pixels is off by 4. Under autocast, an
+    operator's inputs often have different types.
     """
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
 
 
 def compute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function`` of the widened inputs, with autocast off, which would make half tensors of them again."""
+    """Call ``function`` with the widened inputs, without autocast, which would narrow them again."""
     with torch.autocast(inputs[0].device.type, enabled=False):
         return function(*widen(*inputs))
 
 
 def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """The gradients by ``inputs``, of whose function :func:`compute` makes what has the gradient ``grad_output``."""
+    """Compute the gradients with respect to ``inputs`` of ``compute(function, *inputs)``, whose gradient is given."""
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
         output = compute(function, *inputs)

@@ -1,4 +1,4 @@
-"""Weighted sums of neighbourhoods: CARAFE's upsampling, and convolutions at some of the pixels only."""
+"""Weighted sums of neighbourhoods: CARAFE's upsampling, and convolutions at selected pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .precision import compute, gradients
 
 
 def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    """CARAFE's map as one product for each pixel of the features: (scale * scale, k * k) by (k * k, channels).
+    """Compute CARAFE's map as one product for each pixel: (scale * scale, k * k) times (k * k, channels).
 
     Channels come last in it: so the windows are copied in long pieces, four times as fast as by torch's unfold.
     """
@@ -41,7 +41,7 @@ def carafe_naive_forward(
         scale_factor: how many times larger the result is.
     """
     arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
-    # One by one, as what all kernels read is k * k times the features.
+    # One image at a time: the windows of all take k * k times the memory of the features.
     for single, mask, upsampled in zip(features.split(1), masks.split(1), output.split(1)):
         upsampled.copy_(compute(partial(_reassemble, **arguments), single, mask))
 
@@ -56,7 +56,7 @@ def carafe_naive_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """Write the gradients by features and masks into ``bottom_grad`` and ``mask_grad``, of their shapes."""
+    """Write the gradients with respect to features and masks into ``bottom_grad`` and ``mask_grad``."""
     arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
     for top, *inputs, by_features, by_masks in zip(
         *(tensor.split(1) for tensor in (top_grad, features, masks, bottom_grad, mask_grad))
@@ -77,7 +77,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """:func:`carafe_naive_forward`; ``rfeatures``, of the shape of the features, keeps them for the backward pass."""
+    """Call :func:`carafe_naive_forward`, and copy the features to ``rfeatures`` for the backward pass."""
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
 
@@ -96,7 +96,7 @@ def carafe_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """:func:`carafe_naive_backward`, of the features that :func:`carafe_forward` has kept."""
+    """Call :func:`carafe_naive_backward` with the features that :func:`carafe_forward` has stored."""
     carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, kernel_size, group_size, scale_factor)
 
 
@@ -110,7 +110,7 @@ def masked_im2col_forward(
     pad_h: int,
     pad_w: int,
 ) -> None:
-    """Write what a convolution reads at some pixels, zeros outside, into ``col``.
+    """Write the values that a convolution reads at selected pixels into ``col``, with zeros outside the map.
 
     Args:
         im: (1, channels, h, w).

@@ -1,4 +1,4 @@
-"""Features of regions: RoIAlign, and deformable RoI pooling."""
+"""Pooling of regions: RoIAlign and deformable RoI pooling."""
 
 from __future__ import annotations
 
@@ -66,14 +66,18 @@ def roi_align_backward(
 
 
 def _grid(height: int, width: int, like: Tensor) -> Tensor:
-    """x and y of the places of a grid, shape (height, width, 2)."""
+    """Return the x and y of a grid's points, shape (height, width, 2)."""
     y, x = torch.meshgrid(torch.arange(height).to(like), torch.arange(width).to(like), indexing='ij')
     return torch.stack([x, y], dim=-1)
 
 
 def _bilinear(maps: Tensor, points: Tensor) -> Tensor:
-    """Maps, shape (C, H, W), at points, shape (..., 2), x and y in pixels; as RoIAlign, held beyond the border for a
-    pixel and 0 from there."""
+    """Sample maps bilinearly, as RoIAlign does: constant for one pixel beyond the border, and 0 from there.
+
+    Args:
+        maps: (C, H, W).
+        points: (..., 2), x and y in pixels.
+    """
     size = points.new_tensor([maps.shape[2], maps.shape[1]])
     inside = ((points >= -1) & (points <= size)).all(-1)
     grid = ((2 * points + 1) / size - 1).reshape(1, 1, -1, 2)
@@ -84,7 +88,7 @@ def _bilinear(maps: Tensor, points: Tensor) -> Tensor:
 def _pool_displaced(
     input: Tensor, offset: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, gamma: float
 ) -> Tensor:
-    """RoIAlign whose bins, ``size`` down and across, are displaced by ``gamma * offset`` times the region's extent."""
+    """Compute RoIAlign with ``size`` bins displaced by ``gamma * offset`` times the region's extent."""
     rois = rois.to(input.dtype)
     corners = rois[:, 1:] * scale - 0.5
     extent = corners[:, 2:] - corners[:, :2]
@@ -94,7 +98,7 @@ def _pool_displaced(
     counts = torch.full_like(bins, ratio) if ratio > 0 else bins.ceil()
 
     output = input.new_zeros(len(rois), input.shape[1], *size)
-    # Regions of one image whose bins have equally many samples go together.
+    # Regions of one image are pooled together if their bins have the same number of samples.
     kinds, kind_of = torch.cat([rois[:, :1], counts], dim=1).long().unique(dim=0, return_inverse=True)
     for kind, (image, across, down) in enumerate(kinds.tolist()):
         if across > 0 and down > 0:
@@ -116,7 +120,7 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Write deformable RoI pooling (arXiv 1703.06211), with bilinear samples as RoIAlign's, into ``output``.
+    """Write deformable RoI pooling (arXiv 1703.06211), with RoIAlign's bilinear samples, into ``output``.
 
     Args:
         input: (B, C, H, W).
@@ -149,7 +153,7 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Write the gradients by input and offset into the tensors named after them, of their shapes."""
+    """Write the gradients with respect to input and offset into the tensors named after them."""
     if offset.numel():
         size = (pooled_height, pooled_width)
         pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)

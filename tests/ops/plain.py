@@ -14,7 +14,7 @@ def bilinear(maps: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tens
 
 
 def assert_same_with_gradients(form, plain, *inputs: torch.Tensor, **tolerances) -> None:
-    """Hold two functions of the same tensors against each other, and their gradients by each that has one."""
+    """Compare two functions of the same tensors, and their gradients with respect to each."""
     outputs = form(*inputs), plain(*inputs)
     torch.testing.assert_close(*outputs, **tolerances)
     weights = torch.randn_like(outputs[1])

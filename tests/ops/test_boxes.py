@@ -105,7 +105,7 @@ def test_nms_match(rows, threshold):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_scores_and_boxes(dtype):
-    """As autocast has them: scores in half precision, boxes mostly not; what is kept is that of the same numbers."""
+    """Test as under autocast: scores in half precision and boxes mostly not give the same boxes."""
     boxes = torch.rand(200, 4).mul(100).cumsum(1)[:, [0, 1, 2, 3]]
     scores, classes = torch.rand(200).to(dtype), torch.randint(3, (200,))
     cfg = dict(type='nms', iou_threshold=0.5)

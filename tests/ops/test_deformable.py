@@ -30,7 +30,7 @@ def plain_attention(value, sizes, locations, weights):
 
 
 def attend(value, sizes, locations, weights):
-    """What mmcv does for CUDA tensors."""
+    """Call mmcv's operator as mmcv does for CUDA tensors."""
     shapes = torch.tensor(sizes)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), shapes.prod(1).cumsum(0)[:-1]])
     return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
@@ -69,7 +69,7 @@ def test_multi_scale_deformable_attention_is_that_of_mmcv_for_cpus():
 
 
 def test_multi_scale_deformable_attention_of_half_values():
-    """As autocast has them: mmcv rounds locations and weights to the type of the values."""
+    """Test as under autocast: mmcv rounds locations and weights to the type of the values."""
     sizes = [(6, 4), (3, 2)]
     inputs = [tensor.detach().bfloat16() for tensor in attention_inputs(2, 5, 2, 4, sizes, 3)]
     half, single = (

@@ -9,7 +9,7 @@ CLASS_WEIGHTS = torch.rand(5, dtype=torch.float64)
 
 
 def weights_of_rows(weight, target):
-    """Of its class; a row without a class counts once."""
+    """Return each row's weight: that of its class; a row without a class counts once."""
     rows = [1.0 if weight is None or not 0 <= t < 5 else float(weight[t]) for t in target]
     return torch.tensor(rows, dtype=torch.float64)
 

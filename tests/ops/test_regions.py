@@ -7,7 +7,7 @@ from plain import assert_same_with_gradients, bilinear
 
 
 def held_bilinear(maps, y, x):
-    """As RoIAlign samples: 0 from a pixel beyond the border, and up to there the border's value."""
+    """Sample as RoIAlign does: 0 from a pixel beyond the border, and up to there the border's value."""
     height, width = maps.shape[1:]
     if not (-1 <= y <= height and -1 <= x <= width):
         return torch.zeros(len(maps), dtype=maps.dtype)

@@ -152,7 +152,7 @@ def adapt(value):
 
 
 def record_operators(called: set[str]) -> None:
-    """Have mmcv's functions note which operator they call, deformable attention among them."""
+    """Make mmcv's functions record which operator they call, including deformable attention."""
 
     def noting(name, operator):
         def note(*args, **kwargs):
@@ -210,7 +210,7 @@ def images(model, cfg: dict, side: int, count: int) -> dict:
 
 
 def batch_of(model, cfg: dict, side: int, train: bool) -> dict:
-    """What a model is trained with or predicts from."""
+    """Make a batch for training or prediction."""
     name = cfg['type']
     if name == 'BaseReID':
         samples = [ReIDDataSample().set_gt_label(n // 2) for n in range(4)]
