@@ -1,18 +1,17 @@
 """Spectral conditioning: fixed corrections that make attention's Jacobian well conditioned.
 
-The method of Saratchandran & Lucey, "Spectral Conditioning of Attention" (arXiv 2603.07162). Attention is given a
-fixed correction C on each of its projections,
+The method of Saratchandran & Lucey, "Spectral Conditioning of Attention" (arXiv 2603.07162) adds a fixed correction C
+to each projection of attention,
 
     SpecA(X) = softmax(X (W_Q + C_Q) (W_K + C_K)^T X^T) X (W_V + C_V),
 
 because the condition number of its Jacobian is bounded by those of the projections, kappa(W) = sigma_max / sigma_min.
-C is set once, gets no gradient and no weight decay; W goes on training. This package needs torch alone,
-and scipy for :mod:`.jacobian`.
+C is set once and gets no gradient and no weight decay; W is trained. This package needs only torch, and scipy for
+:mod:`.jacobian`.
 
-:func:`condition` puts the method on attention that exists already: W + C becomes the weight, and
-:meth:`Corrections.keep_fixed` keeps C out of the optimiser's sight. SpecXCiT's attention holds W and a
-:class:`Correction` apart, under the names that XCiT's checkpoints have, which :func:`fold` ends for inference.
-:func:`measure` shows what it does.
+:func:`condition` applies the method to existing models: their weights become W + C, and :meth:`Corrections.keep_fixed`
+protects C from the optimiser. SpecXCiT's attention stores W and a :class:`Correction` separately, under the names of
+XCiT's checkpoints; :func:`fold` merges them for inference. :func:`measure` measures condition numbers.
 """
 
 from .correction import (

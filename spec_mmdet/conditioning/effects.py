@@ -1,4 +1,4 @@
-"""What a correction does to a model that is there: to trained weights, and to softmax attention."""
+"""Effects of a correction on trained weights and on softmax attention."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NORMALISED = {'temperature', 'logit_scale', 'q_norm', 'k_norm', 'norm_q', 'norm
 
 
 def is_trained(model: nn.Module) -> bool | None:
-    """Whether a model's weights have been trained; None where that cannot be told.
+    """Whether a model's weights have been trained; None if unknown.
 
-    Every initialisation gives a normalisation layer the same weight, and the same bias, in all of its channels, and
-    no training leaves them so. A model without such layers, or with frozen ones alone, does not tell.
+    Initialisation gives all channels of a normalisation layer the same weight and the same bias, and training changes
+    them. For a model without trainable normalisation layers the answer is unknown.
     """
     untouched = None
     for module in model.modules():
@@ -28,24 +28,24 @@ def is_trained(model: nn.Module) -> bool | None:
     return untouched
 
 
-def normalises(attention: nn.Module) -> bool:
-    """Whether an attention module normalises queries and keys, as XCA and Swin V2 do: then no C can saturate it."""
+def normalises_queries(attention: nn.Module) -> bool:
+    """Whether an attention module normalises queries and keys, as XCA and Swin V2 do; then no C saturates it."""
     parts = {name: part for name, part in attention.named_children() if not isinstance(part, nn.Identity)}
     return bool(_NORMALISED & {*parts, *dict(attention.named_parameters(recurse=False))})
 
 
 @torch.no_grad()
 def count_effective_keys(W_Q: Tensor, W_K: Tensor, heads: int, tokens: int = 197) -> float:
-    """How many keys a query of softmax(Q K^T / sqrt(d)) attends to: exp of the entropy of its row, in the mean.
+    """Mean number of keys that a query of softmax(Q K^T / sqrt(d)) attends to: exp of the entropy of its row.
 
-    Where that is near 1 the softmax is saturated, and hands on no gradient to the queries and keys.
+    Near 1 the softmax is saturated, and passes no gradient to queries and keys.
 
     Args:
         W_Q: the query projection in torch's layout, shape (heads * d, k_q).
         W_K: the key projection, shape (key heads * d, k_k), of as many heads or a divisor of them.
         heads: the number of query heads.
-        tokens: how many are drawn: independent, and normalised as LayerNorm leaves them. Real tokens resemble each
-            other, and leave more.
+        tokens: number of random tokens, independent and normalised as by LayerNorm. Real tokens are correlated, and
+            more keys remain.
 
     Returns:
         From 1 to ``tokens``.

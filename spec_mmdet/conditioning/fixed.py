@@ -1,4 +1,4 @@
-"""Corrections of weights that hold W + C themselves, and how C stays fixed while an optimiser trains W."""
+"""Corrections of weights that hold W + C, and the step hooks that keep C fixed while an optimiser trains W."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .correction import Correction
 
 @dataclass(frozen=True)
 class Corrected:
-    """A parameter that holds W + C. It is looked up in its module each time: sharding puts another in its place."""
+    """A parameter that holds W + C. It is looked up in its module each time, because sharding replaces it."""
 
     module: nn.Module
     tensor: str
@@ -29,7 +29,7 @@ class Corrected:
 
     @property
     def C(self) -> Tensor:
-        """C as the weight is: in its shape and dtype, on its device and, where it is a DTensor, sharded like it."""
+        """C in the shape and dtype of the weight, on its device and, if it is a DTensor, sharded like it."""
         weight = self.weight
         like = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
         C = self.correction.to(weight.device).make_C(like)
@@ -37,26 +37,26 @@ class Corrected:
             return C
         from torch.distributed.tensor import distribute_tensor
 
-        # Each process has all of C and takes its own part.
+        # Each process has all of C and takes its part.
         return distribute_tensor(C, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 class Corrections(dict[str, Corrected]):
-    """What :func:`~.surgery.condition` has added to a model's weights, by the names of the projections.
+    """Corrections that :func:`~.surgery.condition` has added to a model's weights, by the names of the projections.
 
-    The gradient by W is the gradient by W + C. So a model whose weights are W + C trains as one that keeps W and C
-    apart, if the optimiser's own step (its weight decay, and whatever else looks at the weights) sees W:
-    :meth:`keep_fixed`. A training that is to be resumed keeps :meth:`state_dict` beside the model's and the
+    The gradient with respect to W is the gradient with respect to W + C. So a model whose weights are W + C trains like
+    one that stores W and C separately, if the optimiser's step (with weight decay and all else that depends on the
+    weights) sees W: see :meth:`keep_fixed`. To resume a training, save :meth:`state_dict` beside the model's and the
     optimiser's.
     """
 
     def keep_fixed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimiser train W alone, so that C gets no weight decay: one call, once the optimiser is made.
+        """Let an optimiser train W alone, so that C gets no weight decay: call it once, after making the optimiser.
 
-        Before each of its steps C is taken out of the weights, and put back after it. That is exact for any update
-        rule, also for those that scale a step by the length of the weights (LAMB). Under AdamW it comes to adding
-        lr * weight_decay * C after each step: decay pulls W + C towards C, not towards 0. The identity form's C is
-        made anew each time, and takes no memory between the steps.
+        C is subtracted from the weights before each step and added after it. This is exact for any update rule, also
+        for those that scale a step by the norm of the weights (LAMB). Under AdamW it is equivalent to adding
+        lr * weight_decay * C after each step: decay pulls W + C towards C, not towards 0. The identity form recomputes
+        C each time and uses no memory between the steps.
 
         A step that an exception ends leaves the weights without C until the next one. Optimisers that exchange the
         weights outside their step, as schedule-free ones do for evaluation, are not covered.
@@ -72,22 +72,22 @@ class Corrections(dict[str, Corrected]):
         while hasattr(optimizer, 'optimizer'):
             optimizer = optimizer.optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(f'keep_fixed: {type(optimizer).__name__} is no torch.optim.Optimizer')
-        if not self._trained_by(optimizer):
+            raise InputError(f'keep_fixed: {type(optimizer).__name__} is not a torch.optim.Optimizer')
+        if not self._find_trained(optimizer):
             raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
         hooks = get_step_pre_hooks(optimizer)
         if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
             raise InputError('keep_fixed: was called for this optimiser before')
-        remover = _CorrectionRemover(self, len(self._trained_by(optimizer)))
+        remover = _CorrectionRemover(self, len(self._find_trained(optimizer)))
         optimizer.register_step_pre_hook(remover)
         optimizer.register_step_post_hook(remover.put_back)
 
-    def _trained_by(self, optimizer: torch.optim.Optimizer) -> list[Corrected]:
-        own = {id(p) for group in optimizer.param_groups for p in group['params'] if p.requires_grad}
-        return [corrected for corrected in self.values() if id(corrected.weight) in own]
+    def _find_trained(self, optimizer: torch.optim.Optimizer) -> list[Corrected]:
+        trained = {id(p) for group in optimizer.param_groups for p in group['params'] if p.requires_grad}
+        return [corrected for corrected in self.values() if id(corrected.weight) in trained]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """lambda of each projection, or, in the exact form, its C, which trained weights do not tell any more."""
+        """Lambda of each projection, or C in the exact form: neither can be recomputed from trained weights."""
         return {
             f'{name}.{record}': value
             for name, corrected in self.items()
@@ -95,16 +95,16 @@ class Corrections(dict[str, Corrected]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take the corrections of :meth:`state_dict` for these. The weights stay as they are.
+        """Replace these corrections by those of :meth:`state_dict`. The weights stay as they are.
 
         Raises:
             InputError: if it is of other projections, or of another form.
         """
-        own = self.state_dict()
+        ours = self.state_dict()
         differing = [
             key
-            for key in own.keys() | state_dict.keys()
-            if key not in own or key not in state_dict or own[key].shape != state_dict[key].shape
+            for key in ours.keys() | state_dict.keys()
+            if key not in ours or key not in state_dict or ours[key].shape != state_dict[key].shape
         ]
         if differing:
             raise InputError(f'these corrections are not those of this model: {list_briefly(sorted(differing))}')
@@ -114,7 +114,7 @@ class Corrections(dict[str, Corrected]):
 
 
 class _CorrectionRemover:
-    """Called before an optimiser's step: takes C out of the weights."""
+    """Hook before an optimiser's step that subtracts C from the weights; :meth:`put_back` adds it after the step."""
 
     def __init__(self, corrections: Corrections, count: int) -> None:
         self.corrections = corrections
@@ -122,7 +122,7 @@ class _CorrectionRemover:
         self.is_out = False
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if not self.is_out:  # as a step that an exception ended has left it
+        if not self.is_out:  # it is, if an exception ended the last step
             self._add(optimizer, -1)
 
         def with_C(closure: Callable) -> Callable:
@@ -136,7 +136,7 @@ class _CorrectionRemover:
 
             return evaluate
 
-        # What evaluates the model within the step needs C.
+        # A closure that evaluates the model within the step needs C.
         wrapped = tuple(with_C(arg) if callable(arg) else arg for arg in args)
         return wrapped, {key: with_C(arg) if callable(arg) else arg for key, arg in kwargs.items()}
 
@@ -145,7 +145,7 @@ class _CorrectionRemover:
 
     @torch.no_grad()
     def _add(self, optimizer: torch.optim.Optimizer, sign: int) -> None:
-        trained = self.corrections._trained_by(optimizer)
+        trained = self.corrections._find_trained(optimizer)
         if len(trained) != self.count:
             raise RuntimeError(f'{self.count} corrections were to be kept fixed, but {len(trained)} weights are here')
         for corrected in trained:

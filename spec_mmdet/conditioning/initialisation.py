@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 def conditioned_initialisation(W: Tensor, roles: str, heads: int) -> Tensor:
-    """Initial projections of which each head's matrix has condition number 1: spectral conditioning's successor.
+    """Initial projections in which the matrix of each head has condition number 1.
 
     Each head's Q and K are independent random semi-orthogonal matrices, each head's V is the rectangular identity.
-    (With the identity for Q and K, too, each token would attend to itself alone, as under a large lambda: see
-    :mod:`.effects`.) From there on the weights are plain: nothing is added to them, and nothing is kept.
+    (With the identity for Q and K as well, each token would attend to itself alone, as with a large lambda: see
+    :mod:`.effects`.) Nothing else is stored.
 
     Args:
         W: the projections in torch's layout, shape (len(roles), heads * d, k), of which only the shape counts.
@@ -25,7 +25,7 @@ def conditioned_initialisation(W: Tensor, roles: str, heads: int) -> Tensor:
         ValueError: on rows that the heads do not divide.
     """
     if W.shape[1] % heads:
-        raise ValueError(f'conditioning: {W.shape[1]} rows are not {heads} heads')
+        raise ValueError(f'conditioning: {W.shape[1]} rows cannot be divided into {heads} heads')
     made = torch.empty(len(roles), heads, W.shape[1] // heads, W.shape[2], device=W.device)
     for role, projection in zip(roles, made):
         for head in projection:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .correction import Correction
-from .effects import count_effective_keys, normalises
+from .effects import count_effective_keys, normalises_queries
 from .finding.projections import Projection, find_projections
 from .fixed import Corrections
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The extreme singular values of one corrected matrix, without and with its correction.
+    """Extreme singular values of one projection, without and with its correction.
 
-    The matrix is a projection as a whole, all heads together, with the role 'Q', 'K' or 'V'; in the per-head form one
-    head's rows of it, with a role like 'Q0'.
+    The matrix is a projection of all heads with the role 'Q', 'K' or 'V'; in the per-head form the rows of one head,
+    with a role such as 'Q0'.
     """
 
     name: str
@@ -47,20 +47,19 @@ class Spectrum:
 
 
 class Report(Sequence[Spectrum]):
-    """The spectra of a model's projections; printed, a table, below what there is to say.
+    """Spectra of a model's projections; printed as notes and a table.
 
-    The spectra take seconds to minutes: they are computed when they are first asked for, of the weights as they then
-    are.
+    The spectra take seconds to minutes. They are computed at the first access, from the weights at that time.
 
     Args:
         found: the projections.
-        corrections: what :func:`~.surgery.condition` has added to the weights, and how to keep it fixed in training.
-        by_head: whether to take each head's rows as a matrix of their own. (Where the per-head form corrects them,
-            they are taken so anyway.)
+        corrections: the corrections that :func:`~.surgery.condition` has added to the weights, and their method
+            keep_fixed for training.
+        by_head: treat the rows of each head as a separate matrix, as is always done in the per-head form.
 
     Attributes:
-        notes: what there is to say of it, a line each.
-        left_out: what looks like attention and was not taken, and why.
+        notes: warnings and remarks, a line each.
+        left_out: attention that was left unconditioned, with the reason.
     """
 
     def __init__(self, found: Sequence[Projection], corrections: Corrections | None = None, by_head: bool = False):
@@ -75,7 +74,7 @@ class Report(Sequence[Spectrum]):
         return [row for projection in self._found for row in self._spectra(projection)]
 
     def _pair(self, projection: Projection) -> tuple[Correction | None, Tensor, Tensor | None]:
-        """The correction, W and W + C: the model computes W + C, or its weights are W + C themselves."""
+        """The correction, W and W + C of a projection, whose module computes W + C or stores it."""
         if projection.name not in self.corrections:
             return projection.correction, projection.W, projection.W_plus_C
         corrected, W_plus_C = self.corrections[projection.name], projection.W
@@ -88,7 +87,7 @@ class Report(Sequence[Spectrum]):
             heads = projection.heads
             roles = [f'{role}{head}' for role in roles for head in range(heads)]
             W, W_plus_C = (None if M is None else M.unflatten(1, (heads, -1)).flatten(0, 1) for M in (W, W_plus_C))
-        # Not every accelerator has float64, and to none are a few small matrices worth its while.
+        # Not every accelerator has float64.
         sigma = torch.linalg.svdvals(W.cpu().double())
         conditioned = [None] * len(sigma) if W_plus_C is None else torch.linalg.svdvals(W_plus_C.cpu().double())
         for role, before, after in zip(roles, sigma, conditioned):
@@ -120,7 +119,7 @@ class Report(Sequence[Spectrum]):
         return '\n'.join(lines)
 
     def describe_worsened(self) -> str:
-        """Say in words which corrections do not improve the condition number, with the numbers; '' if all do."""
+        """Describe the corrections that do not improve the condition number, with numbers; '' if all do."""
         worse = [row for row in self if row.conditioned_kappa is not None and not row.conditioned_kappa < row.kappa]
         if not worse:
             return ''
@@ -132,7 +131,7 @@ class Report(Sequence[Spectrum]):
         )
 
     def count_effective_keys(self, tokens: int = 197) -> list[tuple[float, float | None]]:
-        """How many keys each layer of softmax attention leaves to a query, and without C, where there is one.
+        """Numbers of keys that a query attends to in each layer of softmax attention, with C and without it.
 
         See :func:`~.effects.count_effective_keys`. Attention that normalises queries and keys is left out.
 
@@ -142,7 +141,7 @@ class Report(Sequence[Spectrum]):
         layers: dict[nn.Module, dict[str, tuple[Tensor, Tensor | None]]] = {}
         heads: dict[nn.Module, int | None] = {}
         for projection in self._found:
-            if normalises(projection.attention):
+            if normalises_queries(projection.attention):
                 continue
             _, W, W_plus_C = self._pair(projection)
             pairs = zip(W, [None] * len(W)) if W_plus_C is None else zip(W_plus_C, W)
@@ -163,7 +162,7 @@ class Report(Sequence[Spectrum]):
         return left
 
     def describe_saturation(self, tokens: int = 197) -> str:
-        """Say in words how many keys conditioned softmax attention leaves to a query; '' where none is conditioned."""
+        """Describe how many keys a query attends to in conditioned softmax attention; '' without conditioned layers."""
         left = [pair for pair in self.count_effective_keys(tokens) if self._by_head or pair[1] is not None]
         if not left:
             return ''
@@ -177,14 +176,14 @@ class Report(Sequence[Spectrum]):
 
 
 def measure(model: nn.Module, layout: dict[str, str] | None = None, example: object = None) -> Report:
-    """The extreme singular values and condition numbers of every query, key and value projection of a model.
+    """Measure singular values and condition numbers of every query, key and value projection of a model.
 
-    Each projection is taken as a whole, all heads together, for a single head's rows are well conditioned from the
-    start; only where the per-head form corrects it, head by head.
+    A projection is measured as one matrix of all heads, because the rows of a single head are well conditioned from
+    the start; in the per-head form it is measured head by head.
 
     Args:
-        model: any model whose attention :func:`find_projections` finds. Weights that :func:`~.surgery.condition` has
-            conditioned are W + C themselves: W and C apart are in the report that it returned.
+        model: any model whose attention :func:`find_projections` finds. If :func:`~.surgery.condition` has conditioned
+            it, its weights are W + C; the report that condition returned has W and C separately.
         layout: as :func:`~.surgery.condition` takes it.
         example: as :func:`~.surgery.condition` takes it.
     """

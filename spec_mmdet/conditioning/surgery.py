@@ -1,4 +1,4 @@
-"""Putting the corrections on a model that exists already, and taking them off again."""
+"""Add corrections to the attention of an existing model, and fold them into its weights."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ def condition(
     example: object = None,
     partial: bool = False,
 ) -> Report:
-    """Condition the attention of a model that exists already: each query, key and value projection becomes W + C.
+    """Condition the attention of an existing model: each query, key and value projection becomes W + C.
 
-    W + C becomes the weight itself: the model stays a plain one, for whatever saves, loads, shards, merges or exports
-    it. What is left to do is to keep C from the optimiser, whose weight decay would pull W + C towards 0:
+    The weights themselves become W + C, so parameter names and modules are unchanged. Only the optimiser has to know C,
+    because its weight decay would pull W + C towards 0:
 
         report = condition(model)
         optimizer = torch.optim.AdamW(model.parameters(), ...)
         report.corrections.keep_fixed(optimizer)
 
-    Recognised are torch.nn.MultiheadAttention and the layers named as timm's and transformers' are.
+    torch.nn.MultiheadAttention and layers with the names of timm and transformers are recognised. After the change the
+    output of each layer, and of the model on the example, must be the one that W + C predicts.
 
     Args:
         model: changed in place.
         type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5), fixed corrections; or 'initialisation', their authors'
-            later method (arXiv 2609.07086), which puts other weights in the place of W and keeps nothing of them: see
+            later method (arXiv 2609.07086), which replaces W and has no C: see
             :func:`~.initialisation.conditioned_initialisation`.
         lam: lambda of the identity form, the same for all matrices; the paper's experiments use 10.
         sigmas: lambda of the identity form as a multiple of sigma_max of each matrix that is corrected, of its weights
             as they are now. The default, if ``lam`` is not given, is 2, so that kappa(W + C) <= 3.
         per_head: correct each head's rows as a separate matrix, not each projection as a whole. The paper can be read
             so (its W is D x d, its identities "rectangular"), and its authors apply C per head in their next paper.
-        keep_function: leave the weights as they are, and take them for W + C. So the function of weights that were
-            trained without a correction is kept, and a training is resumed. What C changes then is where weight decay
-            pulls them.
-        layout: which rows of a layer are queries, keys and values, where that cannot be found out: for layers by their
-            name, in which * stands for anything, for instance ``{'blocks.*.attn.qkv': '2(q16 k16 v64)'}``; see
-            :func:`~.rows.parse_layout`.
-        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword arguments), for finding that
-            out in attention that does not run on made-up inputs.
-        partial: condition a part of the model's attention, where the rest could not be taken. The report lists it.
+        keep_function: leave the weights as they are and treat them as W + C: to keep the function of weights that were
+            trained without a correction, or to resume a training (then also load the corrections' state dict). C then
+            only changes the target of weight decay.
+        layout: rows of layers that are queries, keys and values, by name, where * matches anything, for instance
+            ``{'blocks.*.attn.qkv': '2(q16 k16 v64)'}``; see :func:`~.finding.rows.parse_layout`.
+        example: an input of the model (a tensor, a tuple of arguments or a dict of keyword arguments). Without one, an
+            input is made for models that state theirs; for others, the parts run on random tokens.
+        partial: condition the model even if a part of its attention cannot be. The report lists that part.
 
     Returns:
-        What was conditioned; print it for the condition numbers and for what else there is to say.
+        A report of the conditioned projections; print it for warnings and condition numbers.
 
     Raises:
-        InputError: if the model has no projections that could be found, or not all of its attention could be taken and
-            ``partial`` was not asked for; if one of them is conditioned or parametrized already, shares its weight with
-            another layer, has no values (on the meta device), is sharded or quantised; or if its heads are not known
-            and are asked for. The model is then unchanged.
-        ValueError: on arguments that :class:`~.correction.Correction` refuses, or that 'initialisation' has no use for.
+        InputError: if no projections are found; if, without ``partial``, a part of the attention cannot be conditioned,
+            because its rows are unknown, or its weights are conditioned already, recomputed, shared, on the meta
+            device, quantised, expanded or not finite; if the model is sharded or has adapters; or if its output does
+            not change as W + C predicts. All weights are then unchanged.
+        ValueError: on arguments that :class:`~.correction.Correction` refuses, or that 'initialisation' does not have.
 
     Warns:
         UserWarning: if lambda is not above sigma_max of a projection, and if the weights have been trained and now
@@ -156,11 +156,11 @@ def _warn_if_small(found: list[Projection], corrections: Corrections) -> list[st
 
 
 def fold(model: nn.Module) -> None:
-    """Replace every W that is kept beside its correction by W + C, and leave no trace of it: for inference and export.
+    """Replace every W that is stored beside its correction by W + C and drop the correction, for inference and export.
 
-    Such are SpecXCiT's attention and any weight with a :class:`~.correction.Correction` as its parametrization. The
-    output stays the same, the cost is that of plain attention, and the state dict is a plain model's. What
-    :func:`condition` has conditioned is so already.
+    This applies to SpecXCiT's attention and to weights with a :class:`~.correction.Correction` as parametrization. The
+    output stays the same, the cost is that of plain attention, and the state dict that of a plain model. Models that
+    :func:`condition` has changed store W + C already.
 
     Args:
         model: changed in place; one without corrections is left as it is.

@@ -156,7 +156,7 @@ def test_what_a_correction_is_kept_from():
     corrections.keep_fixed(optimizer)
     with pytest.raises(InputError, match='before'):
         corrections.keep_fixed(optimizer)
-    with pytest.raises(InputError, match='no torch.optim.Optimizer'):
+    with pytest.raises(InputError, match='not a torch.optim.Optimizer'):
         corrections.keep_fixed(object())
     for wrong in (condition(other, type='svd'), condition(Attention(), lam=3.0, per_head=True), condition(Attention())):
         with pytest.raises(InputError, match='not those of this model'):

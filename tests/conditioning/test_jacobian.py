@@ -6,14 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import jacrev
 
+from research.theorems import attention_jacobian, joint_bound, theorem_3_4_bounds, xca_jacobian
 from spec_mmdet.conditioning import condition_number
-from spec_mmdet.conditioning.jacobian import (
-    attention_jacobian,
-    joint_bound,
-    theorem_3_4_bounds,
-    xca_jacobian,
-    xca_singular_values,
-)
+from spec_mmdet.conditioning.jacobian import xca_singular_values
 from spec_mmdet.models.attention import XCA
 
 SMALL = st.integers(1, 5)

@@ -18,62 +18,48 @@ BY_ROLE = '{H}q{d} {G}k{d} {G}v{v}'
 BY_GROUP = '{G}({S}q{d} k{d} v{v})'  # if G = H: head by head
 GATED = '{H}(q{d} -{d}) {G}k{d} {G}v{v}'
 
-# Packages, templates, and classes by module and name. Separate layers of other classes need no entry.
-_TABLE = [
-    ('torch.nn.modules.', BY_ROLE, 'activation.MultiheadAttention'),
-    ('spec_mmdet.models.', BY_ROLE, 'attention.XCA'),
-    (
-        'timm.layers.',
-        BY_ROLE,
-        'attention.Attention bottleneck_attn.BottleneckAttn attention_pool.AttentionPoolLatent',
-    ),
-    ('timm.layers.', BY_GROUP, 'halo_attn.HaloAttn'),
-    (
-        'timm.models.',
-        BY_ROLE,
-        'beit.Attention cait.TalkingHeadAttn coat.FactorAttnConvRelPosEnc convit.GPSA '
-        'davit.WindowAttention edgenext.CrossCovarianceAttn eva.EvaAttention fastvit.Attention '
-        'hiera.MaskUnitAttention metaformer.Attention mobilevit.Attention nest.Attention pvt_v2.Attention shvit.SHSA '
-        'swin_transformer.WindowAttention swin_transformer_v2.WindowAttention '
-        'swin_transformer_v2_cr.WindowMultiHeadAttention tnt.Attention twins.GlobalSubSampleAttn '
-        'twins.LocallyGroupedAttn vision_transformer.Attention vision_transformer_relpos.RelPosAttention '
-        'visformer.Attention volo.Attention volo.ClassAttention xcit.XCA',
-    ),
-    (
-        'timm.models.',
-        BY_GROUP,
-        'efficientformer.Attention levit.Attention levit.AttentionDownsample tiny_vit.Attention',
-    ),
-    ('timm.models.', '{H}v{d} {H}q{d} {H}k{d}', 'davit.ChannelAttention'),  # it attends with K, V to Q
-    ('timm.models.', '{N}(q{dim} k{dim} v{dim})', 'efficientvit_mit.LiteMLA'),
-    ('timm.models.', 'q1 k{embed_dim} v{embed_dim}', 'mobilevit.LinearSelfAttention'),
-    ('timm.models.', {True: BY_GROUP, False: BY_ROLE}, 'maxxvit.Attention2d maxxvit.AttentionCl'),  # by head_first
-    (
-        'transformers.models.',
-        BY_ROLE,
-        'gpt2.modeling_gpt2.GPT2Attention imagegpt.modeling_imagegpt.ImageGPTAttention '
-        'mgp_str.modeling_mgp_str.MgpstrAttention modernbert.modeling_modernbert.ModernBertAttention '
-        'mpt.modeling_mpt.MptAttention openai.modeling_openai.Attention phi3.modeling_phi3.Phi3Attention '
-        'timesformer.modeling_timesformer.TimesformerSelfAttention',
-    ),
-    (
-        'transformers.models.',
-        BY_GROUP,
-        'bloom.modeling_bloom.BloomAttention deberta.modeling_deberta.DisentangledSelfAttention '
-        'falcon.modeling_falcon.FalconAttention gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention '
-        'gpt_neox.modeling_gpt_neox.GPTNeoXAttention levit.modeling_levit.LevitAttention '
-        'levit.modeling_levit.LevitAttentionSubsample minimax.modeling_minimax.MiniMaxLightningAttention '
-        'persimmon.modeling_persimmon.PersimmonAttention',
-    ),
-    ('transformers.models.', GATED, 'qwen3_next.modeling_qwen3_next.Qwen3NextAttention'),
-    ('transformers.models.', '4({H4}q{d} {H4}v{d} {H4}k{d})', 'codegen.modeling_codegen.CodeGenAttention'),
-    (
-        'transformers.models.',
-        'q1 k{embed_dim} v{embed_dim}',
-        'mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention',
-    ),
-]
-KNOWN = {package + name: template for package, template, names in _TABLE for name in names.split()}
+# Templates of classes by module and name, below timm. and transformers.models. Separate layers need no entry.
+_TIMM = {
+    BY_ROLE: """
+        layers.attention.Attention layers.attention_pool.AttentionPoolLatent layers.bottleneck_attn.BottleneckAttn
+        models.beit.Attention models.cait.TalkingHeadAttn models.coat.FactorAttnConvRelPosEnc models.convit.GPSA
+        models.davit.WindowAttention models.edgenext.CrossCovarianceAttn models.eva.EvaAttention
+        models.fastvit.Attention models.hiera.MaskUnitAttention models.metaformer.Attention 
+        models.nest.Attention models.pvt_v2.Attention models.shvit.SHSA models.swin_transformer.WindowAttention
+        models.swin_transformer_v2.WindowAttention models.swin_transformer_v2_cr.WindowMultiHeadAttention
+        models.tnt.Attention models.twins.GlobalSubSampleAttn models.twins.LocallyGroupedAttn
+        models.vision_transformer.Attention models.vision_transformer_relpos.RelPosAttention models.visformer.Attention
+        models.volo.Attention models.volo.ClassAttention models.xcit.XCA""",
+    BY_GROUP: """
+        layers.halo_attn.HaloAttn models.efficientformer.Attention models.levit.Attention
+        models.levit.AttentionDownsample models.maxxvit.Attention2d models.maxxvit.AttentionCl
+        models.tiny_vit.Attention""",
+    '{H}v{d} {H}q{d} {H}k{d}': 'models.davit.ChannelAttention',  # it attends from V to Q
+    '{N}(q{dim} k{dim} v{dim})': 'models.efficientvit_mit.LiteMLA',
+    'q1 k{embed_dim} v{embed_dim}': 'models.mobilevit.LinearSelfAttention',
+}
+_TRANSFORMERS = {
+    BY_ROLE: """
+        gpt2.modeling_gpt2.GPT2Attention imagegpt.modeling_imagegpt.ImageGPTAttention
+        mgp_str.modeling_mgp_str.MgpstrAttention modernbert.modeling_modernbert.ModernBertAttention
+        mpt.modeling_mpt.MptAttention openai.modeling_openai.Attention phi3.modeling_phi3.Phi3Attention
+        timesformer.modeling_timesformer.TimesformerSelfAttention""",
+    BY_GROUP: """
+        bloom.modeling_bloom.BloomAttention deberta.modeling_deberta.DisentangledSelfAttention
+        falcon.modeling_falcon.FalconAttention gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention
+        gpt_neox.modeling_gpt_neox.GPTNeoXAttention levit.modeling_levit.LevitAttention
+        levit.modeling_levit.LevitAttentionSubsample minimax.modeling_minimax.MiniMaxLightningAttention
+        persimmon.modeling_persimmon.PersimmonAttention""",
+    GATED: 'qwen3_next.modeling_qwen3_next.Qwen3NextAttention',
+    '4({H4}q{d} {H4}v{d} {H4}k{d})': 'codegen.modeling_codegen.CodeGenAttention',
+    'q1 k{embed_dim} v{embed_dim}': 'mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention',
+}
+KNOWN = {
+    'torch.nn.modules.activation.MultiheadAttention': BY_ROLE,
+    'spec_mmdet.models.attention.XCA': BY_ROLE,
+    **{f'timm.{name}': template for template, names in _TIMM.items() for name in names.split()},
+    **{f'transformers.models.{name}': template for template, names in _TRANSFORMERS.items() for name in names.split()},
+}
 
 _HEADS = ['num_heads', 'num_attention_heads', 'heads', 'n_heads', 'n_head', 'nhead', 'num_query_heads']
 _KEY_HEADS = ['num_key_value_heads', 'num_kv_heads', 'n_kv_heads', 'kv_heads']
@@ -85,7 +71,8 @@ def find_template(attention: nn.Module) -> str | None:
     """Look up the template of a module's class, or of the base class whose forward it inherits."""
     kind = next(c for c in type(attention).__mro__ if 'forward' in vars(c))
     template = KNOWN.get(f'{kind.__module__}.{kind.__qualname__}')
-    return template[attention.head_first] if isinstance(template, dict) else template
+    # head_first is an option of MaxViT's attention.
+    return BY_ROLE if template and getattr(attention, 'head_first', True) is False else template
 
 
 def _find_count(attention: nn.Module, names: list[str]) -> int | None:

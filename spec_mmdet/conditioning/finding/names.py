@@ -103,8 +103,8 @@ def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
         Groups of layers that together hold one query, key and value projection; and the remaining layers, which are
         named like a projection but form no such group.
     """
-    if own := _find_own_parameters(attention):
-        return [own], []
+    if parameters := _find_own_parameters(attention):
+        return [parameters], []
     children = dict(attention.named_children())
     groups: dict[str, list[NamedLayer]] = {}
     for child, part in children.items():

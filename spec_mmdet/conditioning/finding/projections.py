@@ -186,7 +186,8 @@ class _Search:
         self._calls: dict[str, Call] | None = None
 
     def run(self, coverage: bool) -> Found:
-        found = Found([], {}, {})
+        # First, because a run can change the model: BigBird exchanges its attention modules on short inputs.
+        found = Found([], {}, {}, find_runs(self.model, self.example) if coverage else [])
         attention: set[nn.Module] = set()
         for name, module in self.model.named_modules():
             for group in find_named_layers(module)[0]:
@@ -203,7 +204,6 @@ class _Search:
         if self.unused:
             raise InputError(f'layout: no layer is named {", ".join(sorted(self.unused))}')
         if coverage:
-            found.runs = find_runs(self.model, self.example)
             found.uncovered = find_uncovered(self.model, attention, found.runs)
         return found
 
