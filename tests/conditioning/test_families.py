@@ -32,7 +32,8 @@ edgenext_xx_small efficientformer_l1 efficientvit_b0 eva02_tiny_patch14_224 halo
 maxvit_tiny_rw_224 mobilevitv2_050 nest_tiny caformer_s18 pvt_v2_b0 shvit_s1
 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 test_vit3 tiny_vit_5m_224
 tnt_s_legacy_patch16_224 twins_pcpvt_small twins_svt_small visformer_tiny vit_relpos_small_patch16_224 volo_d1_224
-xcit_nano_12_p16_224 fastvit_sa12 bloom codegen deberta falcon gpt2 gpt_bigcode gpt_neox imagegpt levit mgp-str minimax mobilevitv2
+xcit_nano_12_p16_224 fastvit_sa12
+bloom codegen deberta falcon gpt2 gpt_bigcode gpt_neox imagegpt levit mgp-str minimax mobilevitv2
 modernbert mpt openai-gpt persimmon phi3 qwen3_next timesformer siglip
 """
 
