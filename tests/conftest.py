@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -111,3 +112,29 @@ def trained(tmp_path_factory, shapes) -> Path:
     with (work / 'terminal.txt').open('w') as file:
         subprocess.run(command, cwd=work, check=True, stdout=file, stderr=subprocess.STDOUT)
     return work
+
+
+# Parts of the reasons for which a test may skip in CI: what its machines lack, and what belongs to the other stack.
+EXPECTED_SKIPS = (
+    *('another version of MMDetection', 'is not installed', 'transformers', 'no chromium', 'no script(1)'),
+    *('mounting a small /dev/shm', 'the plain form overflows', 'there is a GPU'),
+    *('no reports at', 'no cases at', 'no COCO data at'),
+)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Count the skipped tests by reason."""
+    skipped = terminalreporter.stats.get('skipped', ())
+    for reason, count in Counter(report.longrepr[2].removeprefix('Skipped: ') for report in skipped).most_common():
+        terminalreporter.write_line(f'{count} skipped: {reason}')
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """Fail a run in CI that skips a test for an unexpected reason."""
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    if reporter is None or not os.environ.get('CI'):
+        return
+    reasons = {report.longrepr[2] for report in reporter.stats.get('skipped', ())}
+    if unexpected := [reason for reason in reasons if not any(part in reason for part in EXPECTED_SKIPS)]:
+        print(f'\nunexpected skips: {unexpected}')
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
