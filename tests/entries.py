@@ -33,7 +33,7 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
         run_tool(monkeypatch, 'train', *unchecked, work / 'resume', '--resume', path, *options(shapes), *without)
 
     def convert(path):
-        run_tool(monkeypatch, 'convert', path, work / f'{path.stem}.safetensors')
+        run_tool(monkeypatch, 'convert', path, work / f'{Path(path).stem}.safetensors')
 
     def analyze(path):
         run_tool(monkeypatch, 'analyze', CONFIG, path, '--out', work / 'analyze')

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
-import mmcv
 import mmengine
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from research import paper_figures
 from spec_mmdet import InputError
 from spec_mmdet.commands import demo
 from spec_mmdet.data.findings import Findings, Place
+from spec_mmdet.evaluation.metrics import DumpPredictions
 from spec_mmdet.evaluation.pages import PAGE, make_mark
 from spec_mmdet.files import replace_folder
 
@@ -149,17 +149,16 @@ def test_a_command(monkeypatch, shapes, trained, without_exporting, disk, tmp_pa
 
 
 def test_other_files(disk):
-    """The pictures of test --show-dir, the results of test --out, what prepare finds."""
-    files = {name: disk.folder / name for name in ('results.pkl', 'picture.png', 'findings.csv')}
+    """What goes through the file backend of the checkpoints, the results of test --out, what prepare finds."""
+    files = {name: disk.folder / name for name in ('results.pkl', 'data.pkl', 'findings.csv')}
     for path in files.values():
         path.write_text('old')
     disk.spoil('full')
-    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3)).astype(np.uint8)
-    found = Findings()
+    results, found = [dict(img_id=i) for i in range(10**4)], Findings()
     found.warnings['tiny'] = [Place('train.json', f'{i}.png') for i in range(1000)]
     for write in (
-        lambda: mmengine.dump(list(range(10**4)), files['results.pkl']),
-        lambda: mmcv.imwrite(noise, str(files['picture.png'])),
+        lambda: DumpPredictions(str(files['results.pkl']), []).compute_metrics(results),
+        lambda: mmengine.dump(results, files['data.pkl'], backend_args=dict(backend='atomic')),
         lambda: found.write(files['findings.csv']),
     ):
         with pytest.raises(InputError, match='could not be written'):

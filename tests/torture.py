@@ -254,11 +254,11 @@ def forged_through_all(folder: Path, count: int, rng: random.Random) -> list[Row
     handler = functools.partial(QuietHandler, directory=folder / 'forged')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address, direct = f'http://127.0.0.1:{server.server_port}', ways['init_detector']
+        address, direct = f'http://127.0.0.1:{server.server_port}', ways['convert']
         ways['an address'] = lambda path: direct(f'{address}/{path.name}')
         for name, enter in ways.items():
             # Of what is forged beside the weights, a way that takes those alone knows nothing, and would go on to work.
-            whats = [what for what in forged if not (name in OF_WEIGHTS and is_harmless(what))]
+            whats = [what for what in forged if not (name in (*OF_WEIGHTS, 'an address') and is_harmless(what))]
             some = {what: forged[what] for what in rng.sample(whats, min(count, len(whats)))}
             rows.append(forged_through(name, enter, some, trace, folder / 'log'))
         server.shutdown()

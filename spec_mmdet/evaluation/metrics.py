@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from terminaltables import AsciiTable
 from ..data import rules
 from ..data.reading import AnnotationFile, pause_garbage_collection
 from ..errors import InputError
+from ..files import write
 
 LIMITS = (1, 10, 100)  # detections per image in COCO's own summary
 # Places in pycocotools' summary, by MMDetection's names; AR is named for its default limits of detections.
@@ -298,7 +300,8 @@ class DumpPredictions(DumpDetResults):
         self.annotations = next((m.annotations for m in metrics if isinstance(m, CheckedCocoMetric)), None)
 
     def compute_metrics(self, results: list[dict]) -> dict:
-        """Write the predictions."""
+        """Write the predictions atomically."""
         for result in results if self.annotations is not None else ():
             result['img_id'] = self.annotations.original('images', result['img_id'])
-        return super().compute_metrics(results)
+        write(self.out_file_path, pickle.dumps(results))
+        return {}
