@@ -1,12 +1,8 @@
 """Features and gradients under autocast are at least as accurate as those of timm's XCiT with the same weights."""
 
-import sys
-
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-from half_precision import measure  # noqa: E402
+from benchmarks.half_precision import measure
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
