@@ -18,7 +18,7 @@ __all__ = ['InputError', '__version__']
 startup.provide_operators()
 
 # MMDetection takes seconds to import, which a command begins with only once it knows that it will run.
-if find_spec('mmdet') is not None and not startup.is_command():
+if not startup.is_command() and find_spec('mmdet') is not None:
     from . import registered
     from .registered import *  # noqa: F403
 

@@ -8,6 +8,8 @@ import sys
 
 from conftest import ROOT
 
+from spec_mmdet.commands import COMMANDS
+
 PACKAGE = ROOT / 'spec_mmdet'
 GROUND = {
     'compat',
@@ -17,7 +19,7 @@ GROUND = {
     'startup',
     'configs',
 }  # modules of no layer, which themselves know errors at the most
-LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'commands')
+LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'inference', 'commands')
 KNOWS = {
     'conditioning': set(),
     'models': {'conditioning'},
@@ -25,6 +27,7 @@ KNOWS = {
     'data': set(),
     'evaluation': {'conditioning', 'data'},
     'training': {'conditioning', 'models', 'checkpoints', 'data', 'evaluation'},
+    'inference': {'conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training'},
     'commands': set(LAYERS),
 }
 
@@ -86,7 +89,8 @@ def imports(path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = here[: len(here) - node.level + 1]
-            names = [node.module.split('.')] if node.module else [[alias.name] for alias in node.names]
+            parts = [node.module.split('.')] if node.module else []
+            names = parts + [[*sum(parts, []), alias.name] for alias in node.names]
             found |= {'.'.join([*base, *name]) for name in names}
     return found
 
@@ -111,7 +115,15 @@ def test_no_module_imports_what_imports_it():
         visit(name)
     for name, imported in graph.items():
         if name.split('.')[0] in GROUND:
-            assert {other for other in imported if other.split('.')[0] != name.split('.')[0]} <= {'errors'}, name
+            assert {other.split('.')[0] for other in imported} - {name.split('.')[0]} <= {'errors'}, name
+
+
+def test_no_command_imports_a_command():
+    commands = {f'commands.{name.replace("-", "_")}' for name in COMMANDS}
+    files = [PACKAGE / 'commands' / f'{name.rpartition(".")[2]}.py' for name in commands]
+    assert len(files) > 10
+    for path in [*files, PACKAGE / 'commands' / 'common.py', PACKAGE / 'commands' / 'options.py']:
+        assert not imports(path) & commands, path
 
 
 def test_private_members_of_others_are_used_in_one_module():

@@ -7,9 +7,9 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from spec_mmdet.commands.runners import WholeConfigRunner
 from spec_mmdet.configs import read_config
 from spec_mmdet.substitution import GUARDS, TABLE, add_guards, protect, substitute_types
+from spec_mmdet.training.runners import WholeConfigRunner
 
 SWIN = "_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\n"
 NEW_STYLE = """

@@ -11,11 +11,11 @@ from threading import Lock
 
 import torch
 
+from spec_mmdet.checkpoints.writing import serialize
 from spec_mmdet.conditioning import Correction, Report, conditioned_initialisation, find_projections
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import write
 from spec_mmdet.models.xcit import SpecXCiT
-from spec_mmdet.training.saving import serialize
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 PRETRAINING, DETECTION = CONFIGS / 'experiment_pretraining.py', CONFIGS / 'experiment_maskrcnn.py'

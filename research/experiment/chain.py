@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from spec_mmdet.commands.benchmark import processor
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import replace_folder
 from spec_mmdet.training.results import find_commit, read_curves
+from spec_mmdet.training.speed import describe_processor
 
 from .arms import DETECTION, PRETRAINED, PRETRAINING, SCREENING_SEED, Run, Size, write_config, write_start
 
@@ -53,7 +53,7 @@ class Chain:
         os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'  # a process that has initialised CUDA cannot be forked
         self.context = multiprocessing.get_context('forkserver')
         self.context.set_forkserver_preload(
-            [f'spec_mmdet.commands.{name}' for name in ('pretrain', 'convert', 'train')]
+            ['spec_mmdet.registered', 'spec_mmdet.training.running', 'spec_mmdet.data.classification']
         )
 
     def run_command(self, work: Path, command: str, *argv: object) -> None:
@@ -100,5 +100,5 @@ class Chain:
                     for stage, of_stage in curves.items()},
             seconds=round(time.time() - start),
             commit=find_commit(Path(__file__)),
-            device=processor('cuda' if torch.cuda.device_count() else 'cpu'),
+            device=describe_processor('cuda' if torch.cuda.device_count() else 'cpu'),
         )  # fmt: skip

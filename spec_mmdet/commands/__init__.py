@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 
 from .. import __version__
 from ..errors import InputError
@@ -42,24 +43,41 @@ REMOVED = {
 }
 
 NO_LIBGL = (
-    'OpenCV lacks a library of the system. The one without windows needs none: pip uninstall opencv-python, '
-    'then pip install --force-reinstall --no-deps opencv-python-headless. Or, as root: apt-get install libgl1'
+    'OpenCV lacks a system library. Use its headless build: pip uninstall opencv-python, then pip install '
+    '--force-reinstall --no-deps opencv-python-headless. Or, as root: apt-get install libgl1'
 )
+NEEDED = ('mmdet', 'mmengine', 'mmcv')
+NO_MMDETECTION = (
+    "MMDetection is not installed (no {}). Install it: pip install 'spec_mmdet[mmdet]' (in a checkout: pip install -e "
+    "'.[mmdet]')"
+)
+
+
+def find_missing() -> list[str]:
+    """Return the packages of MMDetection's stack that are not installed."""
+
+    def is_missing(name: str) -> bool:
+        try:
+            return find_spec(name) is None
+        except (ImportError, ValueError):
+            return True
+
+    return [name for name in NEEDED if is_missing(name)]
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """What every command runs in: one line on stderr and exit status 1 for an InputError, or a config that cannot be
-    built; no pickle is trusted.
+    """Context for every command: prints an InputError, or an error of a config, as one line and exits with status 1.
+
+    No pickle is trusted inside.
     """
-    # MMEngine's use of pkg_resources is nothing that its user could put right.
+    # MMEngine uses pkg_resources, which its user cannot change.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
-        # Names of files and classes would stop the run, in MMEngine's logs if nowhere else.
+        # MMEngine's log, for one, could not be written with names outside ASCII.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
     if os.environ.get('MPLBACKEND', '').startswith('module://'):
-        del os.environ['MPLBACKEND']  # a notebook's, which belongs to its own environment
-    # Whatever scheme a checkpoint is loaded by.
+        del os.environ['MPLBACKEND']  # a notebook's, from another environment
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     try:
         yield
@@ -68,25 +86,34 @@ def command_line() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ImportError) and 'libGL' in str(error):
             sys.exit(f'error: {NO_LIBGL} ({error})')
+        if isinstance(error, ImportError) and (missing := find_missing()):
+            sys.exit(f'error: {NO_MMDETECTION.format(", ".join(missing))}')
         from .options import explain_config_error
 
         if (fault := explain_config_error(error)) is None:
             raise
         sys.exit(f'error: {fault}')
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells have it for a command that Ctrl-C ended
+        sys.exit(130)  # the shells' status for Ctrl-C
 
 
 def run(command: str, argv: Sequence[str] | None = None) -> None:
-    """Run a command of :data:`COMMANDS`; ends the process, with one line on stderr, where its input cannot be used.
+    """Run a command of :data:`COMMANDS`; exit with one line on stderr if its input cannot be used.
 
     Args:
         command: its name.
         argv: its arguments; by default those of the process.
     """
     with command_line():
-        import_module('..registered', __name__)
-        import_module(f'.{command.replace("-", "_")}', __name__).main(argv)
+        asks_help = bool({'-h', '--help'} & {*(sys.argv[1:] if argv is None else argv)})
+        if (missing := ', '.join(find_missing())) and not asks_help:
+            raise InputError(NO_MMDETECTION.format(missing))
+        try:
+            import_module(f'.{command.replace("-", "_")}', __name__).main(argv)
+        except SystemExit as ended:
+            if missing and not ended.code:
+                print(NO_MMDETECTION.format(missing), file=sys.stderr)
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'error: spec-mmdet {argv[0]} was removed; use {REMOVED[argv[0]]}', file=sys.stderr)
         sys.exit(2)
     width = max(map(len, COMMANDS))
-    usage = 'usage: spec-mmdet COMMAND ... (spec-mmdet COMMAND --help tells its options)\n\n' + '\n'.join(
+    usage = 'usage: spec-mmdet COMMAND ... (spec-mmdet COMMAND --help lists its options)\n\n' + '\n'.join(
         f'  {name:{width}}  {line}' for name, line in COMMANDS.items()
     )
     if argv in (['--version'], ['-V']):

@@ -21,20 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputError
-from ..evaluation.comparison import (
-    DRAWS,
-    compare_arms,
-    describe_arms,
-    describe_difference,
-    measure_runs,
-    read_run,
-    require_comparable,
-    write_comparison,
-)
-from ..evaluation.pages import PAGE, require_free
-from ..files import write_folder_atomically
-from ..training.results import read_curves, read_facts
 from .common import parser
 
 
@@ -44,6 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--out', type=Path, default=Path('work_dirs/comparison'), help='a folder that is new, empty, '
                          'or an earlier comparison (default: work_dirs/comparison)')  # fmt: skip
     args = options.parse_args(argv)
+
+    from ..errors import InputError
+    from ..evaluation.comparison import (
+        DRAWS,
+        compare_arms,
+        describe_arms,
+        describe_difference,
+        measure_runs,
+        read_run,
+        require_comparable,
+        write_comparison,
+    )
+    from ..evaluation.pages import PAGE, require_free
+    from ..files import write_folder_atomically
+    from ..training.results import read_curves, read_facts
+
     require_free('--out', args.out, 'comparison')
     runs = []
     for text in args.runs:

@@ -2,84 +2,55 @@
 
     spec-mmdet convert SOURCE DESTINATION [--fold | --condition identity|svd] [...]
 
-Read are classifiers and backbones of the reference implementation (facebookresearch/xcit), DINO, timm and mmpretrain,
-detectors of the reference, and this project's own, plain or conditioned. What is written is a backbone for
-`init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, or a whole detector with --detector, as .pth or
-.safetensors by its ending. It is written only if every tensor of the source is accounted for.
+SOURCE is a classifier or backbone of the reference implementation (facebookresearch/xcit), DINO, timm or mmpretrain, a
+detector of the reference, or a checkpoint of this project, plain or conditioned. DESTINATION (.pth or .safetensors)
+gets a backbone for `init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, or with --detector a whole detector. It
+is written only if every tensor of the source is accounted for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
-from mmengine.logging import MMLogger
-from safetensors.torch import save as safetensors
-from torch import Tensor
-
-from ..checkpoints import layouts
-from ..checkpoints.reading import describe_mismatches, get_classes, load, local_file
-from ..conditioning import describe_conditioning
-from ..configs import find_config
-from ..data.fitting import set_classes
-from ..errors import InputError, prefix_errors
-from ..files import write
-from ..training.saving import serialize
 from .common import parser
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def save(weights: dict[str, Tensor], meta: dict, key: str, destination: Path) -> None:
-    """Write a checkpoint, whole or not at all."""
-    if destination.suffix == '.safetensors':
-        content = safetensors({name: value.contiguous() for name, value in weights.items()}, meta['converted'])
-    else:
-        content = serialize({key: weights, 'meta': meta})
-    write(destination, content)
-
-
-def line(title: str, names: list[str]) -> str:
-    """How many tensors there are of each part."""
-    parts = Counter(name.partition('.')[0] for name in names)
-    return f'{title:11}{len(names):5}  {", ".join(f"{part} ({count})" for part, count in parts.items())}'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('convert', __doc__)
     options.add_argument('source', help='a file, or an http(s) address')
     options.add_argument('destination', type=Path, help='a .pth or .safetensors file to write')
-    options.add_argument(
-        '--key', help=f'what the weights are under (default: the first of {", ".join(layouts.WRAPPERS)})'
-    )
-    options.add_argument('--conditioning', choices=['identity', 'svd'], help='what the source was made with, if it '
-                        'does not say so itself')  # fmt: skip
+    options.add_argument('--key', help='the key of the weights in the file (default: the usual ones, in turn)')
+    options.add_argument('--conditioning', choices=['identity', 'svd'], help='the conditioning of the source, if '
+                        'the file does not state it')  # fmt: skip
     change = options.add_mutually_exclusive_group()
-    change.add_argument('--fold', action='store_true', help='put W + C in the place of W: a plain checkpoint')
+    change.add_argument('--fold', action='store_true', help='replace W by W + C: a plain checkpoint')
     change.add_argument('--condition', choices=['identity', 'svd'], help='condition a plain checkpoint, keeping its '
-                        'function: W - C in the place of W')  # fmt: skip
+                        'function: W is replaced by W - C')  # fmt: skip
     options.add_argument('--lam', type=float, help='lambda of --conditioning identity or --condition identity')
     options.add_argument('--sigmas', type=float, help='lambda of --condition identity as a multiple of sigma_max of '
                          'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
     to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout')
     to.add_argument('--detector', metavar='CONFIG', help='write the whole detector, for this config')
-    options.add_argument('--trust-pickle', action='store_true', help='run the code that the source may hold: it can do '
-                        'whatever you can')  # fmt: skip
+    options.add_argument('--trust-pickle', action='store_true', help='run the code that the source may contain, with '
+                        'your rights')  # fmt: skip
     args = options.parse_args(argv)
+
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.logging import MMLogger
+
+    from ..checkpoints import layouts
+    from ..checkpoints.reading import describe_mismatches, get_classes, load, local_file
+    from ..checkpoints.writing import compute_sha256, describe_tensors, save_weights
+    from ..conditioning import describe_conditioning
+    from ..configs import find_config, read_config
+    from ..data.fitting import set_classes
+    from ..errors import InputError, prefix_errors
+
     MMLogger.get_current_instance().setLevel('ERROR')
 
     destination, name = args.destination, f'checkpoint {args.source}'
@@ -112,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector
         dropped = found.dropped
         register_all_modules()
-        cfg = Config.fromfile(find_config(args.detector))
+        cfg = read_config(find_config(args.detector))
         if classes:
             set_classes(cfg, classes)
         faults = describe_mismatches(MODELS.build(cfg.model), weights)
@@ -121,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.to:
         weights = layouts.to_layout(backbone, args.to)
         dropped = dropped + [key for key in backbone if key.startswith('fpn') and key not in weights]
-    print(line('taken', list(weights)))
-    print(line('dropped', dropped))
-    print(line('missing', found.missing) + (', which are initialised' if found.missing else ''))
+    print(describe_tensors('taken', list(weights)))
+    print(describe_tensors('dropped', dropped))
+    print(describe_tensors('missing', found.missing) + (', which are initialised' if found.missing else ''))
 
     conditioning = describe_conditioning(backbone)
     record = dict(
         source=args.source if '://' in args.source else source.name,
-        sha256=sha256(source),
+        sha256=compute_sha256(source),
         layout=found.layout,
         key=found.wrapper,
         arch=json.dumps(found.arch),
@@ -139,5 +110,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = dict(converted=record)
     if args.detector and classes:
         meta['dataset_meta'] = dict(classes=classes)
-    save(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
+    save_weights(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
     print(f'wrote {destination}: arch={found.arch!r}, patch_size={found.patch_size}, conditioning={conditioning}')

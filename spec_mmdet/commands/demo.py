@@ -10,9 +10,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.shapes import write_shapes
-from ..evaluation.pages import PAGE
-from ..files import replace_folder
 from .common import parser, run_command
 
 CONFIG = 'xcit_spec_shapes'
@@ -22,6 +19,11 @@ WORK = Path('work_dirs/demo')
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser('demo', __doc__).parse_args(argv)
+
+    from ..data.shapes import write_shapes
+    from ..evaluation.pages import PAGE
+    from ..files import replace_folder
+
     start = time.time()
     with replace_folder(WORK):
         write_shapes(DATA)

@@ -25,14 +25,26 @@ import torch.nn.functional as F
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss
 from torch import Tensor
 
+from ..configs import find_config, read_config
+from ..data.folders import use_folder
 from ..data.shapes import write_split
 from ..errors import InputError
 from ..files import write
 from ..models.attention import xca_gram, xca_plain
 from ..models.products import Upsample, compute_gram
 from ..models.xcit import SpecXCiT
-from . import benchmark, train
-from .benchmark import AMP, build_detector, clocked, objects, processor
+from ..substitution import protect
+from ..training.running import adapt_to_data, train
+from ..training.schedule import set_epochs
+from ..training.speed import (
+    AMP,
+    Setting,
+    build_detector,
+    describe_processor,
+    make_objects,
+    measure_models,
+    measure_seconds,
+)
 from .common import parser
 
 LIMIT = 6 * 60  # seconds after which no part begins
@@ -120,7 +132,7 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
     """A training step of the detector in every precision and conditioning."""
     kind = torch.device(args.device).type
     images = torch.randn(1 if args.small else 2, 3, *args.size, device=args.device)
-    samples = [objects(*args.size).to(args.device) for _ in images]
+    samples = [make_objects(*args.size).to(args.device) for _ in images]
     for conditioning in ('identity',) if args.small else ('ours', 'identity', 'svd'):
         model = build_detector(conditioning, args.arch, 16).to(args.device).train()
         for amp, dtype in AMP.items():
@@ -145,13 +157,16 @@ def demo(args: argparse.Namespace) -> Iterator[Row]:
     count = 8 if args.small else 800
     for split, images in dict(train=count, val=8).items():
         write_split(data, split, images, 256, np.random.default_rng(images))
-    for epochs in ('1', '2'):
-        train.main(
-            ['xcit_spec_shapes', '--data', str(data), '--work-dir', str(work), '--no-check', '--epochs', epochs]
-            + (['--resume'] if epochs == '2' else [])
-            + ['--cfg-options', 'default_hooks.logger.interval=1', 'param_scheduler.0.end=1', 'val_cfg=None']
-            + ['val_dataloader=None', 'val_evaluator=None']
-        )
+    for epochs in (1, 2):
+        cfg = read_config(find_config('xcit_spec_shapes'))
+        use_folder(cfg, data, ('train', 'val', 'test'))
+        set_epochs(cfg, epochs)
+        settings = {'default_hooks.logger.interval': 1, 'param_scheduler.0.end': 1, 'val_cfg': None}
+        settings |= dict(val_dataloader=None, val_evaluator=None, work_dir=str(work), launcher='none')
+        cfg.merge_from_dict(settings)
+        protect(cfg)
+        adapt = partial(adapt_to_data, cfg, ('train',), thorough=False)
+        train(cfg, adapt, resume='auto' if epochs == 2 else None)
     logs = [path.read_text() for path in sorted(work.glob('*/vis_data/scalars.json'))]
     losses = [entry['loss'] for entry in map(json.loads, ''.join(logs).splitlines()) if 'loss' in entry]
     yield dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1])
@@ -193,30 +208,32 @@ def limits(args: argparse.Namespace) -> Iterator[Row]:
     ):
         torch.backends.cuda.matmul.allow_tf32 = tf32
         a = torch.randn(n, n, device=args.device, dtype=dtype)
-        seconds = min(clocked(partial(torch.mm, a, a), cuda) for _ in range(6))
+        seconds = min(measure_seconds(partial(torch.mm, a, a), cuda) for _ in range(6))
         yield dict(limit=f'{name} products', rate=f'{2 * n**3 / seconds / 1e12:.2f} TFLOP/s')
     torch.backends.cuda.matmul.allow_tf32 = False
     a = torch.empty(n * n * 4, device=args.device)
-    seconds = min(clocked(a.clone, cuda) for _ in range(6))
+    seconds = min(measure_seconds(a.clone, cuda) for _ in range(6))
     yield dict(limit='copying', rate=f'{2 * a.numel() * 4 / seconds / 1e9:.0f} GB/s')
 
 
 def speed(what: str, amp: str | None, args: argparse.Namespace) -> Iterator[Row]:
-    """spec-mmdet benchmark's rows."""
+    """Yield the rows of spec-mmdet benchmark."""
     names = ['timm', 'timm-compiled', 'plain-form', 'ours', 'ours-compiled', 'identity']
     if what == 'detector':
         names = ['plain-form', 'ours', 'ours-compiled', 'resnet-50', 'swin-t']
     if args.small:
         names = [name for name in names if name in ('timm', 'ours')]
-    out = args.out / f'benchmark_{what}_{amp or "fp32"}'
-    benchmark.main(
-        ['--models', *names, '--arch', args.arch, '--sizes', '{}x{}'.format(*args.size), '--out', str(out)]
-        + ['--rounds', '1' if args.small else '10', '--batch', '1' if args.small else '4', '--device', args.device]
-        + (['--detector'] if what == 'detector' else [])
-        + (['--amp', amp] if amp else [])
-        + (['--no-memory'] if args.small else [])
+    setting = Setting(
+        args.arch,
+        batch=1 if args.small else 4,
+        size=args.size,
+        amp=amp,
+        device=args.device,
+        detector=what == 'detector',
+        rounds=1 if args.small else 10,
+        memory=not args.small,
     )
-    yield from json.loads((out / 'benchmark.json').read_text())['rows']
+    yield from measure_models(names, setting)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -264,14 +281,16 @@ def as_markdown(head: str, parts: dict[str, dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('gpu-check', __doc__)
-    options.add_argument('--device', default='cuda')
-    options.add_argument('--out', type=Path, default=Path('work_dirs/gpu_check'))
+    options.add_argument('--device', default='cuda', help='cpu runs the same code at a small size (default: cuda)')
+    options.add_argument('--out', type=Path, default=Path('work_dirs/gpu_check'), help='folder for results (default: '
+                         'work_dirs/gpu_check)')  # fmt: skip
     args = options.parse_args(argv)
     args.small = torch.device(args.device).type == 'cpu'
     if not args.small and not torch.cuda.is_available():
         raise InputError('no GPU here that PyTorch can use; --device cpu runs the same checks at a small size')
     args.arch, args.size = ('nano_12', (64, 64)) if args.small else ('small_12', (800, 1216))
-    head = f'{processor(args.device)}; torch {torch.__version__}, CUDA {torch.version.cuda}; {args.arch}, {args.size}'
+    head = f'{describe_processor(args.device)}; torch {torch.__version__}, CUDA {torch.version.cuda}'
+    head += f'; {args.arch}, {args.size}'
     print(head)
     start, parts = time.time(), {}
     for name, part in PARTS.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import sys
@@ -11,7 +10,7 @@ from difflib import get_close_matches
 
 import mmcv.ops.nms
 import mmdet.registry
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
@@ -43,34 +42,9 @@ UNTYPED = {
 # What the builders take beside a class's own arguments.
 OF_BUILDERS = {'type', '_scope_', '_delete_', 'init_cfg', 'priority', 'constructor', 'paramwise_cfg', 'optimizer'}
 OF_BUILDERS |= {'convert_to_iter_based', 'data_preprocessor', 'num_batch_per_epoch'}
-SETTING = r'[^-=][^=]*='
 INSTEAD = dict(max_epochs='--epochs', image_size='--image-size', scale='--image-size', scales='--image-size')
 INSTEAD |= dict(data_root='--data', launcher='--launcher', epochs='--epochs', lr='--lr', batch_size='--batch-size')
 INSTEAD |= dict(seed='randomness.seed')
-
-
-class CfgOptions(DictAction):
-    """MMEngine's action for KEY=VALUE; what it cannot read is an error of usage."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (AssertionError, ValueError) as error:
-            raise argparse.ArgumentError(self, f'{" ".join(values)}: {error}') from error
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, where --cfg-options ends with the last KEY=VALUE: a config's file may come after it."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        args, left = [], list(sys.argv[1:] if args is None else args)
-        while left:
-            args.append(left.pop(0))
-            if args[-1] == '--cfg-options' and left and re.match(SETTING, left[0]):
-                args.pop()
-                while left and re.match(SETTING, left[0]):
-                    args.append(f'--cfg-options={left.pop(0)}')
-        return super().parse_known_args(args, namespace)
 
 
 def merge(cfg: Config, options: dict[str, object] | None) -> None:

@@ -2,57 +2,35 @@
 
     spec-mmdet test xcit_spec_maskrcnn CHECKPOINT --data FOLDER --report DIR
 
-The options are those of MMDetection's own script, --data and --report.
+The options are those of MMDetection's script, and --data and --report.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_main_process
-
-from ..checkpoints.reading import fetch, get_run_info, load
-from ..data.fitting import coco_datasets, configured_classes
 from ..errors import InputError, list_briefly
-from ..evaluation import report
-from ..evaluation.drawing import use_font_for
-from ..evaluation.metrics import DumpPredictions
-from ..evaluation.pages import PAGE
-from ..files import display_path, write_folder_atomically
-from ..training.guards import end_workers
-from ..training.processes import decide_on_main
-from .common import (
-    adapt_to_data,
-    add_run_options,
-    build_runner,
-    load_run_config,
-    one_line_errors,
-    parser,
-    read_classes,
-)
-from .terminal import Terminal
+from .common import add_run_options, load_run_config, parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('test', __doc__)
     add_run_options(options)
     options.add_argument('checkpoint', help='a checkpoint of the detector')
-    options.add_argument('--report', type=Path, metavar='DIR', help='a folder for a page with the results')
-    options.add_argument('--out', type=Path, metavar='FILE', help='a .pkl file for the predictions')
+    options.add_argument('--report', type=Path, metavar='DIR', help='write a page with the results to this folder')
+    options.add_argument('--out', type=Path, metavar='FILE', help='write the predictions to this .pkl file')
     options.add_argument('--show', action='store_true', help='show the predictions in a window')
-    options.add_argument('--show-dir', type=Path, metavar='DIR', help='a folder for the predictions, drawn')
-    options.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows each (default: 2)')
     options.add_argument(
-        '--tta', action='store_true', help='merge the predictions of each image and of its mirror image'
+        '--show-dir', type=Path, metavar='DIR', help='write pictures of the predictions to this folder'
     )
+    options.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows each picture (default: '
+                         '2)')  # fmt: skip
+    options.add_argument('--tta', action='store_true', help='test-time augmentation: merge the predictions on each '
+                         'image and its mirror image')  # fmt: skip
     args = options.parse_args(argv)
     if args.out and args.out.suffix not in ('.pkl', '.pickle'):
         raise InputError(f'--out {args.out}: the name must end in .pkl or .pickle')
@@ -62,39 +40,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def augment(cfg: Config) -> None:
-    """Test-time augmentation as the config has it, or else by flipping; changes ``cfg``."""
-    if 'tta_model' not in cfg:
-        cfg.tta_model = dict(
-            type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
-        )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # a wrapper
-        dataset = dataset.dataset
-    if 'tta_pipeline' not in cfg:
-        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
-        views = [
-            [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
-            [dict(type='PackDetInputs', meta_keys=keys)],
-        ]
-        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=views)]
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
-
-
 def require_measured(metrics: dict[str, float]) -> None:
-    """Refuse figures that say nothing.
+    """Check that there were objects to evaluate on.
 
     Raises:
-        InputError: where an AP is the -1 by which pycocotools says that there is no object to measure by.
+        InputError: if an AP is -1, pycocotools' value for no object.
     """
-    nothing = [name for name, value in metrics.items() if name.endswith('_mAP') and value == -1]
-    if nothing:
-        raise InputError(f'{list_briefly(nothing)} is -1: there is no object to measure by (crowds do not count)')
+    undefined = [name for name, value in metrics.items() if name.endswith('_mAP') and value == -1]
+    if undefined:
+        raise InputError(f'{list_briefly(undefined)} is -1: there is no object to evaluate on (crowds do not count)')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+
+    from mmdet.engine.hooks.utils import trigger_visualization_hook
+    from mmdet.utils import setup_cache_size_limit_of_dynamo
+    from mmengine.dist import is_main_process
+
+    from ..checkpoints.reading import fetch, get_run_info, load
+    from ..data.fitting import coco_datasets, configured_classes
+    from ..evaluation import report
+    from ..evaluation.drawing import use_font_for
+    from ..evaluation.metrics import DumpPredictions
+    from ..evaluation.pages import PAGE
+    from ..files import display_path, write_folder_atomically
+    from ..models.tta import use_augmentation
+    from ..training.guards import end_workers
+    from ..training.processes import decide_on_main
+    from ..training.running import adapt_to_data, build_runner, one_line_errors, read_classes
+    from ..training.terminal import Terminal
+
     cfg = load_run_config(args, splits=('test',))
     classes = decide_on_main(lambda: read_classes(args.checkpoint))
     adapt_to_data(cfg, ('test',), classes, not args.no_check)
@@ -105,18 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         trigger_visualization_hook(cfg, args)
         cfg.default_hooks.visualization.type = 'PictureHook'
     if args.tta:
-        augment(cfg)
+        use_augmentation(cfg)
 
     setup_cache_size_limit_of_dynamo()
     datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
     terminal = None if args.verbose else Terminal()
     names = [name for dataset in datasets for name in configured_classes(dataset)]
-    with write_folder_atomically(reported) if reported else nullcontext() as aside:
+    with write_folder_atomically(reported) if reported else nullcontext() as temporary:
         with one_line_errors(), use_font_for(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)
             if args.out:
-                metrics = runner.test_evaluator.metrics
-                metrics.append(DumpPredictions(str(args.out), metrics))
+                evaluators = runner.test_evaluator.metrics
+                evaluators.append(DumpPredictions(str(args.out), evaluators))
             try:
                 metrics = runner.test()
             finally:
@@ -127,6 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_measured(metrics)
         if reported:
             command = ['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)]
-            report.write(aside, cfg, args.checkpoint, command, tested)
+            report.write(temporary, cfg, args.checkpoint, command, tested)
     if reported:
         print(f'report: {display_path(reported / PAGE)}')

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from mmcv.ops import batched_nms
 from mmdet.models import DetTTAModel
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 
 FLIP_DIMS = dict(horizontal=[2], vertical=[1], diagonal=[1, 2])
@@ -37,3 +40,25 @@ class MaskTTAModel(DetTTAModel):
         result = data_samples[0]
         result.pred_instances = merged
         return result
+
+
+def use_augmentation(cfg: Config) -> None:
+    """Make a config's test merge several views of an image: those that it defines, or the image and its mirror image;
+    changes ``cfg``.
+    """
+    if 'tta_model' not in cfg:
+        cfg.tta_model = dict(
+            type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # a wrapper
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        views = [
+            [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
+            [dict(type='PackDetInputs', meta_keys=keys)],
+        ]
+        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=views)]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoints.reading import describe_mismatches, get_state_dict
+from ..checkpoints.writing import serialize
 from ..compat import end_loader_workers, get_built_loops, get_load_path, is_resuming, is_training
 from ..conditioning import require_same_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write
-from .saving import describe_last_checkpoint, serialize, unwrap_model
+from .saving import describe_last_checkpoint, unwrap_model
 
 
 @HOOKS.register_module()

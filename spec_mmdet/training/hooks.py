@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
+import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
@@ -25,7 +26,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..compat import get_load_path, is_resuming
-from ..conditioning import measure
+from ..conditioning import Report, measure
 from ..errors import InputError
 from ..models.classifier import SpecXCiTClassifier
 from ..models.jacobians import jacobian_spectra
@@ -151,7 +152,7 @@ class ConditioningHook(Hook):
             with self._continue_on_error(runner):
                 if not (is_resuming(runner) and self.table.exists()):
                     self.table.write_text(','.join(self.columns) + '\n')
-                if worsened := measure(unwrap_model(runner).backbone).describe_worsened():
+                if worsened := measure_backbone(unwrap_model(runner).backbone).describe_worsened():
                     runner.logger.warning(worsened)
 
     @contextmanager
@@ -206,12 +207,18 @@ class ConditioningHook(Hook):
         runner.visualizer.add_scalars({**medians, f'{CONDITIONING}/seconds': seconds}, step=rows[0][0])
 
 
+def measure_backbone(backbone: nn.Module) -> Report:
+    """Measure a backbone's projections; an unknown attention's rows are found on a random image."""
+    image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return measure(backbone, example=image.to(next(backbone.parameters(), image)))
+
+
 def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> tuple[list[tuple], float]:
     """Compute the rows of ConditioningHook's table on an image, (1, 3, H, W), and the seconds that this takes."""
     start = time.perf_counter()
     rows = [(iteration, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
              row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
-            for row in measure(backbone)]  # fmt: skip
+            for row in measure_backbone(backbone)]  # fmt: skip
     rows += [(iteration, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
              for row in jacobian_spectra(backbone, image, heads)]  # fmt: skip
     return rows, time.perf_counter() - start

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..checkpoints.reading import find_nonfinite, load
+from ..checkpoints.writing import serialize
 from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
 from ..files import write
@@ -35,16 +36,15 @@ def unwrap_model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def serialize(content: object) -> bytes:
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGINT save at the next step and stop (the hook below does); a second one ends at once."""
+    """Make SIGTERM and SIGINT save and stop after the iteration (the hook below does); a second signal exits at once.
+
+    In a thread other than the main one, to which Python sends no signals, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def receive(number: int, frame: FrameType | None) -> None:
         if _received:

@@ -1,4 +1,4 @@
-"""Options that concern many places of a config: epochs, image size; and a warm-up that is a share of the training."""
+"""Change the schedule and the image size in every place of a config, and warm up for a share of the training."""
 
 from __future__ import annotations
 
@@ -28,56 +28,81 @@ class WarmUpLR(LinearLR):
         return cls(*args, begin=first, end=last, by_epoch=False, **kwargs)
 
 
-def schedulers(cfg: Config) -> list[dict]:
+def list_schedulers(cfg: Config) -> list[dict]:
     found = cfg.get('param_scheduler') or []
     return found if isinstance(found, list) else [found]
 
 
-def set_epochs(cfg: Config, epochs: int) -> None:
-    """Train for so many epochs, the whole schedule made longer or shorter with them; changes ``cfg``.
+def set_schedule(
+    cfg: Config, epochs: int | None, batch_size: int | None, lr: float | None, auto_scale_lr: bool = False
+) -> None:
+    """Set what is given of the schedule, wherever the config has it; changes ``cfg``.
 
-    A warm-up of so many iterations becomes one of 5 % of the training.
+    Args:
+        cfg: the whole config.
+        epochs: see :func:`set_epochs`.
+        batch_size: per device.
+        lr: learning rate.
+        auto_scale_lr: whether the learning rate will be scaled by the total batch size.
+
+    Raises:
+        InputError: if the config trains by iterations, or lr is given and would be scaled.
+    """
+    if lr and auto_scale_lr:
+        raise InputError('--lr and --auto-scale-lr cannot be combined: --lr is the final learning rate')
+    if epochs:
+        set_epochs(cfg, epochs)
+    if batch_size:
+        cfg.train_dataloader.batch_size = batch_size
+    if lr:
+        cfg.optim_wrapper.optimizer.lr = lr
+
+
+def set_epochs(cfg: Config, epochs: int) -> None:
+    """Set the number of epochs and rescale the whole schedule to it; changes ``cfg``.
+
+    A warm-up counted in iterations becomes 5 % of the training.
 
     Raises:
         InputError: if the config trains by iterations.
     """
     if 'max_epochs' not in (cfg.get('train_cfg') or {}):
-        raise InputError('--epochs: the config trains by iterations; say --cfg-options train_cfg.max_iters=N')
+        raise InputError('--epochs: the config trains by iterations; use --cfg-options train_cfg.max_iters=N')
     factor = epochs / cfg.train_cfg.max_epochs
 
-    def scaled(value: float) -> int:
+    def rescale(value: float) -> int:
         return max(1, round(value * factor))
 
     cfg.train_cfg.max_epochs = epochs
-    for scheduler in schedulers(cfg):
+    for scheduler in list_schedulers(cfg):
         if not scheduler.get('by_epoch', True):
             if scheduler.type in ('LinearLR', 'ConstantLR') and not scheduler.get('begin', 0):
                 scheduler.update(
                     type='WarmUpLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=WARM_UP * epochs
                 )
             continue
-        whole = scaled if not scheduler.get('convert_to_iter_based') else lambda value: value * factor
+        change = rescale if not scheduler.get('convert_to_iter_based') else lambda value: value * factor
         for key in ('end', 'T_max', 'step_size', 'total_steps'):
             if isinstance(scheduler.get(key), (int, float)) and math.isfinite(scheduler[key]):
-                scheduler[key] = whole(scheduler[key])
+                scheduler[key] = change(scheduler[key])
         if scheduler.get('begin'):
-            scheduler.begin = whole(scheduler.begin)
+            scheduler.begin = change(scheduler.begin)
         if 'milestones' in scheduler:  # in whole epochs: MMEngine passes over those between two iterations
-            scheduler.milestones = sorted({scaled(epoch) for epoch in scheduler.milestones} & set(range(1, epochs)))
+            scheduler.milestones = sorted({rescale(epoch) for epoch in scheduler.milestones} & set(range(1, epochs)))
     for _, node in walk([cfg.train_cfg, cfg.get('default_hooks'), cfg.get('custom_hooks')]):
         for key in ('val_begin', 'begin_epoch', 'switch_epoch', 'num_last_epochs'):
             if node.get(key):
-                node[key] = scaled(node[key])
+                node[key] = rescale(node[key])
         if node.get('dynamic_intervals'):
-            node.dynamic_intervals = [(scaled(begin), interval) for begin, interval in node.dynamic_intervals]
+            node.dynamic_intervals = [(rescale(begin), interval) for begin, interval in node.dynamic_intervals]
 
 
 def set_image_size(cfg: Config, size: int) -> None:
-    """Have images be so large; all sizes in pixels that a config's pipelines name keep their ratio; changes ``cfg``.
+    """Scale all sizes in pixels in a config's pipelines by one factor; changes ``cfg``.
 
     Args:
         cfg: the whole config.
-        size: the shorter side of a test image, in pixels, where the longer one is not the limit.
+        size: the shorter side of a test image in pixels, unless its longer side reaches the limit.
 
     Raises:
         InputError: if the config's test pipeline has no Resize.
@@ -85,7 +110,7 @@ def set_image_size(cfg: Config, size: int) -> None:
     test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     scales = [node['scale'] for _, node in walk(test) if node.get('type') == 'Resize' and 'scale' in node]
     if not scales:
-        raise InputError('--image-size: the config has no Resize with a scale in its test pipeline to measure it by')
+        raise InputError('--image-size: the config has no Resize with a scale in its test pipeline')
     scale = scales[0] if isinstance(scales[0], (list, tuple)) else [scales[0]]
     factor = size / min(scale)
     places = [cfg.get(f'{loop}_dataloader') for loop in LOOPS] + [cfg.get('tta_pipeline')]
@@ -94,11 +119,11 @@ def set_image_size(cfg: Config, size: int) -> None:
     for _, node in walk(places):
         if 'type' in node and id(node) not in done:
             done.add(id(node))
-            node.update({key: in_pixels(node[key], lambda v: round(v * factor)) for key in SIZES if key in node})
+            node.update({key: scale_pixels(node[key], lambda v: round(v * factor)) for key in SIZES if key in node})
 
 
-def in_pixels(value: object, scale: Callable[[float], int]) -> object:
-    """A transform's size, or list of sizes, scaled; fractions of an image stay."""
+def scale_pixels(value: object, scale: Callable[[float], int]) -> object:
+    """Scale a transform's size, or list of sizes; fractions of an image stay."""
     if isinstance(value, (list, tuple)):
-        return type(value)(in_pixels(part, scale) for part in value)
+        return type(value)(scale_pixels(part, scale) for part in value)
     return max(1, scale(value)) if isinstance(value, (int, float)) and value > 1 else value

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import run_tool
+from conftest import error_line, run_tool
 
-from spec_mmdet.commands.benchmark import build_backbone, count_operations
+from spec_mmdet.training.speed import build_backbone, count_operations
 
 
 def test_all_backbones_have_the_same_output():
@@ -42,7 +42,7 @@ def test_it_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     rows = measured(monkeypatch, tmp_path, '--models', 'timm', 'ours', 'resnet-50', '--sizes', '64x64', '96x64')
     assert [(row['height'], row['training_ratio']) for row in rows[::3]] == [(64, 1.0), (96, 1.0)]
     assert all(row['inference_s'] > 0 and row['training_share'] > 0 for row in rows)
-    assert 'ratios to timm' in capsys.readouterr().out and (tmp_path / 'out' / 'benchmark.png').exists()
+    assert 'ratios to timm' in capsys.readouterr().out and rows[0]['matrix_rate'] > 0
 
 
 def test_whole_detectors(monkeypatch, tmp_path):
@@ -51,6 +51,16 @@ def test_whole_detectors(monkeypatch, tmp_path):
 
 
 def test_loading_is_timed_by_steps(monkeypatch, tmp_path, capsys, shapes):
-    run_tool(monkeypatch, 'benchmark', '--data', shapes)
+    run_tool(monkeypatch, 'benchmarks.loading', shapes)
     shown = capsys.readouterr().out
     assert float(re.search(r'([\d.]+) images a second', shown)[1]) > 0 and '| CheckedLoadImageFromFile | ' in shown
+
+
+def test_unknown_models_and_sizes(monkeypatch, tmp_path):
+    for arguments, says in (
+        (['--models', 'timmy'], 'timmy'),
+        (['--detector', '--models', 'timm'], 'timm'),
+        (['--arch', 'small_13'], 'small_13'),
+        (['--sizes', '640'], 'HEIGHTxWIDTH'),
+    ):
+        assert says in error_line(monkeypatch, 'benchmark', *arguments, '--out', tmp_path)

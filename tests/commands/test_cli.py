@@ -18,8 +18,8 @@ from spec_mmdet import InputError, __version__, find_config
 from spec_mmdet.commands import COMMANDS, REMOVED, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
-from spec_mmdet.commands.common import one_line_errors
 from spec_mmdet.configs import read_config
+from spec_mmdet.training.running import one_line_errors
 
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 

@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import logging
+import threading
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from spec_mmdet.models.xcit import SpecXCiT
 from spec_mmdet.training import hooks
 from spec_mmdet.training.results import read_scalars
 from spec_mmdet.training.resume import lock_folder
+from spec_mmdet.training.runners import WholeConfigRunner
+from spec_mmdet.training.saving import stop_on_signals
 
 
 class Records(logging.Handler):
@@ -26,7 +31,7 @@ class Records(logging.Handler):
 
 
 def test_a_monitor_that_fails_warns_once(tmp_path, monkeypatch):
-    def fail(*args) -> None:
+    def fail(*args, **kwargs) -> None:
         raise torch.linalg.LinAlgError('svd did not converge')
 
     monkeypatch.setattr(hooks, 'measure', fail)
@@ -95,3 +100,24 @@ def test_a_record_is_the_same_in_a_process_of_its_own(tmp_path, monkeypatch, pro
     for row, other in zip(rows, expected):
         assert [float(value) for value in row[3:6]] == pytest.approx(other[3:6], rel=1e-4)
     assert written[1]['conditioning/kappa_J'] > 1 and not hook.failed
+
+
+def test_each_run_has_its_own_visualiser(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, 'Runner', WholeConfigRunner)
+    shared = dict(type='Visualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    first, second = (toy.runner(tmp_path / name, visualizer=deepcopy(shared)) for name in 'ab')
+    for run in (first, second):
+        run.visualizer.add_scalar('loss', 1.0)
+        (file,) = Path(run.work_dir).glob('*/vis_data/scalars.json')
+        assert file.read_text().count('loss') == 1
+
+
+def test_a_training_in_a_thread(tmp_path):
+    def train() -> None:
+        with stop_on_signals():
+            toy.runner(tmp_path, epochs=1).train()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert (tmp_path / 'epoch_1.pth').exists()

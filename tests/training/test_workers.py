@@ -10,9 +10,9 @@ import pytest
 import torch
 import toy
 
-from spec_mmdet.commands.common import one_line_errors
 from spec_mmdet.errors import InputError
 from spec_mmdet.training.guards import end_workers
+from spec_mmdet.training.running import one_line_errors
 
 
 class Troubled(toy.Noise):

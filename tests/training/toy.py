@@ -12,8 +12,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from spec_mmdet.commands.common import one_line_errors
 from spec_mmdet.errors import InputError
+from spec_mmdet.training.running import one_line_errors
 from spec_mmdet.training.saving import stop_on_signals
 
 SCORES = [1.0, 3.0, 2.0, 4.0]  # by epoch

@@ -1,4 +1,4 @@
-"""What train and test show: what is run, how far it is, and what comes of it. All the rest is in the log file."""
+"""The terminal of train and test: the run, its progress and its results. Everything else is in the log file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ..training.hooks import summarise_schedule
 from ..training.saving import unwrap_model
 
 PACKAGE = Path(__file__).parents[1]
-# Of libraries' warnings, those that are for who writes a library, and those that an error of ours takes the place of.
-SAY_NOTHING = re.compile(r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources', re.I)
+# Warnings of libraries that are for developers, or that our own errors replace.
+UNIMPORTANT = re.compile(r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources', re.I)
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SIZES = dict(AP='', AP50='_50', AP75='_75', small='_s', medium='_m', large='_l')
 
@@ -36,39 +36,40 @@ SIZES = dict(AP='', AP50='_50', AP75='_75', small='_s', medium='_m', large='_l')
 console = Console(highlight=False)
 
 
-def say(*lines: str) -> None:
-    """Print lines as they are, above a bar."""
+def print_lines(*lines: str) -> None:
+    """Print lines without markup, above the bar."""
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
-class ImportantLogHandler(logging.StreamHandler):  # a backend of MMEngine's takes all handlers for some with a stream
-    """Shows of MMEngine's log what must be known: what this package says, errors, warnings that say something."""
+# Must subclass StreamHandler: an MMEngine backend assumes that every handler has a stream.
+class ImportantLogHandler(logging.StreamHandler):
+    """Forwards errors, warnings and this package's records to the terminal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        own = PACKAGE in Path(record.pathname).parents or record.module == 'early_stopping_hook'
-        says = record.levelno >= logging.WARNING and not SAY_NOTHING.search(record.getMessage())
-        return is_main_process() and (own or says) or record.levelno >= logging.ERROR
+        is_ours = PACKAGE in Path(record.pathname).parents or record.module == 'early_stopping_hook'
+        is_important = record.levelno >= logging.WARNING and not UNIMPORTANT.search(record.getMessage())
+        return is_main_process() and (is_ours or is_important) or record.levelno >= logging.ERROR
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = f'{record.levelname.lower()}: ' if record.levelno >= logging.WARNING else ''
-        say(f'{kind}{record.getMessage()}')
+        print_lines(f'{kind}{record.getMessage()}')
 
 
 class Bar(Progress):
-    """A line of how far it is, and below it one of figures."""
+    """A progress bar, and below it a line of metrics."""
 
-    figures = ''
+    metrics = ''
 
     def get_renderables(self):
         yield from super().get_renderables()
-        yield Text(self.figures)
+        yield Text(self.metrics)
 
 
 class Terminal(Hook):
-    """A run's terminal, to be entered before its runner is built: see :meth:`attach`. One process has it.
+    """Shows a run in the terminal of the main process. Enter it before the runner is built, then call :meth:`attach`.
 
-    Where standard output is a terminal, a bar; elsewhere a line as often as MMEngine's logger writes one.
+    A terminal gets a bar; other outputs get a line as often as MMEngine's logger writes one.
     """
 
     priority = 'LOWEST'
@@ -85,14 +86,14 @@ class Terminal(Hook):
         self._end()
 
     def attach(self, runner: Runner) -> None:
-        """Be the terminal of a runner."""
+        """Show a runner."""
         self.interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 50)
         if is_main_process():
             runner.register_hook(self)
 
     def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
-        # What is raised for those who call a library goes to the log's file alone.
-        for_users = category is UserWarning and not SAY_NOTHING.search(str(message))
+        # Warnings for developers go only to the log file.
+        for_users = category is UserWarning and not UNIMPORTANT.search(str(message))
         print_log(str(message).strip(), 'current', logging.WARNING if for_users else logging.INFO)
 
     def _begin(self, title: str, total: int, done: int = 0) -> None:
@@ -108,19 +109,17 @@ class Terminal(Hook):
             self.bar.stop()
             self.bar = None
 
-    # What is run.
-
     def before_train(self, runner: Runner) -> None:
-        """Say what is trained, from what, how long, on what, and where its log is."""
-        say('', *describe_model(runner), *describe_schedule(runner), *describe_device(runner), describe_log(runner), '')
+        """Print model, data, schedule, device and log file."""
+        print_lines(
+            '', *describe_model(runner), *describe_schedule(runner), *describe_device(runner), describe_log(runner), ''
+        )
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._begin('training', runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
-        """Say what is tested, and on what."""
-        say('', *describe_model(runner), *describe_device(runner), describe_log(runner), '')
-
-    # How far it is.
+        """Print model, device and log file."""
+        print_lines('', *describe_model(runner), *describe_device(runner), describe_log(runner), '')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Begin an epoch's bar."""
@@ -128,16 +127,16 @@ class Terminal(Hook):
             self._begin(f'epoch {runner.epoch + 1}/{runner.max_epochs}', len(runner.train_dataloader))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Show losses, the rate, images a second, memory and the time that is left."""
+        """Show losses, learning rate, images per second, memory and remaining time."""
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         done, total = (batch_idx + 1, len(runner.train_dataloader)) if by_epoch else (runner.iter + 1, runner.max_iters)
         if self.bar:
-            self.bar.figures = format_progress(runner, len(data_batch['inputs']), runner.log_processor.window_size)
+            self.bar.metrics = format_progress(runner, len(data_batch['inputs']), runner.log_processor.window_size)
             self.bar.update(self.bar.task_ids[0], completed=done)
         if done == total or not self.bar and done % self.interval == 0:
             where = f'epoch {runner.epoch + 1}/{runner.max_epochs}  ' if by_epoch else ''
             line = format_progress(runner, len(data_batch['inputs']), min(done, self.interval))
-            say(f'{where}{done:{len(str(total))}}/{total}  {line}')
+            print_lines(f'{where}{done:{len(str(total))}}/{total}  {line}')
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Begin a bar."""
@@ -152,36 +151,34 @@ class Terminal(Hook):
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=batch_idx + 1)
         elif (batch_idx + 1) % self.interval == 0:
-            say(f'{dict(val="validating", test="testing")[mode]}  {batch_idx + 1}/{total} batches')
+            print_lines(f'{dict(val="validating", test="testing")[mode]}  {batch_idx + 1}/{total} batches')
         if batch_idx + 1 == total:
             self._end()
 
-    # What comes of it.
-
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Say the metrics in a line."""
+        """Print the metrics in a line."""
         self._end()
         if not is_training(runner) or not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            say(', '.join(format_metrics(metrics or {})))
+            print_lines(', '.join(format_metrics(metrics or {})))
             return
         best = Path(runner.message_hub.runtime_info.get('best_ckpt') or '').stem.endswith(f'_epoch_{runner.epoch}')
-        say(f'epoch {runner.epoch}/{runner.max_epochs}  validation: {", ".join(format_metrics(metrics or {}))}'
+        print_lines(f'epoch {runner.epoch}/{runner.max_epochs}  validation: {", ".join(format_metrics(metrics or {}))}'
                  f'{": the best so far" * best}')  # fmt: skip
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Say the metrics as a table."""
+        """Print the metrics as a table."""
         self._end()
         rest = dict(metrics or {})
         if rows := [(name, key) for key, name in METRICS.items() if key in rest]:
-            say('', ' ' * 8 + ''.join(f'{size:>9}' for size in SIZES))
+            print_lines('', ' ' * 8 + ''.join(f'{size:>9}' for size in SIZES))
         for name, key in rows:
             values = [rest.pop(f'{key}{suffix}', float('nan')) for suffix in SIZES.values()]
             rest.pop(f'{key}_copypaste', None)
-            say(f'{name:8}' + ''.join(f'{value:9.3f}' for value in values))
-        say(*format_metrics(rest))
+            print_lines(f'{name:8}' + ''.join(f'{value:9.3f}' for value in values))
+        print_lines(*format_metrics(rest))
 
     def after_train(self, runner: Runner) -> None:
-        """Say where the checkpoints are."""
+        """Print the paths of the checkpoints."""
         self._end()
         loop = runner.train_loop
         if getattr(loop, 'stop_training', False):
@@ -189,10 +186,10 @@ class Terminal(Hook):
             reached = (
                 f'epoch {loop.epoch} of {loop.max_epochs}' if by_epoch else f'iteration {loop.iter} of {loop.max_iters}'
             )
-            say(f'stopped early, after {reached}')
+            print_lines(f'stopped early, after {reached}')
         saved = {name: runner.message_hub.runtime_info.get(f'{key}_ckpt') for name, key in
                  (('last checkpoint', 'last'), ('best checkpoint', 'best'))}  # fmt: skip
-        say('', *(f'{name}: {display_path(path)}' for name, path in saved.items() if path))
+        print_lines('', *(f'{name}: {display_path(path)}' for name, path in saved.items() if path))
 
 
 def pluralise(number: int, what: str) -> str:
@@ -254,7 +251,7 @@ def describe_log(runner: Runner) -> str:
 
 
 def format_progress(runner: Runner, images: int, window: int) -> str:
-    """Losses, the rate, images a second, memory and the time that is left, over the last iterations."""
+    """Losses, learning rate, images per second, memory and remaining time, over the last iterations."""
     hub = runner.message_hub
     means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
              if name.startswith('train/') and re.search('loss|^train/time$', name)}  # fmt: skip
@@ -270,22 +267,22 @@ def format_progress(runner: Runner, images: int, window: int) -> str:
 
 
 def measure_peak_memory() -> float:
-    """The most memory, in bytes, that was taken of the GPU, or else of the machine by this process."""
+    """Return the peak memory of this process in bytes, on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource  # which Windows has not
+    import resource  # absent on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def format_metrics(metrics: dict[str, float]) -> list[str]:
-    """Metrics by their usual names, those of COCO with AP50 and AP75 behind them."""
-    said, rest = [], dict(metrics)
+    """Metrics under their usual names, those of COCO followed by AP50 and AP75."""
+    parts, rest = [], dict(metrics)
     for key, name in METRICS.items():
         if key in rest:
             others = (f'{size} {rest[key + SIZES[size]]:.3f}' for size in ('AP50', 'AP75') if key + SIZES[size] in rest)
-            said.append(f'{name} {rest[key]:.3f} ({", ".join(others)})')
+            parts.append(f'{name} {rest[key]:.3f} ({", ".join(others)})')
             rest = {other: value for other, value in rest.items() if not other.startswith(key)}
-    return said + [
+    return parts + [
         f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}' for name, value in rest.items()
     ]

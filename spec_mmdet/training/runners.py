@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 
 from ..files import write
 from .terminal import ImportantLogHandler
 
-# MMEngine's own, which it registers where a config does not name them.
+_numbers = itertools.count()
+
+# Names of MMEngine's default hooks, which it registers if a config does not name them.
 DEFAULT_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 
 
 class WholeConfigRunner(Runner):
-    """MMEngine's runner, whose config takes the place of an earlier run's only when it is whole."""
+    """MMEngine's runner, which writes its config atomically and has a visualiser of its own."""
+
+    def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
+        """Build the visualiser under a new name: for a known one MMEngine returns an earlier run's visualiser."""
+        if isinstance(visualizer, dict):
+            visualizer = dict(visualizer, name=f'{visualizer.get("name", "visualizer")}_{next(_numbers)}')
+        return super().build_visualizer(visualizer)
 
     @master_only
     def dump_config(self) -> None:
@@ -45,10 +55,10 @@ class WholeConfigRunner(Runner):
 
 
 class QuietRunner(WholeConfigRunner):
-    """One of whose log the terminal has what must be known."""
+    """Runner that shows only important log records in the terminal; the file gets everything."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
-        """MMEngine's logger, all of it in the file."""
+        """Build MMEngine's logger, with another handler for the terminal."""
         logger = super().build_logger(*args, **kwargs)
         logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
         logger.handlers.append(ImportantLogHandler())

@@ -1,0 +1,1 @@
+"""Trained detectors in use: prediction on files, ONNX, and folders for other users."""

@@ -1,0 +1,234 @@
+"""Export to ONNX, compared with PyTorch before the file is written."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+from torch.export import Dim
+from torchvision.ops import box_iou
+
+from ..checkpoints.layouts import recognise
+from ..checkpoints.pretrained import load_backbone
+from ..checkpoints.reading import load
+from ..conditioning import describe_conditioning, fold
+from ..errors import InputError
+from ..files import write_atomically
+from ..models import xcit
+from ..models.attention import XCA
+from ..models.onnx import INPUTS, OUTPUTS, DetectorGraph, OnnxDetector
+from ..models.xcit import SpecXCiT
+from .inferencer import load_inferencer
+from .media import decode_file
+
+STRIDES = (4, 8, 16, 32)
+MIN_SIZE = 64  # torch.export takes a size of one, as at stride 32 of a smaller image, for a constant
+ALLOWANCE = 10  # times the rounding error of PyTorch in float32
+# The smaller one has few enough tokens for the plain attention, the larger one more than the MLP takes at a time.
+COMPARED = ((2, 3, 64, 96), (1, 3, 544, 576))
+NOISE_SCORE = 0.001  # score threshold on noise, where all scores are low
+SAME = dict(iou=0.99, score=0.01, share=0.95)  # least IoU, largest difference of scores, least share of results
+
+
+def require_exporters() -> None:
+    """Check that the packages for exporting are installed, and silence what they report about optimisations."""
+    missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
+    if missing:
+        raise InputError(f'exporting needs {", ".join(missing)}: pip install {" ".join(missing)}')
+    logging.getLogger('onnxscript').setLevel('ERROR')
+    warnings.filterwarnings('ignore', message='`create_unbacked_symint`')  # torchvision's use of it
+
+
+class Features(nn.Module):
+    """A backbone's features, without the comparison of the sides in its own forward, which cannot be traced."""
+
+    def __init__(self, backbone: SpecXCiT) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fpn = nn.ModuleList((backbone.fpn1, backbone.fpn2, backbone.fpn3, backbone.fpn4))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fpn(tap) for fpn, tap in zip(self.fpn, self.backbone.taps(image)))
+
+
+def export(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    dynamic: tuple[dict | None, ...],
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    metadata: dict[str, object],
+) -> None:
+    """Write a model as ONNX.
+
+    Args:
+        model: in evaluation mode. Its SpecXCiT is folded, and uses the Gram form of the attention for any image.
+        example: its arguments.
+        dynamic: their dynamic dimensions.
+        path: the file to write.
+        inputs: names of the arguments.
+        outputs: names of what it returns.
+        metadata: written into it, each value as JSON.
+    """
+    fold(model)
+    # Choices by size and cached encodings would be traced for the example's size.
+    for module in model.modules():
+        if isinstance(module, XCA):
+            module.gram_from = 0
+    kept, xcit.fourier_features = xcit.fourier_features, inspect.unwrap(xcit.fourier_features)
+    try:
+        program = torch.export.export(model.eval().requires_grad_(False), example, dynamic_shapes=dynamic, strict=False)
+    finally:
+        xcit.fourier_features = kept
+    program = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    program.save(path)
+
+
+def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object]:
+    """Write a checkpoint's SpecXCiT as ONNX if it computes what PyTorch does; return its metadata.
+
+    Raises:
+        InputError: if the checkpoint lacks the feature pyramid, or the features differ.
+    """
+    missing = recognise(load(checkpoint, mmap=True), f'checkpoint {checkpoint}').missing
+    if missing:
+        raise InputError(f'checkpoint {checkpoint}: lacks {", ".join(missing)}. Use the checkpoint of a detector.')
+    backbone = MODELS.build(dict(cfg.model.backbone, norm_cfg=dict(type='BN'), compile=None))
+    load_backbone(backbone, checkpoint)
+    backbone.eval()
+
+    preprocessor = cfg.model.data_preprocessor
+    metadata = dict(
+        mean=preprocessor.get('mean'),
+        std=preprocessor.get('std'),
+        channels='RGB' if preprocessor.get('bgr_to_rgb') else 'BGR',
+        strides=STRIDES,
+        conditioning=describe_conditioning(backbone.state_dict()),
+        checkpoint=Path(checkpoint).name,
+    )
+    torch.manual_seed(0)
+    images = [torch.randn(shape) for shape in COMPARED]
+    with torch.no_grad():
+        exact = [copy.deepcopy(backbone).double()(x.double()) for x in images]
+        rounding = largest_difference([backbone(x) for x in images], exact)
+
+    sides = {0: Dim('batch'), 2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
+    outputs = [f'stride{stride}' for stride in STRIDES]
+    with write_atomically(out) as temporary:
+        example = (torch.zeros(2, 3, 128, 192),)
+        export(Features(backbone), example, (sides,), temporary, ['image'], outputs, metadata)
+        difference = largest_difference([run_onnx(temporary, x) for x in images], exact)
+        print('largest difference from PyTorch in float64, relative to the largest feature: '
+              f'{difference:.2g} (PyTorch in float32: {rounding:.2g})')  # fmt: skip
+        if difference > ALLOWANCE * rounding:
+            raise InputError(f'{out}: not written, as it does not compute what the backbone does: its features '
+                             f'differ by {difference:.2g}')  # fmt: skip
+    return metadata
+
+
+def run_onnx(path: Path, image: Tensor) -> list[Tensor]:
+    """An exported backbone's features in ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(features) for features in session.run(None, {'image': image.numpy()})]
+
+
+def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> float:
+    """The largest difference between the feature maps of several images, relative to each map's largest feature."""
+    return max(
+        ((ours - theirs).abs().max() / theirs.abs().max()).nan_to_num(torch.inf).item()
+        for features, others in zip(found, exact, strict=True)
+        for ours, theirs in zip(features, others, strict=True)
+    )
+
+
+def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) -> dict[str, object]:
+    """Write a detector as ONNX if its results are those of PyTorch on noise and on images; return its metadata.
+
+    Raises:
+        InputError: if the detector is of a kind that is not exported, or the results differ.
+    """
+    inferencer = load_inferencer(cfg, checkpoint, 'cpu')
+    detector = inferencer.model.eval().requires_grad_(False)
+    try:
+        graph = DetectorGraph(copy.deepcopy(detector))
+    except ValueError as error:
+        raise InputError(f'config {cfg.filename}: {error}. --backbone exports only the SpecXCiT.') from error
+    last = detector.roi_head if graph.two_stages else detector.bbox_head
+    metadata = dict(
+        classes=detector.dataset_meta['classes'],
+        score_thr=last.test_cfg.score_thr,
+        resize=describe_resize(cfg),
+        conditioning=describe_conditioning(detector.backbone.state_dict()),
+        checkpoint=Path(checkpoint).name,
+    )
+    # With fewer pixels the coarsest level could have one row or column, which torch.export takes for a constant.
+    least = max(MIN_SIZE, max(map(max, graph.dense_head.prior_generator.strides)) + 32)
+    metadata['min_size'] = least
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in ((96, 96), (272, 288))]
+    example = (torch.zeros(1, 3, 2 * least, 3 * least, dtype=torch.uint8), torch.tensor([100, 150]), torch.tensor(0.05))
+    sides = {2: Dim('height', min=least), 3: Dim('width', min=least)}
+    with write_atomically(out) as temporary:
+        outputs = OUTPUTS if graph.with_mask else OUTPUTS[:3]
+        export(graph, example, (sides, None, None), temporary, INPUTS, outputs, metadata)
+        exported = OnnxDetector(temporary, device='cpu')
+
+        def results(image: np.ndarray) -> list[InstanceData]:
+            _, data = next(inferencer.preprocess([image]))
+            return [model.test_step(copy.deepcopy(data))[0].pred_instances for model in (detector, exported)]
+
+        print(f'{"what is compared":28} found  in both  largest difference of box (pixels)  score  least IoU of masks')
+        for path in paths:
+            for _, image in decode_file(path):
+                require_same(path.name, *results(image), out)
+        last.test_cfg.score_thr = exported.score = NOISE_SCORE
+        for image in noise:
+            require_same('noise of {} x {}'.format(*image.shape), *results(image), out)
+    return metadata
+
+
+def describe_resize(cfg: Config) -> dict[str, object] | None:
+    """Return the scale and keep_ratio of the test pipeline's resizing."""
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if 'Resize' in str(step['type'])]
+    return {key: value for key, value in steps[0].items() if key in ('scale', 'keep_ratio')} if steps else None
+
+
+def require_same(name: str, expected: InstanceData, found: InstanceData, out: Path) -> None:
+    """Print how the results of two detectors on an image differ.
+
+    Raises:
+        InputError: if too few of them are the same.
+    """
+    ious = box_iou(expected.bboxes, found.bboxes) * (expected.labels[:, None] == found.labels)
+    near = (expected.scores[:, None] - found.scores).abs() < SAME['score']
+    pairs = [(i, row.argmax().item()) for i, row in enumerate(ious * near) if len(found) and row.max() >= SAME['iou']]
+    ours, theirs = (torch.tensor(side, dtype=torch.long) for side in (zip(*pairs) if pairs else ((), ())))
+    a, b = expected[ours], found[theirs]
+    boxes, scores, masks = '-', '-', '-'
+    if pairs:
+        boxes = f'{(a.bboxes - b.bboxes).abs().max():.2g}'
+        scores = f'{(a.scores - b.scores).abs().max():.2g}'
+        if 'masks' in a:
+            union = (a.masks | b.masks).sum(dim=(1, 2)).clamp(min=1)
+            masks = f'{((union - (a.masks ^ b.masks).sum(dim=(1, 2))) / union).min():.4f}'
+    print(f'{name[-28:]:28} {len(expected):5}  {len(pairs):7}  {boxes:>34}  {scores:>5}  {masks:>18}')
+    most = max(len(expected), len(found))
+    if len(pairs) < SAME['share'] * most:
+        raise InputError(f'{out}: not written, as it does not find what the detector does: of {most} on {name}, '
+                         f'{len(pairs)} are the same')  # fmt: skip

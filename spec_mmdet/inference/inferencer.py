@@ -1,0 +1,155 @@
+"""MMDetection's inferencer, built from a config and a checkpoint that fit each other, and its results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from mmdet.apis import DetInferencer
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from rich.progress import track
+
+from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
+from ..data.fitting import configured_classes, set_classes
+from ..errors import InputError
+from ..evaluation.drawing import use_font_for
+from ..files import write_folder_atomically
+from .media import PictureWriter, count_frames, decode_files
+
+
+def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: float = 0.0) -> DetInferencer:
+    """Build MMDetection's inferencer with all of a checkpoint's weights and its classes; changes ``cfg``.
+
+    Silences MMEngine's log below errors, as it lists every tensor that it loads.
+
+    Args:
+        cfg: the whole config; of an exported detector, its test pipeline is used.
+        checkpoint: a file or an address of a checkpoint, or an exported detector (.onnx).
+        device: for instance 'cpu' or 'cuda:1'; by default a GPU if there is one.
+        score: score threshold of an exported detector.
+
+    Raises:
+        InputError: if the checkpoint cannot be read or does not fit the model.
+    """
+    MMLogger.get_current_instance().setLevel('ERROR')
+    # About classes that only the config states, a visualiser without a folder, and shapes that cross the edge.
+    warnings.filterwarnings('ignore', message='dataset_meta or class names')
+    warnings.filterwarnings('ignore', module='mmengine.visualization')
+    if checkpoint.endswith('.onnx'):
+        cfg.model = dict(type='OnnxDetector', path=checkpoint, score=score, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about absent weights, and so unknown classes
+            inferencer = DetInferencer(cfg, None, 'cpu', show_progress=False)
+        return set_names(inferencer, inferencer.model.classes)
+    name = f'checkpoint {checkpoint}'
+    content = load(checkpoint, mmap=True)
+    weights = get_state_dict(content, name)
+    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's states none
+    set_classes(cfg, classes)
+    inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
+    if faults := describe_mismatches(inferencer.model, weights):
+        raise InputError(f'{name} does not fit the configured model: {faults}')
+    return set_names(inferencer, classes)
+
+
+def set_names(inferencer: DetInferencer, classes: Sequence[str]) -> DetInferencer:
+    """Set the names of the classes in an inferencer and its visualiser, and return it."""
+    inferencer.model.dataset_meta['classes'] = tuple(classes)
+    return inferencer
+
+
+def require_device(device: str | None) -> None:
+    """Check that a device exists."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'--device {device}: {str(error).splitlines()[0]}') from error
+
+
+@contextmanager
+def write_json_list(path: Path, before: str = '[', after: str = ']') -> Iterator[Callable[[dict], None]]:
+    """Write a JSON file that ends in a list, entry by entry, without keeping them in memory."""
+    with path.open('w') as file:
+        file.write(before)
+        separator = '\n'
+
+        def add(entry: dict) -> None:
+            nonlocal separator
+            file.write(separator + json.dumps(entry))
+            separator = ',\n'
+
+        yield add
+        file.write(f'\n{after}\n')
+
+
+def convert_to_coco(prediction: dict, image_id: int) -> Iterator[dict]:
+    """Yield the instances of an image, from DetInferencer.pred2dict, in COCO's results format."""
+    for i, (label, score, (x0, y0, x1, y1)) in enumerate(
+        zip(prediction['labels'], prediction['scores'], prediction['bboxes'])
+    ):
+        result = dict(image_id=image_id, category_id=label + 1, bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
+        yield result | (dict(segmentation=prediction['masks'][i]) if 'masks' in prediction else {})
+
+
+def predict_files(
+    inferencer: DetInferencer,
+    paths: list[Path],
+    out: Path,
+    info: dict,
+    score: float = 0.3,
+    batch_size: int = 1,
+    pictures: bool = True,
+) -> tuple[int, dict[str, list[Path]]]:
+    """Predict on images and videos; write predictions.json, images.json and, if wanted, pictures to a folder.
+
+    Args:
+        inferencer: of :func:`load_inferencer`.
+        paths: absolute paths of images and videos.
+        out: the folder; pictures get the inputs' names below the folder that all inputs share.
+        info: written to images.json.
+        score: score threshold.
+        batch_size: pictures per forward pass.
+        pictures: whether to draw.
+
+    Returns:
+        The number of pictures, and the files that could not be decoded, by their kind.
+    """
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    classes = inferencer.model.dataset_meta['classes']
+    categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
+    head = json.dumps(dict(info=dict(folder=str(root), **info), categories=categories))[:-1] + ', "images": ['
+    damaged: dict[str, list[Path]] = {}
+    frames = decode_files(paths, damaged)
+    batches = iter(lambda: list(islice(frames, batch_size)), [])
+    writer, image_id = PictureWriter(), 0
+    with (
+        write_folder_atomically(out) as temporary,
+        write_json_list(temporary / 'predictions.json') as add_result,
+        use_font_for(classes if pictures else ()),
+        write_json_list(temporary / 'images.json', head, ']}') as add_image,
+    ):
+        for batch in track(batches, 'predicting', -(-sum(map(count_frames, paths)) // batch_size)):
+            images = [image for _, _, image in batch]
+            samples = inferencer(images, len(batch), return_datasamples=True, no_save_vis=True)['predictions']
+            for (path, frame_id, image), sample in zip(batch, samples):
+                image_id += 1
+                name = path.relative_to(root)
+                height, width = image.shape[:2]
+                entry = dict(id=image_id, file_name=name.as_posix(), width=width, height=height)
+                add_image(entry if frame_id is None else dict(entry, frame_id=frame_id))
+                sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= score]
+                for result in convert_to_coco(inferencer.pred2dict(sample), image_id):
+                    add_result(result)
+                if pictures:
+                    visualizer = inferencer.visualizer
+                    visualizer.add_datasample(str(name), image[..., ::-1], sample, draw_gt=False, pred_score_thr=0)
+                    writer.write(visualizer.get_image()[..., ::-1], path, frame_id, temporary / name)
+        writer.close()
+    return image_id, damaged

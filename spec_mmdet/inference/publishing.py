@@ -1,0 +1,133 @@
+"""A folder of a trained detector for other users: weights, config, model card and checksums."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from safetensors.torch import save
+from torch import nn
+
+from ..checkpoints.reading import get_classes, get_run_info, get_state_dict, load
+from ..checkpoints.writing import serialize
+from ..conditioning import describe_conditioning
+from ..configs import find_run_config
+from ..data.fitting import configured_classes, set_classes, walk
+from ..errors import InputError, list_briefly
+from ..files import write
+from ..training.results import TABLE
+from .inferencer import load_inferencer
+
+UNKNOWN = 'not known'
+
+
+def read_metrics(checkpoint: Path, epoch: object) -> dict[str, float]:
+    """The metrics of an epoch's validation, from the table in the checkpoint's folder; none if it is not there."""
+    table = checkpoint.parent / TABLE
+    if not table.is_file():
+        return {}
+    with table.open(newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
+    return {key: float(value) for key, value in rows[-1].items() if '/' in key and value} if rows else {}
+
+
+def list_annotation_files(dataloader: dict | None) -> str:
+    """The annotation files of a config's data sets."""
+    found = [node['ann_file'] for _, node in walk(dataloader) if isinstance(node.get('ann_file'), str)]
+    return list_briefly(found) if found else UNKNOWN
+
+
+def write_card(
+    name: str, cfg: Config, model: nn.Module, classes: Sequence[str], content: dict, ap: dict, licence: str | None
+) -> str:
+    """The model card, in Markdown."""
+    run = get_run_info(content)
+    meta = content.get('meta', {}) if isinstance(content, dict) else {}
+    backbone = getattr(model, 'backbone', None)
+    facts = {
+        'detector': f'{type(model).__name__} on {type(backbone).__name__}, '
+        f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters',
+        'conditioning': describe_conditioning(backbone.state_dict()) if backbone else UNKNOWN,
+        'classes': f'{len(classes)}: {", ".join(classes)}',
+        'trained on': list_annotation_files(cfg.get('train_dataloader')),
+        'validated on': list_annotation_files(cfg.get('val_dataloader')),
+        'epochs': meta.get('epoch', UNKNOWN),
+        'seed': run.get('seed', UNKNOWN),
+        'command': f'`{run["command"]}`' if run.get('command') else UNKNOWN,
+        'commit of spec_mmdet': run.get('commit') or UNKNOWN,
+        'versions': ', '.join(f'{key} {value}' for key, value in run.get('versions', {}).items()) or UNKNOWN,
+        'licence': licence or 'not stated',
+    }
+    table = ''.join(f'\n| {key.removeprefix("coco/")} | {value:.3f} |' for key, value in ap.items())
+    metrics = f'| metric | value |\n|---|---|{table}' if ap else "Not known: the training's table was not beside it."
+    rows = '\n'.join(f'| {key} | {" ".join(str(value).split())} |' for key, value in facts.items())
+    return f"""# {name}
+
+| | |
+|---|---|
+{rows}
+
+## AP on the validation images
+
+{metrics}
+
+## Using it
+
+In this folder, with spec_mmdet installed:
+
+```shell
+sha256sum --check SHA256SUMS
+spec-mmdet predict config.py model.pth IMAGES
+spec-mmdet test config.py model.pth --data FOLDER
+```
+
+`model.safetensors` contains the same weights and can be used instead of `model.pth`.
+"""
+
+
+def publish(
+    checkpoint: Path, config: Path | None, out: Path, name: str | None, licence: str | None
+) -> tuple[str, dict[str, float]]:
+    """Write the folder of a detector; return the checksums and the AP that the card states.
+
+    Args:
+        checkpoint: a training's.
+        config: by default the one beside the checkpoint.
+        out: a folder that is empty or new.
+        name: of the model; by default the config's.
+        licence: under which others may use it.
+
+    Raises:
+        InputError: if an input cannot be used, or the weights do not fit the config's model.
+    """
+    content = load(checkpoint)
+    weights = get_state_dict(content, f'checkpoint {checkpoint}')
+    config = config or find_run_config(checkpoint.parent)
+    if not config.is_file():
+        raise InputError(f'--config {config}: no such file')
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f'--out {out}: is there already and not an empty folder')
+    cfg = Config.fromfile(config)
+    model = load_inferencer(copy.deepcopy(cfg), str(checkpoint), 'cpu').model
+    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)
+    set_classes(cfg, classes)
+    for key in ('work_dir', 'load_from', 'resume'):  # of the machine that it was trained on
+        cfg.pop(key, None)
+    ap = read_metrics(checkpoint, content.get('meta', {}).get('epoch'))
+    meta = dict(dataset_meta=dict(classes=tuple(classes)))
+    files = {
+        'model.pth': serialize(dict(meta=meta, state_dict=weights)),
+        'model.safetensors': save({key: value.contiguous() for key, value in weights.items()},
+                                  dict(classes=json.dumps(classes))),
+        'config.py': cfg.pretty_text.encode(),
+        'README.md': write_card(name or config.stem, cfg, model, classes, content, ap, licence).encode(),
+    }  # fmt: skip
+    sums = ''.join(f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in files.items())
+    for file, data in {**files, 'SHA256SUMS': sums.encode()}.items():
+        write(out / file, data)
+    return sums, ap

@@ -1,0 +1,220 @@
+"""Run a training: check its inputs, choose its checkpoint, build its runner, and explain its errors in one line."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from mmdet.registry import RUNNERS
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from ..checkpoints.reading import fetch, get_classes, get_state_dict, load, require_training_state
+from ..data.checks import check_inputs
+from ..data.fitting import (
+    has_masks,
+    require_monitored_metrics,
+    require_one_annotation_file,
+    set_classes,
+    state_classes_once,
+    use_masks_as_the_model,
+)
+from ..errors import InputError, list_briefly
+from .guards import end_workers
+from .processes import decide_on_main, leave_group
+from .resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
+from .runners import QuietRunner, WholeConfigRunner
+from .saving import stop_on_signals
+from .terminal import Terminal
+
+RESUME = 'Fix this, then continue from the last checkpoint with --resume.'
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+# Parts of PyTorch's messages about faults outside the program, and what they mean.
+TROUBLES = {
+    'DataLoader worker': 'a worker that loads images has died, often from lack of memory or shared memory (df '
+    '/dev/shm; docker run --shm-size=8g gives a container more; --cfg-options train_dataloader.num_workers=0 needs '
+    'none)',
+    'DataLoader timed out': 'no worker has loaded images within the time limit: a disk does not answer, or a process '
+    'is stopped',
+    'Timed out waiting': 'another process has not answered within env_cfg.dist_cfg.timeout: it hangs, or has ended',
+    'Connection closed by peer': 'another process has ended',
+    'Connection reset by peer': 'another process has ended',
+}
+
+
+def read_classes(path: str, resume: bool = False) -> list[str] | None:
+    """Verify a detector's checkpoint and return its classes, or None if it does not state them.
+
+    Args:
+        path: a file, or an address.
+        resume: whether a training resumes from it.
+
+    Raises:
+        InputError: if it cannot be read, is not a detector's, or lacks the state that a training needs.
+    """
+    content = load(path, mmap=True)
+    get_state_dict(content, f'checkpoint {path}')
+    if resume:
+        require_training_state(content, f'checkpoint {path}')
+    return get_classes(content)
+
+
+def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
+    """Check in the main process the data that a run reads, and adapt the config to it; changes ``cfg``.
+
+    Args:
+        cfg: the whole config.
+        loops: the parts that the run uses, of 'train', 'val' and 'test'; the first one's data set states the classes.
+        classes: what they must be, if that is known.
+        thorough: whether to check annotations and images one by one.
+    """
+
+    def adapt(config: Config, found: Sequence[str] | None, check: bool) -> Sequence[str] | None:
+        stated = state_classes_once(config)
+        masks_changed = use_masks_as_the_model(config)
+        if check:
+            require_one_annotation_file(config, loops)
+            if 'train' in loops:
+                require_monitored_metrics(config)
+            if masks_changed and not has_masks(config.get('model')):
+                print('the detector has no mask head: masks are neither loaded nor evaluated')
+            found = check_inputs(config, loops, found, thorough)
+            print(f'{len(found)} classes: {list_briefly(found)}' if found else 'classes: those of the config')
+        if found:
+            set_classes(config, found, "metainfo.classes of the config's data sets" if stated else 'the data')
+        return found
+
+    adapt(cfg, decide_on_main(lambda: adapt(copy.deepcopy(cfg), classes, check=True)), check=False)
+
+
+def set_precision(cfg: Config, amp: bool) -> None:
+    """Set mixed precision if wanted, and float32 without a GPU, as MMEngine requires one; changes ``cfg``."""
+    if amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and get_device() == 'cpu':
+        print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Make the runner scale the learning rate by the total batch size; changes ``cfg``.
+
+    Raises:
+        InputError: if the config does not state the batch size that its learning rate assumes.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise InputError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the total batch size that '
+                         'its learning rate assumes. Set it with --cfg-options.')  # fmt: skip
+    cfg.auto_scale_lr.enable = True
+
+
+def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
+    """Build MMEngine's runner, or the one that the config names.
+
+    Args:
+        cfg: the whole config.
+        terminal: shows the run, and is entered; by default MMEngine's whole log is shown.
+    """
+    kind = WholeConfigRunner if terminal is None else QuietRunner
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else kind.from_cfg(cfg)
+    if terminal is not None:
+        terminal.attach(runner)
+    return runner
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn known runtime errors into one-line InputErrors, and leave the process group at the end."""
+    logging.raiseExceptions = False  # or every record that a full disk cannot take would be a traceback
+    try:
+        yield
+    except InputError as error:  # one from a loader's worker contains that process's traceback
+        raise InputError(str(error).rpartition('InputError: ')[2].removesuffix(r'\n')) from error
+    except (RuntimeError, MemoryError) as error:
+        first = str(error).partition('\n')[0]
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'DefaultCPUAllocator' in str(error):
+            raise InputError(
+                f'out of memory ({first}). Add to --cfg-options: model.backbone.with_cp=True (recomputes activations '
+                'instead of keeping them; possible with --resume) or, for a new training, '
+                'train_dataloader.batch_size=1 optim_wrapper.accumulative_counts=2 (the same step from half as many '
+                'images at a time).'
+            ) from error
+        for part, meaning in TROUBLES.items():
+            if part in str(error):
+                raise InputError(f'{meaning} ({first}). {RESUME}') from error
+        raise
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        name = error.filename or 'a file of the run'
+        raise InputError(f'{name}: could not be written ({error.strerror}). {RESUME}') from error
+    except SystemExit:
+        leave_group()
+        raise
+    leave_group()
+
+
+def train(
+    cfg: Config,
+    adapt: Callable[[list[str] | None], None],
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    verbose: bool = False,
+    save_on_signals: bool = True,
+) -> None:
+    """Train what a config describes, from the start or from a checkpoint; all processes call it.
+
+    Args:
+        cfg: the whole config; changed.
+        adapt: checks the data and sets the classes in the config, given those of the checkpoint or None.
+        resume: a checkpoint, or 'auto' for the newest intact one in the work directory.
+        amp: whether to train in mixed precision.
+        auto_scale_lr: whether to scale the learning rate by the total batch size.
+        verbose: whether to show the whole log.
+        save_on_signals: whether the config's checkpoint hook saves and stops on SIGTERM and SIGINT.
+
+    Raises:
+        InputError: if an input cannot be used, or the training fails for a known reason.
+    """
+    work = Path(cfg.work_dir)
+
+    def choose() -> tuple[str | None, list[str] | None]:
+        """Return the checkpoint to resume from and its classes."""
+        if resume is None:
+            require_no_checkpoints(work)
+        chosen = find_newest_checkpoint(work) if resume == 'auto' else resume
+        if not chosen and cfg.get('load_from'):
+            read_classes(cfg.load_from)  # only verified: a new training may have other classes
+        return chosen and str(chosen), read_classes(str(chosen), resume=True) if chosen else None
+
+    chosen, classes = decide_on_main(choose)
+    if chosen:
+        cfg.resume, cfg.load_from = True, fetch(chosen)
+    elif cfg.get('load_from'):
+        cfg.load_from = fetch(cfg.load_from)
+    adapt(classes)
+    set_precision(cfg, amp)
+    if auto_scale_lr:
+        scale_learning_rate(cfg)
+    setup_cache_size_limit_of_dynamo()
+    terminal = None if verbose else Terminal()
+    signals = stop_on_signals() if save_on_signals else nullcontext()
+    with ExitStack() as lock, one_line_errors(), signals, terminal or nullcontext():
+        decide_on_main(lambda: lock.enter_context(lock_folder(work)))
+        runner = build_runner(cfg, terminal)
+        explain_resume_errors(runner)
+        try:
+            runner.train()
+        finally:
+            end_workers(runner)
