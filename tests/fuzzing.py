@@ -34,7 +34,7 @@ PARTS = ['spec_mmdet', 'json']
 with atheris.instrument_imports(include=PARTS) if atheris and __name__ == '__main__' else nullcontext():
     from spec_mmdet.checkpoints.layouts import WRAPPERS, recognise, to_layout
     from spec_mmdet.checkpoints.reading import get_classes, get_state_dict, load, require_training_state
-    from spec_mmdet.data.checks import check_annotations, check_contents, without_faults
+    from spec_mmdet.data.checks import check_annotations, check_contents, remove_faults
     from spec_mmdet.data.findings import Findings
     from spec_mmdet.data.reading import read_coco
     from spec_mmdet.errors import InputError
@@ -177,7 +177,7 @@ def fuzz_annotations(data: bytes, folder: Path) -> None:
     if coco is not None:
         check_annotations(coco, 'it', found)
         for training in (True, False):
-            check_contents(without_faults(coco, 'it', found), 'it', found, training)
+            check_contents(remove_faults(coco, 'it', found), 'it', found, training)
         only_input_errors(found.require_none, '')
 
 

@@ -1,6 +1,6 @@
-"""The one set of checks of a data set: ``spec-mmdet prepare`` makes them all, train and test make them before a run.
+"""Check data sets, in ``spec-mmdet prepare``, and before a run in train and test.
 
-The rules are in :mod:`rules`, what is found goes to :class:`Findings`.
+The rules are in :mod:`rules`; the results go to :class:`Findings`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADVICE = 'spec-mmdet prepare lists all that is wrong, and with --drop writes wha
 def check_annotations(
     coco: dict, name: str, found: Findings, masks: bool | None = None, classes: Sequence[str] | None = None
 ) -> None:
-    """Check what an annotation file says of its images and objects, the images themselves not being looked at.
+    """Check the entries of an annotation file, without its images.
 
     Args:
         coco: its content, from :func:`read_coco`.
@@ -40,7 +40,7 @@ def check_annotations(
     check_ids(coco, name, found)
     for position, image in enumerate(coco['images']):
         path = Path(image['file_name'])
-        fault = rules.fault_of_size(image['width'], image['height'])
+        fault = rules.find_size_fault(image['width'], image['height'])
         if path.is_absolute() or '..' in path.parts:
             fault = 'file names that lead out of the image folder'
         if fault:
@@ -71,7 +71,7 @@ def check_annotations(
 
 
 def check_ids(coco: dict, name: str, found: Findings) -> None:
-    """Check that no two images and no two annotations have the same id; of those that do, the first is in order."""
+    """Check that images and annotations have different ids; of several with one id, the first is valid."""
     for key, faulty in (('images', found.faulty_images), ('annotations', found.faulty_annotations)):
         seen = set()
         for position, entry in enumerate(coco[key]):
@@ -82,19 +82,19 @@ def check_ids(coco: dict, name: str, found: Findings) -> None:
 
 
 def check_object(annotation: dict, image: dict, with_mask: bool) -> tuple[str, str]:
-    """What is wrong, and what may be, with an object; '' where nothing is."""
+    """Return the error and the warning of an object, each '' where there is none."""
     size = image['width'], image['height']
-    if rules.fault_of_size(*size):
+    if rules.find_size_fault(*size):
         return '', ''  # an error of the image's
     box, mask = annotation['bbox'], annotation.get('segmentation')
-    fault = rules.fault_of_box(box, *size) or rules.fault_of_area(annotation['area'], box)
-    fault = fault or rules.fault_of_crowd(annotation['iscrowd'])
+    fault = rules.find_box_fault(box, *size) or rules.find_area_fault(annotation['area'], box)
+    fault = fault or rules.find_crowd_fault(annotation['iscrowd'])
     if not fault and with_mask:
         missing = 'objects without a mask ("segmentation"), which Mask R-CNN learns from'
-        fault = rules.fault_of_mask(mask, *size) if mask else missing
+        fault = rules.find_mask_fault(mask, *size) if mask else missing
     if fault:
         return fault, ''
-    doubt = rules.why_not_learnt(annotation)
+    doubt = rules.explain_exclusion(annotation)
     if with_mask and min(box[2:]) >= 1:
         fault, of_mask = rules.compare_mask_and_box(mask, box, *size)
         doubt = doubt or of_mask
@@ -109,7 +109,7 @@ def check_contents(
     classes: Sequence[str] | None = None,
     filter_cfg: Mapping = FILTER,
 ) -> None:
-    """Check that a split has something to learn from, or to be measured by, in each of its classes and images.
+    """Check that a split has objects for training, or for evaluation, in each of its classes and images.
 
     Args:
         coco: its content, without errors.
@@ -124,11 +124,11 @@ def check_contents(
     with_objects = {annotation['image_id'] for annotation in taken}
     left_out = set()
     for image in coco['images'] if training else ():
-        if reason := rules.why_image_not_learnt(image, image['id'] in with_objects, filter_cfg):
+        if reason := rules.explain_image_exclusion(image, image['id'] in with_objects, filter_cfg):
             found.warnings[reason].append(Place(name, image['file_name']))
             left_out.add(image['id'])
     if training:
-        used = [a for a in taken if not rules.why_not_learnt(a) and a['image_id'] not in left_out]
+        used = [a for a in taken if not rules.explain_exclusion(a) and a['image_id'] not in left_out]
     else:
         used = [a for a in taken if rules.is_measured(a)]
     if not any(min(annotation['bbox'][2:]) >= 1 for annotation in used):
@@ -146,8 +146,8 @@ def check_contents(
             found.warnings['images without an object'].append(Place(name, image['file_name']))
 
 
-def without_faults(coco: dict, name: str, found: Findings) -> dict:
-    """An annotation file's content without the images and annotations that have an error, and what lies in those."""
+def remove_faults(coco: dict, name: str, found: Findings) -> dict:
+    """Return a file's content without images that have an error, their annotations, and annotations that have one."""
     images = [image for i, image in enumerate(coco['images']) if i not in found.faulty_images[name]]
     left = {image['id'] for image in images}
     annotations = [
@@ -159,7 +159,7 @@ def without_faults(coco: dict, name: str, found: Findings) -> dict:
 
 
 def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequence[str]) -> None:
-    """Check that an annotation file has the classes trained for: MMDetection numbers labels by each file's own order.
+    """Check that an annotation file has the trained classes in their order, which MMDetection's labels depend on.
 
     Raises:
         InputError: if not.
@@ -178,7 +178,7 @@ def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequenc
 
 
 def check_files(coco: dict, folder: Path) -> None:
-    """Check that the images of an annotation file are there, and hold anything at all.
+    """Check that the images of an annotation file exist and are not empty.
 
     Raises:
         InputError: if not.
@@ -210,7 +210,7 @@ def check_dataset(
     masks: bool = False,
     thorough: bool = True,
 ) -> list[str] | None:
-    """Check that a CocoDataset's annotations, images and classes are there, agree, and are without fault.
+    """Check that the annotations, images and classes of a data set in COCO's format exist, agree, and are valid.
 
     Args:
         dataset: its config.
@@ -265,15 +265,15 @@ def check_dataset(
                 coco, ann_file.name, found, loop == 'train', categories, dict(dataset.get('filter_cfg') or {})
             )
             found.require_none(ADVICE)
-        look_at_images(coco, ann_file.name, folder, found)
-        report_findings(coco, ann_file.name, loop, found)
+        check_some_images(coco, ann_file.name, folder, found)
+        print_findings(coco, ann_file.name, loop, found)
     if not is_kind_of(dataset, DATASETS, CheckedCocoDataset):  # it reads the file itself
         forget_coco(ann_file)
     return categories
 
 
-def look_at_images(coco: dict, name: str, folder: Path, found: Findings) -> None:
-    """Decode the images of a small data set, or some from all over a large one; each is looked at again when loaded."""
+def check_some_images(coco: dict, name: str, folder: Path, found: Findings) -> None:
+    """Decode the images of a data set, at most :data:`LOOKED_AT`, evenly spaced; the loader checks each one again."""
     entries = list(enumerate(coco['images']))
     step = -(-len(entries) // LOOKED_AT)
     check_images(entries[::step], folder, name, found)
@@ -283,7 +283,7 @@ def look_at_images(coco: dict, name: str, folder: Path, found: Findings) -> None
         found.notes[note] += [Place(str(folder), image['file_name']) for _, image in entries[::step]]
 
 
-def report_findings(coco: dict, name: str, loop: str, found: Findings) -> None:
+def print_findings(coco: dict, name: str, loop: str, found: Findings) -> None:
     print(f'{loop}: {len(coco["images"])} images, {len(coco.get("annotations", ()))} annotations in {name}')
     found.print()
 
@@ -291,7 +291,7 @@ def report_findings(coco: dict, name: str, loop: str, found: Findings) -> None:
 def check_inputs(
     cfg: Config, loops: Sequence[str], classes: Sequence[str] | None = None, thorough: bool = True
 ) -> Sequence[str] | None:
-    """Check the data that a run will read, each file once.
+    """Check the data that a run will read, each data set once.
 
     Args:
         cfg: the whole config, command line options merged.

@@ -1,4 +1,4 @@
-"""Folders of images by class, as classifiers are trained on: timm's augmentation and sampling on torchvision's reader.
+"""Image folders by class, for classifiers: timm's augmentation and sampling on torchvision's reader.
 
 Needs timm, and is imported by the configs that pretrain alone.
 """
@@ -42,7 +42,7 @@ def build_transform(**arguments: object) -> Callable:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """An image, whole.
+    """Read an image as Pillow's, in RGB.
 
     Raises:
         InputError: naming the file, where it cannot be decoded to its end.
@@ -55,7 +55,7 @@ def read_rgb(path: str) -> Image.Image:
 
 @DATASETS.register_module()
 class ClassFolder(ImageFolder):
-    """Images in folders that are named for their classes, as ImageNet is kept.
+    """Images in folders named after their classes, as in ImageNet.
 
     Args:
         root: the folder of those folders.
@@ -76,7 +76,7 @@ class ClassFolder(ImageFolder):
         self.metainfo = dict(classes=tuple(self.classes))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """An image, float32, shape (3, H, W), under 'inputs', and the index of its class under 'targets'."""
+        """Return an image, float32, shape (3, H, W), under 'inputs', and the index of its class under 'targets'."""
         image, target = super().__getitem__(index)
         return dict(inputs=image, targets=target)
 
@@ -113,7 +113,7 @@ def use_class_folders(cfg: Config, folder: Path) -> None:
 
 
 def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list[str]:
-    """Check what a config trains a classifier on, before it does.
+    """Check the images that a config trains a classifier on.
 
     Args:
         cfg: the whole config.

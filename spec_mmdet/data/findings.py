@@ -1,4 +1,4 @@
-"""What the checks of a data set find: counted by kind, located, and written to a file whole."""
+"""Findings of the checks of a data set: counted by kind, with places, written to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..files import write_atomically
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was found.
+    """The place of a finding.
 
     Attributes:
         file: the annotation file, or the folder of its images.
@@ -38,7 +38,7 @@ class Place:
 
 @dataclass
 class Findings:
-    """What is wrong, by kind.
+    """Findings by kind.
 
     Errors would stop or spoil a training; what is dropped is left out for an error that it has; warnings may be meant
     so; notes are for the record.
@@ -56,22 +56,22 @@ class Findings:
     faulty_annotations: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def levels(self) -> dict[str, dict[str, list[Place]]]:
-        """What is wrong of each level, by the title of the level."""
+        """Return the findings of each level by its title."""
         levels = {'errors, to be put right': self.errors, 'left out, for their errors': self.dropped}
         return levels | {'warnings': self.warnings, 'notes': self.notes}
 
     def update(self, other: Findings) -> None:
-        """Add what another one contains."""
+        """Add the findings of another object."""
         for mine, theirs in ((self.errors, other.errors), (self.warnings, other.warnings), (self.notes, other.notes)):
             for kind, places in theirs.items():
                 mine[kind] += places
 
     def drop_errors(self) -> None:
-        """Count what are errors so far as dropped."""
+        """Turn all errors so far into left-out entries."""
         self.dropped, self.errors = self.errors, defaultdict(list)
 
     def print(self) -> None:
-        """A line for each kind: how many cases, and where the first is."""
+        """Print a line for each kind: the number of cases and the first place."""
         for title, kinds in self.levels().items():
             if kinds:
                 print(f'\n{title}:')
@@ -79,21 +79,21 @@ class Findings:
                 print(f'{len(places):>8}  {kind}; first: {places[0]}')
 
     def rows(self) -> Iterator[tuple]:
-        """Each case: level, kind, and the fields of its place."""
+        """Yield each case: level, kind, and the fields of its place."""
         for title, kinds in self.levels().items():
             for kind, places in kinds.items():
                 for place in places:
                     yield title.partition(',')[0], kind, place.file, place.image, place.annotation, place.detail
 
     def write(self, path: Path) -> None:
-        """All of them as CSV."""
+        """Write all cases as CSV."""
         with write_atomically(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
             writer.writerows(self.rows())
 
-    def first_error(self) -> str:
-        """The first error as one line, and how many there are; '' where there is none."""
+    def describe_first_error(self) -> str:
+        """Return the first error and the number of errors as one line; '' without errors."""
         if not self.errors:
             return ''
         kind, places = next(iter(self.errors.items()))
@@ -101,10 +101,10 @@ class Findings:
         return f'{places[0]}: {kind}' + f'; {count} errors in all' * (count > 1)
 
     def require_none(self, advice: str) -> None:
-        """Refuse to go on where there are errors.
+        """Require that there are no errors.
 
         Raises:
             InputError: one line with the first of them and the advice.
         """
         if self.errors:
-            raise InputError(f'{self.first_error()}. {advice}')
+            raise InputError(f'{self.describe_first_error()}. {advice}')

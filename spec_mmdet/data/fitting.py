@@ -45,7 +45,7 @@ def is_coco_dataset(node: dict) -> bool:
 
 
 def coco_datasets(node: object) -> Iterator[dict]:
-    """Every data set in COCO's format in (a part of) a config, also inside wrappers."""
+    """Yield the data sets in COCO's format in (a part of) a config, also inside wrappers."""
     for _, found in walk(node):
         if is_coco_dataset(found):
             yield found
@@ -59,7 +59,7 @@ def list_annotation_files(cfg: Config, loop: str) -> list[Path]:
 
 
 def coco_metrics(cfg: Config, loop: str) -> list[dict]:
-    """The configs of a loop's evaluators that compute COCO's metrics."""
+    """List the configs of a loop's evaluators that compute COCO's metrics."""
     found = evaluators(cfg, loop)
     return [e for e in found if is_kind_of(e, METRICS, CocoMetric) and not is_kind_of(e, METRICS, LVISMetric)]
 
@@ -81,7 +81,7 @@ def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
             yield from walk(child, f'{name}.{i}' if name else str(i))
 
 
-def classes_in(metainfo: dict | None) -> list[str]:
+def list_classes(metainfo: dict | None) -> list[str]:
     """Return the classes in a data set's metainfo: a list, one name, or a file with a name per line."""
     classes = (metainfo or {}).get('classes') or []
     if isinstance(classes, str):
@@ -90,14 +90,14 @@ def classes_in(metainfo: dict | None) -> list[str]:
 
 
 def configured_classes(dataset: dict) -> list[str]:
-    """The classes that a data set in COCO's format uses: those of its metainfo, or else of its type."""
-    return classes_in(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
+    """List the classes that a data set in COCO's format uses: those of its metainfo, or else of its type."""
+    return list_classes(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
 
 
 def stated_classes(dataset: dict) -> list[str]:
-    """The classes that a config states for a data set: in its metainfo, or by a type with classes other than COCO's."""
+    """List the classes that a config states for a data set: in its metainfo, or by a type with its own classes."""
     classes = configured_classes(dataset)
-    inherited = not classes_in(dataset.get('metainfo')) and classes == list(CocoDataset.METAINFO['classes'])
+    inherited = not list_classes(dataset.get('metainfo')) and classes == list(CocoDataset.METAINFO['classes'])
     return [] if inherited else classes
 
 
@@ -189,7 +189,7 @@ def require_monitored_metrics(cfg: Config) -> None:
 
 
 def list_kinds(evaluator: dict) -> list[str]:
-    """The kinds of COCO's metrics that an evaluator's config names, for instance 'bbox' and 'segm'."""
+    """List the kinds of COCO's metrics in an evaluator's config, for instance 'bbox' and 'segm'."""
     kinds = evaluator.get('metric', 'bbox')
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
@@ -202,7 +202,7 @@ def monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
                 yield hook, key
 
 
-def class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
+def find_class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
     """Yield the parts of a model's heads that have num_classes, with their names."""
     for name, node in walk(model or {}, 'model'):
         keys = name.split('.')
@@ -224,7 +224,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
     """
     inherited = {len(configured_classes(dataset)) for dataset in coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
-    for name, head in class_heads(cfg.get('model')):
+    for name, head in find_class_heads(cfg.get('model')):
         if head['num_classes'] not in inherited:
             raise InputError(
                 f'{name}.num_classes is {head["num_classes"]} in the config, but {source} has {len(classes)} classes '

@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 
 from ..errors import InputError
 from .findings import Findings, Place
-from .rules import fault_of_mask, fault_of_size, rasterised
+from .rules import find_mask_fault, find_size_fault, rasterised
 
 LARGE = 30e6  # bytes of a file whose reading takes seconds, so that it is announced
 REQUIRED = dict(
@@ -70,7 +70,7 @@ def read_json(path: Path) -> object:
         raise InputError(f'annotation file {path}: {error.strerror}') from error
 
 
-def fault_of_entry(entry: dict, required: dict[str, type]) -> str:
+def find_entry_fault(entry: dict, required: dict[str, type]) -> str:
     """Describe the first missing or mistyped field of an entry; '' for an entry without fault."""
     for name, kind in required.items():
         value = entry.get(name)
@@ -101,7 +101,7 @@ def select_sound_entries(coco: object, key: str, path: Path, found: Findings | N
     """Return the entries under a key that have all required fields; others raise an InputError, or go to ``found``."""
     sound = []
     for position, entry in enumerate(list_entries(coco, key, path)):
-        fault = fault_of_entry(entry, REQUIRED[key])
+        fault = find_entry_fault(entry, REQUIRED[key])
         if not fault:
             sound.append(entry)
             continue
@@ -186,9 +186,9 @@ def fill_in(coco: dict, name: str, found: Findings) -> None:
 def area(annotation: dict, image: dict | None) -> float:
     """An object's area in square pixels: of its mask, or of its box where that is missing or faulty."""
     mask = annotation.get('segmentation')
-    if image and not fault_of_size(image['width'], image['height']):
+    if image and not find_size_fault(image['width'], image['height']):
         size = image['width'], image['height']
-        if not fault_of_mask(mask, *size):
+        if not find_mask_fault(mask, *size):
             return float(mask_utils.area(rasterised(mask, *size)))
     box = annotation['bbox']
     try:
@@ -214,7 +214,7 @@ def share_coco(path: Path, annotated: bool = True, found: Findings | None = None
         coco = read_coco(path, False, new)
         if new.errors:
             if found is None:
-                raise InputError(new.first_error())
+                raise InputError(new.describe_first_error())
             found.update(new)
             return coco
         _shared[path] = state, coco, new

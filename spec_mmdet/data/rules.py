@@ -1,6 +1,6 @@
-"""The rules of the data checks: what is wrong with a box or a mask, what is learnt from, and what is measured.
+"""Rules of the data checks: faults of boxes and masks, and which objects are used for training and for evaluation.
 
-MMDetection learns from an object, and pycocotools measures detections by it, under conditions of their own:
+MMDetection uses an object for training, and pycocotools for evaluation, under different conditions:
 
 ============================================  ==================================  =====================================
 an object                                     in training                         in COCO's AP
@@ -37,8 +37,8 @@ def is_crowd(annotation: dict) -> bool:
     return bool(annotation.get('iscrowd'))
 
 
-def why_not_learnt(annotation: dict) -> str:
-    """The kind of those objects that training leaves out to which this one belongs, '' for one that is learnt from.
+def explain_exclusion(annotation: dict) -> str:
+    """Return the kind of objects that training leaves out to which this one belongs; '' for one that is used.
 
     Args:
         annotation: of a box and an area without fault, and of a class that is taken.
@@ -55,12 +55,12 @@ def why_not_learnt(annotation: dict) -> str:
 
 
 def is_measured(annotation: dict) -> bool:
-    """Whether AP counts an object of a class that is taken."""
+    """Tell whether AP counts an object of a used class."""
     return not is_crowd(annotation)
 
 
-def why_image_not_learnt(image: dict, has_objects: bool, filter_cfg: Mapping) -> str:
-    """The kind of those images that training leaves out to which this one belongs, '' for one that it takes.
+def explain_image_exclusion(image: dict, has_objects: bool, filter_cfg: Mapping) -> str:
+    """Return the kind of images that training leaves out to which this one belongs; '' for one that is used.
 
     Args:
         image: its entry in the annotation file.
@@ -75,62 +75,62 @@ def why_image_not_learnt(image: dict, has_objects: bool, filter_cfg: Mapping) ->
 
 
 def is_finite(numbers: object) -> bool:
-    """Whether this is a list of finite numbers: JSON's parser takes NaN, Infinity and integers of any size, too."""
+    """Tell whether a value is a list of finite numbers: JSON's parser accepts NaN and integers of any size."""
     try:
         return isinstance(numbers, list) and math.isfinite(sum(numbers)) and bool not in map(type, numbers)
     except (TypeError, OverflowError):  # what cannot be added, or not as a float
         return False
 
 
-def outside(corners: Corners, width: float, height: float) -> bool:
-    """Whether something reaches out of an image of this size by more than the tolerance."""
+def reaches_outside(corners: Corners, width: float, height: float) -> bool:
+    """Tell whether a box reaches out of an image of this size by more than the tolerance."""
     x0, y0, x1, y1 = corners
     return min(x0, y0) < -TOLERANCE or x1 > width + TOLERANCE or y1 > height + TOLERANCE
 
 
-def fault_of_size(width: int, height: int) -> str:
-    """What is wrong with an image's size as the annotation file says it; '' where nothing is."""
+def find_size_fault(width: int, height: int) -> str:
+    """Name the fault of an image's size in the annotation file; '' for a possible size."""
     if min(width, height) < 1 or width * height > MAX_PIXELS:
         return 'images whose width or height is not that of any image'
     return ''
 
 
-def fault_of_box(box: object, width: float, height: float) -> str:
-    """What is wrong with a box [x, y, width, height] in an image of this size, in pixels; '' where nothing is."""
+def find_box_fault(box: object, width: float, height: float) -> str:
+    """Name the fault of a box [x, y, width, height] in an image of this size, in pixels; '' for a valid box."""
     if not is_finite(box) or len(box) != 4:
         return 'boxes that are not four finite numbers [x, y, width, height]'
     x, y, w, h = box
     if w < 0 or h < 0:
         return 'boxes of negative width or height'
-    return 'boxes that reach out of their image' if outside((x, y, x + w, y + h), width, height) else ''
+    return 'boxes that reach out of their image' if reaches_outside((x, y, x + w, y + h), width, height) else ''
 
 
-def fault_of_area(area: object, box: Sequence[float]) -> str:
-    """What is wrong with the area, in square pixels, of an object with this box; '' where nothing is."""
+def find_area_fault(area: object, box: Sequence[float]) -> str:
+    """Name the fault of the area, in square pixels, of an object with this box; '' for a valid area."""
     if is_finite([area]) and (area > 0 or area == 0 and min(box[2:]) < 1):
         return ''
     return f'objects whose "area" is not above 0, {LEFT_OUT}'
 
 
-def fault_of_crowd(iscrowd: object) -> str:
-    """What is wrong with an object's "iscrowd"; '' where nothing is."""
+def find_crowd_fault(iscrowd: object) -> str:
+    """Name the fault of an object's "iscrowd"; '' for 0 and 1."""
     return '' if iscrowd in (0, 1) else 'objects whose "iscrowd" is neither 0 nor 1'
 
 
-def fault_of_polygons(polygons: list, width: float, height: float) -> str:
+def find_polygon_fault(polygons: list, width: float, height: float) -> str:
     for polygon in polygons:
         if not is_finite(polygon):
             return 'polygons that are not lists [x, y, x, y, ...] of finite numbers'
         if len(polygon) < 6 or len(polygon) % 2:
             return 'polygons of fewer than 6 coordinates or an odd number of them'
-    return 'polygons that reach out of their image' if outside(extent_of_polygons(polygons), width, height) else ''
+    return 'polygons that reach out of their image' if reaches_outside(compute_extent(polygons), width, height) else ''
 
 
-def runs_of_rle(counts: list | str) -> np.ndarray | None:
-    """The lengths of the runs of an RLE mask, or None where they are not whole numbers from 0 on.
+def decode_runs(counts: list | str) -> np.ndarray | None:
+    """Return the lengths of the runs of an RLE mask, or None where they are not whole numbers from 0 on.
 
-    pycocotools does not look: a string that breaks off is read past its end, and runs that do not sum up can make an
-    evaluation go on for ever. COCO's strings hold numbers in groups of 5 bits, the lowest first and bit 6 where more
+    pycocotools does not check them: a truncated string is read past its end, and with a wrong sum of runs an
+    evaluation may never end. COCO's strings contain numbers in groups of 5 bits, the lowest first and bit 6 where more
     follow, from the fourth on as differences to the number before the last.
     """
     if isinstance(counts, list):
@@ -155,42 +155,42 @@ def runs_of_rle(counts: list | str) -> np.ndarray | None:
     return numbers if numbers.min() >= 0 else None
 
 
-def fault_of_rle(mask: dict, width: int, height: int) -> str:
+def find_rle_fault(mask: dict, width: int, height: int) -> str:
     size = mask.get('size')
     if size != [height, width] or set(map(type, size)) != {int}:
         return 'RLE masks whose size [height, width] is not that of their image'
-    runs = runs_of_rle(mask['counts'])
+    runs = decode_runs(mask['counts'])
     if runs is None or runs.sum() != width * height or not runs[1::2].any():
         return 'RLE masks that are empty or whose runs do not make up their image'
     return ''
 
 
-def fault_of_mask(mask: object, width: int, height: int) -> str:
-    """What is wrong with a segmentation in an image of this size, in pixels; '' where nothing is.
+def find_mask_fault(mask: object, width: int, height: int) -> str:
+    """Name the fault of a segmentation in an image of this size, in pixels; '' for a valid one.
 
-    Whatever passes can be given to pycocotools, which eats all memory, goes on for ever or dies of what does not.
+    With a faulty one pycocotools may use all memory, never end, or crash.
     """
     if isinstance(mask, list) and mask:
-        return fault_of_polygons(mask, width, height)
+        return find_polygon_fault(mask, width, height)
     if isinstance(mask, dict) and isinstance(mask.get('counts'), list | str):
-        return fault_of_rle(mask, width, height)
+        return find_rle_fault(mask, width, height)
     return 'masks that are neither polygons nor RLE'
 
 
 def can_be_measured(mask: object, width: int, height: int) -> bool:
-    """Whether pycocotools ends with a segmentation, in little memory: be it empty, or cut at the image's edge."""
-    if fault_of_size(width, height):
+    """Tell whether pycocotools can evaluate a segmentation in little time and memory, empty ones included."""
+    if find_size_fault(width, height):
         return False
     if isinstance(mask, list):
-        fault = fault_of_mask(mask, width, height)
+        fault = find_mask_fault(mask, width, height)
         reaches_out = fault.startswith('polygons that reach out')
-        return not fault or reaches_out and max(map(abs, extent_of_polygons(mask))) <= 10 * max(width, height)
+        return not fault or reaches_out and max(map(abs, compute_extent(mask))) <= 10 * max(width, height)
     counts = mask.get('counts') if isinstance(mask, dict) else None
-    runs = runs_of_rle(counts) if isinstance(counts, list | str) else None
+    runs = decode_runs(counts) if isinstance(counts, list | str) else None
     return runs is not None and mask.get('size') == [height, width] and runs.sum() == width * height
 
 
-def extent_of_polygons(polygons: list[list[float]]) -> Corners:
+def compute_extent(polygons: list[list[float]]) -> Corners:
     xs, ys = ([v for polygon in polygons for v in polygon[first::2]] for first in (0, 1))
     return min(xs), min(ys), max(xs), max(ys)
 
@@ -201,35 +201,35 @@ def area_of_polygon(polygon: list[float]) -> float:
 
 
 def rasterised(mask: list | dict, width: int, height: int) -> dict:
-    """pycocotools' compressed RLE of a mask without fault."""
+    """Return pycocotools' compressed RLE of a valid mask."""
     if isinstance(mask, list):
         return mask_utils.merge(mask_utils.frPyObjects(mask, height, width))
     return mask_utils.frPyObjects(mask, height, width) if isinstance(mask['counts'], list) else mask
 
 
-def overlap(a: Corners, b: Corners) -> float:
-    """The area that two boxes share."""
+def compute_overlap(a: Corners, b: Corners) -> float:
+    """Compute the area that two boxes share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def area_of(corners: Corners) -> float:
+def compute_area(corners: Corners) -> float:
     return (corners[2] - corners[0]) * (corners[3] - corners[1])
 
 
-def agreement(a: Corners, b: Corners) -> float:
-    """Intersection over union."""
-    shared = overlap(a, b)
-    return shared / max(area_of(a) + area_of(b) - shared, 1e-9)
+def compute_iou(a: Corners, b: Corners) -> float:
+    """Compute the intersection over union of two boxes."""
+    shared = compute_overlap(a, b)
+    return shared / max(compute_area(a) + compute_area(b) - shared, 1e-9)
 
 
 def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, height: int) -> tuple[str, str]:
-    """What is wrong, and what may be, with a mask and a box that are without fault, but are of one object.
+    """Return the error and the warning, each '' where there is none, of a valid mask and a valid box of one object.
 
-    In COCO the two agree to an intersection over union of 0.94 and more. Less than half of that is warned of, as boxes
-    may mean the whole of what is partly hidden. What is refused cannot be meant so.
+    In COCO the two agree to an intersection over union of 0.94 and more. Less than half of that is a warning, as boxes
+    may include the hidden part of an object. Errors have no such explanation.
     """
     if isinstance(mask, list):
-        extent = extent_of_polygons(mask)
+        extent = compute_extent(mask)
         empty = sum(map(area_of_polygon, mask)) < 4 and not mask_utils.area(rasterised(mask, width, height))
     else:
         x0, y0, w0, h0 = mask_utils.toBbox(rasterised(mask, width, height)).tolist()
@@ -240,9 +240,9 @@ def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, he
         return ('', nothing) if w * h < 16 else (nothing, '')
     whole, corners = (x, y, x + w, y + h), (x, y, w, h)
     grown = (x - TOLERANCE, y - TOLERANCE, x + w + TOLERANCE, y + h + TOLERANCE)
-    if w > x and h > y and agreement(extent, corners) > 0.9 > agreement(extent, whole):
+    if w > x and h > y and compute_iou(extent, corners) > 0.9 > compute_iou(extent, whole):
         return 'boxes that are corners [x0, y0, x1, y1], not [x, y, width, height]', ''
-    if overlap(extent, grown) < 0.5 * area_of(extent):
+    if compute_overlap(extent, grown) < 0.5 * compute_area(extent):
         return 'masks that lie outside of their boxes', ''
-    doubt = min(w, h) > 4 * TOLERANCE and agreement(extent, whole) < 0.5
+    doubt = min(w, h) > 4 * TOLERANCE and compute_iou(extent, whole) < 0.5
     return '', 'masks that fill less than half of their boxes' * doubt

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError
-from .checks import check_annotations, check_contents, without_faults
+from .checks import check_annotations, check_contents, remove_faults
 from .findings import Findings, Place
 from .images import check_images
 
@@ -131,7 +131,7 @@ def drop_faulty(splits: Sequence[Split], found: Findings, objects_only: bool = F
             faulty |= split.incomplete
             positions = (i for i, image in enumerate(split.coco['images']) if image['id'] in faulty)
             found.faulty_images[split.title].update(positions)
-        sound.append(replace(split, coco=without_faults(split.coco, split.title, found), incomplete=set()))
+        sound.append(replace(split, coco=remove_faults(split.coco, split.title, found), incomplete=set()))
         images, annotations = (len(split.coco[key]) - len(sound[-1].coco[key]) for key in ('images', 'annotations'))
         print(f'left out of {split.title}: {images} images, {annotations} annotations')
     found.drop_errors()

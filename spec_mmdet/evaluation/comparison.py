@@ -25,10 +25,10 @@ from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import compute_digest, display_path, format_csv
 from .bootstrap import ResampledAP, draw_weights
-from .figures import embedded_figure
 from .metrics import read_detections
 from .pages import DATA, PAGE, render_page
-from .report import rounded
+from .plots import embed_figure
+from .report import format_kappa
 
 KINDS = dict(bbox='box', segm='mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')  # the condition numbers among a run's curves
@@ -343,7 +343,7 @@ def describe_arms(runs: Sequence[Run]) -> list[str]:
 def format_last(runs: Sequence[Run], name: str) -> str:
     """Format the median of the runs' last values of a curve; a dash without any."""
     values = [run.curves[name][1][-1] for run in runs if run.curves.get(name, ((), ()))[1]]
-    return rounded(float(np.median(values))) if values else '–'
+    return format_kappa(float(np.median(values))) if values else '–'
 
 
 def tabulate(runs: Sequence[Run]) -> list[dict]:
@@ -384,8 +384,8 @@ def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
         kappas=KAPPAS,
         draws=len(next(iter(runs[0].drawn.values()))),
         sentences=[describe_difference(entry) for entry in found],
-        intervals=embedded_figure(draw_differences(found)),
-        curves=[embedded_figure(figure) for figure in curves if figure],
+        intervals=embed_figure(draw_differences(found)),
+        curves=[embed_figure(figure) for figure in curves if figure],
     )
 
 

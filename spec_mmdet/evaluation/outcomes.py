@@ -1,4 +1,4 @@
-"""What became of each object and each detection: found, missed, and what kind of error, as TIDE has them."""
+"""Outcomes of objects and detections: true positives, false negatives, and TIDE's kinds of false positives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ERRORS = {
 
 @dataclass
 class Outcome:
-    """What became of an image's objects and of its detections at or above a score, by their ids."""
+    """Outcomes of an image's objects and of its detections at or above a score, by their ids."""
 
     found: list[tuple[int, int]] = field(default_factory=list)  # detection and object
     false: list[int] = field(default_factory=list)
@@ -55,8 +55,8 @@ def match_boxes(annotations: AnnotationFile, detections: Path, summary: COCOeval
     return evaluation
 
 
-def matches(evaluation: COCOeval) -> Iterator[dict]:
-    """pycocotools' matching at MIN_IOU, an entry an image and category.
+def iterate_matches(evaluation: COCOeval) -> Iterator[dict]:
+    """Yield pycocotools' matching at MIN_IOU, an entry per image and category.
 
     It is greedy from the highest score down, so that detections below a threshold have no part in what is above it.
     """
@@ -85,14 +85,14 @@ class Scores:
 
     @property
     def best(self) -> int:
-        """The place of the best F1; of several, the middle one."""
+        """The index of the best F1; of several, the middle one."""
         places = np.flatnonzero(self.f1 == self.f1.max())
         return int(places[len(places) // 2])
 
 
-def scores_of(evaluation: COCOeval) -> Scores:
-    """Precision, recall and F1 over the score, at MIN_IOU; 0 where there is nothing to divide by."""
-    entries = list(matches(evaluation))
+def measure_scores(evaluation: COCOeval) -> Scores:
+    """Compute precision, recall and F1 over the score threshold, at MIN_IOU; 0 where the denominator is 0."""
+    entries = list(iterate_matches(evaluation))
     objects = sum(len(entry['objects']) for entry in entries)
     counted = [(entry['scores'][~entry['ignored']], entry['matched'][~entry['ignored']] > 0) for entry in entries]
     scores = np.concatenate([np.empty(0), *(score for score, _ in counted)])
@@ -103,14 +103,14 @@ def scores_of(evaluation: COCOeval) -> Scores:
     return Scores(thresholds, found / detections.clip(1), found / max(objects, 1), f1)
 
 
-def outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
-    """What became of each image's objects, and of its detections with a score of the threshold or more.
+def find_outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
+    """Find the outcomes of each image's objects and of its detections at or above a score threshold.
 
     Returns:
         By the images' ids.
     """
     result = {image_id: Outcome() for image_id in evaluation.params.imgIds}
-    for entry in matches(evaluation):
+    for entry in iterate_matches(evaluation):
         outcome = result[entry['image']]
         sure = [i for i, score in enumerate(entry['scores']) if score >= threshold]
         for i in sure:
@@ -123,12 +123,12 @@ def outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
         found = {int(entry['matched'][i]) for i in sure}
         outcome.missed += [truth for truth in entry['objects'] if truth not in found]
     for outcome in result.values():
-        sort_errors(evaluation, outcome)
+        classify_errors(evaluation, outcome)
     return result
 
 
-def sort_errors(evaluation: COCOeval, outcome: Outcome) -> None:
-    """Tell the kinds of an image's errors, in the order in which TIDE asks; changes ``outcome``.
+def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
+    """Classify an image's errors, in TIDE's order; changes ``outcome``.
 
     (The authors' package tidecv is not used: it has had no release since 2020, asks for pandas and seaborn, and counts
     detections in crowd regions as errors. On data without crowds its counts are these: tests/evaluation.)
@@ -160,8 +160,8 @@ def sort_errors(evaluation: COCOeval, outcome: Outcome) -> None:
     outcome.errors['missed'] = [o for o in outcome.missed if o not in reached]
 
 
-def confusion_matrix(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
-    """Count which category was taken for which.
+def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
+    """Count how often each category was detected as each other.
 
     An object that was found counts on the diagonal. A false positive that lies on a missed object (IoU of boxes of
     MIN_IOU or more) counts as taken for it, each at most once; all other missed objects and false positives count as

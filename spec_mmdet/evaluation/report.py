@@ -29,19 +29,19 @@ from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
 from .drawing import use_font_for
-from .figures import (
+from .metrics import CheckedCocoMetric, average_precision, read_detections
+from .outcomes import ERRORS, MIN_IOU, Outcome, count_confusions, find_outcomes, match_boxes, measure_scores
+from .pages import PAGE, record_data, render_page, require_free
+from .plots import (
     CLASSES,
     COLOURS,
     draw_confusion,
     draw_precision,
     draw_scores,
     draw_worst,
-    embedded_figure,
+    embed_figure,
     list_confusions,
 )
-from .metrics import CheckedCocoMetric, average_precision, read_detections
-from .outcomes import ERRORS, MIN_IOU, Outcome, confusion_matrix, match_boxes, outcomes, scores_of
-from .pages import PAGE, record_data, render_page, require_free
 
 # COCO's twelve numbers, as pycocotools has them, and what they are.
 STATS = {
@@ -94,31 +94,32 @@ class TestResults:
         speed = f'{batch / seconds.mean():.1f} images a second, in batches of {batch}' if seconds else 'not measured'
         metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, CheckedCocoMetric))
         conditioning = describe_conditioning(backbone.state_dict())
-        return cls(conditioning, spectra_of(backbone), speed, run, metric.annotations, metric.summaries)
+        return cls(conditioning, list_spectra(backbone), speed, run, metric.annotations, metric.summaries)
 
 
-def spectra_of(backbone: nn.Module) -> list[tuple[str, ...]]:
-    """The rows of :class:`TestResults`."""
+def list_spectra(backbone: nn.Module) -> list[tuple[str, ...]]:
+    """List condition numbers of a backbone; see :class:`TestResults`."""
     try:
         measured = list(measure(backbone))
     except InputError:  # of a backbone without attention, or one that is not known
         return []
     rows = []
     for role, name in ROLES.items():
-        own = [row for row in measured if row.role[0] == role]
-        columns = [[row.kappa for row in own], [k for row in own if (k := row.conditioned_kappa) is not None]]
-        if own:
-            rows.append((name, *(rounded(f(kappas)) if kappas else '–' for kappas in columns for f in (median, max))))
+        of_role = [row for row in measured if row.role[0] == role]
+        columns = [[row.kappa for row in of_role], [k for row in of_role if (k := row.conditioned_kappa) is not None]]
+        values = (function(kappas) if kappas else None for kappas in columns for function in (median, max))
+        if of_role:
+            rows.append((name, *('–' if value is None else format_kappa(value) for value in values)))
     return rows
 
 
-def rounded(kappa: float) -> str:
-    """A condition number to read."""
+def format_kappa(kappa: float) -> str:
+    """Return a condition number as text."""
     return f'{kappa:,.0f}' if kappa >= 100 else f'{kappa:.3g}'
 
 
 def prepare(folder: Path, cfg: Config) -> None:
-    """Check that a report can be written and have the evaluation leave its detections beside it; changes ``cfg``.
+    """Check that a report can be written, and have the evaluation write its detections beside it; changes ``cfg``.
 
     Args:
         folder: where the report is to be: new, empty, or an earlier report's, which stays until the new one is whole.
@@ -151,8 +152,8 @@ def coco_evaluator(cfg: Config) -> dict:
     raise InputError('--report: needs a FastCocoMetric in test_evaluator')
 
 
-def printed(value: float) -> str:
-    """A figure as it is printed; a dash for pycocotools' -1, which says that there is nothing to measure."""
+def format_metric(value: float) -> str:
+    """Return a metric as text; a dash for pycocotools' -1, which means that there are no objects."""
     return f'{value:.3f}' if value > -1 else '–'
 
 
@@ -172,12 +173,12 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
         record_data(folder, Path(path), configured_classes(dataset))
     boxes = match_boxes(tested.annotations, Path(f'{evaluator.outfile_prefix}.bbox.json'), summaries['Boxes'])
-    scores = scores_of(boxes)
+    scores = measure_scores(boxes)
     least = float(scores.thresholds[scores.best])
-    outcome_of = outcomes(boxes, least)
+    outcome_of = find_outcomes(boxes, least)
     coco = boxes.cocoGt
     names = [coco.cats[category]['name'] for category in boxes.params.catIds]
-    matrix = confusion_matrix(boxes, outcome_of)
+    matrix = count_confusions(boxes, outcome_of)
     images = os.path.join(dataset.get('data_root') or '', dataset.data_prefix.img)
     masks = Path(f'{evaluator.outfile_prefix}.segm.json')
 
@@ -191,19 +192,19 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
             outcome_of,
             [result['segmentation'] for result in read_detections(masks, 'segm')] if 'Masks' in summaries else None,
         )
-        curves = [embedded_figure(draw_precision(summary, name)) for name, summary in summaries.items()]
-        confusion, thresholds = embedded_figure(draw_confusion(matrix, names)), embedded_figure(draw_scores(scores))
+        curves = [embed_figure(draw_precision(summary, name)) for name, summary in summaries.items()]
+        confusion, thresholds = embed_figure(draw_confusion(matrix, names)), embed_figure(draw_scores(scores))
     mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
     page = render_page(
         'report',
         title=Path(cfg.filename).stem,
         checkpoint=display_path(checkpoint),
-        **totals(outcome_of),
+        **count_outcomes(outcome_of),
         images=len(coco.imgs),
         detections=len(boxes.cocoDt.anns),
         date=time.strftime('%Y-%m-%d %H:%M'),
-        stats={name: [printed(value) for value in summary.stats] for name, summary in summaries.items()},
+        stats={name: [format_metric(value) for value in summary.stats] for name, summary in summaries.items()},
         stat_names=STATS,
         least=f'{least:.2f}',
         best_f1=f'{scores.f1[scores.best]:.2f}',
@@ -220,8 +221,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         classes=[
             (
                 name,
-                *(printed(average_precision(summary, i)) for summary in summaries.values()),
-                printed(average_precision(summaries['Boxes'], i, MIN_IOU)),
+                *(format_metric(average_precision(summary, i)) for summary in summaries.values()),
+                format_metric(average_precision(summaries['Boxes'], i, MIN_IOU)),
                 matrix[i].sum(),
                 matrix[i, i],
                 matrix[:, i].sum() - matrix[i, i],
@@ -231,7 +232,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         colours=COLOURS,
         worst=worst,
         tested=tested,
-        command=' '.join(map(word_shown, command)),
+        command=' '.join(map(quote_word, command)),
         data=display_path(evaluator.ann_file),
         folder=display_path(images),
         versions=f'torch {torch.__version__}, mmdet {mmdet.__version__}, spec_mmdet {version("spec_mmdet")}',
@@ -242,13 +243,13 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     (folder / PAGE).write_text(page, 'utf-8')
 
 
-def totals(outcome_of: dict[int, Outcome]) -> dict[str, object]:
-    """What became of all objects and detections together."""
+def count_outcomes(outcome_of: dict[int, Outcome]) -> dict[str, object]:
+    """Sum the outcomes of all images."""
     found, missed, false = (sum(len(getattr(o, k)) for o in outcome_of.values()) for k in ('found', 'missed', 'false'))
     errors = {kind: sum(len(o.errors[kind]) for o in outcome_of.values()) for kind in ERRORS}
     return dict(found=found, objects=found + missed, false_positives=false, errors=errors)
 
 
-def word_shown(word: str) -> str:
-    """A word of a command line, quoted where a shell needs it, the paths below here without it."""
+def quote_word(word: str) -> str:
+    """Quote a word of a command line where a shell needs it, with paths relative to the working directory."""
     return shlex.quote(word.replace(f'{os.getcwd()}{os.sep}', ''))

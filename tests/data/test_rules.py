@@ -15,11 +15,11 @@ from spec_mmdet.data.checks import check_annotations
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.rules import (
     compare_mask_and_box,
-    fault_of_mask,
+    decode_runs,
+    explain_exclusion,
+    explain_image_exclusion,
+    find_mask_fault,
     rasterised,
-    runs_of_rle,
-    why_image_not_learnt,
-    why_not_learnt,
 )
 
 SIZE = (60, 40)  # width, height
@@ -30,14 +30,14 @@ def test_runs_are_those_of_pycocotools(height, width, share, seed):
     mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
     code = mask_utils.encode(np.asfortranarray(mask))
     code['counts'] = code['counts'].decode()
-    runs = runs_of_rle(code['counts'])
+    runs = decode_runs(code['counts'])
     decoded = np.concatenate([np.full(run, i % 2) for i, run in enumerate(runs)])
     assert np.array_equal(decoded.reshape(width, height).T, mask)
-    assert (fault_of_mask(code, width, height) == '') == mask.any()
+    assert (find_mask_fault(code, width, height) == '') == mask.any()
     listed = dict(size=[height, width], counts=runs.tolist())
-    assert fault_of_mask(listed, width, height) == fault_of_mask(code, width, height)
+    assert find_mask_fault(listed, width, height) == find_mask_fault(code, width, height)
     broken = dict(code, counts=code['counts'][:-1])
-    assert fault_of_mask(broken, width, height)
+    assert find_mask_fault(broken, width, height)
 
 
 def test_no_garbage_passes_for_rle():
@@ -46,8 +46,8 @@ def test_no_garbage_passes_for_rle():
     for _ in range(5000):
         text = ''.join(chr(draw.randint(33, 126)) for _ in range(draw.randint(0, 9)))
         code = dict(size=[SIZE[1], SIZE[0]], counts=text)
-        if not fault_of_mask(code, *SIZE):
-            assert mask_utils.decode(code).sum() == runs_of_rle(text)[1::2].sum() > 0
+        if not find_mask_fault(code, *SIZE):
+            assert mask_utils.decode(code).sum() == decode_runs(text)[1::2].sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_no_garbage_passes_for_rle():
     ids=str,
 )
 def test_faulty_masks(mask):
-    assert fault_of_mask(mask, *SIZE)
+    assert find_mask_fault(mask, *SIZE)
 
 
 def square(x: float, y: float, w: float, h: float) -> list[list[float]]:
@@ -141,9 +141,9 @@ def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
             theirs[info['img_id']] = sum(not instance['ignore_flag'] for instance in info['instances'])
         taken = [a for a in annotations if a['category_id'] == 1]
         with_objects = {a['image_id'] for a in taken}
-        ours = {i['id']: 0 for i in images if not why_image_not_learnt(i, i['id'] in with_objects, filter_cfg)}
+        ours = {i['id']: 0 for i in images if not explain_image_exclusion(i, i['id'] in with_objects, filter_cfg)}
         for annotation in taken:
-            if annotation['image_id'] in ours and not why_not_learnt(annotation):
+            if annotation['image_id'] in ours and not explain_exclusion(annotation):
                 ours[annotation['image_id']] += 1
         assert ours == theirs
 

@@ -11,7 +11,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-from spec_mmdet.evaluation import drawing, figures
+from spec_mmdet.evaluation import drawing, plots
 from spec_mmdet.evaluation.drawing import (
     LabelPlacer,
     LabelVisualizer,
@@ -27,7 +27,7 @@ NAMES = ['US$5_^ or $\\frac{$', '$_$', 'Größe <b>', 'красный', '%', '\\
 
 def test_a_name_is_no_mathematics():
     with use_font_for(NAMES):
-        figures.draw_confusion(np.eye(len(NAMES) + 1, dtype=int), NAMES).savefig('/dev/null', format='png')
+        plots.draw_confusion(np.eye(len(NAMES) + 1, dtype=int), NAMES).savefig('/dev/null', format='png')
         visualizer = LabelVisualizer()
         visualizer.dataset_meta = dict(classes=NAMES, palette='random')
         found = InstanceData(bboxes=np.array([[5.0, 5, 40, 40]] * 6), labels=np.arange(6), scores=np.ones(6))

@@ -15,7 +15,7 @@ from test_metrics import evaluated, scene
 from spec_mmdet import InputError
 from spec_mmdet.data.reading import AnnotationFile
 from spec_mmdet.evaluation.metrics import DumpPredictions, Evaluation, average_precision
-from spec_mmdet.evaluation.outcomes import confusion_matrix, match_boxes, outcomes
+from spec_mmdet.evaluation.outcomes import count_confusions, find_outcomes, match_boxes
 
 CLASSES = ('1', '2', '3', '4')
 
@@ -101,13 +101,13 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
     summary = metric.summaries['bbox']
     assert np.abs(summary.stats - expected['bbox'].stats).max() < 1e-15
     evaluation = match_boxes(annotations, tmp_path / 'FastCocoMetric.bbox.json', summary)
-    outcome = outcomes(evaluation, 0.3)
-    known = outcomes(expected['bbox'], 0.3)
+    outcome = find_outcomes(evaluation, 0.3)
+    known = find_outcomes(expected['bbox'], 0.3)
     for part in ('found', 'false', 'missed', 'crowd'):
         counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
         assert counts[0] == counts[1]
-    matrix = confusion_matrix(evaluation, outcome)
-    assert np.array_equal(matrix, confusion_matrix(expected['bbox'], known)) and np.trace(matrix) > 0
+    matrix = count_confusions(evaluation, outcome)
+    assert np.array_equal(matrix, count_confusions(expected['bbox'], known)) and np.trace(matrix) > 0
 
 
 def test_data_set_and_metric_agree(tmp_path):

@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from spec_mmdet.data import reading, shapes
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.evaluation import report
-from spec_mmdet.evaluation.outcomes import ERRORS, confusion_matrix, outcomes, scores_of
+from spec_mmdet.evaluation.outcomes import ERRORS, count_confusions, find_outcomes, measure_scores
 from spec_mmdet.files import write_folder_atomically
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
@@ -136,7 +136,7 @@ def test_figures_are_those_of_pycocotools(data):
         hits = sum(int(((e['dtMatches'] > 0) & ~e['dtIgnore']).sum()) for e in entries)
         return hits, sum(int(((e['dtMatches'] == 0) & ~e['dtIgnore']).sum()) for e in entries)
 
-    scores = scores_of(boxes)
+    scores = measure_scores(boxes)
     for place in (0, 20, 50, 80):
         hits, false = counts(scores.thresholds[place])
         assert scores.precision[place] == pytest.approx(hits / (hits + false))
@@ -150,9 +150,9 @@ def test_figures_are_those_of_pycocotools(data):
                        'false positives': str(false)}  # fmt: skip
     assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
     assert f'from a score of <b>{least:.2f}</b>' in page.replace('\n', ' ')
-    outcome_of = outcomes(boxes, least)
+    outcome_of = find_outcomes(boxes, least)
     assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
-    matrix = confusion_matrix(boxes, outcome_of)
+    matrix = count_confusions(boxes, outcome_of)
     assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
 
     expected = []
@@ -186,7 +186,7 @@ def test_kinds_of_errors_are_those_of_tide(data):
         shift = rng.choice([0, 4, 12, 40])
         entry.update(bbox=(np.array(entry['bbox']) + [shift, 0, 0, 0]).tolist(), score=round(float(rng.random()), 6))
     evaluation = pycocotools(COCO(str(path)), found, 'bbox')
-    mine = [outcome.errors for outcome in outcomes(evaluation, 0.3).values()]
+    mine = [outcome.errors for outcome in find_outcomes(evaluation, 0.3).values()]
     truth, results = tidecv.Data('truth'), tidecv.Data('found')
     for image in coco['images']:
         truth.add_image(image['id'], image['file_name'])
@@ -212,8 +212,8 @@ def test_confusions_by_hand(tmp_path):
     found = ((2, 'a', 0.9), (2, 'b', 0.9), (2, 'b', 0.8), (3, 'nothing', 0.7), (1, 'c', 0.2))
     found = [dict(image_id=1, category_id=c, bbox=box[b], score=score) for c, b, score in found]
     evaluation = pycocotools(coco, found, 'bbox')
-    outcome_of = outcomes(evaluation, 0.3)
-    matrix = confusion_matrix(evaluation, outcome_of)
+    outcome_of = find_outcomes(evaluation, 0.3)
+    matrix = count_confusions(evaluation, outcome_of)
     assert matrix.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]
     kinds = {kind: ids for kind, ids in outcome_of[1].errors.items() if ids}
     assert kinds == {'class': [1], 'duplicate': [3], 'background': [4], 'missed': [3]}

@@ -1,4 +1,4 @@
-"""The pictures of the report: curves, confusions, and the images with the most errors."""
+"""Plots and pictures of the report: curves, confusions, and the images with the most errors."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ DPI = 150  # of the figures, whose inches are a hundred of the page's pixels
 SIDE = 420  # of an image in the page, in pixels, of its longer side
 
 
-def embedded(content: bytes, kind: str, width: int) -> dict:
-    """A picture inside the page, and its width there in pixels."""
+def embed_picture(content: bytes, kind: str, width: int) -> dict:
+    """Return a picture for a page, as a data address, with its width there in pixels."""
     return dict(address=f'data:image/{kind};base64,{base64.b64encode(content).decode()}', width=width)
 
 
-def embedded_figure(figure: Figure) -> dict:
-    """A figure as a picture inside the page."""
+def embed_figure(figure: Figure) -> dict:
+    """Return a figure as a picture for a page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
-    return embedded(buffer.getvalue(), 'png', round(figure.get_figwidth() * 100))
+    return embed_picture(buffer.getvalue(), 'png', round(figure.get_figwidth() * 100))
 
 
-def as_jpeg(image: np.ndarray) -> bytes:
-    """An image, RGB, as a file's content."""
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Encode an image, RGB, as JPEG."""
     return cv2.imencode('.jpg', image[..., ::-1])[1].tobytes()
 
 
 def draw_precision(evaluation: COCOeval, name: str) -> Figure:
-    """Precision over recall, the mean of all classes that have objects."""
+    """Plot precision over recall, the mean over the classes with objects."""
     figure = Figure(figsize=(5.2, 3.6), layout='constrained')
     axis = figure.subplots()
     precision = evaluation.eval['precision'][:, :, :, 0, -1]
@@ -58,7 +58,7 @@ def draw_precision(evaluation: COCOeval, name: str) -> Figure:
 
 
 def draw_scores(scores: Scores) -> Figure:
-    """Precision, recall and F1 over the least score that a detection must have."""
+    """Plot precision, recall and F1 over the score threshold."""
     figure = Figure(figsize=(5.2, 3.6), layout='constrained')
     axis = figure.subplots()
     for name, line in (('precision', '--'), ('recall', ':'), ('f1', '-')):
@@ -67,7 +67,7 @@ def draw_scores(scores: Scores) -> Figure:
     axis.plot(*best, 'ko')
     axis.annotate(f'best F1 {best[1]:.2f} at {best[0]:.2f}', best, (0, -16), textcoords='offset points', ha='center',
                   bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))  # fmt: skip
-    axis.set(xlim=(0, 1), ylim=(0, 1.08), xlabel='least score', title='boxes, IoU at least 0.50')
+    axis.set(xlim=(0, 1), ylim=(0, 1.08), xlabel='score threshold', title='boxes, IoU at least 0.50')
     axis.grid(alpha=0.3)
     axis.legend(loc='lower left')
     return figure
@@ -200,14 +200,14 @@ def draw_worst(
                 for longer in (max(800, *image.shape[:2]), 2 * SIDE)
             )
             path = folder / f'{image_id}_{Path(name).stem}.jpg'
-            path.write_bytes(as_jpeg(tile_pictures(full, 2)))
+            path.write_bytes(encode_jpeg(tile_pictures(full, 2)))
             width = round(SIDE * image.shape[1] / max(image.shape[:2]))
             pictures.append(
                 dict(
                     name=name,
                     counts=describe_outcome(outcome),
                     whole=f'{folder.name}/{path.name}',
-                    sides=[embedded(as_jpeg(side), 'jpeg', width) for side in small],
+                    sides=[embed_picture(encode_jpeg(side), 'jpeg', width) for side in small],
                 )
             )
         if pictures:

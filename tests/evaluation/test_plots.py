@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from spec_mmdet.evaluation.figures import CLASSES, draw_confusion, list_confusions, select_confused
+from spec_mmdet.evaluation.plots import CLASSES, draw_confusion, list_confusions, select_confused
 
 
 def many_classes() -> tuple[np.ndarray, list[str]]:
