@@ -146,7 +146,7 @@ class Export:
         split, near = split or self.infer_split(label), near.lower() if near.lower() in self.folders else ''
         for spelling in list_spellings(name):
             stated = split_path(spelling)
-            fits: dict[int, list[Path]] = defaultdict(list)
+            fits: dict[tuple[int, bool], list[Path]] = defaultdict(list)
             same = self.by_name.get(stated[-1], []) if stated else []
             same = [path for path in same if not near or near in self.format_path(path).lower().split('/')[:-1]]
             same = [path for path in same if split in (None, WHOLE) or self.infer_split(path) in (None, split)]
@@ -154,7 +154,7 @@ class Export:
                 own = split_path(self.format_path(path))
                 shared = min(len(own), len(stated))
                 if own[-shared:] == stated[-shared:]:
-                    fits[shared].append(path)
+                    fits[shared, own == stated].append(path)
             if fits and len(best := fits[max(fits)]) == 1:
                 return best[0]
             if loosely and len(same) == 1 and not fits and stated[-2].lower() not in self.folders:

@@ -43,10 +43,9 @@ def load_tasks(path: Path) -> list[dict]:
     return tasks if known else []
 
 
-def list_results(task: dict) -> Iterator[dict]:
+def list_results(task: dict, annotations: list[dict]) -> Iterator[dict]:
     """The results of a task's first annotation, each with its value's fields and the image's size."""
-    done = [entry for entry in task.get('annotations', ()) if not entry.get('was_cancelled')]
-    for result in done[0].get('result', ()) if done else ():
+    for result in annotations[0].get('result', ()) if annotations else ():
         yield {**result, **result.get('value', {})}
     for value in task.values() if 'annotations' not in task else ():  # JSON-MIN: a list for each control
         if isinstance(value, list):
@@ -62,15 +61,20 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
         detail = f'task {task.get("id")}: {next((name for name in names if "/" in name), "")}'
         export.add_error(MISSING, path, detail)
         return
-    if named[0] in builder.paths or len(task.get('annotations', ())) > 1:
-        export.add_warning(
-            'tasks with several annotations, of which the first is used', path, export.format_path(named[0])
-        )
-        if named[0] in builder.paths:
+    (image,) = set(named)
+    annotations = [entry for entry in task.get('annotations', ()) if not entry.get('was_cancelled')]
+    if 'annotations' in task and not annotations:
+        export.add_warning('tasks without an annotation, not used', path, export.format_path(image))
+        export.used.add(image)
+        return
+    if image in builder.paths or len(annotations) > 1:
+        kind = 'tasks with several annotations, of which the first is used'
+        export.add_warning(kind, path, export.format_path(image))
+        if image in builder.paths:
             return
-    results = list(list_results(task))
+    results = list(list_results(task, annotations))
     stated = next(([r['original_width'], r['original_height']] for r in results if r.get('original_height')), [])
-    size = builder.add_image(named[0], path, stated)
+    size = builder.add_image(image, path, stated)
     for result in results if size else ():
         kind = next((kind for kind in LABELS if kind in result), None)
         where = f'task {task.get("id")}, {result.get("type") or result.get("id") or ""}'.strip(' ,')

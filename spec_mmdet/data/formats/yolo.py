@@ -238,9 +238,13 @@ def add_yolo(builder: Builder, image: Path, labels: Path | None, classes: dict[i
     except InputError:
         builder.add_fault('label files that are not text in UTF-8', labels)
         return
+    seen = set()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if line.strip() and line in seen:
+            export.add_warning('lines that a label file contains twice, used once', labels, f'line {number}')
+        if not line.strip() or line in seen:
             continue
+        seen.add(line)
         try:
             add_line(builder, line.split(), size, classes, keypoints)
         except ValueError as error:
