@@ -695,7 +695,7 @@ FAULTS = {
     'Label Studio: no annotation': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0].update(
         annotations=[])), 'warnings', 'photo 1.png'),
     'line twice': ('labelimg', add('photo 1.txt', '0 .5 .5 .1 .1\n' * 2), 'warnings', 'line 2'),
-    'COCO: another image of the name': ('fiftyone_coco', add('data/old/007.png', b''), 'warnings', 'data/old/007.png'),
+    'COCO: two images of the stated name': ('fiftyone_coco', add('data/old/007.png', b''), 'errors', '007.png'),
     'Label Studio: two annotations': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0].update(
         annotations=tasks[0]['annotations'] * 2)), 'warnings', 'photo 1.png'),
 }  # fmt: skip
