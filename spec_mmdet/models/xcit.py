@@ -123,7 +123,9 @@ def encode_grid(h: int, w: int, hidden: int, temperature: float, rows: Tensor, c
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in a later training
 def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
     """Return the encoding of a grid of h x w tokens: float32, shape (1, 2 * hidden, h, w)."""
-    return encode_grid(h, w, hidden, temperature, *(torch.full((1, 1), float(n), device=device) for n in (h, w)))
+    # A number converted to float would fix the size of an exported graph.
+    last = (torch.full((1, 1), n, dtype=torch.float32, device=device) for n in (h, w))
+    return encode_grid(h, w, hidden, temperature, *last)
 
 
 class PositionEncoding(nn.Module):
