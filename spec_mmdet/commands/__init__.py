@@ -27,7 +27,7 @@ COMMANDS = {
     'compare': 'several trainings: AP over seeds, differences and their noise, curves',
     'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
     'benchmark': "time and memory against timm's XCiT and others",
-    'gpu-check': 'everything that only a GPU shows: what is right on it, and how fast it is',
+    'gpu-check': 'check everything that only a GPU shows: correct results, and speed',
     'flops': 'parameters and multiply-adds of configs',
 }
 

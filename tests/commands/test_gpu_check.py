@@ -1,31 +1,73 @@
-"""gpu-check runs on the CPU at a small size, and writes down what fails."""
+"""gpu-check runs on the CPU at a small size, records what fails and goes on; it passes where cuDNN rounds to TF32."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from spec_mmdet import InputError
 from spec_mmdet.commands import gpu_check
+from spec_mmdet.training import gpu_checks
 
 
-def test_all_parts_run_on_the_cpu(tmp_path, monkeypatch):
-    def wrong(args):
-        yield dict(seen=1)
-        gpu_check.require(False, 'as it should')
+def test_all_parts_run_on_the_cpu_and_what_fails_is_recorded(tmp_path, monkeypatch):
+    def wrong(check):
+        yield dict(operator='first', value=0.5, passed=False)
+        yield dict(operator='second', value=0.25, passed=True)
+        yield dict(operator='third', value=0.125, passed=False)
+        raise RuntimeError('no more\nand a second line')
 
-    monkeypatch.setitem(gpu_check.PARTS, 'wrong', wrong)
+    monkeypatch.setitem(gpu_checks.PARTS, 'wrong', wrong)
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(['--device', 'cpu', '--out', str(tmp_path)])
     assert ended.value.code == 1
     parts = json.loads((tmp_path / 'gpu_check.json').read_text())['parts']
     assert {name: part['failed'] for name, part in parts.items() if part['failed'] and name != 'wrong'} == {}
     assert all(part['rows'] for part in parts.values())
-    assert parts['wrong']['failed'].startswith('AssertionError: as it should (')
-    assert '## wrong\n\n**failed**: AssertionError' in (tmp_path / 'gpu_check.md').read_text()
+    assert [row['operator'] for row in parts['wrong']['rows']] == ['first', 'second', 'third']
+    faults = parts['wrong']['failed'].split('; ')
+    assert faults[:2] == ['operator first, value 0.5', 'operator third, value 0.125']
+    assert faults[2].startswith('RuntimeError: no more (')
+    assert '## wrong\n\n**failed**: operator first' in (tmp_path / 'gpu_check.md').read_text()
+
+
+def test_tf32_is_off_in_comparisons_alone(tmp_path):
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in flags]
+
+    @gpu_checks.disable_tf32
+    def part(check):
+        yield dict(tf32=[each.allow_tf32 for each in flags])
+        raise RuntimeError
+
+    rows, failed = gpu_checks.run_part(part, gpu_checks.GpuCheck('cpu', tmp_path))
+    assert rows == [dict(tf32=[False, False])] and failed.startswith('RuntimeError')
+    assert [each.allow_tf32 for each in flags] == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec('pretend_gpu') is None, reason='the pretended GPU is not importable')
+def test_a_correct_gpu_with_tf32_passes(tmp_path):
+    (tmp_path / 'script.py').write_text(
+        'from pathlib import Path\n'
+        'from spec_mmdet.training.gpu_checks import GpuCheck, check_half_precision, check_operators, run_part\n'
+        "check = GpuCheck('cuda', Path('.'))\n"
+        'for part in (check_operators, check_half_precision, check_operators.__wrapped__):\n'
+        '    print(run_part(part, check)[1])\n'
+    )
+    env = dict(os.environ, PRETEND_TF32='1', PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    command = [sys.executable, '-m', 'pretend_gpu', '--run', 'script.py']
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    operators, half_precision, rounded = ended.stdout.splitlines()[-3:]
+    assert operators == half_precision == ''
+    assert 'operator convolution' in rounded  # without accounting for TF32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(InputError, match='no GPU here'):
+    with pytest.raises(InputError, match='no GPU'):
         gpu_check.main([])

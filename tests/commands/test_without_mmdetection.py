@@ -48,7 +48,7 @@ def test_every_command_says_what_to_install(tmp_path, kind):
     assert run(tmp_path, '--help').returncode == 0
 
 
-HEAVY = {'prepare', 'gpu-check'}  # whose help is made of what the package knows
+HEAVY = {'prepare'}  # whose help is made of what the package knows
 
 
 @pytest.mark.parametrize('name', sorted({*COMMANDS} - HEAVY))

@@ -1,0 +1,331 @@
+"""Checks of everything that only a GPU shows: correct results, and speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss
+from torch import Tensor
+
+from ..data.shapes import write_split
+from ..files import write
+from ..models.attention import xca_gram, xca_plain
+from ..models.products import Upsample, compute_gram
+from ..models.xcit import SpecXCiT
+from .speed import AMP, Setting, build_detector, make_objects, measure_models, measure_seconds
+
+LIMIT = 6 * 60  # seconds after which no part begins
+TOLERANCE = 2e-4  # of the largest number, in float32 without TF32
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class GpuCheck:
+    """What is checked, and where.
+
+    Attributes:
+        device: for instance 'cuda'; on 'cpu' everything is small, to test the checks.
+        out: the folder of the report.
+    """
+
+    device: str
+    out: Path
+
+    @property
+    def small(self) -> bool:
+        return torch.device(self.device).type == 'cpu'
+
+    @property
+    def arch(self) -> str:
+        return 'nano_12' if self.small else 'small_12'
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (64, 64) if self.small else (800, 1216)
+
+
+def disable_tf32(part: Callable[[GpuCheck], Iterator[Row]]) -> Callable[[GpuCheck], Iterator[Row]]:
+    """Make a part compute float32 products and convolutions in float32: cuDNN rounds operands to 10 bits by default."""
+
+    @wraps(part)
+    def run(check: GpuCheck) -> Iterator[Row]:
+        backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        before = [backend.allow_tf32 for backend in backends]
+        try:
+            for backend in backends:
+                backend.allow_tf32 = False
+            yield from part(check)
+        finally:
+            for backend, allowed in zip(backends, before):
+                backend.allow_tf32 = allowed
+
+    return run
+
+
+def measure_difference(own: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between two tensors over the largest number of the second."""
+    return ((own.cpu().double() - expected.double()).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def make_xca_arguments(tokens: int, heads: int, head_dim: int, lam: float = 0.0) -> list[Tensor]:
+    """Make tokens and weights for XCA, in float64."""
+    C = heads * head_dim
+    randn = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    W = randn(3 * C, C) * C**-0.5 + lam * torch.eye(C, dtype=torch.float64).repeat(3, 1)
+    return [randn(2, tokens, C), W, 0.1 * randn(3 * C), randn(C, C) * C**-0.5, 0.1 * randn(C), 1 + randn(heads, 1, 1)]
+
+
+def compute_gradients(function: Callable[..., Tensor], inputs: list[Tensor], by_y: Tensor) -> list[Tensor]:
+    """Return a function's value and the gradients with respect to its inputs, given that of its value."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, by_y.expand_as(y).to(y))]
+
+
+@disable_tf32
+def check_operators(check: GpuCheck) -> Iterator[Row]:
+    """Compare each operator's values and gradients with the CPU's."""
+    torch.manual_seed(0)
+    corners = torch.rand(500, 2) * 200
+    boxes = torch.cat([corners, corners + 4 + torch.rand(500, 2) * 60], dim=1)
+    regions = torch.cat([torch.zeros(500, 1), boxes], dim=1)
+    upsample = Upsample(64, 64, 2)
+    operators = {
+        'RoIAlign': (lambda x: RoIAlign(7, 0.25, 0)(x, regions.to(x.device)), [torch.randn(1, 32, 64, 64)]),
+        'focal loss': (
+            lambda x: sigmoid_focal_loss(x, (torch.arange(400) % 81).to(x.device), 2.0, 0.25, None, 'none'),
+            [torch.randn(400, 80)],
+        ),
+        'convolution': (F.conv2d, [torch.randn(2, 64, 24, 40), torch.randn(64, 64, 3, 3)]),
+        'transposed convolution': (
+            lambda x, W, b: F.conv_transpose2d(x, W, b, 2) if x.is_cuda else torch.func.functional_call(
+                upsample, dict(weight=W, bias=b), x
+            ),
+            [torch.randn(2, 64, 24, 40), upsample.weight.detach(), upsample.bias.detach()],
+        ),
+        'XCA, Gram form': (xca_gram, [t.float() for t in make_xca_arguments(1000, 4, 48)]),
+        'XCA, lambda = 10': (xca_gram, [t.float() for t in make_xca_arguments(1000, 4, 48, lam=10.0)]),
+    }  # fmt: skip
+    for name, (function, inputs) in operators.items():
+        last = function(*inputs).shape[-1]
+        by_y = torch.arange(1.0, last + 1) / last
+        results = [
+            compute_gradients(function, [tensor.to(device) for tensor in inputs], by_y)
+            for device in ('cpu', check.device)
+        ]
+        value, *gradients = (measure_difference(own, expected) for expected, own in zip(*results))
+        yield dict(operator=name, value=value, gradient=max(gradients), passed=max(value, *gradients) < TOLERANCE)
+    scores = torch.rand(500)
+    kept = [nms(boxes.to(device), scores.to(device), 0.5)[1].tolist() for device in ('cpu', check.device)]
+    yield dict(operator='nms', value=float(kept[0] != kept[1]), passed=kept[0] == kept[1])
+
+
+def check_half_precision(check: GpuCheck) -> Iterator[Row]:
+    """Compare errors under autocast with float64: those of the Gram form over those of the plain form."""
+    x = torch.randn(2, 4000, 192, device=check.device).bfloat16()
+    exact = x.double().mT @ x.double()
+    error = ((compute_gram(x) - exact).norm() / exact.norm()).item()
+    passed = compute_gram(x).dtype == torch.float32 and error < 2**-9
+    yield dict(product='Gram matrix of bfloat16', value=error, passed=passed)
+    for lam in (0.0, 10.0):
+        inputs = make_xca_arguments(2000, 4, 48, lam)
+        by_y = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        expected = compute_gradients(xca_plain, inputs, by_y)
+        on_device = [tensor.float().to(check.device) for tensor in inputs]
+        for dtype in (torch.bfloat16, torch.float16):
+            errors = []
+            for form in (xca_gram, xca_plain):
+                with torch.autocast(torch.device(check.device).type, dtype):
+                    own = compute_gradients(form, on_device, by_y)
+                relative = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(own, expected)]
+                errors.append([relative[0], np.linalg.norm(relative[1:])])
+            value, gradient = (float(gram / plain) for gram, plain in zip(*errors))
+            passed = value <= 1.05 and gradient <= 1.1  # and not where one is not finite
+            yield dict(product=f'XCA, lambda = {lam:g}, {dtype}', value=value, gradient=gradient, passed=passed)
+
+
+def check_training_steps(check: GpuCheck) -> Iterator[Row]:
+    """Run a training step of the detector in every precision and conditioning."""
+    kind = torch.device(check.device).type
+    images = torch.randn(1 if check.small else 2, 3, *check.size, device=check.device)
+    samples = [make_objects(*check.size).to(check.device) for _ in images]
+    for conditioning in ('identity',) if check.small else ('ours', 'identity', 'svd'):
+        model = build_detector(conditioning, check.arch, 16).to(check.device).train()
+        for amp, dtype in AMP.items():
+            if check.small and amp == 'fp16':
+                continue  # whose convolutions take minutes on a CPU
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+            scaler = torch.amp.GradScaler(kind, init_scale=2.0**10, enabled=amp == 'fp16')
+            with torch.autocast(kind, dtype, enabled=amp is not None):
+                loss = model.parse_losses(model(images, samples, mode='loss'))[0]
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            scaler.step(optimizer)
+            scaler.update()
+            passed = bool(np.isfinite([loss.item(), norm]).all())
+            row = dict(conditioning=conditioning, precision=amp or 'fp32', loss=loss.item())
+            yield dict(**row, gradient_norm=norm, passed=passed)
+
+
+def check_resuming(check: GpuCheck) -> Iterator[Row]:
+    """Train on generated shapes and resume the training."""
+    data, work = check.out / 'shapes', check.out / 'demo'
+    count = 8 if check.small else 800
+    for split, images in dict(train=count, val=8).items():
+        write_split(data, split, images, 256, np.random.default_rng(images))
+    for epochs in ('1', '2'):
+        options = ['--cfg-options', 'default_hooks.logger.interval=1', 'param_scheduler.0.end=1', 'val_cfg=None']
+        options += ['val_dataloader=None', 'val_evaluator=None', *(['--resume'] if epochs == '2' else [])]
+        command = ['train', 'xcit_spec_shapes', '--data', data, '--work-dir', work, '--no-check', '--epochs', epochs]
+        subprocess.run([sys.executable, '-m', 'spec_mmdet', *command, *options], check=True)
+    logs = [path.read_text() for path in sorted(work.glob('*/vis_data/scalars.json'))]
+    losses = [entry['loss'] for entry in map(json.loads, ''.join(logs).splitlines()) if 'loss' in entry]
+    falls = check.small or bool(np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20]))
+    passed = falls and len(losses) == 2 * (count // 8)  # the second epoch alone was added by --resume
+    yield dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], passed=passed)
+
+
+@disable_tf32
+def check_compiled(check: GpuCheck) -> Iterator[Row]:
+    """Compare compiled blocks with those that are not, on several sizes, without a graph break."""
+    backend = 'aot_eager' if check.small else 'inductor'
+    torch.compiler.reset()
+    arch = dict(dim=32, depth=4, num_heads=4) if check.small else check.arch
+    own = SpecXCiT(arch, compile=dict(dynamic=True, fullgraph=True, backend=backend)).to(check.device)
+    plain = SpecXCiT(arch).to(check.device)
+    plain.load_state_dict(own.state_dict())
+    for height, width in ((64, 96), (96, 128)) if check.small else ((800, 1216), (640, 960), (1216, 800)):
+        images = torch.randn(1, 3, height, width, device=check.device)
+        start = time.perf_counter()
+        results = []
+        for model in (own, plain):
+            model.zero_grad()
+            y = model(images)[0]
+            y.square().mean().backward()
+            results.append([y.detach(), model.blocks[0].mlp.fc1.weight.grad])
+        value, gradient = (measure_difference(a, b.cpu()) for a, b in zip(*results))
+        seconds = time.perf_counter() - start
+        passed = max(value, gradient) < 10 * TOLERANCE
+        yield dict(size=f'{height}x{width}', value=value, gradient=gradient, seconds=seconds, passed=passed)
+
+
+@disable_tf32
+def measure_limits(check: GpuCheck) -> Iterator[Row]:
+    """Measure the device's own rates: of large square products, and of copying."""
+    n = 256 if check.small else 8192
+    cuda = torch.device(check.device).type == 'cuda'
+    for name, dtype, tf32 in (
+        ('float32', torch.float32, False),
+        ('TF32', torch.float32, True),
+        ('bfloat16', torch.bfloat16, False),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        a = torch.randn(n, n, device=check.device, dtype=dtype)
+        seconds = min(measure_seconds(partial(torch.mm, a, a), cuda) for _ in range(6))
+        yield dict(limit=f'{name} products', rate=f'{2 * n**3 / seconds / 1e12:.2f} TFLOP/s')
+    a = torch.empty(n * n * 4, device=check.device)
+    seconds = min(measure_seconds(a.clone, cuda) for _ in range(6))
+    yield dict(limit='copying', rate=f'{2 * a.numel() * 4 / seconds / 1e9:.0f} GB/s')
+
+
+def measure_speed(what: str, amp: str | None, check: GpuCheck) -> Iterator[Row]:
+    """Yield the rows of spec-mmdet benchmark."""
+    names = ['timm', 'timm-compiled', 'plain-form', 'ours', 'ours-compiled', 'identity']
+    if what == 'detector':
+        names = ['plain-form', 'ours', 'ours-compiled', 'resnet-50', 'swin-t']
+    if check.small:
+        names = [name for name in names if name in ('timm', 'ours')]
+    setting = Setting(
+        check.arch,
+        batch=1 if check.small else 4,
+        size=check.size,
+        amp=amp,
+        device=check.device,
+        detector=what == 'detector',
+        rounds=1 if check.small else 10,
+        memory=not check.small,
+    )
+    yield from measure_models(names, setting)
+
+
+PARTS: dict[str, Callable[[GpuCheck], Iterator[Row]]] = {
+    'operators': check_operators,
+    'half precision': check_half_precision,
+    'limits of the device': measure_limits,
+    'training steps': check_training_steps,
+    'demo and resuming': check_resuming,
+    'compiled': check_compiled,
+    'backbone, bf16': partial(measure_speed, 'backbone', 'bf16'),
+    'detector, bf16': partial(measure_speed, 'detector', 'bf16'),
+    'backbone, float32': partial(measure_speed, 'backbone', None),
+}
+
+
+def run_part(part: Callable[[GpuCheck], Iterator[Row]], check: GpuCheck) -> tuple[list[Row], str]:
+    """Run a part to its end; return its rows, and which comparisons failed, or the exception that ended it."""
+    rows, faults = [], []
+    try:
+        for row in part(check):
+            rows.append(row)
+            if not row.get('passed', True):
+                faults.append(
+                    ', '.join(f'{key} {format_value(value)}' for key, value in row.items() if key != 'passed')
+                )
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        first = str(error).partition('\n')[0]
+        faults.append(f'{type(error).__name__}: {first} ({Path(frame.filename).name}:{frame.lineno}, {frame.line})')
+    return rows, '; '.join(faults)
+
+
+def format_value(value: object) -> str:
+    """Return a number with four digits, and anything else as text."""
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def format_report(head: str, parts: dict[str, dict]) -> str:
+    """Return the report in Markdown, with a table for each part."""
+    lines = ['# spec-mmdet gpu-check', '', head, '']
+    for name, part in parts.items():
+        outcome = f'**failed**: {part["failed"]}' if part['failed'] else 'ok'
+        lines += [f'## {name}', '', f'{outcome}, {part["seconds"]:.0f} s', '']
+        if keys := list(dict.fromkeys(key for row in part['rows'] for key in row)):
+            lines += [f'| {" | ".join(keys)} |', '|---' * len(keys) + '|']
+            lines += [f'| {" | ".join(format_value(row.get(key, "")) for key in keys)} |' for row in part['rows']]
+            lines.append('')
+    return '\n'.join(lines)
+
+
+def run_checks(check: GpuCheck, head: str) -> Iterator[tuple[str, str]]:
+    """Run all parts, and write gpu_check.md and gpu_check.json after each, so that finished parts are never lost.
+
+    Args:
+        check: what is checked.
+        head: the first line of the report.
+
+    Yields:
+        A part's name and how it failed, empty if it passed.
+    """
+    start, parts = time.time(), {}
+    for name, part in PARTS.items():
+        begin = time.time()
+        rows, failed = [], f'not started: {LIMIT} s had passed'
+        if begin - start < LIMIT:
+            rows, failed = run_part(part, check)
+        parts[name] = dict(failed=failed, seconds=time.time() - begin, rows=rows)
+        write(check.out / 'gpu_check.json', json.dumps(dict(head=head, parts=parts), indent=1))
+        write(check.out / 'gpu_check.md', format_report(head, parts))
+        yield name, failed
