@@ -73,6 +73,8 @@ def command_line() -> Iterator[None]:
     """
     # MMEngine uses pkg_resources, which its user cannot change.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    # With gradient accumulation the learning rate's schedule counts iterations, the first of which are no steps.
+    warnings.filterwarnings('ignore', message=r'Detected call of `scheduler.step\(\)` before')
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
         # MMEngine's log, for one, could not be written with names outside ASCII.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])

@@ -244,12 +244,15 @@ def explain_config_error(error: BaseException) -> str | None:
     if isinstance(error, KeyError) and (registry := frames[-1].f_locals.get('registry')):
         near = get_close_matches(str(kind), [*registry.module_dict, *(registry.parent or registry).module_dict], 1)
         if ' is not in the ' in str(error):
-            return f'config: there is no {kind} in the {registry.name} registry' + f'; is {near[0]} meant?' * bool(near)
+            return f'config: there is no {kind} in the {registry.name} registry{suggest(near)}'
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         near = get_close_matches(unknown[1], find_arguments(kind) or (), 1)
     name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
-    meant = f'; is {near[0]} meant?' if near else ''
-    return f'config: {kind} cannot be built: {name}{to_one_line(error)}{meant}'
+    return f'config: {kind} cannot be built: {name}{to_one_line(error)}{suggest(near)}'
+
+
+def suggest(near: Sequence[str]) -> str:
+    return f'; is {near[0]} meant?' if near else ''
 
 
 def to_one_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor
@@ -25,6 +26,8 @@ from ..conditioning import require_same_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write
 from .saving import describe_last_checkpoint, unwrap_model
+
+NORM = 'train/grad_norm'  # where MMEngine logs it
 
 
 @HOOKS.register_module()
@@ -59,8 +62,9 @@ class CheckpointGuard(Hook):
 class FiniteGuard(Hook):
     """Stop a training whose loss or gradient is not finite, before anything of it is saved.
 
-    In mixed precision with a loss scale, a gradient that overflows is a step that is left out, after which the scale is
-    lower: only so many iterations in a row of which the loss is not finite, or whose step is left out, stop it.
+    In mixed precision with a loss scale, a step whose gradient overflows is left out, and the scale becomes lower: only
+    ``patience`` such iterations in a row stop the training. Their infinite numbers are left out of the logged means,
+    which JSON could not hold.
 
     Args:
         patience: how many iterations.
@@ -93,7 +97,8 @@ class FiniteGuard(Hook):
             outputs.update(figures)
         wrong = [f'{name} {value}' for name, value in figures.items() if not isfinite(value)]
         scaled = is_scaled(runner)
-        norm = runner.message_hub.log_scalars.get('train/grad_norm')
+        logged = runner.message_hub.log_scalars
+        norm = logged.get(NORM)
         if scaled:
             if runner.optim_wrapper.should_update() and not self.stepped:
                 wrong.append(f'the gradient, at a loss scale of {runner.optim_wrapper.loss_scaler.get_scale():g}')
@@ -105,14 +110,19 @@ class FiniteGuard(Hook):
         elif runner.optim_wrapper.should_update():
             self.in_a_row = 0
         if not wrong or (scaled and self.in_a_row < self.patience):
+            for name in [name for name, value in figures.items() if not isfinite(value)]:
+                del outputs[name]
+            if norm is not None and not isfinite(norm.current()):
+                del logged[NORM]
+                if len(norm.data[0]) > 1:
+                    logged[NORM] = HistoryBuffer(*(column[:-1] for column in norm.data))
             return
         images = [Path(getattr(sample, 'img_path', '?')).name for sample in data_batch.get('data_samples', [])]
         dump = Path(runner.work_dir, f'not_finite_{runner.iter + 1}_{get_rank()}.pth')
         write(dump, serialize(dict(iter=runner.iter + 1, figures=figures, images=images, inputs=data_batch['inputs'])))
         raise InputError(
             f'iteration {runner.iter + 1}: not finite: {list_briefly(wrong)}; images: {", ".join(images)}. Training '
-            f'stopped; {describe_last_checkpoint(runner)}. The batch is in {dump}. A lower learning rate or '
-            'optim_wrapper.clip_grad may help.'
+            f'stopped; {describe_last_checkpoint(runner)}. The batch is in {dump}. {advise(runner)}'
         )
 
 
@@ -120,6 +130,16 @@ def is_scaled(runner: Runner) -> bool:
     """Whether a runner trains in mixed precision with a loss scale."""
     optim = runner.optim_wrapper
     return isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
+
+
+def advise(runner: Runner) -> str:
+    """Return what may keep a runner's numbers finite."""
+    if not is_scaled(runner) or runner.optim_wrapper.cast_dtype == torch.bfloat16:
+        return 'A lower learning rate or optim_wrapper.clip_grad may help.'
+    return (
+        'float16 ends at 65504: --cfg-options optim_wrapper.dtype=bfloat16 has the range of float32, and without --amp '
+        'the training runs in float32; a fixed optim_wrapper.loss_scale may be too high.'
+    )
 
 
 def to_floats(figures: dict[str, Tensor | float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Mixed precision: steps that are left out because a gradient overflows, and when they are too many."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -47,8 +48,8 @@ def amp_on_cpu(monkeypatch):
 def train(work: Path, what: str, iterations: list[int], accumulate: int = 1, **settings) -> tuple[Overflow, object]:
     """Four epochs of four iterations."""
     overflow = Overflow(what, iterations)
-    optim = dict(type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=0.01), dtype='bfloat16', **settings)
-    optim['accumulative_counts'] = accumulate
+    optim = dict(type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=accumulate)
+    optim |= dict(dtype='bfloat16') | settings
     runner = toy.runner(work, optim_wrapper=optim, custom_hooks=[dict(type='FiniteGuard'), overflow])
     runner.train()
     return overflow, runner.optim_wrapper.loss_scaler
@@ -83,6 +84,51 @@ def test_ten_in_a_row_stop_the_training(amp_on_cpu, tmp_path, what, accumulate, 
     line = str(stopped.value)
     assert '\n' not in line and re.search(r'the last good checkpoint is .*epoch_3.pth. The batch is in', line)
     assert load(tmp_path / f'not_finite_{stops}_0.pth')['iter'] == stops
+
+
+@pytest.mark.parametrize('what', ['gradient', 'loss'])
+def test_steps_left_out_are_not_in_the_means_that_are_logged(amp_on_cpu, tmp_path, what):
+    """The first step and a later one overflow; every fourth iteration logs the mean of the last four steps."""
+    norms, losses, sent = [], [], []
+
+    class Note(Hook):
+        def before_train(self, runner) -> None:
+            optim = runner.optim_wrapper
+            optim.optimizer.register_step_pre_hook(
+                lambda *args: sent.append(
+                    torch.cat([parameter.grad.flatten() for parameter in runner.model.parameters()])
+                )
+            )
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+            finite = runner.iter + 1 not in (1, 7)
+            norms.append(sent.pop().norm().item() if finite else None)
+            losses.append(outputs.get('loss') if finite or what == 'gradient' else None)
+
+    hooks = [dict(type='FiniteGuard'), Overflow(what, [1, 7]), Note()]
+    optim = dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=0.01), dtype='bfloat16', loss_scale='dynamic')
+    optim['clip_grad'] = dict(max_norm=1e9)
+    logger = dict(checkpoint=None, logger=dict(type='LoggerHook', interval=4))
+    toy.runner(tmp_path, optim_wrapper=optim, custom_hooks=hooks, default_hooks=logger).train()
+    (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in scalars.read_text().splitlines()]
+    lines = [line for line in lines if 'loss' in line]
+    assert len(lines) == 4
+    for end, line in zip((4, 8, 12, 16), lines):
+        for logged, values in ((line['grad_norm'], norms), (line['loss'], losses)):
+            values = [value for value in values[:end] if value is not None][-4:]
+            assert logged == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_an_overflow_of_float16_is_not_mended_by_a_lower_learning_rate(amp_on_cpu, tmp_path):
+    for dtype, helps in (('float16', 'optim_wrapper.dtype=bfloat16'), ('bfloat16', 'learning rate')):
+        with pytest.raises(InputError, match=helps) as stopped:
+            train(tmp_path / dtype, 'gradient', list(range(1, 17)), dtype=dtype)
+        assert ('learning rate' in str(stopped.value)) == (dtype == 'bfloat16')
 
 
 def test_without_a_scale_the_first_one_stops(tmp_path):
