@@ -25,7 +25,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: 1 where x2 and y2 are the last pixels inside the box, 0 where they are its edges.
     """
     boxes, scores = widen(boxes, scores)
-    return torchvision.ops.nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, _single(iou_threshold))
+    if offset:
+        boxes = torch.cat(
+            [boxes[:, :2], boxes[:, 2:] + offset], dim=1
+        )  # a tensor of numbers would be copied to the GPU
+    return torchvision.ops.nms(boxes, scores, _single(iou_threshold))
 
 
 def _overlaps(box: np.ndarray, boxes: np.ndarray, offset: int = 0) -> np.ndarray:

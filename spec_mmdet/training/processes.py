@@ -63,6 +63,13 @@ def get_waiting_group() -> torch.distributed.ProcessGroup:
     return _waiting[0]
 
 
+def start_max(number: torch.Tensor) -> torch.distributed.Work:
+    """Start to replace a tensor on the CPU by the largest one of all processes, and return what can be waited for."""
+    return torch.distributed.all_reduce(
+        number, torch.distributed.ReduceOp.MAX, group=get_waiting_group(), async_op=True
+    )
+
+
 def decide_on_main(decide: Callable[[], T]) -> T:
     """Run a function in the main process alone, and return its result in all processes.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-import torch
 from mmdet.registry import RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
@@ -37,6 +37,8 @@ from .terminal import Terminal
 
 RESUME = 'Fix this, then continue from the last checkpoint with --resume.'
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+# Parts of the messages of PyTorch (OutOfMemoryError, AcceleratorError), cuBLAS, cuDNN and NCCL.
+OUT_OF_MEMORY = re.compile('out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator')
 # Parts of PyTorch's messages about faults outside the program, and what they mean.
 TROUBLES = {
     'DataLoader worker': 'a worker that loads images has died, often from lack of memory or shared memory (df '
@@ -47,6 +49,12 @@ TROUBLES = {
     'Timed out waiting': 'another process has not answered within env_cfg.dist_cfg.timeout: it hangs, or has ended',
     'Connection closed by peer': 'another process has ended',
     'Connection reset by peer': 'another process has ended',
+    'Operation timed out': 'another process has not answered for 10 minutes: it hangs, or has ended',
+    'Watchdog caught collective operation timeout': 'another process has not answered within '
+    'env_cfg.dist_cfg.timeout: it hangs, or has ended',
+    'NCCL communicator was aborted': 'another process hangs, or has ended',
+    'remote process exited': 'another process has ended, or the network to it has failed',
+    'NCCL error': 'the GPUs cannot exchange data (NCCL_DEBUG=INFO shows why)',
 }
 
 
@@ -142,7 +150,7 @@ def one_line_errors() -> Iterator[None]:
         raise InputError(str(error).rpartition('InputError: ')[2].removesuffix(r'\n')) from error
     except (RuntimeError, MemoryError) as error:
         first = str(error).partition('\n')[0]
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'DefaultCPUAllocator' in str(error):
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise InputError(
                 f'out of memory ({first}). Add to --cfg-options: model.backbone.with_cp=True (recomputes activations '
                 'instead of keeping them; possible with --resume) or, for a new training, '

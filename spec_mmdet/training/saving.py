@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +25,10 @@ from ..checkpoints.writing import serialize
 from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
 from ..files import write
+from .processes import start_max
 
 INTERRUPTED = 'interrupted.pth'  # what a signal leaves
+PROMPT = timedelta(minutes=10)  # how long processes wait for each other before they agree on a signal
 EVALUATED = 'last_evaluation'  # the last epoch (or iteration, without epochs) whose evaluation has ended
 
 _received: list[int] = []
@@ -95,6 +98,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Look for the best checkpoint here, wherever the directory was when it was saved."""
         super().before_train(runner)
+        self.agreeing = None
         if getattr(self, 'best_ckpt_path', None):
             self.best_ckpt_path = self._here(self.best_ckpt_path)
         for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
@@ -196,7 +200,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
         """Save what is due; where a signal came, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if stop := agree_on_signal():
+        if stop := self._agree_on_signal():
             self._save(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter + 1))
             self._exit(runner, stop)
 
@@ -204,7 +208,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         """Where a signal came and this epoch is saved, exit; the evaluation is made up for."""
         saved = runner.message_hub.runtime_info.get('last_ckpt')
         is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(count_progress(runner))
-        if is_saved and (stop := agree_on_signal()):
+        if is_saved and (stop := self._agree_on_signal()):
             self._exit(runner, stop)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
@@ -219,6 +223,21 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
         if is_main_process():
             write(Path(runner.work_dir, EVALUATED), str(count_progress(runner)))
+
+    def _agree_on_signal(self) -> int:
+        """Return the signal that a process has received, in all processes after the same iteration; or 0.
+
+        Several processes agree while they compute the next iteration, on CPUs: neither they nor a GPU are waited for.
+        """
+        number = torch.tensor(_received[0] if _received else 0)
+        if get_world_size() == 1:
+            return int(number)
+        before, self.agreeing = self.agreeing, (start_max(number), number)
+        if before is None:
+            return 0
+        work, agreed = before
+        work.wait(PROMPT)
+        return int(agreed)
 
     def _exit(self, runner: Runner, number: int) -> None:
         runner.logger.info(f'{signal.Signals(number).name}: {self.last_ckpt} is saved; --resume goes on from it')
@@ -256,11 +275,3 @@ def describe_last_checkpoint(runner: Runner) -> str:
     """What to go back to, in words."""
     saved = runner.message_hub.runtime_info.get('last_ckpt')
     return f'the last good checkpoint is {saved}' if saved else 'no checkpoint was saved before'
-
-
-def agree_on_signal() -> int:
-    """The signal that one of the processes was sent, for all of them at the same iteration; 0 where none was."""
-    number = torch.tensor(_received[0] if _received else 0)
-    if get_world_size() > 1:
-        all_reduce(number, 'max')
-    return int(number)

@@ -106,7 +106,7 @@ def test_settings_follow_from_those_that_they_depend_on(capsys):
     [
         (['model.backbone.arch.depth=3'], 'depth must be at least 4, got 3'),
         (['model.backbone.arch.num_heads=5'], 'dim must be a multiple of 8 and of num_heads'),
-        (["custom_hooks=[{'type':'Zqxvvw'}]"], 'there is no Zqxvvw in the hook registry'),
+        (['default_hooks.more.type=Zqxvvw'], 'there is no Zqxvvw in the hook registry'),
         (['model.backbone.type=SpecXCit'], 'there is no SpecXCit in the model registry; is SpecXCiT meant?'),
         (['train_dataloader.dataset.type=CocoDatasets'], 'is CocoDataset meant?'),
         (['optim_wrapper.optimizer.type=SGD'], "unexpected keyword argument 'betas'"),

@@ -77,11 +77,11 @@ def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
 
 
 def test_processes_agree_on_a_signal(tmp_path):
-    # The second one alone is told, in the midst of an epoch: both end after the same iteration, and one saves it.
+    # The second one alone is told in its third iteration: both end after the next iteration, and one saves it.
     processes = two_processes(tmp_path, iteration=3, rank=1, number=int(signal.SIGTERM))
     assert [toy.status_of(process) for process in processes] == [143, 143]
     content = load(tmp_path / 'work' / 'interrupted.pth')
-    assert content['meta']['iter'] == 3 and (tmp_path / 'work' / 'last_checkpoint').read_text() == 'interrupted.pth'
+    assert content['meta']['iter'] == 4 and (tmp_path / 'work' / 'last_checkpoint').read_text() == 'interrupted.pth'
 
 
 @pytest.mark.parametrize('trouble', [signal.SIGSTOP, signal.SIGKILL])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from torch.distributed import DistBackendError
 
 from spec_mmdet.errors import InputError
 from spec_mmdet.training.guards import end_workers
@@ -134,3 +135,39 @@ def test_workers_that_are_kept_end_with_their_run(tmp_path):
     start = time.time()
     end_workers(runner)
     assert time.time() - start < 4 and not any(map(alive, processes))
+
+
+@pytest.mark.parametrize(
+    ('error', 'says'),
+    [
+        (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'), 'with_cp=True'),
+        (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), 'with_cp=True'),
+        (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), 'with_cp=True'),
+        (RuntimeError('CUDNN_BACKEND: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'), 'with_cp=True'),
+        (torch.AcceleratorError('CUDA error: out of memory\nCUDA kernel errors might be'), 'with_cp=True'),
+        (
+            DistBackendError("NCCL error in: NCCLUtils.cpp:93\nLast error:\nCuda failure 2 'out of memory'"),
+            'with_cp=True',
+        ),
+        (
+            DistBackendError('[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)'),
+            'has not answered',
+        ),
+        (DistBackendError('NCCL communicator was aborted on rank 1.'), 'another process hangs'),
+        (
+            DistBackendError('NCCL error in: NCCLUtils.cpp:93, remote process exited or there was a network'),
+            'has ended',
+        ),
+        (DistBackendError('NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error'), 'NCCL_DEBUG=INFO'),
+    ],
+)
+def test_errors_of_gpus_are_one_line(error, says):
+    with pytest.raises(InputError, match=says) as stopped, one_line_errors():
+        raise error
+    line = str(stopped.value)
+    assert '\n' not in line and str(error).partition('\n')[0].rstrip('.') in line
+
+
+def test_other_errors_of_a_gpu_stay_tracebacks():
+    with pytest.raises(RuntimeError, match='misaligned'), one_line_errors():
+        raise RuntimeError('CUDA error: misaligned address')
