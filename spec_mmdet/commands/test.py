@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmengine.dist import is_main_process
 
     from ..checkpoints.reading import fetch, get_run_info, load
-    from ..data.fitting import coco_datasets, configured_classes
+    from ..data.fitting import coco_datasets, configured_classes, has_masks
     from ..evaluation import report
     from ..evaluation.drawing import use_font_for
     from ..evaluation.metrics import DumpPredictions
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trigger_visualization_hook(cfg, args)
         cfg.default_hooks.visualization.type = 'PictureHook'
     if args.tta:
-        use_augmentation(cfg)
+        use_augmentation(cfg, has_masks(cfg.model))
 
     setup_cache_size_limit_of_dynamo()
     datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()

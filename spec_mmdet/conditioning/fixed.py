@@ -66,13 +66,18 @@ class Corrections(dict[str, Corrected]):
                 as its ``optimizer``, as Accelerate's and MMEngine's do.
 
         Raises:
-            InputError: if the optimiser has none of the corrected weights or keeps their corrections fixed already, or
-                is none of torch's.
+            InputError: if the optimiser has none of the corrected weights or keeps their corrections fixed already, is
+                none of torch's, or calls no step hooks (timm's Lookahead).
         """
         while hasattr(optimizer, 'optimizer'):
             optimizer = optimizer.optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise InputError(f'keep_fixed: {type(optimizer).__name__} is not a torch.optim.Optimizer')
+        if not getattr(type(optimizer).step, 'hooked', False):  # which PyTorch's Optimizer.__init__ sets
+            raise InputError(
+                f'keep_fixed: {type(optimizer).__name__} does not call step hooks. Call keep_fixed with the optimiser '
+                'inside it, before wrapping that'
+            )
         if not self._find_trained(optimizer):
             raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
         hooks = get_step_pre_hooks(optimizer)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
-from mmdet.datasets.transforms import LoadAnnotations
+from mmdet.datasets.transforms import CachedMixUp, CachedMosaic, LoadAnnotations
 from mmdet.evaluation import CocoMetric, LVISMetric
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
@@ -236,6 +236,33 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
     for dataset in coco_datasets({**cfg}):
         dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}
+
+
+def require_class_weights(cfg: Config) -> None:
+    """Check that each loss of a head that weights the classes has as many weights as the head has scores.
+
+    Raises:
+        InputError: naming the loss.
+    """
+    for head, node in find_class_heads(cfg.get('model')):
+        for name, loss in walk(node, head):
+            weights = loss.get('class_weight')
+            count = node['num_classes'] + (not loss.get('use_sigmoid'))
+            if isinstance(weights, (list, tuple)) and len(weights) != count and not loss.get('use_mask'):
+                background = '' if loss.get('use_sigmoid') else ' and the background'
+                raise InputError(
+                    f'{name}.class_weight in the config has {len(weights)} numbers for {node["num_classes"]} classes'
+                    f'{background}: give {count}'
+                )
+
+
+def report_caches(cfg: Config) -> None:
+    """Print which transforms of a config's training keep images between samples, so that resuming is inexact."""
+    nodes = [node for _, node in walk(cfg.get('train_dataloader'))]
+    if found := [node for node in nodes if is_kind_of(node, TRANSFORMS, (CachedMosaic, CachedMixUp))]:
+        names = ' and '.join(dict.fromkeys(find_class(node, TRANSFORMS).__name__ for node in found))
+        print(f'{names}: keeps images between samples, so a resumed training will not be bit-identical to one that was '
+              'never stopped')  # fmt: skip
 
 
 def has_masks(model: dict | None) -> bool:

@@ -42,10 +42,18 @@ class MaskTTAModel(DetTTAModel):
         return result
 
 
-def use_augmentation(cfg: Config) -> None:
+def use_augmentation(cfg: Config, masks: bool) -> None:
     """Make a config's test merge several views of an image: those that it defines, or the image and its mirror image;
     changes ``cfg``.
+
+    Args:
+        cfg: the whole config.
+        masks: whether the detector predicts masks. MMDetection's DetTTAModel, which cannot merge them, is then replaced
+            by :class:`MaskTTAModel`.
     """
+    if masks and 'tta_model' in cfg and MODELS.get(cfg.tta_model.type.removeprefix('mmdet.')) is DetTTAModel:
+        print('tta_model: MaskTTAModel instead of DetTTAModel, which cannot merge masks')
+        cfg.tta_model.type = 'MaskTTAModel'
     if 'tta_model' not in cfg:
         cfg.tta_model = dict(
             type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import platform
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmdet.registry import HOOKS
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import get_state_dict, load, require_training_state
 from ..compat import get_load_path
+from ..data.fitting import is_kind_of
 from ..errors import InputError, list_briefly
 from ..files import LEFTOVERS
 from .saving import INTERRUPTED
@@ -27,9 +33,32 @@ except ImportError:  # Windows
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Find the checkpoints in a work directory: of epochs, of iterations, and the one saved on a signal."""
-    return sorted(path for name in ('epoch_*.pth', 'iter_*.pth', INTERRUPTED) for path in folder.glob(name))
+def find_checkpoints(folder: Path, cfg: Config | None = None) -> list[Path]:
+    """Find the checkpoints of a training: of epochs, of iterations, and the one saved on a signal.
+
+    Args:
+        folder: the work directory.
+        cfg: the config, whose checkpoint hooks may have another folder (``out_dir``) and other names
+            (``filename_tmpl``). Files with MMEngine's default names are found in any case.
+    """
+    folders, templates = {folder}, {'epoch_{}.pth', 'iter_{}.pth', INTERRUPTED}
+    hooks = [*((cfg or {}).get('default_hooks') or {}).values(), *((cfg or {}).get('custom_hooks') or [])]
+    for hook in hooks:
+        if isinstance(hook, dict) and is_kind_of(hook, HOOKS, CheckpointHook):
+            work = os.path.abspath(folder)
+            if hook.get('out_dir') and hook['out_dir'] != work:
+                folders.add(Path(hook['out_dir'], os.path.basename(work)))  # as MMEngine does
+            templates.add(hook.get('filename_tmpl') or INTERRUPTED)
+    return sorted({path for place in folders for template in templates for path in match_template(place, template)})
+
+
+def match_template(folder: Path, template: str) -> Iterator[Path]:
+    """Yield the files in a folder whose names are a format string's with a number."""
+    parts = re.split(r'\{[^}]*\}', template)
+    name = re.compile(r'\d+'.join(map(re.escape, parts)))
+    for path in folder.glob('*'.join(map(glob.escape, parts))):
+        if name.fullmatch(path.relative_to(folder).as_posix()):
+            yield path
 
 
 def read_iteration(path: Path) -> int:
@@ -46,14 +75,16 @@ def read_iteration(path: Path) -> int:
     return content['meta']['iter']
 
 
-def find_newest_checkpoint(folder: Path) -> Path | None:
+def find_newest_checkpoint(folder: Path, cfg: Config | None = None) -> Path | None:
     """Return the intact checkpoint with the most iterations; print which it is, and which ones are corrupt.
+
+    See :func:`find_checkpoints` for the arguments.
 
     Raises:
         InputError: if there are checkpoints and all are corrupt.
     """
     intact, faults = {}, []
-    for path in find_checkpoints(folder):
+    for path in find_checkpoints(folder, cfg):
         try:
             intact[path] = read_iteration(path)
         except InputError as error:
@@ -72,15 +103,18 @@ def find_newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def require_no_checkpoints(folder: Path) -> None:
-    """Check that a work directory holds no checkpoints, which a new training would overwrite.
+def require_no_checkpoints(folder: Path, cfg: Config | None = None) -> None:
+    """Check that a training has no checkpoints, which a new one would overwrite.
+
+    See :func:`find_checkpoints` for the arguments.
 
     Raises:
         InputError: if there are some.
     """
-    if names := [path.name for path in find_checkpoints(folder)]:
+    if paths := find_checkpoints(folder, cfg):
+        names = list_briefly([path.name for path in paths])
         raise InputError(
-            f'{folder}: holds a training already ({list_briefly(names)}). Continue it with --resume, or '
+            f'{paths[0].parent}: holds a training already ({names}). Continue it with --resume, or '
             'use another --work-dir.'
         )
 

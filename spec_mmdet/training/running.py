@@ -21,6 +21,8 @@ from ..checkpoints.reading import fetch, get_classes, get_state_dict, load, requ
 from ..data.checks import check_inputs
 from ..data.fitting import (
     has_masks,
+    report_caches,
+    require_class_weights,
     require_monitored_metrics,
     require_one_annotation_file,
     set_classes,
@@ -92,12 +94,15 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
             require_one_annotation_file(config, loops)
             if 'train' in loops:
                 require_monitored_metrics(config)
+                report_caches(config)
             if masks_changed and not has_masks(config.get('model')):
                 print('the detector has no mask head: masks are neither loaded nor evaluated')
             found = check_inputs(config, loops, found, thorough)
             print(f'{len(found)} classes: {list_briefly(found)}' if found else 'classes: those of the config')
         if found:
             set_classes(config, found, "metainfo.classes of the config's data sets" if stated else 'the data')
+        if check and 'train' in loops:
+            require_class_weights(config)
         return found
 
     adapt(cfg, decide_on_main(lambda: adapt(copy.deepcopy(cfg), classes, check=True)), check=False)
@@ -200,8 +205,8 @@ def train(
     def choose() -> tuple[str | None, list[str] | None]:
         """Return the checkpoint to resume from and its classes."""
         if resume is None:
-            require_no_checkpoints(work)
-        chosen = find_newest_checkpoint(work) if resume == 'auto' else resume
+            require_no_checkpoints(work, cfg)
+        chosen = find_newest_checkpoint(work, cfg) if resume == 'auto' else resume
         if not chosen and cfg.get('load_from'):
             read_classes(cfg.load_from)  # only verified: a new training may have other classes
         return chosen and str(chosen), read_classes(str(chosen), resume=True) if chosen else None

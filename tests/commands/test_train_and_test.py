@@ -1,5 +1,6 @@
 """The command line tools, in process: training, testing, resuming, and what they say of unusable inputs."""
 
+import copy
 import csv
 import hashlib
 import json
@@ -20,10 +21,12 @@ import pytest
 import torch
 from conftest import BARE, CONFIG, ROOT, assert_ap_is_that_of_pycocotools, error_line, options, run_tool
 from mmdet.registry import HOOKS
+from mmengine.config import Config
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
 from spec_mmdet.errors import InputError
+from spec_mmdet.models.tta import use_augmentation
 from spec_mmdet.training.results import group_by_epoch, read_scalars
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
@@ -305,6 +308,16 @@ def test_tta(monkeypatch, shapes, trained, tmp_path):
     run_tool(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', '--tta', '--work-dir', tmp_path, *options(shapes))
     (reported,) = (json.loads(path.read_text()) for path in tmp_path.glob('*/*.json'))
     assert reported['coco/segm_mAP_50'] > 0
+
+
+def test_tta_of_mmdetection_is_replaced_where_it_cannot_merge_masks(capsys):
+    cfg = Config.fromfile(CONFIG)
+    cfg.tta_model = dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='soft_nms'), max_per_img=7))
+    boxes, masks = copy.deepcopy(cfg), copy.deepcopy(cfg)
+    use_augmentation(boxes, masks=False)
+    use_augmentation(masks, masks=True)
+    assert (boxes.model.type, masks.model.type) == ('mmdet.DetTTAModel', 'MaskTTAModel')
+    assert masks.model.tta_cfg == boxes.model.tta_cfg and 'MaskTTAModel' in capsys.readouterr().out
 
 
 def free_port() -> int:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.optim import Lamb
+from timm.optim import Lamb, Lookahead
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -161,6 +161,24 @@ def test_what_a_correction_is_kept_from():
     for wrong in (condition(other, type='svd'), condition(Attention(), lam=3.0, per_head=True), condition(Attention())):
         with pytest.raises(InputError, match='not those of this model'):
             corrections.load_state_dict(wrong.corrections.state_dict())
+
+
+def test_an_optimiser_without_step_hooks_is_refused():
+    model = Attention()
+    corrections = condition(model, lam=3.0).corrections
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    with pytest.raises(InputError, match='Lookahead does not call step hooks'):
+        corrections.keep_fixed(Lookahead(inner))
+    before = {name: c.weight.detach() - c.C for name, c in corrections.items()}
+    corrections.keep_fixed(inner)  # as the message says
+    optimizer = Lookahead(inner, k=2)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(4):  # fast weights decay to 0.95, and the slow ones go half of the way back
+        optimizer.step()
+    for name, c in corrections.items():
+        left = (c.weight.detach() - c.C) / before[name]
+        assert torch.allclose(left, left.mean().expand_as(left), rtol=1e-3) and left.mean() < 0.9
 
 
 def test_a_step_that_fails_does_not_take_C_out_twice():

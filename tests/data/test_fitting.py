@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import pytest
 from conftest import ROOT
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import CachedMosaic
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, METRICS
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
 
 from spec_mmdet import InputError
@@ -16,6 +17,8 @@ from spec_mmdet.data.fitting import (
     coco_datasets,
     coco_metrics,
     configured_classes,
+    report_caches,
+    require_class_weights,
     require_monitored_metrics,
     require_one_annotation_file,
     set_classes,
@@ -144,3 +147,31 @@ def test_metrics_that_hooks_monitor(shapes, settings, rejected):
     use_masks_as_the_model(cfg)
     with pytest.raises(InputError, match=rejected) if rejected else nullcontext():
         require_monitored_metrics(cfg)
+
+
+@pytest.mark.parametrize(('weights', 'sigmoid', 'says'), [
+    ([1.0] * 5, False, None),
+    ([1.0] * 4, False, r'bbox_head.loss_cls.class_weight .* has 4 numbers .* give 5'),
+    ([1.0] * 4, True, None),
+    ([1.0] * 5, True, r'has 5 numbers .* give 4'),
+    (1.0, False, None),
+])  # fmt: skip
+def test_weights_of_classes_are_as_many_as_the_scores(tmp_path, weights, sigmoid, says):
+    cfg = config(tmp_path, 'CocoDataset')
+    cfg.model.roi_head.bbox_head.loss_cls.update(class_weight=weights, use_sigmoid=sigmoid)
+    set_classes(cfg, NAMES)
+    with pytest.raises(InputError, match=says) if says else nullcontext():
+        require_class_weights(cfg)
+
+
+@pytest.mark.parametrize('kind', ['CachedMosaic', 'mmdet.CachedMixUp', 'OwnCachedMosaic', 'Mosaic'])
+def test_transforms_that_keep_images_are_reported(tmp_path, capsys, kind):
+    cfg = config(tmp_path, 'CocoDataset')
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type=kind))
+    own = type('OwnCachedMosaic', (CachedMosaic,), {})
+    TRANSFORMS.register_module(module=own)
+    try:
+        report_caches(cfg)
+    finally:
+        del TRANSFORMS.module_dict['OwnCachedMosaic']
+    assert ('bit-identical' in capsys.readouterr().out) == (kind != 'Mosaic')

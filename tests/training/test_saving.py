@@ -9,6 +9,7 @@ import pytest
 import torch
 import toy
 from mmdet.registry import HOOKS
+from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from spec_mmdet import InputError, files
@@ -116,6 +117,24 @@ def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
     assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(InputError, match='holds a training already .epoch_1.pth'):
         require_no_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize('out_dir', [None, 'elsewhere', 'the work directory'])
+@pytest.mark.parametrize('template', [None, 'line_{:03d}.pth', '{}.pth'])
+def test_checkpoints_are_found_where_the_hook_writes_them(tmp_path, monkeypatch, out_dir, template):
+    monkeypatch.chdir(tmp_path)
+    work = tmp_path / 'run'
+    hook = dict(type='AtomicCheckpointHook', interval=1, save_best='score', rule='greater')
+    hook.update(out_dir=str(work) if out_dir == 'the work directory' else out_dir, filename_tmpl=template)
+    cfg = Config(dict(default_hooks=dict(checkpoint=hook)))
+    assert find_newest_checkpoint(Path('run'), cfg) is None
+    toy.runner(work, default_hooks=dict(checkpoint=hook)).train()
+    files = [path for path in tmp_path.rglob('*.pth') if not path.name.startswith('best_')]
+    assert len(files) == 4
+    assert {path.resolve() for path in find_checkpoints(Path('run'), cfg)} == set(files)
+    assert find_newest_checkpoint(Path('run'), cfg).resolve() == max(files)
+    with pytest.raises(InputError, match='holds a training already'):
+        require_no_checkpoints(Path('run'), cfg)
 
 
 def test_two_trainings_do_not_share_a_directory(tmp_path):
