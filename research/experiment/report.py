@@ -1,10 +1,11 @@
-"""The report of the experiment, from the logs of its runs."""
+"""Write the report of the experiment from the logs of its runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Template
 from matplotlib.figure import Figure
 from scipy import stats
@@ -13,7 +14,8 @@ from research.statistics import LEVEL, Effect, estimate_effects
 from spec_mmdet.evaluation.comparison import Run, draw_curve, format_spread, group_runs
 from spec_mmdet.files import write, write_atomically
 
-from .arms import LAMBDA_10, read_logs
+from ..scenes import Figures, Garments
+from .arms import LAMBDA_10, SIZES, read_logs
 
 KINDS = ('box', 'mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')
@@ -21,13 +23,14 @@ FIRST = 'plain'  # the arm that the others are compared with
 PAPER = 'full, 10'
 TUNED = 'Fine-tuned from pretraining'
 CONTROLS = {
-    'W0 + 10 I, decayed to 0': 'below 0 if a C that stays does more than one that is an initialisation only',
-    'full, 10, faster rows': 'above 0 if it learns slowly because long rows turn slowly',
+    'W0 + 10 I, decayed to 0': 'the same start; weight decay pulls towards 0, but hardly moves C in this schedule',
+    'full, 10, faster rows': 'higher learning rate of queries and keys, and of values, which are in the same tensor',
 }
-# When a condition number is taken: the curves that it is in, and which of their values.
+# When a condition number is read: the stage whose curve contains it, and the index in that curve.
 MOMENTS = {'at the start': ('pretraining', 0), 'pretrained': ('pretraining', -1), 'fine-tuned': ('detection', -1)}
-# What the paper reports with lambda = 10, for its detector and its largest classifier.
+# The paper's gains with lambda = 10, for its detector and its largest classifier.
 GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
+CHANCE_LEVEL = 0.01  # a pretraining is at chance if guessing reaches its top-1 with a greater probability
 
 
 def write_report(folder: Path, path: Path) -> Path:
@@ -56,9 +59,9 @@ def write_section(folder: Path, logs: Sequence[dict], root: Path, claims: dict[s
     """Write the report of one size, and add its results to ``claims``.
 
     Args:
-        folder: of the logs, where the plots go.
+        folder: contains the logs; the plots are written into it.
         logs: of the runs.
-        root: the folder of the report, to which links are relative.
+        root: the folder of the report; links are relative to it.
         claims: sentences about detection, classification and kappa, for the comparison with the paper.
 
     Returns:
@@ -73,10 +76,11 @@ def write_section(folder: Path, logs: Sequence[dict], root: Path, claims: dict[s
     lines = [
         f'## Size {folder.name}\n',
         f'{len(logs)} runs: {len(screening)} of the screening, {len(tuned)} fine-tuned, {len(scratch)} from scratch; '
-        f'{hours:.1f} hours of trainings, several at a time; {", ".join(sorted({log["device"] for log in logs}))}; '
-        f'code of {", ".join(commits)}.\n',
+        f'{hours:.1f} hours of training, several runs at a time; '
+        f'{", ".join(sorted({log["device"] for log in logs}))}; commits {", ".join(commits)}.\n',
         '### What it supports\n',
         *summarise(effects),
+        *count_runs_at_chance(tuned, folder.name),
         '',
     ]
     if screening:
@@ -87,7 +91,7 @@ def write_section(folder: Path, logs: Sequence[dict], root: Path, claims: dict[s
               *(f'{100 * log["ap"][kind]:.1f}' for kind in KINDS),
               *(format_last(log, 'detection', name, '.3g') for name in KAPPAS)]
              for log in screening],
-        ), '', 'kappa at the end of fine-tuning, medians over the layers.\n']  # fmt: skip
+        ), '', 'kappa is the median over the layers at the end of fine-tuning.\n']  # fmt: skip
     for title, of_stage in effects.items():
         lines += [f'### {title}\n', *tabulate_arms(stages[title], of_stage), '', *compare_controls(stages[title])]
     if tuned and scratch:
@@ -134,13 +138,13 @@ def get_kappa(log: dict, name: str, moment: str) -> float:
 
 
 def format_last(log: dict, stage: str, name: str, form: str) -> str:
-    """Format the last value of a curve; nothing if there is no such curve."""
+    """Format the last value of a curve; return '' if there is no such curve."""
     values = log['curves'].get(stage, {}).get(name, [[], []])[1]
     return format(values[-1], form) if values else ''
 
 
 def convert_to_runs(logs: Sequence[dict]) -> list[Run]:
-    """Convert logs to the runs that :mod:`spec_mmdet.evaluation.comparison` takes."""
+    """Convert logs to runs of :mod:`spec_mmdet.evaluation.comparison`."""
     return [
         Run(log['arm'], log['seed'], Path(), log['ap'], drawn={},
             curves={name: (xs, ys) for name, (xs, ys) in log['curves']['detection'].items()})
@@ -157,14 +161,14 @@ def get_outcomes(log: dict) -> dict[str, float]:
 
 
 def compare_arms(logs: Sequence[dict], reference: str = FIRST) -> list[Effect]:
-    """Estimate the effect of every arm of a stage; arms of lambda = 10 vary more with the seed and are fitted apart.
+    """Estimate the effect of every arm of a stage. Arms of lambda = 10 vary more with the seed and are fitted apart.
 
     Args:
         logs: of one stage.
         reference: the arm from which differences are taken.
 
     Returns:
-        The effects by outcome and arm; none where there are too few runs to estimate the error.
+        The effects by outcome and arm, without those that have too few runs to estimate the error.
     """
     runs = {(log['arm'], log['seed']): get_outcomes(log) for log in logs}
     names = get_outcomes(logs[0]) if logs else ()
@@ -189,17 +193,36 @@ def tabulate_arms(logs: Sequence[dict], effects: Sequence[Effect]) -> list[str]:
     return format_table(['arm', 'seeds', *names, *(f'{name}, from plain' for name in names)], rows)
 
 
+def count_runs_at_chance(logs: Sequence[dict], size: str) -> list[str]:
+    """Report how many pretrainings of each arm are at chance: a binomial test against guessing."""
+    classes = len((Garments if size.endswith('-garments') else Figures()).pretraining)
+    crops = SIZES[size.removesuffix('-garments')].crops // 10
+    limit = stats.binom.isf(CHANCE_LEVEL, crops, 1 / classes) / crops
+    lines = []
+    for arm, runs in group_by_arm(logs).items():
+        at_chance = sum(get_outcomes(log)['top-1'] <= limit for log in runs)
+        if at_chance:
+            lines.append(f'  * {arm}: {at_chance} of {len(runs)} runs')
+    rule = f'top-1 of at most {100 * limit:.1f} %, where guessing gives {100 / classes:.1f} %'
+    if not lines:
+        return [f'* No pretraining stayed at chance ({rule}).'] if logs else []
+    return [
+        f"* Pretrainings that stayed at chance ({rule}); their arms' means mix them with runs that learned:",
+        *lines,
+    ]
+
+
 def compare_controls(logs: Sequence[dict]) -> list[str]:
     """Compare the controls of lambda = 10 with that arm."""
     effects = compare_arms([log for log in logs if log['group'] == LAMBDA_10], PAPER)
     results = {arm: ', '.join(f'{one.outcome} {one}' for one in effects if one.arm == arm) for arm in CONTROLS}
     lines = [f'* {arm} ({CONTROLS[arm]}): {text}' for arm, text in results.items() if text]
-    return [f'From *{PAPER}*:\n', *lines, ''] if lines else []
+    return [f'Differences of the controls from *{PAPER}*:\n', *lines, ''] if lines else []
 
 
 def compare_with_scratch(tuned: Sequence[dict], scratch: Sequence[dict]) -> list[str]:
-    """Tell how much pretraining gains with the same budget of detection."""
-    lines = ['Pretraining gains, at the same budget of detection:\n']
+    """List the gain of pretraining over training from scratch, for the same number of detection epochs."""
+    lines = ['Gain of pretraining over training from scratch, for the same number of detection epochs:\n']
     for arm, runs in group_runs(convert_to_runs(scratch)).items():
         others = {run.seed: run for run in convert_to_runs(tuned) if run.arm == arm}
         pairs = [(others[run.seed], run) for run in runs if run.seed in others]
@@ -220,17 +243,17 @@ def tabulate_kappa(logs: Sequence[dict]) -> list[str]:
         rows.append([arm, *(' / '.join(f'{mean:.3g}' for mean in row) for row in means)])
     return [
         '### Condition numbers\n',
-        f'{", ".join(MOMENTS).capitalize()}: medians over the layers, of W + C where there is a C, geometric means '
-        "over the seeds; of each head's rows in the arms *per head*, else of whole projections, of which the "
-        "conditioned initialisation, which is of each head's rows, knows nothing. J is the attention's Jacobian on an "
-        'image.\n',
+        f'Each cell contains the values {" / ".join(MOMENTS)}: medians over the layers, geometric means over the '
+        "seeds. They are condition numbers of W + C, or of W without a C: of each head's rows in the *per head* arms, "
+        "of full projections in the others. The conditioned initialisation conditions each head's rows, so its full "
+        "projections can have any kappa. J is the attention's Jacobian on an image.\n",
         *format_table(['arm', *KAPPAS], rows),
         '',
     ]
 
 
 def correlate(logs: Sequence[dict], path: Path, root: Path, claims: list[str], name: str) -> list[str]:
-    """Correlate the condition numbers of runs with their AP, and plot them."""
+    """Correlate the arms' mean condition numbers with their mean AP, and plot the runs."""
     figure = Figure(figsize=(14, 4), layout='constrained')
     axes = figure.subplots(1, 4, sharey=True)
     for axis, kappa in zip(axes, KAPPAS):
@@ -243,50 +266,52 @@ def correlate(logs: Sequence[dict], path: Path, root: Path, claims: list[str], n
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     save_figure(figure, path)
     lines = [
-        '### Does a condition number tell the AP?\n',
-        "Spearman's rank correlation of a run's condition numbers with its box AP, over all runs that were fine-tuned, "
-        'the screening among them. Negative is as claimed: the better conditioned, the better.\n',
+        '### Does a condition number predict AP?\n',
+        "Spearman's rank correlation of condition number with box AP over arms: an arm counts once, with the means of "
+        'its fine-tuned runs (geometric for kappa), because its runs are not independent. Arms of the screening have '
+        'one seed. A negative correlation supports the claim that better conditioned is better.\n',
     ]
     for title, runs in (
         ('all', logs),
         ('without the arms of lambda = 10', [log for log in logs if log['group'] != LAMBDA_10]),
     ):
-        if len(runs) > 4:
+        if (arms := len(group_by_arm(runs))) > 4:
             rows, summary = rank(runs)
             claims.append(f'{name}, {title}: {summary}.')
-            columns = [f'{title}, {len(runs)} runs', *MOMENTS]
+            columns = [f'{title}, {arms} arms', *MOMENTS]
             lines += [*format_table(columns, rows), '', f'{summary[0].upper()}{summary[1:]}.\n']
     return [*lines, f'![box AP over condition numbers]({path.relative_to(root)})\n']
 
 
 def rank(logs: Sequence[dict]) -> tuple[list[list[str]], str]:
-    """Compute rank correlations with box AP: a row for each condition number, and a summary."""
-    rows, tests = [], []
+    """Compute rank correlations of the arms' means with box AP: a row for each condition number, and a summary."""
+    arms = group_by_arm(logs).values()
+    ap = [float(np.mean([log['ap']['box'] for log in runs])) for runs in arms]
+    threshold = LEVEL / (len(KAPPAS) * len(MOMENTS))
+    rows, significant = [], []
     for kappa in KAPPAS:
         row = [kappa]
         for moment in MOMENTS:
-            values = [get_kappa(log, kappa, moment) for log in logs]
-            test = stats.spearmanr(values, [log['ap']['box'] for log in logs])
+            test = stats.spearmanr([stats.gmean([get_kappa(log, kappa, moment) for log in runs]) for runs in arms], ap)
             row.append(f'{test.statistic:+.2f} (p {test.pvalue:.2g})')
-            tests.append(test)
+            if test.pvalue < threshold:
+                significant.append(f'{kappa} {moment}, {"as claimed" if test.statistic < 0 else "against the claim"}')
         rows.append(row)
-    threshold = LEVEL / len(tests)
-    significant = [test.statistic for test in tests if test.pvalue < threshold]
-    claimed = f', {sum(rho < 0 for rho in significant)} of them in the direction that is claimed' if significant else ''
+    named = f': {"; ".join(significant)}' if significant else ''
     return rows, (
-        f'{len(significant)} of {len(tests)} rank correlations of a condition number with box AP are beyond chance '
-        f'(p < {threshold:.2g}){claimed}'
+        f'{len(significant)} of {len(KAPPAS) * len(MOMENTS)} rank correlations of condition number with box AP over '
+        f'{len(arms)} arms are significant (p < {threshold:.2g}){named}'
     )
 
 
 def summarise(by_stage: dict[str, list[Effect]]) -> list[str]:
-    """List which arms are better or worse than plain, and how large an effect could have been seen."""
+    """List the arms that are better or worse than plain, and whether the paper's gain could have been detected."""
     lines = []
     for title, effects in by_stage.items():
         if not effects:
-            lines.append(f'* {title}: no two arms have two seeds yet; no conclusion is possible.')
+            lines.append(f'* {title}: too few runs with the same seeds yet; no conclusion is possible.')
             continue
-        lines.append(f'* {title}, beyond the noise of the seeds:')
+        lines.append(f'* {title}: significant differences from plain (p < {LEVEL:g} after Holm):')
         for name, gain in GAINS.items():
             of_outcome = [effect for effect in effects if effect.outcome == name]
             if not of_outcome:
@@ -298,17 +323,12 @@ def summarise(by_stage: dict[str, list[Effect]]) -> list[str]:
             )
             better, worse = map('; '.join, signs)
             width = min((effect.interval[1] - effect.interval[0]) / 2 for effect in of_outcome)
-            seen = f": a gain like the paper's {100 * gain:.1f} could not be seen" * (width > gain)
+            seen = f", wider than the paper's gain of {100 * gain:.1f}" * (width > gain)
             lines += [
-                f'  * {name}, better than plain: {better or "none"}.',
-                f'    Worse: {worse or "none"}. The narrowest interval is ± {100 * width:.1f} points{seen}.',
+                f'  * {name}: better: {better or "none"}. Worse: {worse or "none"}.',
+                f'    The narrowest 95 % interval has a half-width of {100 * width:.1f} points{seen}.',
             ]
-    if not lines:
-        lines.append('* Nothing yet: the runs with several seeds are owed.')
-    return [
-        *lines,
-        '* It is a small model on generated images: what holds here need not hold for XCiT-S on COCO, nor the reverse.',
-    ]
+    return lines or ['* Nothing yet: no run with several seeds is finished.']
 
 
 def draw_effects(effects: Sequence[Effect]) -> Figure:
@@ -327,7 +347,7 @@ def draw_effects(effects: Sequence[Effect]) -> Figure:
         axis.set_yticks([-row for row in range(len(arms))], arms)
         axis.set_title(name)
         axis.grid(alpha=0.3)
-    figure.supxlabel('points from plain: mean, 95 %, and the seeds', fontsize='medium')
+    figure.supxlabel('difference from plain in points: mean, 95 % interval, single seeds', fontsize='medium')
     return figure
 
 
