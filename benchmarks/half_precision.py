@@ -76,7 +76,7 @@ def build_pair(arch: dict, gamma: str) -> dict[str, nn.Module]:
 
 
 def run(model: nn.Module, images: Tensor, by_tokens: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, dict]:
-    """Return the tokens and the gradients by name in float64, computed under autocast to ``dtype``, if given."""
+    """Return the tokens and the named gradients in float64, computed under autocast to ``dtype``, if given."""
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         tokens = model(images)
     scale = LOSS_SCALE if dtype == torch.float16 else 1.0

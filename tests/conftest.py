@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures and helpers that all tests share."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
-# The tensors are small, and on a busy machine threads wait for each other longer than they work.
+# The tensors are small, and on a busy machine threads wait for each other longer than they compute.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
@@ -27,18 +27,18 @@ from spec_mmdet.evaluation.drawing import LabelVisualizer
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / 'tests' / 'bare'
-# Processes that tests start begin with this checkout, and without what takes seconds to import.
+# Processes that tests start use this checkout, without libraries that take seconds to import.
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(BARE), str(ROOT), os.environ.get('PYTHONPATH'))))
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
-gc.freeze()  # what has been imported is not looked through at every collection, of which MMDetection asks for many
+gc.freeze()  # MMDetection collects garbage often: exclude what has been imported
 
 
 def run_tool(monkeypatch, name: str, *args) -> None:
-    """Run a command of spec-mmdet, or the main of a module of research and benchmarks, in this process."""
-    # Runs are known by the second that they begin in; one would log where that of the test before did.
+    """Run a command of spec-mmdet, or the main of a module of research or benchmarks, in this process."""
+    # A run is named by the second of its start; one would log to the previous test's.
     for known in (Visualizer, LabelVisualizer, MMLogger, MessageHub):
         known._instance_dict.clear()
     argv = [*map(str, args)]
@@ -51,7 +51,7 @@ def run_tool(monkeypatch, name: str, *args) -> None:
 
 
 def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: list[dict]) -> None:
-    """Compare AP reported by MMDetection with pycocotools' own, of results for bbox and for segm in COCO's format."""
+    """Compare AP reported by MMDetection with pycocotools' AP for COCO results of bbox and segm."""
     coco = COCO(str(ann_file))
     for kind, found in results.items():
         evaluation = COCOeval(coco, coco.loadRes(found), kind)
@@ -64,7 +64,7 @@ def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: 
 
 
 def error_line(monkeypatch, name: str, *args) -> str:
-    """Return the one line with which a command refuses its arguments."""
+    """Return the one-line error of a command that rejects its arguments."""
     with pytest.raises(SystemExit) as stopped:
         run_tool(monkeypatch, name, *args)
     message = str(stopped.value.code)
@@ -79,7 +79,7 @@ def seed():
 
 @pytest.fixture(scope='session')
 def coco_mini() -> Path:
-    """A folder of real COCO data; tests skip where there is none."""
+    """A folder of real COCO data; tests skip without it."""
     folder = Path(os.environ.get('COCO_MINI', ROOT.parent / 'shared' / 'coco_mini'))
     if not folder.is_dir():
         pytest.skip(f'no COCO data at {folder}; set COCO_MINI')
@@ -87,7 +87,7 @@ def coco_mini() -> Path:
 
 
 def options(root: Path) -> list[str]:
-    """Arguments that point the shapes config at a data set and make it small."""
+    """Return arguments that point the shapes config at a data set and make it small."""
     settings = {'train_dataloader.batch_size': 4, 'train_cfg.max_epochs': 1, 'param_scheduler.0.end': 5}
     return ['--data', root, '--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
 
@@ -102,9 +102,9 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, shapes) -> Path:
-    """The work directory of one epoch: forty steps, by the command itself, from another folder than the repository's.
+    """The work directory of one epoch: forty steps of the command, started outside the repository.
 
-    Enough for an AP that is small, but not zero. What the command printed is in terminal.txt.
+    The AP is small, but not zero. terminal.txt contains the command's output.
     """
     work = tmp_path_factory.mktemp('work')
     command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
@@ -114,7 +114,7 @@ def trained(tmp_path_factory, shapes) -> Path:
     return work
 
 
-# Parts of the reasons for which a test may skip in CI: what its machines lack, and what belongs to the other stack.
+# Parts of the reasons for which a test may skip in CI: what its machines lack, and tests of the other stack.
 EXPECTED_SKIPS = (
     *('another version of MMDetection', 'is not installed', 'transformers', 'no chromium', 'no script(1)'),
     *('mounting a small /dev/shm', 'the plain form overflows', 'there is a GPU'),
@@ -130,7 +130,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    """Fail a run in CI that skips a test for an unexpected reason."""
+    """Fail a run in CI if a test was skipped for an unexpected reason."""
     reporter = session.config.pluginmanager.get_plugin('terminalreporter')
     if reporter is None or not os.environ.get('CI'):
         return

@@ -3,13 +3,13 @@
     python tests/docs.py [--list] [--only TEXT ...]
 
 Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ and research/ that it links to,
-in the order of the links. Commands are the lines of their ```shell blocks, their ```python blocks (one that begins with
-`_base_` is a config: it is saved as my_detector.py, and the model built), and what their text has in backticks that
-begins like a command. A notebook is a page, too: the code of its cells are its blocks, those of a shell where their
-lines begin with an exclamation mark. Commands run in the pages' order, each by itself from the clone's root, without a
-GPU and with the COCO data in COCO_MINI (default: ../shared/coco_mini); one that is there twice runs once. The tables
-below say what is put in for placeholders, what comes before a command or, for brevity, after it, and what is left out;
-an entry of theirs that fits nothing in the pages is an error. Logs go to work_dirs/docs_test.
+in the order of the links. Commands are the lines of ```shell blocks, the ```python blocks, and inline code that
+begins like a command. A ```python block that begins with `_base_` is a config: it is saved as my_detector.py, and its
+model is built. Notebooks are pages, too: cells are blocks; lines that begin with an exclamation mark are commands.
+Commands run in the pages' order, each by itself from the root of the clone, without a GPU and with the COCO data of
+COCO_MINI (default: ../shared/coco_mini). A repeated command runs once. The tables below define the values of
+placeholders, what precedes or follows a command, and which commands are skipped; an entry that matches no command is an
+error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / 'work_dirs' / 'docs_test'
 COCO = Path(os.environ.get('COCO_MINI', ROOT.parent / 'shared' / 'coco_mini'))
-TIMEOUT = 20 * 60  # seconds a command may take
+TIMEOUT = 20 * 60  # time limit of a command in seconds
 CONFIG = 'my_detector.py'  # where a page's config is saved
 
-# How text in backticks begins that is a command; options and the names of files and of commands are none.
+# Start of inline code that is a command, not an option or the name of a file or command.
 INLINE = re.compile(
     r'(python tools/|python -m (spec_mmdet|research|benchmarks)\b|tools/dist_(train|test)\.sh |torchrun |make |pip )'
     r'|mkdir |spec-mmdet (--|\S+ \S)'
 )
 
-# The keys of the next three tables are commands, or what commands begin with, up to the end of a word: as spec-mmdet
-# has them, with the names of configs, whether the page says so or has the files of tools/ and configs/.
+# Keys of the next three tables are commands, or their beginnings up to the end of a word, written with spec-mmdet and
+# names of configs, even if the page uses files of tools/ and configs/.
 SKIPPED = {
     'docker': 'builds and runs a container; the Dockerfile has the commands of the page about installing',
     'pip install jupyterlab': 'waits for a browser; what the notebook has is run as that of a page',
@@ -65,7 +65,7 @@ SKIPPED = {
     'python -m research.experiment': 'likewise',
 }
 
-# What COCO's configs take for a small run on a CPU: images of 160 pixels, two of them to train on and two to evaluate.
+# Options that make COCO's configs small for a CPU: images of 160 pixels, two for training and two for evaluation.
 EVALUATE = ' '.join(
     f'{loop}_dataloader.{setting}'
     for loop in ('val', 'test')
@@ -95,7 +95,7 @@ OF_IMAGENET = (
 AS_400 = '(cd work_dirs/pretrain_xcit_small_12_p16 && cp epoch_1.pth epoch_400.pth)'
 LAST_EPOCH = 'for f in work_dirs/*/last_checkpoint; do (cd ${f%/*} && cp $(cat last_checkpoint) epoch_36.pth); done'
 
-# A training does not start in a directory that holds the checkpoints of another.
+# A training does not start in a directory that contains the checkpoints of another.
 ANEW = 'rm -rf work_dirs/xcit_maskrcnn &&'
 PREPENDED = {
     'spec-mmdet train xcit_maskrcnn --data data/coco': ANEW,
@@ -106,13 +106,13 @@ PREPENDED = {
     'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
 }
 
-# Of several keys that fit a command, the longest counts.
+# The longest matching key counts.
 APPENDED = {
     'pip uninstall': '--yes',
     'pip install --force-reinstall': "&& python -c 'import spec_mmdet, mmdet.apis'",
     "pip install 'dist": '&& cd made && spec-mmdet flops xcit_spec_maskrcnn',
     'spec-mmdet train': f'{TRAIN}2 && {LAST_EPOCH}',
-    # SyncBN has no form for CPUs, and these processes talk through gloo.
+    # SyncBN does not run on CPUs, and these processes communicate through gloo.
     'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
     'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
     'spec-mmdet test': f'--cfg-options {EVALUATE}',
@@ -131,7 +131,7 @@ APPENDED = {
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
 
-# Those that set up an environment of one's own, in the order of the pages; True: begin with a new one.
+# Commands that create an environment, in the order of the pages; True: begin with a new one.
 OWN = {
     "pip install -e '.[mmdet]'": True,
     "pip install -e '.[onedl]'": True,
@@ -141,8 +141,8 @@ OWN = {
     "pip install 'dist": True,
 }
 
-# What a placeholder stands for, wherever it is a word of its own, the more particular first; relative paths are the
-# clone's.
+# Values of placeholders that are words of their own, the more specific first; relative paths start at the clone's
+# root.
 PLACEHOLDERS = {
     '/where/coco/is': shlex.quote(str(COCO.resolve())),
     '../shared/coco_mini': shlex.quote(str(COCO.resolve())),
@@ -160,7 +160,7 @@ PLACEHOLDERS = {
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
 }
 
-# Makes what the commands find in the clone besides: a Python program, in the environment.
+# Creates the other inputs of the commands in the clone: a Python program, run in the environment.
 MADE = """
 import pathlib, cv2, numpy, timm, torch
 export = pathlib.Path('made/export')
@@ -173,7 +173,7 @@ for i in range(5):
 torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.pth')
 """
 
-# With --only, what is in a command (as it is run) and the command that has to run before it.
+# For --only: a part of a command (as it is run), and the command that has to run before it.
 NEEDS = {
     'xcit_spec_maskrcnn': 'mkdir -p data',
     'data/coco': 'mkdir -p data',
@@ -199,16 +199,16 @@ NEEDS = {
     'opencv-python': "pip install -e '.[onedl]'",
 }
 
-# MMEngine selects a CUDA device in every process of several, GPU or not.
+# MMEngine selects a CUDA device in every process of several, even without a GPU.
 SEVERAL_ON_CPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
 
 
-# What the files of tools/ call the command that they run.
+# The command that each file of tools/ runs.
 TOOLS = {tool.name: re.search(r"run\('(.+)'\)", tool.read_text())[1] for tool in (ROOT / 'tools').glob('*.py')}
 
 
 def as_command(text: str) -> str:
-    """Text with spec-mmdet and the names of configs in it, whichever way it has them."""
+    """Rewrite text to use spec-mmdet and the names of configs."""
     text = re.sub(r'python tools/(\w+\.py)', lambda match: f'spec-mmdet {TOOLS[match[1]]}', text)
     return re.sub(r'(?<![\w/])configs/(\w+)\.py', r'\1', text)
 
@@ -219,7 +219,7 @@ def begins(text: str, key: str) -> bool:
 
 @dataclass(frozen=True)
 class Command:
-    """A command as a page has it, without its comment, and the line of the page that it begins on."""
+    """A command as written on a page, without its comment, and the line of the page where it begins."""
 
     page: str
     line: int
@@ -245,7 +245,7 @@ class Command:
 
     @property
     def skipped(self) -> str:
-        """Why it is not run, or nothing."""
+        """Return why the command is skipped, or ''."""
         return next((reason for key, reason in SKIPPED.items() if begins(self.text, key)), '')
 
     @property
@@ -254,7 +254,7 @@ class Command:
 
     @property
     def run_as(self) -> str:
-        """With the placeholders put in, and what comes before and after it."""
+        """Fill in the placeholders and add what precedes and follows the command."""
         text = ' '.join([*(value for key, value in PREPENDED.items() if begins(self.text, key)), self.text])
         for name, value in PLACEHOLDERS.items():
             text = re.sub(placeholder(name), lambda match, value=value: value, text)
@@ -269,7 +269,7 @@ def placeholder(name: str) -> str:
 
 
 def read_page(page: Path) -> str:
-    """A page's text; that of a notebook as Markdown, its code as blocks."""
+    """Read a page's text; a notebook becomes Markdown with its code as blocks."""
     if page.suffix == '.md':
         return page.read_text()
     texts = []
@@ -283,7 +283,7 @@ def read_page(page: Path) -> str:
 
 
 def read_pages() -> dict[str, str]:
-    """The README and the pages of docs/ and research/, by name, in the order in which the README links to them."""
+    """Return the README and the pages of docs/ and research/ by name, in the order of the README's links."""
     readme = read_page(ROOT / 'README.md')
     linked = list(dict.fromkeys(re.findall(r'\]\(((?:docs|research)/[\w/-]+\.(?:md|ipynb))', readme)))
     there = [*(ROOT / 'docs').rglob('*.md'), *(ROOT / 'docs').rglob('*.ipynb'), *(ROOT / 'research').rglob('README.md')]
@@ -294,7 +294,7 @@ def read_pages() -> dict[str, str]:
 
 
 def read_commands(pages: dict[str, str]) -> list[Command]:
-    """The commands of pages, in their order, each once."""
+    """Return the commands of pages in their order, each once."""
     commands: dict[str, Command] = {}
 
     def add(page: str, offset: int, text: str, python: bool = False) -> None:
@@ -320,7 +320,7 @@ def read_commands(pages: dict[str, str]) -> list[Command]:
 
 
 def idle_entries(commands: list[Command]) -> list[str]:
-    """The entries of the tables that fit no command."""
+    """Return the entries of the tables that match no command."""
     run = [command for command in commands if not command.skipped]
     idle = [f'SKIPPED[{key!r}]' for key in SKIPPED if not any(begins(c.text, key) for c in commands)]
     for name, table in dict(PREPENDED=PREPENDED, APPENDED=APPENDED, OWN=OWN).items():
@@ -335,9 +335,9 @@ def idle_entries(commands: list[Command]) -> list[str]:
 
 
 def choose(commands: list[Command], texts: list[str]) -> list[Command]:
-    """The commands that contain one of some texts, or whose place does, with those that they need."""
+    """Return the commands that contain one of some texts, or whose place does, with those that they need."""
     chosen = [command for command in commands if any(text in f'{command.where} {command.text}' for text in texts)]
-    for command in chosen:  # which grows
+    for command in chosen:  # grows in the loop
         needed = [value for key, value in NEEDS.items() if key in as_command(command.run_as) and not command.skipped]
         makers = [c for c in commands if not c.skipped and any(begins(c.text, value) for value in needed)]
         chosen += [c for c in makers if c not in chosen]
@@ -345,7 +345,7 @@ def choose(commands: list[Command], texts: list[str]) -> list[Command]:
 
 
 class Clone:
-    """A fresh clone of HEAD, and the environments in it."""
+    """A fresh clone of HEAD, and its environments."""
 
     def __init__(self, folder: Path) -> None:
         head = git('rev-parse', 'HEAD').strip()
@@ -356,13 +356,13 @@ class Clone:
         self.several = folder / 'several'
         self.several.mkdir()
         (self.several / 'sitecustomize.py').write_text(SEVERAL_ON_CPU)
-        # Nothing of the environment and of the make that this runs in.
+        # Nothing of the calling environment and make.
         aside = ('VIRTUAL_ENV', 'PYTHONPATH', 'PYTHONHOME', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'VENV')
         self.env = {key: value for key, value in os.environ.items() if key not in aside}
         self.env['CUDA_VISIBLE_DEVICES'] = ''
 
     def run(self, arguments: list[str], log: Path, environment: str = '.venv', several: bool = False) -> bool:
-        """Run a command from the root, in an environment, its output into a log; tell whether it succeeded."""
+        """Run a command from the root in an environment, with its output in a log; return whether it succeeded."""
         env = dict(self.env, PATH=f'{self.root / environment / "bin"}:{self.env["PATH"]}')
         if several:
             env['PYTHONPATH'] = str(self.several)
@@ -376,11 +376,11 @@ class Clone:
                 return False
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)  # which torchrun passes on to its processes
+                    os.killpg(process.pid, signal.SIGTERM)  # torchrun passes it on to its processes
                     process.wait()
 
     def set_up(self, log: Path) -> bool:
-        """The environment that `make demo` begins with, and the files that the pages' commands find."""
+        """Create the environment of `make demo`, and the files that the pages' commands need."""
         return self.run(['make', '.venv/mmdet'], log) and self.run(['python', '-c', MADE], log)
 
     def execute(self, command: Command, log: Path) -> bool:
@@ -402,7 +402,7 @@ def git(*arguments: str) -> str:
 
 
 def report(where: str, title: str, work: Callable[[Path], bool], log: Path) -> bool:
-    """Do some work and print a line about it; where it fails, also the end of its log."""
+    """Run an action and print a line about it; on failure, also the end of its log."""
     print(f'{where:28}{title} ... ', end='', flush=True)
     start = time.time()
     good = work(log)

@@ -1,4 +1,4 @@
-"""Every command that reads a checkpoint."""
+"""List every command that reads a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,12 @@ from conftest import CONFIG, options, run_tool
 
 from spec_mmdet import InputError
 
-# These take the weights alone: what is forged elsewhere has nothing to do with them, and they would go on to work.
+# These read only weights: they ignore other forged parts and would continue.
 OF_WEIGHTS = ('load_from', 'init_cfg', 'export', 'convert', 'analyze')
 
 
 def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[str, Callable[[Path], None]]:
-    """The entries, as functions of a checkpoint's path.
+    """Return the entry points, as functions of a checkpoint's path.
 
     Args:
         shapes: a data set of shapes.
@@ -28,7 +28,7 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
         run_tool(monkeypatch, 'train', *unchecked, work / 'train', *options(shapes), *few, *extra)
 
     def resume(path):
-        # All of the file's training is done already: what is tried is reading it.
+        # The training in the file is finished, so that only reading is tested.
         without = [setting for setting in few if 'indices' not in setting]
         run_tool(monkeypatch, 'train', *unchecked, work / 'resume', '--resume', path, *options(shapes), *without)
 
@@ -57,7 +57,7 @@ def entries(monkeypatch: pytest.MonkeyPatch, shapes: Path, work: Path) -> dict[s
 
 
 def try_entry(enter: Callable[[Path], None], path: Path) -> str:
-    """What comes of a checkpoint: '' where it is taken, else the error's one line; anything else is raised."""
+    """Return '' if a checkpoint is accepted, else the error's one line; other exceptions are raised."""
     try:
         enter(path)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints of someone who means harm: each would touch a file, read memory that is not its own, or fill it."""
+"""Write malicious checkpoints: each would create a file, read foreign memory, or fill the memory."""
 
 import codecs
 import ctypes
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 
 class Call:
-    """Pickles as a call: code, when it is unpickled by pickle itself."""
+    """Pickles as a call: pickle itself runs it as code."""
 
     def __init__(self, function: Callable, *args, state=None) -> None:
         self.call = (function, args) if state is None else (function, args, state)
@@ -28,16 +28,16 @@ class Call:
         return self.call
 
     def __call__(self) -> None:
-        """So that a call may stand where a function is called."""
+        """Lets a call stand where a function is called."""
 
 
 def touch(path: Path) -> str:
-    """Python that leaves a trace."""
+    """Return Python code that leaves a trace."""
     return f'import pathlib; pathlib.Path({str(path)!r}).touch()'
 
 
 def replaced(content: dict, old: bytes | None, new: bytes) -> bytes:
-    """Return what torch.save writes for the content, with other bytes in its pickle, or instead of all of it."""
+    """Return what torch.save writes for the content, with other bytes in or instead of its pickle."""
     whole, forged = io.BytesIO(), io.BytesIO()
     torch.save(content, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(forged, 'w') as target:
@@ -51,18 +51,18 @@ def replaced(content: dict, old: bytes | None, new: bytes) -> bytes:
 
 
 def array(dtype: np.dtype, shape: tuple, data: bytes) -> Call:
-    """An array as NumPy pickles it, whatever its bytes are."""
+    """Return an array as NumPy pickles it, with any bytes."""
     rebuild = np.zeros(1).__reduce__()[0]
     return Call(rebuild, np.ndarray, (0,), b'b', state=(1, shape, dtype, False, data))
 
 
 def nested(levels: int) -> bytes:
-    """The pickle of an empty list in a list in a list ..."""
+    """Return the pickle of an empty list in a list in a list ..."""
     return b'\x80\x02' + b']' * levels + b'a' * (levels - 1) + b'.'
 
 
 def repeated(times: int) -> bytes:
-    """A checkpoint whose directory has one record under many names, as a bomb does that is not compressed."""
+    """Write a checkpoint whose directory has one record under many names, an uncompressed zip bomb."""
     file = io.BytesIO()
     torch.save([torch.zeros(1 << 20)] + [torch.zeros(1) for _ in range(times)], file)
     with zipfile.ZipFile(file, 'a') as archive:
@@ -71,19 +71,19 @@ def repeated(times: int) -> bytes:
             if '/data/' in entry.filename:
                 entry.header_offset, entry.file_size, entry.CRC = large.header_offset, large.file_size, large.CRC
                 entry.compress_size = entry.file_size
-        archive.comment = b'changed'  # so that the directory is written
+        archive.comment = b'changed'  # forces the directory to be written
     return file.getvalue()
 
 
-# With nothing worse than text that MMEngine would run as Python, or than what nobody reads: they may be taken.
+# Contents no worse than text that MMEngine would run as Python, or than parts that nobody reads: may be accepted.
 HARMLESS = {
-    # For a training to refuse that would go on from them, as the test of it does:
+    # A training that resumes from these must reject them, as its test does:
     *('a place within the epoch that lies', 'a place without end', 'an optimiser that lies', 'schedules that lie'),
     'gradients that lie',
-    'methods of a dict replaced',  # put back
+    'methods of a dict replaced',  # restored
     'a storage larger than its record',  # mapped, it ends with the file
-    'integers for weights',  # numbers as others to MMDetection's API; this project's own commands refuse them
-    'doubled without end',  # small as long as nobody writes it out
+    'integers for weights',  # changes numbers for MMDetection's API; this project's commands reject it
+    'doubled without end',  # small unless somebody writes it out
 }
 
 
@@ -93,15 +93,15 @@ def is_harmless(name: str) -> bool:
 
 
 def write_forged(folder: Path, good: dict, trace: Path) -> dict[str, Path]:
-    """Write the forged files, each a detector's whole checkpoint but for what is forged.
+    """Write the forged files, each an intact checkpoint of a detector except for the forged part.
 
     Args:
-        folder: where to.
+        folder: to write to.
         good: the content of a checkpoint of MMEngine.
-        trace: the file that their code would touch.
+        trace: the file that their code would create.
 
     Returns:
-        Paths by what is forged. Those whose names begin with "config" hold nothing worse than text that MMEngine runs.
+        Paths by the forged part. Names that begin with "config" contain nothing worse than text that MMEngine runs.
     """
     code, address = touch(trace), struct.pack('<Q', 0x4141414141414141)
     hub, meta = good['message_hub'], good['meta']

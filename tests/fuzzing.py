@@ -1,4 +1,4 @@
-"""Fuzz the readers of what others have written: checkpoints, their layouts, annotation files; InputError is no fault.
+"""Fuzz the readers of checkpoints, their layouts and annotation files; an InputError is a correct answer.
 
 python tests/fuzzing.py reader --seconds 600 --out FOLDER     # guided by coverage, with atheris
 """
@@ -27,7 +27,7 @@ from mmengine.logging import HistoryBuffer  # noqa: E402
 
 try:
     import atheris
-except ImportError:  # without it, inputs are changed at random
+except ImportError:  # without atheris, inputs are changed at random
     atheris = None
 
 PARTS = ['spec_mmdet', 'json']
@@ -40,11 +40,11 @@ with atheris.instrument_imports(include=PARTS) if atheris and __name__ == '__mai
     from spec_mmdet.errors import InputError
     from spec_mmdet.models.xcit import SpecXCiT
 
-LIMIT = 10  # seconds of processor time that an input may take
+LIMIT = 10  # processor seconds that an input may take
 
 
 def only_input_errors(action: Callable, *args) -> object:
-    """Do something; its InputError, of one line, is an answer, and anything else is a fault."""
+    """Run an action; a one-line InputError is an answer, anything else is a fault."""
     try:
         return action(*args)
     except InputError as error:
@@ -61,7 +61,7 @@ def good_checkpoint() -> dict:
     return dict(meta=meta, message_hub=hub, state_dict=weights, optimizer={}, param_schedulers=[])
 
 
-# A whole file; or what is in a file of torch.save, whose checksums a change would spoil: its pickle.
+# A complete file, or the pickle of a torch.save file, whose checksums a change would break.
 WHOLE, PICKLE = b'w', b'p'
 
 
@@ -95,7 +95,7 @@ def fuzz_reader(data: bytes, folder: Path) -> None:
 
 
 def xcits() -> list[dict]:
-    """Small XCiTs in their layouts."""
+    """Return small XCiTs in their layouts."""
     plain = SpecXCiT(dict(dim=8, depth=4, num_heads=2), 16).state_dict()
     own = SpecXCiT(dict(dim=8, depth=4, num_heads=2), 8, conditioning=dict(type='identity', lam=1.0)).state_dict()
     timm = to_layout(plain, 'timm')
@@ -113,7 +113,7 @@ XCITS: list[dict] = []
 
 
 def fuzz_layouts(data: bytes, folder: Path) -> None:
-    """The first byte says which checkpoint, and three more each a change of it: of what kind, where, and how."""
+    """Change a checkpoint: the first byte chooses it, and each three more define a change: kind, place and value."""
     XCITS.extend([] if XCITS else xcits())
     content = XCITS[data[0] % len(XCITS) if data else 0]
     wrapper = next((name for name in WRAPPERS if name in content), '')
@@ -189,26 +189,26 @@ ENTRIES = {
 
 
 class Clock:
-    """Seconds that a process has lived, without those in which it was stopped; the number of inputs, written down."""
+    """Return the seconds that a process has run, without those while it was stopped; writes the number of inputs."""
 
     def __init__(self, seconds: float, counter: Path) -> None:
         self.left, self.last, self.counter, self.tried = seconds, time.monotonic(), counter, 0
 
     def tick(self) -> bool:
-        """Count an input; whether time is left."""
+        """Count an input; return whether time is left."""
         now = time.monotonic()
         self.left -= min(now - self.last, LIMIT)
         self.last = now
         self.tried += 1
         if self.tried % 64 == 0 or self.left <= 0:
             self.counter.write_text(f'{self.tried} {self.left}')
-        # An input that takes more ends the process.
+        # An input that takes longer ends the process.
         signal.setitimer(signal.ITIMER_PROF, LIMIT)
         return self.left > 0
 
 
 def changed(seeds: list[bytes], rng: random.Random) -> bytes:
-    """A seed with bytes changed, cut, and put in from itself or another one."""
+    """Change a seed: some bytes, a cut, or a part of itself or of another seed."""
     content, other = bytearray(rng.choice(seeds)), rng.choice(seeds)
     for _ in range(rng.choice([1, 1, 2, 3, 8, 64])):
         where = rng.randrange(len(content) + 1)
@@ -224,7 +224,7 @@ def changed(seeds: list[bytes], rng: random.Random) -> bytes:
 
 
 def fuzz(entry: str, seconds: float, out: Path, seed: int, guided: bool) -> None:
-    """Feed an entry for so many seconds; what it does not survive ends the process, and is ``out/last_ENTRY``."""
+    """Feed an entry point for some seconds. An input that ends the process is kept in ``out/last_ENTRY``."""
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     function, seeds = ENTRIES[entry]

@@ -1,4 +1,4 @@
-"""The layers of the package know those below them alone; each is imported with all others blocked."""
+"""The layers of the package import only the layers below them; each is imported with all others blocked."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ GROUND = {
     'ops',
     'startup',
     'configs',
-}  # modules of no layer, which themselves know errors at the most
+}  # modules outside the layers, which import errors at most
 LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'inference', 'commands')
 KNOWS = {
     'conditioning': set(),
@@ -31,8 +31,8 @@ KNOWS = {
     'commands': set(LAYERS),
 }
 
-# The package itself imports all of its layers, for MMDetection's registries: an empty one in its place does not.
-# Each layer in a fork: the first while there is nothing but Python, the others beside MMDetection, imported once.
+# The package itself imports all of its layers for MMDetection's registries: an empty package replaces it.
+# Each layer in a fork: the first with only Python, the others beside MMDetection, which is imported once.
 IMPORT = """
 import importlib, json, os, pkgutil, sys, traceback, types
 
@@ -83,7 +83,7 @@ def test_layers_are_imported_without_those_that_they_must_not_know():
 
 
 def imports(path) -> set[str]:
-    """The modules of this package that a file imports, anywhere in it, by their names without the package's."""
+    """Return the modules of this package that a file imports, anywhere in it, without the package's name."""
     found = set()
     here = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
@@ -127,7 +127,7 @@ def test_no_command_imports_a_command():
 
 
 def test_private_members_of_others_are_used_in_one_module():
-    """Those of MMEngine's and PyTorch's objects by the names that variables of them have here."""
+    """Return the objects of MMEngine and PyTorch, by the names of the package's variables for them."""
     ours = r'(?<![\w.])(self\.)?(runner|loader|loop|cfg|optimizer|optim_wrapper|module|preprocessor)\._(?!_)\w+'
     for path in PACKAGE.rglob('*.py'):
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""The configs build what they promise."""
+"""Build the configs and compare the models with their names."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ COCO = [name for name in CONFIGS if not name.endswith('shapes')]
 SCHEDULES = ('1x', 'lsj_100e')
 TWINS = {name.replace('xcit_', 'xcit_spec_', 1): name for name in COCO if 'spec' not in name}
 
-# Channels, blocks, heads and stochastic depth of the reference implementation's detectors, and the file that has them.
+# Channels, blocks, heads and stochastic depth of the reference implementation's detectors, and their files.
 FAMILY = {
     ('tiny_12', 16): (192, 12, 4, 0.0),
     ('tiny_12', 8): (192, 12, 4, 0.0),
@@ -48,7 +48,7 @@ def test_coco_configs_take_a_training_step(name):
     assert loss.isfinite()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     unused = {name for name, gradient in gradients.items() if gradient is None}
-    # Which in training with several processes would be an error that comes in the second step.
+    # With several processes this would be an error in the second step.
     assert not unused or (cfg.find_unused_parameters and all(name.startswith('backbone.fpn1.') for name in unused))
     assert all(gradient.isfinite().all() for name, gradient in gradients.items() if name not in unused)
     assert model.backbone.patch_embed.proj['0'][0].weight.grad.any()

@@ -1,4 +1,4 @@
-"""Whatever writes: on a disk that is full or read-only it says so in one line, and the disk is as it was."""
+"""Every command that writes reports a full or read-only disk in one line and leaves the disk as it was."""
 
 import resource
 import shutil
@@ -28,7 +28,7 @@ LEFT = 8192  # bytes
 
 
 class Disk:
-    """A small disk that can be mounted by root alone; where that fails, a limit on the size of a file stands in."""
+    """Mount a small disk, which needs root; otherwise limit the size of files instead."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Disk:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
         if self.mounted:
             subprocess.run(['mount', '-o', 'remount,rw', self.folder], check=True)
-            subprocess.run(['umount', '--lazy', self.folder], check=True)  # the logs of a command are still open
+            subprocess.run(['umount', '--lazy', self.folder], check=True)  # a command's logs are still open
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def without_exporting(monkeypatch):
-    """PyTorch's exporter takes its time; what it gives is saved here."""
+    """PyTorch's exporter is slow: save its output once and use it here."""
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_bytes(bytes(10**5))
     )
@@ -143,13 +143,13 @@ def test_a_command(monkeypatch, shapes, trained, without_exporting, disk, tmp_pa
     says = error_line(monkeypatch, *command)
     assert 'could not be written (' in says or 'cannot be written (' in says
     after = tree(disk.folder)
-    if writer == 'work directory':  # what can be read of why
+    if writer == 'work directory':  # the part that shows the reason
         after = {name: content for name, content in after.items() if name in before or name.endswith('.partial')}
     assert after == before
 
 
 def test_other_files(disk):
-    """What goes through the file backend of the checkpoints, the results of test --out, what prepare finds."""
+    """Test the checkpoints' file backend, the results of test --out, and prepare's findings."""
     files = {name: disk.folder / name for name in ('results.pkl', 'data.pkl', 'findings.csv')}
     for path in files.values():
         path.write_text('old')

@@ -1,4 +1,4 @@
-"""Importing the package adds names, and changes nothing else that is not its own."""
+"""Importing the package adds names, and changes no object of other packages."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import CONFIG, ROOT, options
 
-# Prints, for everything that an import could replace, by its name, what stands for it now.
+# Prints the current value of every object that an import could replace, by name.
 SNAPSHOT = """
 import json, logging, types, warnings
 import torch, PIL.Image, mmengine.registry, mmengine.fileio
@@ -78,7 +78,7 @@ print(json.dumps([before, after]))
 
 def run(code: str, *arguments: str) -> str:
     command = [sys.executable, '-W', 'ignore', *(arguments or ('-c', code))]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}  # without tests/bare, which leaves out libraries
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}  # without tests/bare, which blocks libraries
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

@@ -1,4 +1,4 @@
-"""MMDetection's types in a config become ours, and guards are added, in whatever way the config names them."""
+"""MMDetection's types in a config are replaced by ours, and guards are added, for every way to name them."""
 
 import pytest
 from conftest import CONFIG, options, run_tool
@@ -45,7 +45,7 @@ def test_a_config_of_mmdetection(tmp_path, capsys):
     assert all(name in line for name in GUARDS)
     assert cfg.train_dataloader.dataset.type == cfg.val_dataloader.dataset.type == 'CheckedCocoDataset'
     assert cfg.val_evaluator.type == 'FastCocoMetric' and cfg.train_cfg.type == 'ExactEpochTrainLoop'
-    # By this name MMDetection's DetInferencer finds it.
+    # MMDetection's DetInferencer looks for this name.
     loaders = [cfg[f'{loop}_dataloader'].dataset.pipeline[0].type for loop in ('train', 'val', 'test')]
     assert loaders == ['CheckedLoadImageFromFile', 'CheckedLoadImageFromFile', 'LoadImageFromFile']
     assert "type='FiniteGuard'" in cfg.pretty_text and "type='AtomicCheckpointHook'" in cfg.pretty_text
@@ -61,7 +61,7 @@ def test_keep_types(tmp_path, capsys):
     before = cfg.to_dict()
     protect(cfg, keep_types=True, running=False)
     assert capsys.readouterr().out == '' and cfg.to_dict() == before
-    protect(cfg, keep_types=True)  # of types it speaks, not of guards
+    protect(cfg, keep_types=True)  # only types, no guards
     assert (
         cfg.default_hooks.finite_guard.type == 'FiniteGuard' and cfg.default_hooks.checkpoint.type == 'CheckpointHook'
     )
@@ -90,7 +90,7 @@ def test_a_new_style_config_and_its_dump(tmp_path):
 
 def test_a_subclass_and_other_spellings():
     class Mine(CocoDataset):
-        """A user's own."""
+        """A user's own subclass."""
 
     loops = dict(train_cfg=dict(by_epoch=False, max_iters=1), default_scope='mmdet')
     datasets = [dict(type=Mine), dict(type='mmdet.CocoDataset'), dict(type=CocoDataset)]

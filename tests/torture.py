@@ -1,9 +1,9 @@
-"""Kill trainings, break writes, forge checkpoints, fuzz readers: a table of what was tried, survived, and was lost.
+"""Kill trainings, break writes, forge checkpoints, fuzz readers: print a table of faults tested and losses.
 
     make torture        # or python tests/torture.py [--kills 50] [--seconds 600] [--only fuzzing]
 
-What is trained is tests/training/toy.py, the smallest training with this project's loop and hooks; each is a fork. What
-the forged checkpoints go through are the commands themselves, and what is fuzzed is in tests/fuzzing.py.
+The training is tests/training/toy.py, the smallest one with this project's loop and hooks; each runs in a fork. Forged
+checkpoints go through the commands themselves; tests/fuzzing.py contains the fuzzers.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from spec_mmdet.training.resume import find_newest_checkpoint, lock_folder  # no
 SECONDS, MEGABYTES = (
     60,
     1500,
-)  # of processor time and memory that an entry may take for a forged file, its work included
+)  # limits of processor time and memory of an entry point for a forged file, its own work included
 
 
 @dataclass
@@ -60,29 +60,29 @@ class Row:
         return len(self.losses)
 
     def note(self, **faults: object) -> None:
-        """Count a loss where one of the faults is true."""
+        """Count a loss if one of the faults is true."""
         if any(faults.values()):
             self.losses.append(f'number {self.tried}: {", ".join(name for name, there in faults.items() if there)}')
 
 
 def train(work: Path) -> None:
-    """Go on with the training in a directory, as the command does."""
+    """Resume the training in a directory, as the command does."""
     newest = find_newest_checkpoint(work)
     with lock_folder(work):
         runner = toy.runner(work, resume_from=newest)
         epoch = load(newest)['meta']['epoch'] if newest else 0
         record = work / 'last_evaluation'
-        # The score follows the epoch; an evaluation that was killed is made up for.
+        # The score follows the epoch; an interrupted evaluation is run again.
         toy.Score.epoch = epoch - (epoch > 0 and (not record.exists() or record.read_text() != str(epoch)))
         runner.train()
 
 
 def child(action: Callable[[], None]) -> int:
-    """Run something in a fork, in silence; returns its number."""
+    """Run a function in a fork without output; return its process id."""
     process = os.fork()
     if process == 0:
         with contextlib.suppress(BaseException), Path(os.devnull).open('w') as silence:
-            sys.stdout = sys.stderr = silence  # pytest's are files
+            sys.stdout = sys.stderr = silence  # pytest replaces them by files
             os.dup2(silence.fileno(), 1)
             os.dup2(silence.fileno(), 2)
             action()
@@ -101,7 +101,7 @@ def finish(work: Path, truth: dict) -> bool:
 
 
 def lost_ground(work: Path, reached: int) -> tuple[int, bool]:
-    """The iteration of the newest whole checkpoint, and whether that is before one that was there already."""
+    """Return the iteration of the newest intact checkpoint, and whether it is older than one that existed before."""
     with contextlib.redirect_stdout(io.StringIO()):
         newest = find_newest_checkpoint(work)
     iteration = load(newest)['meta']['iter'] if newest else 0
@@ -109,7 +109,7 @@ def lost_ground(work: Path, reached: int) -> tuple[int, bool]:
 
 
 def kills(folder: Path, truth: dict, count: int, rng: random.Random) -> tuple[Row, Row]:
-    """SIGKILL at random moments, writes made slow so that many are within one; then the training is finished."""
+    """Send SIGKILL at random moments, with writes slowed so that many are hit; then finish the training."""
     anywhere, inside = Row('SIGKILL between writes'), Row('SIGKILL within a write')
     real = os.fsync
 
@@ -144,7 +144,7 @@ def kills(folder: Path, truth: dict, count: int, rng: random.Random) -> tuple[Ro
 
 
 def signals(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
-    """SIGTERM and SIGINT at random moments: status 143 or 130, and nothing lost."""
+    """Send SIGTERM and SIGINT at random moments: the status is 143 or 130, and nothing is lost."""
     from spec_mmdet.training.saving import stop_on_signals
 
     row = Row('SIGTERM, SIGINT')
@@ -168,14 +168,14 @@ def signals(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
         os.kill(process, number)
         _, status = os.waitpid(process, 0)
         row.tried += 1
-        # A training that had ended by then has nothing to save.
+        # A training that had already ended has nothing to save.
         code = os.waitstatus_to_exitcode(status)
         row.note(**{f'status {code}': code not in (0, 128 + number)}, unfinished=not finish(work, truth))
     return row
 
 
 def full_disks(folder: Path, truth: dict, count: int, rng: random.Random) -> Row:
-    """Files that may not grow beyond some size: nothing half-written is left, and the training goes on afterwards."""
+    """Limit the size of files: nothing is truncated, and the training continues afterwards."""
     row = Row('a file that cannot be written to its end')
     for i in range(count):
         work = folder / f'full_{i}'
@@ -199,7 +199,7 @@ def full_disks(folder: Path, truth: dict, count: int, rng: random.Random) -> Row
 
 
 def forged_through(name: str, enter: Callable[[Path], None], forged: dict[str, Path], trace: Path, log: Path) -> Row:
-    """Forged files through an entry, each a line within seconds and without taking all memory, in as few forks."""
+    """Pass forged files to an entry point: each gives one line within seconds and limited memory, in few forks."""
     from entries import try_entry
 
     row, left = Row(f'forged: {name}'), list(forged)
@@ -236,7 +236,7 @@ def forged_through(name: str, enter: Callable[[Path], None], forged: dict[str, P
 
 
 def forged_through_all(folder: Path, count: int, rng: random.Random) -> list[Row]:
-    """Forged files of a detector, so many at random through each of the entries."""
+    """Pass forged files of a detector to each entry point, some of them chosen at random."""
     from conftest import CONFIG, options, run_tool
     from entries import OF_WEIGHTS, entries
 
@@ -257,7 +257,7 @@ def forged_through_all(folder: Path, count: int, rng: random.Random) -> list[Row
         address, direct = f'http://127.0.0.1:{server.server_port}', ways['convert']
         ways['an address'] = lambda path: direct(f'{address}/{path.name}')
         for name, enter in ways.items():
-            # Of what is forged beside the weights, a way that takes those alone knows nothing, and would go on to work.
+            # An entry point that reads only the weights ignores other forged parts and would continue.
             whats = [what for what in forged if not (name in (*OF_WEIGHTS, 'an address') and is_harmless(what))]
             some = {what: forged[what] for what in rng.sample(whats, min(count, len(whats)))}
             rows.append(forged_through(name, enter, some, trace, folder / 'log'))
@@ -267,11 +267,11 @@ def forged_through_all(folder: Path, count: int, rng: random.Random) -> list[Row
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args) -> None:
-        """Say nothing."""
+        """Suppress all output."""
 
 
 class Fuzzing:
-    """The fuzzers of all entries, in processes of their own, begun again where they end by what they were given."""
+    """Run the fuzzers of all entry points in processes of their own, restarted if an input ends them."""
 
     def __init__(self, folder: Path, seconds: float, guided: bool) -> None:
         self.folder, self.guided = folder, guided
@@ -289,7 +289,7 @@ class Fuzzing:
             return subprocess.Popen(['nice', '-n', '19', *map(str, command)], stdout=log, stderr=log).pid
 
     def wait(self) -> list[Row]:
-        """The rows, when all have had their time."""
+        """Return the rows after the time of all fuzzers."""
         for entry, row in self.rows.items():
             while True:
                 _, status = os.waitpid(self.running[entry], 0)
@@ -312,7 +312,7 @@ PARTS = ('kills', 'signals', 'faults', 'forged', 'fuzzing')
 def torture(
     kill_count: int, seconds: float, forged_count: int, seed: int, folder: Path, only: Sequence[str], guided: bool
 ) -> list[Row]:
-    """All of it, or some parts, in a folder."""
+    """Run all parts, or some, in a folder."""
     rng = random.Random(seed)
     # In the background, from the start.
     fuzzers = Fuzzing(folder, seconds, guided) if 'fuzzing' in only else None

@@ -1,7 +1,7 @@
-"""Processes that tests start are as users have them, without what tests alone need.
+"""Block two optional libraries in the processes that tests start.
 
-Where these are installed, MMEngine and MMDetection import them for optimisers and detectors that no such test has; it
-takes more than two seconds, of every process.
+If they are installed, MMEngine and MMDetection import them for optimisers and detectors that no such test uses. The
+import takes more than two seconds in every process.
 """
 
 import sys

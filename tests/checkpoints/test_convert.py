@@ -1,4 +1,4 @@
-"""Checkpoints of other packages' models, converted and loaded: the features must be their own."""
+"""Convert and load checkpoints of other packages' models: the features must equal those of the original model."""
 
 import argparse
 import copy
@@ -33,19 +33,19 @@ SMALL = dict(dim=32, depth=6, num_heads=4)
 
 
 def convert(*args) -> None:
-    """tools/convert_checkpoint.py, in this process."""
+    """Run tools/convert_checkpoint.py in this process."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_tool(monkeypatch, 'convert', *args)
 
 
 def complaint(*args) -> str:
-    """The one line with which it refuses."""
+    """Return the one line of the command's error."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         return conftest.error_line(monkeypatch, 'convert', *args)
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Every weight and statistic its own, so that none can stand in for another."""
+    """Give every weight and statistic distinct values, so that exchanged tensors are noticed."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             scale = 0.5 if 'gamma' in name else 0.2
@@ -53,12 +53,12 @@ def randomise(model: nn.Module) -> nn.Module:
                 torch.rand_like(tensor) + 0.5 if 'var' in name or 'temp' in name else scale * torch.randn_like(tensor)
             )
     model.double()
-    model.eval()  # of mmpretrain's models, this returns nothing
+    model.eval()  # mmpretrain's init_weights returns None
     return model
 
 
 def correct(model: nn.Module, **conditioning) -> None:
-    """W and C apart in a model of others: the corrections as parametrizations of its layers."""
+    """Condition a third-party model by parametrizations of its layers, with W and C stored apart."""
     for projection in list(find_projections(model)):
         correction = projection.make_correction(**conditioning)
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
@@ -73,7 +73,7 @@ def timm_model(patch_size: int = 16, conditioning: dict | None = None, **dims) -
 
 
 def block_outputs(model: nn.Module, blocks: nn.ModuleList) -> list[torch.Tensor]:
-    """What a model's own blocks put out, as SpecXCiT's taps do: as maps, after the same blocks."""
+    """Return the maps of a model's own blocks, after the same blocks as SpecXCiT's taps."""
     outputs = []
     handles = [block.register_forward_hook(lambda m, args, out: outputs.append(out)) for block in blocks]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def assert_features(path, expected, patch_size=16, conditioning=None, arch=SMALL
 
 
 def reference_names(weights: dict) -> dict:
-    """timm's weights under the names of facebookresearch/xcit, whose class attention has one fused qkv."""
+    """Rename timm's weights to those of facebookresearch/xcit, whose class attention has one fused qkv."""
     renamed = {}
     for name, value in weights.items():
         name = name.replace('pos_embed.', 'pos_embeder.')
@@ -118,7 +118,7 @@ def reference_file(weights: dict) -> dict:
 def test_features_are_the_source_models_own(tmp_path, layout, patch_size, conditioning):
     model = timm_model(patch_size)
     if conditioning and layout == 'reference':
-        # As a reference-style model would be: without the class attention, whose layers are fused there.
+        # As in a reference-style model: without the class attention, whose layers are fused there.
         correct(model.blocks, **conditioning)
     elif conditioning:
         correct(model, **conditioning)
@@ -130,7 +130,7 @@ def test_features_are_the_source_models_own(tmp_path, layout, patch_size, condit
         torch.save(reference_file(model.state_dict()) if layout == 'reference' else model.state_dict(), source)
     convert(source, tmp_path / 'converted.pth')
     assert_features(tmp_path / 'converted.pth', expected, patch_size, conditioning)
-    assert_features(source, expected, patch_size, conditioning)  # and converted on the fly
+    assert_features(source, expected, patch_size, conditioning)  # converted while loading
 
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
@@ -141,7 +141,7 @@ def test_features_are_mmpretrains_own(tmp_path, patch_size, conditioning):
 
     dims = dict(embed_dims=32, depth=6, num_heads=4, qkv_bias=True, layer_scale_init_value=1.0)
     model = randomise(XCiT(patch_size=patch_size, **dims))
-    # The encoding itself is in float32 in every implementation; in mmpretrain's also what goes into its projection.
+    # Every implementation computes the encoding in float32; mmpretrain also its projection's input.
     model.pos_embed.token_projection.register_forward_pre_hook(lambda module, args: args[0].double())
     classifier = nn.Module()
     classifier.backbone, classifier.head = model, nn.Module()
@@ -202,7 +202,7 @@ def test_round_trips_are_bit_equal(tmp_path, conditioning):
         assert back.keys() == kept.keys()
         assert all(torch.equal(value, back[key]) and value.dtype == back[key].dtype for key, value in kept.items())
 
-    # What is written for timm is what timm's own model, conditioned if need be, calls its weights.
+    # The layout for timm has the names of timm's own model, conditioned if needed.
     theirs = timm_model(conditioning=conditioning)
     backbone = {
         k: v for k, v in theirs.state_dict().items() if k.split('.')[0] in ('patch_embed', 'pos_embed', 'blocks')
@@ -296,7 +296,7 @@ def test_a_record_of_the_origin(tmp_path):
 
 
 def damaged(weights: dict, rng: random.Random) -> tuple[dict, str]:
-    """Weights with one thing wrong with them, and what that is."""
+    """Yield weights with one fault, and the fault's description."""
     weights = dict(weights)
     name = rng.choice([k for k in weights if not k.endswith('num_batches_tracked')])
     value = weights.pop(name)
@@ -345,7 +345,7 @@ def test_truncated_files_are_refused(tmp_path, ending):
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

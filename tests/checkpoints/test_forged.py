@@ -1,4 +1,4 @@
-"""No forged checkpoint runs code or crashes, whatever it comes in by; good ones are read from addresses, too."""
+"""Forged checkpoints neither run code nor crash in any command. Intact ones are also read from addresses."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ def test_forged_files_are_refused_or_harmless(tmp_path):
                 assert name == 'doubled without end' or str(trace) not in repr(content), name
         assert not trace.exists(), name
     assert len(forged) >= 60
-    assert {name for name in harmless if not is_harmless(name)} == {  # for the next to refuse
+    assert {name for name in harmless if not is_harmless(name)} == {  # must not affect the next command
         *('weights that are not finite', 'numbers for names', 'text for weights'),
         *('a list for weights', 'nothing', 'a number', 'no block and many'),
     }
@@ -42,12 +42,12 @@ def test_forged_files_are_refused_or_harmless(tmp_path):
 
 @pytest.fixture(scope='module')
 def forged_detectors(trained, tmp_path_factory):
-    """Forged checkpoints of the shapes' detector, and the trace that their code would leave."""
+    """Forged checkpoints of the shapes' detector, and the file that their code would create."""
     folder = tmp_path_factory.mktemp('forged')
     return write_forged(folder, load(trained / 'epoch_1.pth'), folder / 'trace'), folder / 'trace'
 
 
-# All files by all entries are what `make torture` tries.
+# `make torture` tests all files with all commands.
 OF_TRAINING = [
     'a place within the epoch that lies',
     'a place without end',
@@ -70,7 +70,7 @@ def test_no_entry_runs_code(monkeypatch, shapes, forged_detectors, tmp_path):
             assert not trace.exists(), (name, what)
 
 
-# They take memory or hours, as PyTorch's own weights-only loading lets them.
+# They use much memory or time, as PyTorch's own weights-only loading allows.
 EXHAUSTING = ('without end', 'slow coding', 'many times', 'zip bomb', 'TorchScript', 'bare pickle')
 
 
@@ -78,7 +78,7 @@ def test_mmengine_runs_no_code(monkeypatch, forged_detectors):
     forged, trace = forged_detectors
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
     unsafe = load_weights_only(lambda filename, map_location: torch.load(filename, map_location, weights_only=False))
-    unsafe_globals = torch.serialization.safe_globals([getattr, exec, eval])  # as a library may allow
+    unsafe_globals = torch.serialization.safe_globals([getattr, exec, eval])  # another library may allow this class
     for name, path in forged.items():
         if not any(part in name for part in EXHAUSTING):
             for read in (CheckpointLoader.load_checkpoint, unsafe):
@@ -93,7 +93,7 @@ def test_mmengine_runs_no_code(monkeypatch, forged_detectors):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A folder that is served at an address, and where downloads are kept."""
+    """Serve a folder at an address; return it with the download cache."""
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     (tmp_path / 'served' / 'other').mkdir(parents=True)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'served')
@@ -113,7 +113,7 @@ def test_addresses_are_read_by_the_same_rules(server, tmp_path):
     torch.save(dict(w=torch.ones(1)), folder / 'other' / 'epoch_1.pth')
     content = load(f'{address}/epoch_1.pth')
     assert torch.equal(content['state_dict']['weight'], good['state_dict']['weight'])
-    assert list(load(f'{address}/other/epoch_1.pth')) == ['w']  # not the one of the same name
+    assert list(load(f'{address}/other/epoch_1.pth')) == ['w']  # differs from the file of the same name
     with pytest.raises(InputError, match=r'absent.pth: could not be downloaded \(HTTP Error 404'):
         load(f'{address}/absent.pth')
     with pytest.raises(InputError, match='could not be downloaded'):

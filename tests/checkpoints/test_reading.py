@@ -1,4 +1,4 @@
-"""Checkpoints are read without running their code, and refused where they do not fit."""
+"""Checkpoints are read without running their code, and rejected if they do not fit."""
 
 import argparse
 import pickle
@@ -18,7 +18,7 @@ from spec_mmdet.checkpoints.reading import describe_mismatches, get_state_dict, 
 
 
 class Payload:
-    """Pickles as a call that writes a file: code, if harmless."""
+    """Pickles as a call that writes a file: harmless code."""
 
     def __init__(self, path):
         self.path = path
@@ -43,7 +43,7 @@ def test_mmengine_checkpoints_are_read(tmp_path):
 
 
 def equal(a: object, b: object) -> bool:
-    """Whether two contents are the same, types included."""
+    """Compare two contents, types included."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -96,7 +96,7 @@ def test_mmengines_own_errors(tmp_path):
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     touched = tmp_path / 'touched'
     pickle.loads(pickle.dumps(Payload(touched)))
-    assert touched.exists()  # the payload does work where code is run
+    assert touched.exists()  # the payload works if code is run
     touched.unlink()
     torch.save(mmengine_checkpoint(payload=Payload(touched)), tmp_path / 'code.pth')
     with pytest.raises(InputError, match='only running code from the file could read; it was not run'):
@@ -135,7 +135,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 
 def runner(model, training=False, resume=False):
-    """As much of a Runner as the guard looks at."""
+    """The part of a Runner that the guard reads."""
     return SimpleNamespace(model=model, _load_from='some.pth', _resume=resume, _train_loop=object() if training else {})
 
 

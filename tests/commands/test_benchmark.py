@@ -1,4 +1,4 @@
-"""The benchmark compares models that compute the same, and says what it measured."""
+"""Benchmark models that compute the same, and check the reported measurements."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def test_all_backbones_have_the_same_output():
 @pytest.mark.parametrize('kind', [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
 def test_operations_of_convolutions_are_counted(kind, groups):
     module, x = kind(6, 12, 2, 2, groups=groups), torch.randn(3, 6, 8, 10, requires_grad=True)
-    places = 3 * 4 * 5 if kind is torch.nn.Conv2d else 3 * 8 * 10  # each of which takes every weight once
+    places = 3 * 4 * 5 if kind is torch.nn.Conv2d else 3 * 8 * 10  # each model uses every weight once
     forward = 2 * places * module.weight.numel()
     assert count_operations(lambda: module(x)) == forward
     assert count_operations(lambda: module(x).sum().backward()) == 3 * forward

@@ -1,4 +1,4 @@
-"""spec-mmdet itself: its commands, what it says of wrong ones, and MMDetection's own options and scripts beside it."""
+"""Test spec-mmdet's commands, its errors for wrong names, and MMDetection's own options and scripts."""
 
 import ast
 import os
@@ -81,7 +81,7 @@ def test_help_waits_for_nothing(tmp_path):
 
 
 def options_of(script: Path) -> set[str]:
-    """The options that a script of MMDetection's adds to its parser, read from its source."""
+    """Return the options that a script of MMDetection's adds to its parser, read from its source."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     added = [call.args for call in calls if getattr(call.func, 'attr', '') == 'add_argument']
     return {arg.value for args in added for arg in args if arg.value.startswith('--')}
@@ -146,14 +146,14 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 
 def without_scopes(node: object) -> object:
-    """A config without the scopes that MMEngine adds to what is inherited from a package."""
+    """Return a config without the scopes that MMEngine adds to parts inherited from a package."""
     if isinstance(node, dict):
         return {key: without_scopes(value) for key, value in node.items() if key != '_scope_'}
     return [without_scopes(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def test_mmdetections_own_script_runs_beside_it(tmp_path):
-    """In an environment where mmcv has no compiled operators, whatever is imported first."""
+    """Run in an environment whose mmcv has no compiled operators, for any order of imports."""
     (tmp_path / 'begin.py').write_text("""
 import runpy, sys
 try:

@@ -1,4 +1,4 @@
-"""tools/compare.py: the comparison of runs measures what pycocotools measures, and refuses what cannot be compared."""
+"""The comparison of runs agrees with pycocotools and rejects runs that cannot be compared."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ def fewer_draws(monkeypatch):
 
 @pytest.fixture(scope='module')
 def runs(trained, shapes, tmp_path_factory):
-    """The trained detector, evaluated, under another seed, and with half of its detections lost."""
+    """Evaluate the trained detector, under another seed, and with half of its detections removed."""
     root = tmp_path_factory.mktemp('runs')
     with pytest.MonkeyPatch.context() as monkeypatch:
         arguments = ['--data', shapes, '--work-dir', root / 'logs', '--report', root / 'report']
@@ -55,7 +55,7 @@ def test_a_table_and_a_page(runs, tmp_path, capsys):
     assert (
         page.count('data:image/png') >= 3 and 'half - whole: box AP -' in page and 'half - whole: box AP -' in printed
     )
-    run('compare', [f'x={runs / "a"}', f'y={runs / "b"}', '--out', str(out)])  # in the place of the one before
+    run('compare', [f'x={runs / "a"}', f'y={runs / "b"}', '--out', str(out)])  # replaces the previous one
     assert 'x: box AP' in capsys.readouterr().out
 
 

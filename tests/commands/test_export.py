@@ -1,4 +1,4 @@
-"""tools/export.py: what is exported computes what the conditioned model does in PyTorch, for images of any size."""
+"""An exported model computes the same as the conditioned model in PyTorch, for images of any size."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ LAMBDA = ['--backbone', '--cfg-options', 'model.backbone.conditioning.lam=10.0']
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory) -> Path:
-    """The shapes config, with a backbone of 4 blocks."""
+    """Return the shapes config with a backbone of 4 blocks."""
     path = tmp_path_factory.mktemp('config') / 'short.py'
     path.write_text(f'_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(arch=dict(depth=4)))\n')
     return path
@@ -31,7 +31,7 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def conditioned(tmp_path_factory, config) -> tuple[nn.Module, Path]:
-    """The config's backbone (96 wide) with lambda = 10 and weights far from initial; its detector."""
+    """The config's backbone (width 96) with lambda = 10 and weights far from initial, and its detector."""
     cfg = Config.fromfile(config)
     cfg.model.backbone.conditioning.lam = 10.0
     torch.manual_seed(1)
@@ -67,7 +67,7 @@ def test_exported_backbone_computes_the_same(monkeypatch, config, conditioned, t
 
 
 def test_other_features_are_not_left_behind(monkeypatch, config, conditioned, tmp_path):
-    """An export that computes zeros, as its stand-in does, is refused."""
+    """An export that computes zeros, as this stand-in does, is rejected."""
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_text('zeros')
     )
@@ -112,7 +112,7 @@ def test_unusable_inputs(monkeypatch, config, conditioned, trained, tmp_path):
 
 
 def small(name: str, **preprocessor) -> Config:
-    """A shipped config with a backbone of 32 and a neck of 64 channels."""
+    """Return a shipped config with a backbone of width 32 and a neck of 64 channels."""
     cfg = Config.fromfile(find_config(name))
     cfg.model.data_preprocessor.update(preprocessor)
     cfg.model.backbone.update(arch=dict(dim=32, depth=4, num_heads=2), norm_cfg=dict(type='BN'))
@@ -128,7 +128,7 @@ def small(name: str, **preprocessor) -> Config:
 
 
 def detector(cfg: Config) -> nn.Module:
-    """With weights by which it finds things everywhere."""
+    """Set weights with which the detector finds objects everywhere."""
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -157,7 +157,7 @@ def test_graph_finds_what_the_detector_does(cfg):
         expected = model.test_step(dict(inputs=[image[0].flip(0)], data_samples=[sample]))[0].pred_instances
         boxes, scores, labels, *masks = graph(image, torch.tensor(size), torch.tensor(0.05))
         assert len(expected) == len(boxes) > 50
-        # Where two scores are nearly the same, rounding may exchange them.
+        # If two scores are nearly equal, rounding may exchange them.
         same = (labels == expected.labels) & ((boxes - expected.bboxes).abs().amax(dim=1) < 0.05)
         assert same.float().mean() > 0.9
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-3)
@@ -167,7 +167,7 @@ def test_graph_finds_what_the_detector_does(cfg):
 
 
 def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, capsys):
-    """Predictions from the exported file are those from the checkpoint."""
+    """The exported file and the checkpoint give the same predictions."""
     detector, config, out = trained / 'epoch_1.pth', trained / 'xcit_spec_shapes.py', tmp_path / 'detector.onnx'
     run_tool(monkeypatch, 'export', config, detector, out, '--images', shapes / 'val' / '000001.png')
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""From what people have to a trained detector and drawn predictions: prepare, train, test, predict, no file edited."""
+"""Run prepare, train, test and predict on a user's own data, without editing a file."""
 
 import json
 import re
@@ -33,7 +33,7 @@ BOXES = SMALL.replace('model = dict(', "model = dict(type='FasterRCNN', roi_head
 
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory) -> Path:
-    """Two detectors of the least size, as a config of one's own: its lines say nothing of data, classes or masks."""
+    """Write two minimal detectors as user configs: their lines set neither data nor classes nor masks."""
     folder = tmp_path_factory.mktemp('configs')
     (folder / 'mask.py').write_text(SMALL)
     (folder / 'boxes.py').write_text(BOXES)
@@ -42,7 +42,7 @@ def configs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory) -> tuple[Path, dict]:
-    """Ten images, and the COCO dict of their objects, without crowds and with none of what COCO alone has."""
+    """Make ten images and the COCO dict of their objects, without crowds and fields that only COCO has."""
     root = tmp_path_factory.mktemp('source')
     shapes.write_split(root, 'train', 10, 64, np.random.default_rng(0))
     coco = json.loads((root / 'annotations/instances_train.json').read_text())
@@ -89,7 +89,7 @@ def cvat(source, root: Path) -> None:
 
 
 def label_studio(source, root: Path) -> None:
-    """As its server writes it on Windows: with the folder of the upload in the names."""
+    """Return the file as the server writes it on Windows: with the upload folder in the names."""
     copy(source[0], source[1]['images'], root / 'images')
     images = [dict(image, file_name=f'images\\{image["file_name"]}') for image in source[1]['images']]
     write(root / 'result.json', {**source[1], 'images': images})
@@ -186,7 +186,7 @@ def test_boxes_alone_are_no_data_of_mask_rcnn(monkeypatch, source, configs, tmp_
 
 
 def test_classes_are_stated_once(monkeypatch, source, configs, tmp_path):
-    """By metainfo, of one data set or all; heads that were set by hand to another number are named, with the place."""
+    """Classes are set by metainfo, of one data set or all; heads with another number are named, with the place."""
     roboflow(source, tmp_path / 'export')
     monkeypatch.chdir(tmp_path)
     stated = "('circle', 'square')"

@@ -1,4 +1,4 @@
-"""Every option has an effect, or is refused in one line that says what to write."""
+"""Every option has an effect, or is rejected in one line that says what to write."""
 
 import json
 import logging
@@ -135,7 +135,7 @@ def test_a_fault_of_the_program_stays_a_traceback(monkeypatch, shapes, tmp_path)
 
 
 def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
-    """Two steps of a model of the least depth, each option seen in what is left behind."""
+    """Train two steps of a minimal model for each option and check the written files."""
     few = ['--cfg-options', 'model.backbone.arch.depth=4', *FEW]
     sizes = ['--epochs', 2, '--batch-size', 8, '--image-size', 64, '--lr', 3e-4]
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""tools/predict.py, and the three lines of Python that do the same: what they find, draw, write and refuse."""
+"""Test tools/predict.py and its three-line Python equivalent: predictions, pictures, files and errors."""
 
 import json
 import pickle
@@ -22,16 +22,16 @@ from spec_mmdet.commands import predict
 
 @pytest.fixture(scope='module')
 def nothing(tmp_path_factory, trained) -> Path:
-    """The trained detector with no class's score above 0.3, so that pictures are drawn but not changed."""
+    """The trained detector with all scores below 0.3, so that pictures are written without drawings."""
     checkpoint = load(trained / 'epoch_1.pth')
     checkpoint['state_dict']['roi_head.bbox_head.fc_cls.bias'][-1] += 100
     path = tmp_path_factory.mktemp('nothing') / 'nothing.pth'
-    torch.save(dict(state_dict=checkpoint['state_dict']), path)  # as converted checkpoints are, without classes
+    torch.save(dict(state_dict=checkpoint['state_dict']), path)  # as in converted checkpoints, without classes
     return path
 
 
 def results(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The images and the results that the tool has written."""
+    """Return the images and results that the tool has written."""
     return tuple(json.loads((folder / f'{name}.json').read_text()) for name in ('images', 'predictions'))
 
 
@@ -39,7 +39,7 @@ def test_predictions_are_those_of_the_test_command(monkeypatch, shapes, trained,
     detector, val, truth = trained / 'epoch_1.pth', shapes / 'val', shapes / 'annotations' / 'instances_val.json'
     run_tool(monkeypatch, 'test', CONFIG, detector, '--work-dir', tmp_path / 'test', '--out', tmp_path / 'test.pkl',
              *options(shapes))  # fmt: skip
-    # A config of COCO's classes: those of the checkpoint are taken.
+    # A config of COCO's classes: the checkpoint's classes win.
     coco80 = [f'model.roi_head.{head}_head.num_classes=80' for head in ('bbox', 'mask')]
     run_tool(monkeypatch, 'predict', CONFIG, detector, val, '--score', 0, '--batch-size', 12, '--no-pictures',
              '--out', tmp_path / 'out', '--cfg-options', *coco80)  # fmt: skip
@@ -66,7 +66,7 @@ def test_predictions_are_those_of_the_test_command(monkeypatch, shapes, trained,
 
 
 def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shapes, tmp_path):
-    """Five frames of rising brightness, with a colour that shows whether red and blue are exchanged."""
+    """Write five frames of rising brightness, with a colour that shows whether red and blue are exchanged."""
     for i, folder in enumerate(('a', 'b'), start=1):
         (tmp_path / folder).mkdir()
         shutil.copy(shapes / 'val' / f'{i:06}.png', tmp_path / folder / 'same.png')
@@ -87,7 +87,7 @@ def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shap
         *((3 + i, 'clip.avi', i) for i in range(5)),
     ]
     assert [(image['width'], image['height']) for image in images['images'][1:3]] == [(128, 128), (96, 80)]
-    for name in ('a/same.png', 'b/same.png'):  # where nothing is drawn, they come back as they were
+    for name in ('a/same.png', 'b/same.png'):  # unchanged if nothing is drawn
         difference = cv2.absdiff(cv2.imread(str(tmp_path / name)), cv2.imread(str(out / name)))
         assert difference.mean() < 3
     video = cv2.VideoCapture(str(out / 'clip.avi'))
@@ -165,7 +165,7 @@ def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):
 
 
 def test_from_python(trained, shapes, tmp_path):
-    """The lines in the command's docstring, as they stand there."""
+    """Run the lines of the command's docstring as they are written."""
     demo = tmp_path / 'work_dirs' / 'demo'
     demo.mkdir(parents=True)
     shutil.copy(trained / 'xcit_spec_shapes.py', demo)

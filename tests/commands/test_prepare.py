@@ -1,4 +1,4 @@
-"""From a labelling tool's file to a trained detector with no file edited, and what is said of faulty data."""
+"""Prepare a labelling tool's file, train without editing a file, and check the messages about faulty data."""
 
 import csv
 import json
@@ -27,13 +27,13 @@ from spec_mmdet.data.folders import use_folder
 from spec_mmdet.errors import InputError
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
-CLASSES = {17: 'bolt', 3: 'nut'}  # in the order of the file, which is not that of their ids
+CLASSES = {17: 'bolt', 3: 'nut'}  # in the file's order, which is not the order of ids
 SIZE = 96
 
 
 @pytest.fixture(scope='module')
 def labelled(tmp_path_factory) -> tuple[Path, Path]:
-    """Forty images in a folder and one annotation file beside it, as labelling tools write them."""
+    """Write forty images in a folder and an annotation file beside it, as labelling tools do."""
     root = tmp_path_factory.mktemp('labelled')
     shapes.write_split(root, 'images', 40, SIZE, np.random.default_rng(0))
     ann_file = root / 'annotations' / 'instances_images.json'
@@ -48,7 +48,7 @@ def labelled(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory, labelled) -> Path:
-    """The same in COCO's layout."""
+    """The same data in COCO's layout."""
     images, ann_file = labelled
     out = tmp_path_factory.mktemp('good') / 'data'
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -57,7 +57,7 @@ def good(tmp_path_factory, labelled) -> Path:
 
 
 def assert_part_of(part: Path, whole: Path) -> set[int]:
-    """Compare an annotation file with one that it was taken from, as pycocotools reads both; return its image ids."""
+    """Compare an annotation file with its source, both read by pycocotools; return its image ids."""
     part, whole = COCO(str(part)), COCO(str(whole))
     for key in ('info', 'licenses', 'categories'):
         assert part.dataset.get(key) == whole.dataset.get(key)
@@ -76,7 +76,7 @@ def test_a_newcomers_data_is_split_trained_on_and_tested(monkeypatch, labelled, 
     run_tool(monkeypatch, 'prepare', good)
     assert 'ready for training' in capsys.readouterr().out
 
-    # No file is edited, and none is named by a path that holds only here.
+    # No file is edited, and no path is absolute.
     monkeypatch.chdir(good.parent)
     few = ['--cfg-options', 'train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=8', 'param_scheduler.0.end=1']
     run_tool(monkeypatch, 'train', CONFIG, '--data', 'data', '--work-dir', tmp_path, *few)
@@ -91,7 +91,7 @@ def test_a_newcomers_data_is_split_trained_on_and_tested(monkeypatch, labelled, 
         run_tool(monkeypatch, 'test', *args, 'epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl')
         return pickle.loads(Path('predictions.pkl').read_bytes())
 
-    # The run's own config is enough, and with --data so is the one that it came from.
+    # The run's own config suffices, and with --data so does the config that it came from.
     for a, b in zip(predict(CONFIG.name), predict(CONFIG, '--data', good), strict=True):
         assert a['img_id'] == b['img_id'] and torch.equal(a['pred_instances']['bboxes'], b['pred_instances']['bboxes'])
         parts[1].remove(a['img_id'])
@@ -116,10 +116,10 @@ def test_a_config_may_take_some_of_the_classes(good):
 
 
 def test_labels_go_by_the_order_of_the_file(good):
-    """What the detector calls 0 is the file's first category, whatever its id."""
+    """The detector's class 0 is the file's first category, whatever its id."""
     cfg = Config.fromfile(CONFIG)
     use_folder(cfg, good, ('train', 'val', 'test'))
-    cfg.model.rpn_head.num_classes = 1  # of proposals, which have no class
+    cfg.model.rpn_head.num_classes = 1  # proposals, which have no class
     set_classes(cfg, list(CLASSES.values()))
     heads = cfg.model.rpn_head, cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head
     assert [head.num_classes for head in heads] == [1, 2, 2]
@@ -134,7 +134,7 @@ def test_there_is_a_colour_for_each_class(good, count):
     cfg = Config.fromfile(CONFIG)
     use_folder(cfg, good, ('train', 'val', 'test'))
     set_classes(cfg, [f'class {i}' for i in range(count)])
-    cfg = Config.fromstring(cfg.pretty_text, '.py')  # as the run's own config is read
+    cfg = Config.fromstring(cfg.pretty_text, '.py')  # as when the run's own config is read
     metainfo = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
     assert metainfo['classes'] == cfg.train_dataloader.dataset.metainfo.classes and len(metainfo['classes']) == count
     assert len(get_palette(metainfo['palette'], count)) >= count
@@ -172,7 +172,7 @@ def edit(change, split='train'):
 
 
 def edit_object(split='train', **fields):
-    """The second object's fields changed; where a value is callable it gets the old one."""
+    """Change fields of the second object; a callable value gets the old one."""
 
     def change(coco):
         annotation = coco['annotations'][1]
@@ -188,7 +188,7 @@ def first_image(root: Path) -> Path:
 
 
 def replace_image(save):
-    """Put another file in the place of the first image; ``save`` gets it as PIL reads it, and its path."""
+    """Replace the first image's file; ``save`` gets it as PIL reads it, and its path."""
 
     def spoil(root):
         path = first_image(root)
@@ -211,7 +211,7 @@ def with_orientation(image, path, size=(SIZE, SIZE)):
 
 
 def turned(root):
-    """An image that is wide in the file and high to whoever heeds its EXIF orientation, labelled as wide."""
+    """Write an image that is wide in the file and high by its EXIF orientation, and labelled as wide."""
     replace_image(lambda image, path: with_orientation(image, path, (2 * SIZE, SIZE)))(root)
     edit(lambda coco: coco['images'][0].update(width=2 * SIZE))(root)
 
@@ -256,7 +256,7 @@ DEFECTS = {
 
 @pytest.fixture
 def spoilt(good, tmp_path) -> Path:
-    """A copy of the good folder; its files are copies too, where links would reach the good ones."""
+    """Copy the good folder; its files are copies too, because links would change the originals."""
     return Path(shutil.copytree(good, tmp_path / 'spoilt'))
 
 
@@ -265,11 +265,11 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
     spoil(spoilt)
     assert 'not ready for training' in error_line(monkeypatch, 'prepare', spoilt)
     errors = capsys.readouterr().out.partition('errors, to be put right:\n')[2].partition('\n\n')[0].splitlines()
-    # The one defect is reported; only what it entails is beside it.
+    # The one fault is reported; others are its consequences.
     (line,) = (line for line in errors if says in line)
     assert line.split()[0] == '1' and '; first: ' in line
     assert len(errors) <= 2
-    # What is faulty is not passed on.
+    # Faulty items are left out.
     out = spoilt.parent / 'out'
     assert 'not ready' in error_line(monkeypatch, 'prepare', spoilt, '--subset', 100, '--out', out)
     assert not out.exists()
@@ -294,7 +294,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
     assert [row['annotation'] for row in rows if 'area' in row['kind']] == [str(val['annotations'][9]['id'])]
     assert [row['image'] for row in rows if 'decoded' in row['kind']] == [first_image(spoilt).name]
     gone = [{train['images'][0]['id']}, set()]
-    if option == '--drop':  # an object that is left out would become background in its image
+    if option == '--drop':  # an omitted object would become background in its image
         gone[0].add(train['annotations'][-2]['image_id'])
         gone[1].add(val['annotations'][9]['image_id'])
     for before, faulty, without, split in ((train, (-2, -1), gone[0], 'train'), (val, (9,), gone[1], 'val')):
@@ -310,7 +310,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
 
 def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, capsys):
     replace_image(truncated)(spoilt)
-    # As OpenCV 4.10 does: it returns what there is, and grey for the rest.
+    # Like OpenCV 4.10: return the decoded part, and grey for the rest.
     monkeypatch.setattr('mmcv.imfrombytes', lambda content, **kwargs: np.full((SIZE, SIZE, 3), 128, np.uint8))
     error_line(monkeypatch, 'prepare', spoilt)
     assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
@@ -360,7 +360,7 @@ def test_what_touches_the_border_is_in_order(monkeypatch, spoilt, capsys, margin
 
 
 def test_the_orientation_counted_is_that_of_training(spoilt):
-    """What is refused as turned is what MMDetection would turn."""
+    """Images are rejected as rotated exactly if MMDetection would rotate them."""
     turned(spoilt)
     assert cv2.imread(str(first_image(spoilt))).shape[:2] == (2 * SIZE, SIZE)
     assert Image.open(first_image(spoilt)).size == (2 * SIZE, SIZE)

@@ -1,4 +1,4 @@
-"""Pretraining: the runner's accuracy, resuming, what a detector takes over, and what is refused."""
+"""Pretraining: the runner's accuracy, resuming, weights for a detector, and rejected inputs."""
 
 import shutil
 import sys
@@ -31,7 +31,7 @@ def options(work: Path, *more: str) -> list:
     settings += [f'model.backbone.arch.{key}={value}' for key, value in ARCH.items()]
     settings += [f'model.backbone.conditioning.{key}={value}' for key, value in CONDITIONING.items()]
     settings += ['model.backbone.patch_size=8', 'default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=1']
-    settings += ['default_hooks.ema.momentum=0.3']  # a moving average that follows eight iterations
+    settings += ['default_hooks.ema.momentum=0.3']  # a moving average over eight iterations
     for split in ('train', 'val'):
         settings += [f'{split}_dataloader.num_workers=0', f'{split}_dataloader.persistent_workers=False']
     sizes = ['--image-size', 32, '--batch-size', 8, '--epochs', 2, '--lr', 0.01]
@@ -90,7 +90,7 @@ def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path
     shutil.copy(pretrained / 'epoch_1.pth', work)
     run_tool(monkeypatch, 'pretrain', CONFIG, '--data', crops, *options(work, '--resume'))
     ours, theirs = (load(folder / 'epoch_2.pth') for folder in (work, pretrained))
-    for part in ('state_dict', 'ema_state_dict'):  # of which the first is the average
+    for part in ('state_dict', 'ema_state_dict'):  # the first of them is the average
         assert ours[part].keys() == theirs[part].keys()
         for name, value in theirs[part].items():
             assert torch.equal(ours[part][name], value), (part, name)

@@ -1,4 +1,4 @@
-"""A published folder is whole by itself: checksums that hold, and weights that find what the checkpoint found."""
+"""A published folder is complete: its checksums hold, and its weights predict the same as the checkpoint."""
 
 import json
 import subprocess

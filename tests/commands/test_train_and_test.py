@@ -1,4 +1,4 @@
-"""The command line tools, in process: training, testing, resuming, and what they say of unusable inputs."""
+"""The command line tools in this process: training, testing, resuming, and errors for unusable inputs."""
 
 import copy
 import csv
@@ -60,7 +60,7 @@ def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path, 
 
 
 def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, tmp_path):
-    # Resumed, a better checkpoint would take the place of the best one in the work directory of all tests.
+    # When resumed, a better checkpoint would replace the best one in the work directory that tests share.
     two_epochs = [*options(shapes), 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.save_best=None', *FEW]
     run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth', *two_epochs)
     before, after = (load(p) for p in (trained / 'epoch_1.pth', tmp_path / 'epoch_2.pth'))
@@ -85,7 +85,7 @@ def test_training_leaves_what_one_follows_it_by(trained):
 
 
 def test_what_training_says(trained):
-    """Under forty lines before its first, and nothing of what is for who looks into the log."""
+    """Print fewer than forty lines before the first iteration, without the details that only the log needs."""
     lines = (trained / 'terminal.txt').read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith('epoch 1/1 '))
     assert 10 < first < 40
@@ -103,7 +103,7 @@ def test_what_training_says(trained):
     for words in ('loss ', 'rpn_cls ', 'mask ', 'rate ', ' images/s', ' GiB', ' left'):
         assert words in lines[first]
     assert any(line.startswith('epoch 1/1  validation: box AP 0.') for line in lines)
-    assert lines[-1] == 'best checkpoint: best_coco_segm_mAP_epoch_1.pth'  # from where it was started
+    assert lines[-1] == 'best checkpoint: best_coco_segm_mAP_epoch_1.pth'  # relative to the start folder
 
 
 def test_a_bar_on_a_terminal_and_all_of_the_log(shapes, tmp_path):
@@ -157,7 +157,7 @@ def test_exhausted_memory(monkeypatch, shapes, tmp_path):
 
 
 def sigma_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Extreme singular values of the demo's projections and of them with lambda = 1, by layer and role."""
+    """Return extreme singular values of the demo's projections, with and without lambda = 1, by layer and role."""
     sigma = {}
     for key, weight in load(checkpoint)['state_dict'].items():
         if key.endswith('attn.qkv.weight'):
@@ -190,7 +190,7 @@ def test_training_writes_condition_numbers(trained):
         low, high, kappa = (float(row[figure]) for figure in ('sigma_min', 'sigma_max', 'kappa'))
         assert 0 < low < high and kappa == pytest.approx(high / low)
 
-    # Five curves, the medians over the layers, and no chart for each of them.
+    # Five curves, the medians over the layers, and no curve for a single layer.
     entries = [entry for entry in read_scalars(trained) if 'conditioning/seconds' in entry]
     assert [entry['step'] for entry in entries] == [1, 20, 40]
     kappas = {f'kappa_{r}': [(s[1, 1] / s[1, 0]).item() for n, s in sigma.items() if n.endswith(r)] for r in 'QKV'}
@@ -207,7 +207,7 @@ def test_training_leaves_what_people_look_at(trained, shapes):
     records = read_scalars(trained)
     losses = [entry['loss'] for entry in records if 'loss' in entry]
     (metrics,) = (entry for entry in records if 'coco/bbox_mAP' in entry)
-    assert (epoch['epoch'], epoch['iter']) == ('1', '25')  # the last that the logger wrote
+    assert (epoch['epoch'], epoch['iter']) == ('1', '25')  # the last one that the logger wrote
     assert float(epoch['loss']) == pytest.approx(statistics.mean(losses))
     assert float(epoch['coco/segm_mAP_50']) == metrics['coco/segm_mAP_50']
     names = ['results.png', 'val_epoch_1.jpg', *(f'train_batch_{i}.jpg' for i in (1, 2, 3))]
@@ -224,7 +224,7 @@ def test_training_leaves_what_people_look_at(trained, shapes):
 
 
 def test_curves_of_a_training_that_was_resumed(tmp_path):
-    """What was trained again counts once, as it was in the end."""
+    """Iterations that were trained again count once, with their last values."""
 
     def write(name, *entries):
         path = tmp_path / name / 'vis_data' / 'scalars.json'
@@ -327,7 +327,7 @@ def free_port() -> int:
 
 
 def test_several_processes(shapes, tmp_path):
-    # MMEngine selects a CUDA device in every process; on a machine without one that alone has to be left out.
+    # MMEngine selects a CUDA device in every process; without a GPU only this step is skipped.
     without_device = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
     (tmp_path / 'sitecustomize.py').write_text((BARE / 'sitecustomize.py').read_text() + without_device)
     env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}', PYTHON=sys.executable)
@@ -336,12 +336,12 @@ def test_several_processes(shapes, tmp_path):
     on_cpu = ['env_cfg.dist_cfg.backend=gloo', *DDP_ON_CPU]
     train = [ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', work, *options(shapes), *on_cpu, *FEW]
     subprocess.run(train, check=True, env=env, stdout=subprocess.DEVNULL)
-    assert load(work / 'epoch_1.pth')['meta']['iter'] == 1  # eight images, two processes, four images each
+    assert load(work / 'epoch_1.pth')['meta']['iter'] == 1  # eight images: two processes of four images
 
     test = [ROOT / 'tools' / 'dist_test.sh', CONFIG, work / 'epoch_1.pth', '2', '--work-dir', work / 'test']
     test += ['--report', work / 'report']
     subprocess.run([*test, *options(shapes), *on_cpu], check=True, env=env, stdout=subprocess.DEVNULL)
-    # As text: MMEngine lets every process write this file, so that it can end in a remnant of another's.
+    # Read as text: every process writes this file, so that it can end with the rest of another's.
     (reported,) = (path.read_text() for path in (work / 'test').glob('*/*.json'))
     assert '"coco/segm_mAP"' in reported
     assert (work / 'report' / 'index.html').is_file()
@@ -349,7 +349,7 @@ def test_several_processes(shapes, tmp_path):
 
 @pytest.fixture
 def broken_shapes(shapes, tmp_path):
-    """A copy of the data set that a test may spoil."""
+    """A copy of the data set that a test may change."""
     subprocess.run(['cp', '-r', shapes, tmp_path / 'broken'], check=True)
     return tmp_path / 'broken'
 

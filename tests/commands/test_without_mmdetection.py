@@ -1,4 +1,4 @@
-"""Without MMDetection a command says in one line what to install, and --help needs nothing that takes time."""
+"""Without MMDetection each command prints one line that says what to install, and --help imports nothing slow."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_every_command_says_what_to_install(tmp_path, kind):
     assert run(tmp_path, '--help').returncode == 0
 
 
-HEAVY = {'prepare'}  # whose help is made of what the package knows
+HEAVY = {'prepare'}  # their help is generated from the package's contents
 
 
 @pytest.mark.parametrize('name', sorted({*COMMANDS} - HEAVY))
@@ -62,7 +62,7 @@ def test_help_imports_nothing_that_takes_time(tmp_path, name):
 
 
 def test_every_option_has_a_description(capsys):
-    """Shown by --help, where an option without one is a line of its name alone."""
+    """Shown by --help; an option without help is a line with only its name."""
     import re
 
     from spec_mmdet.commands import main

@@ -1,10 +1,10 @@
-"""condition() over families of timm and transformers, against what the models really compute with.
+"""Test condition() on families of timm and transformers against the weights that the models compute with.
 
     python tests/conditioning/families.py           writes docs/results/attention.csv, in about 20 minutes
     python tests/conditioning/families.py NAME ...  prints the rows of these
 
-Models are small and random, built from their own configurations without a download. What their queries, keys and
-values come from is read off a run (reading.py), and the condition numbers of those rows are held against the report's.
+Models are small and random, built from their own configurations without a download. reading.py reads the origin of
+queries, keys and values from a run. The condition numbers of those rows are compared with the report's.
 """
 
 import csv
@@ -33,7 +33,7 @@ from spec_mmdet.conditioning.finding.projections import find
 TABLE = Path(__file__).parents[2] / 'docs' / 'results' / 'attention.csv'
 HEADING = '| model | attention | projections | verdict |'
 
-# Of each family of architectures the smallest that timm has.
+# The smallest architecture of each family in timm.
 _TIMM = """
 beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_tiny coat_lite_tiny coatnet_nano_rw_224
 coatnext_nano_rw_224 convit_tiny cpubone_nano crossvit_tiny_240 csatv2 davit_tiny deit_tiny_patch16_224
@@ -84,7 +84,7 @@ _SIZES = {
     }.items()
     for key in keys.split()
 }
-# These are small already, or their sizes go together.
+# These are small already, or their sizes depend on each other.
 _AS_THEY_ARE = {'levit', 'mobilevitv2', 'mobilevit', 'cvt', 'segformer', 'pvt', 'pvt_v2', 'glpn'}
 _FURTHER = {
     kind: dict(backbone='resnet18', use_timm_backbone=True, use_pretrained_backbone=False, backbone_config=None)
@@ -93,7 +93,7 @@ _FURTHER = {
 _FURTHER['gpt_neo'] = dict(attention_types=[[['global', 'local'], 1]], num_layers=2)
 _FURTHER['deepseek_v3'] = dict(num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8)
 
-# Attention without a softmax between two products, which reading.py cannot read: the rows as the forward cuts them.
+# Attention without a softmax between two products, which reading.py cannot read: rows as the forward splits them.
 _BY_HAND = {
     'FactorAttnConvRelPosEnc': lambda module, rows: rows.chunk(3),
     'LinearSelfAttention': lambda module, rows: rows.split([1, module.embed_dim, module.embed_dim]),
@@ -115,14 +115,14 @@ class Verdict:
 
 
 def build(name: str):
-    """A model and what runs it."""
+    """A model and a function that runs it."""
     torch.manual_seed(0)
     if name in TIMM:
         for fewer in ({'depth': 2}, {'depths': (1, 1, 1, 1)}, {}):
             try:
                 model = timm.create_model(name, num_classes=3, **fewer).eval()
                 break
-            except Exception:  # it has no such argument, or not so few stages
+            except Exception:  # no such argument, or not so few stages
                 continue
         image = torch.randn(1, *model.pretrained_cfg['input_size'])
         return model, lambda: model(image)
@@ -174,11 +174,11 @@ def _inputs(model) -> dict:
 
 
 def examine(name: str) -> Verdict:
-    """What condition() makes of a model.
+    """Compare what condition() does to a model with the model's own computation.
 
     Raises:
-        AssertionError: if it is silently wrong: rows, heads or condition numbers are not those that the model really
-            has, or attention is neither taken nor listed.
+        AssertionError: if it is silently wrong: rows, heads or condition numbers differ from the model's own, or
+            attention is neither conditioned nor listed.
     """
     model, run = build(name)
     found = find(model)
@@ -209,7 +209,7 @@ def examine(name: str) -> Verdict:
 
 
 def _classes(model, listed: dict[str, str]) -> str:
-    """The classes of listed attention, or those that own a listed layer."""
+    """Return the classes of listed attention, or of the owners of listed layers."""
     classes = set()
     for path in listed:
         while not list(model.get_submodule(path).children()) or 'Norm' in type(model.get_submodule(path)).__name__:
@@ -219,12 +219,12 @@ def _classes(model, listed: dict[str, str]) -> str:
 
 
 def _is_part(weight: str, path: str) -> bool:
-    """Whether a weight belongs to a listed module, or to the module of a listed layer."""
+    """Return whether a weight belongs to a listed module, or to the module of a listed layer."""
     return weight.startswith((f'{path}.', f'{path.rpartition(".")[0]}.'))
 
 
 def _compare_rows(model, events, found, weights) -> dict[str, dict[str, frozenset[int]]]:
-    """Hold the rows and heads that were found against those that were read; returns the latter, by weight and role."""
+    """Compare the rows and heads that were found with those read from a run; return the latter, by weight and role."""
     read_rows = defaultdict(lambda: defaultdict(set))
     read_heads = defaultdict(lambda: defaultdict(set))
     for event in events:
@@ -234,7 +234,7 @@ def _compare_rows(model, events, found, weights) -> dict[str, dict[str, frozense
         for role, parts in event.heads.items():
             for weight in parts[0]:
                 sets = {part.get(weight, frozenset()) for part in parts}
-                # Where a normalisation goes over all heads, each comes from all rows.
+                # If a normalisation spans all heads, each head comes from all rows.
                 if len(sets) > 1 and sum(map(len, sets)) == len(frozenset.union(*sets)):
                     read_heads[weight][role] |= sets
     for projection in found.projections:
@@ -254,7 +254,7 @@ def _compare_rows(model, events, found, weights) -> dict[str, dict[str, frozense
 
 
 def _compare_condition_numbers(report, found, truth, weights) -> None:
-    """Hold the report's kappa(W + C) against that of the rows that were read, as the layer now computes with them."""
+    """Compare the report's kappa(W + C) with that of the rows that the layer now computes with."""
     reported, owners = defaultdict(list), {}
     for row in report:
         reported[weights[row.name]].append(row.conditioned_kappa)
@@ -268,7 +268,7 @@ def _compare_condition_numbers(report, found, truth, weights) -> None:
 
 
 def rows(names) -> tuple[list[str], list[str]]:
-    """The table's rows, and what went wrong."""
+    """Return the table's rows, and the failures."""
     lines, wrong = [], []
     for name in names:
         try:

@@ -1,7 +1,7 @@
-"""What a model really computes its attention with: read off a run of it, without regard to names and layouts.
+"""Read from a run which weights a model computes its attention with, without regard to names and layouts.
 
-Where attention is computed, by torch's function for it or by a softmax between two products, its queries, keys and
-values are in hand. Autograd then tells from which rows of which weights they come. Nothing here knows of
+Attention is computed by torch's function or by a softmax between two products; there the queries, keys and values
+are intercepted. Autograd then gives the rows of the weights that they come from. This module does not use
 spec_mmdet.conditioning.
 """
 
@@ -20,7 +20,7 @@ SOFTMAX = {torch.softmax, torch.Tensor.softmax, nn.functional.softmax}
 
 @dataclass
 class Event:
-    """One computation of attention: of each role, the rows of each parameter that it comes from, and head by head."""
+    """One computation of attention: for each role, the rows of each parameter that it comes from, also head by head."""
 
     rows: dict[str, dict[str, frozenset[int]]] = field(default_factory=dict)
     heads: dict[str, list[dict[str, frozenset[int]]]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class _Watch(TorchFunctionMode):
         return out
 
     def eager_events(self):
-        """A softmax over the product of queries and keys whose outcome is multiplied with the values."""
+        """A softmax over the product of queries and keys whose result is multiplied by the values."""
         made_by = {out.grad_fn: operands for out, operands in self.products}
         for scores, weights in self.softmaxes:
             found = _first(scores.grad_fn, made_by)
@@ -59,7 +59,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _of_multihead_attention(query, key, value, width, heads, in_proj_weight, *args, **kwargs):
-    """As torch's documentation has it: Q, K and V one below the other in in_proj_weight, or each by itself."""
+    """Follow torch's documentation: Q, K and V stacked in in_proj_weight, or separate."""
     if kwargs.get('use_separate_proj_weight'):
         weights = [kwargs[f'{role}_proj_weight'] for role in 'qkv']
     else:
@@ -69,7 +69,7 @@ def _of_multihead_attention(query, key, value, width, heads, in_proj_weight, *ar
 
 
 def _first(node, wanted):
-    """The operands of the last of the wanted products that a node was computed from."""
+    """Return the operands of the last matching product that a node was computed from."""
     queue, seen = deque([node]), set()
     while queue:
         node = queue.popleft()
@@ -83,7 +83,7 @@ def _first(node, wanted):
 
 
 def _reaches(node, goal, barriers):
-    """Whether a node was computed from the goal with no other product in between."""
+    """Return whether a node was computed from the goal without another product in between."""
     queue, seen = deque([node]), set()
     while queue:
         node = queue.popleft()
@@ -97,7 +97,7 @@ def _reaches(node, goal, barriers):
 
 
 def _cut(module, args, kwargs):
-    """Cut a module's inputs from what computed them; with some noise, as DETR's decoder starts with zeros."""
+    """Detach a module's inputs from their graph, with some noise, because DETR's decoder starts with zeros."""
 
     def cut(x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -108,13 +108,13 @@ def _cut(module, args, kwargs):
 
 
 def read(model: nn.Module, run) -> list[Event]:
-    """Run a model, and say of each attention that it computed where queries, keys and values come from.
+    """Run a model, and return for each attention where its queries, keys and values come from.
 
     Args:
         model: in evaluation mode; its parameters are randomised where they are constant.
-        run: what runs it.
+        run: runs the model.
     """
-    # A product's own layer is what is asked for, and not the layers before it.
+    # Only the product's own layer counts, not the layers before it.
     attention = [m for m in model.modules() if 'att' in type(m).__name__.lower() and m is not model]
     inside = {x for m in attention for x in m.modules()}
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and m not in inside]
@@ -141,7 +141,7 @@ def read(model: nn.Module, run) -> list[Event]:
 
 
 def _rows(tensor, parameters, model):
-    """Of each parameter, the rows (of transformers' Conv1D, the columns) that a tensor comes from."""
+    """Return for each parameter the rows (columns of transformers' Conv1D) that a tensor comes from."""
     if tensor.grad_fn is None:
         return {}
     generator = torch.Generator().manual_seed(1)
@@ -149,7 +149,7 @@ def _rows(tensor, parameters, model):
     grads = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
     found = {}
     for name, grad in zip(parameters, grads):
-        if grad is None or (grad.ndim > 2 and grad[0, 0].numel() > 1):  # no projection, but a convolution in space
+        if grad is None or (grad.ndim > 2 and grad[0, 0].numel() > 1):  # no projection, but a spatial convolution
             continue
         if 'bias' in name:
             continue

@@ -1,4 +1,4 @@
-"""condition and fold on attention that others wrote, against W + C put into a copy by hand."""
+"""condition and fold on third-party attention, against W + C computed by hand in a copy."""
 
 import copy
 import re
@@ -22,7 +22,7 @@ TOKENS = torch.randint(0, 50, (1, 64), generator=torch.Generator().manual_seed(1
 
 
 class SelfAttention(nn.Module):
-    """torch.nn.MultiheadAttention on the tokens of a picture."""
+    """Applies torch.nn.MultiheadAttention to the tokens of a picture."""
 
     def __init__(self, **widths):
         super().__init__()
@@ -41,7 +41,7 @@ def hugging_face(model, config, **settings):
     return model(config)
 
 
-# How to build a model of each family, and which of its parameters hold how many stacked projections.
+# A builder for each family, and its parameters with their number of stacked projections.
 FAMILIES = {
     'MultiheadAttention': (SelfAttention, {r'in_proj_weight': 3}),
     'MultiheadAttention, keys of another width': (lambda: SelfAttention(kdim=6, vdim=6), {r'[qkv]_proj_weight': 1}),
@@ -93,7 +93,7 @@ def output(model):
 
 
 def with_correction_by_hand(plain, weights, correction):
-    """A copy of a model with C added to each of its stacked projections; says how many projections there were."""
+    """Return a copy of a model with C added to each of its stacked projections, and the number of projections."""
     model, count = copy.deepcopy(plain), 0
     for name, parameter in model.named_parameters():
         for pattern, blocks in weights.items():
@@ -143,7 +143,7 @@ def test_function_keeping_form(family, form):
 
 
 class Attention(nn.Module):
-    """The smallest that condition finds, with weights small enough for any lam to help."""
+    """The smallest attention that condition finds, with weights small enough for any lam to improve them."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ def corrections(model):
 
 @pytest.mark.parametrize('form', [dict(lam=0.1), dict(lam=0.1, per_head=True), dict(type='svd')])
 class TestCorrectionsStayAsTheyAre:
-    """Whatever is done to a model with a Correction beside W, C stays bit-equal and W + C is what is computed with."""
+    """Whatever is done to a model with a Correction, C stays bit-identical and the model computes with W + C."""
 
     @pytest.fixture
     def model(self, form):
@@ -232,7 +232,7 @@ class TestCorrectionsStayAsTheyAre:
             parallel = nn.parallel.DistributedDataParallel(model)
             parallel(torch.randn(4, 8)).sum().backward()
             assert torch.equal(corrections(parallel)[0].make_C(torch.zeros(24, 8)), C)
-            assert len(list(parallel.parameters())) == 2  # W and the bias
+            assert len(list(parallel.parameters())) == 2  # W and bias
         finally:
             torch.distributed.destroy_process_group()
 
@@ -261,7 +261,7 @@ def test_the_per_head_form_is_measured_head_by_head():
     for before, after in ((W, 'kappa'), (W + 3 * torch.eye(4, 8), 'conditioned_kappa')):
         sigma = torch.linalg.svdvals(before.flatten(0, 1))
         kappa = torch.tensor([getattr(row, after) for row in report]).double()
-        torch.testing.assert_close(kappa, sigma[:, 0] / sigma[:, -1], rtol=1e-4, atol=0)  # W is taken from W + C
+        torch.testing.assert_close(kappa, sigma[:, 0] / sigma[:, -1], rtol=1e-4, atol=0)  # W is computed from W + C
 
 
 def test_what_cannot_be_conditioned_is_refused_and_left_alone():
@@ -302,7 +302,7 @@ def test_fold_takes_a_backbones_own_correction_too():
 
 
 def test_without_mmdetection():
-    """The conditioning is there for those who have nothing but torch."""
+    """The conditioning works with only torch installed."""
     code = """
 import sys
 for name in ('mmdet', 'mmengine', 'mmcv', 'torchvision', 'numpy', 'scipy', 'pycocotools'):

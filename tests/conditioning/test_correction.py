@@ -1,4 +1,4 @@
-"""The corrections against the theorems they come from."""
+"""Test the corrections against their theorems."""
 
 import copy
 
@@ -19,7 +19,7 @@ from spec_mmdet.conditioning import (
 
 @st.composite
 def matrices(draw, dtype=torch.float64):
-    """Gaussian matrices of any shape, rank and scale."""
+    """Draw Gaussian matrices of any shape, rank and scale."""
     D, k = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     rank = draw(st.integers(0, min(D, k)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -47,7 +47,7 @@ def test_exact_form_bounds_the_condition_number_in_any_dtype(dtype, data):
     assert C.dtype == dtype
     if not W.any():
         return
-    # C, and W + C, are each off by half a unit in the last place of entries no larger than 2 sigma_max.
+    # C, and W + C, are each rounded by half a unit in the last place of entries up to 2 sigma_max.
     rounding = 2 * torch.finfo(dtype).eps * max(W.shape)
     assert condition_number(W + C).item() <= 2 * (1 + 2 * rounding) / max(1 - 2 * rounding, 1e-3)
 
@@ -71,7 +71,7 @@ def test_per_head_form_keeps_the_bound_in_each_head(W, heads, ratio):
         return
     C = Correction(W, lam=lam, per_head=True, blocks=1, heads=heads).make_C(W)
     by_hand = (lam * torch.eye(len(W) // heads, W.shape[1]).double()).repeat(heads, 1)
-    torch.testing.assert_close(C, by_hand, rtol=1e-7, atol=0)  # lam is kept in single precision
+    torch.testing.assert_close(C, by_hand, rtol=1e-7, atol=0)  # lam is stored in single precision
     for W_head, C_head in zip(W.chunk(heads), C.chunk(heads)):
         assert condition_number(W_head + C_head).item() <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-4)
 
@@ -84,7 +84,7 @@ def test_condition_number_of_known_matrices():
 
 @given(matrices(), st.integers(1, 3), st.booleans(), st.sampled_from([None, 1.5, 2.0, 8.0]))
 def test_a_relative_lambda_bounds_every_matrix(W, heads, per_head, sigmas):
-    """Two projections of different scales: lambda follows sigma_max of each, and of each head in the per-head form."""
+    """Two projections of different scales: lambda follows sigma_max of each, or of each head in the per-head form."""
     rows = torch.cat([W * (h + 1) for h in range(heads)])
     stacked = torch.cat([rows, 100 * rows])
     if not W.any():
@@ -103,7 +103,7 @@ def test_a_relative_lambda_bounds_every_matrix(W, heads, per_head, sigmas):
 @pytest.mark.parametrize('conditioning', [dict(type='identity', lam=3.0), dict(type='svd')])
 def test_correction_treats_each_stacked_projection_by_itself(conditioning):
     W = torch.randn(3, 8, 8, dtype=torch.float64)
-    W[2] *= 100  # its singular values must not spill into the others' corrections
+    W[2] *= 100  # its singular values must not affect the others' corrections
     corrected = Correction(W.flatten(0, 1), **conditioning)(W.flatten(0, 1)).unflatten(0, (3, 8))
     for block, W_block in zip(corrected, W):
         if conditioning['type'] == 'svd':

@@ -1,4 +1,4 @@
-"""What condition() says of harm, against the thing itself: trained weights, saturated attention, sigma_max."""
+"""Test the warnings of condition() against what they predict: trained weights, saturated attention, sigma_max."""
 
 import copy
 import warnings
@@ -20,7 +20,7 @@ from spec_mmdet.conditioning.effects import count_effective_keys, is_trained
 @pytest.mark.parametrize('family', FAMILIES)
 def test_trained_weights_are_told_from_new_ones(family):
     model = FAMILIES[family][0]()
-    if 'MultiheadAttention' in family:  # which has no normalisation
+    if 'MultiheadAttention' in family:  # without normalisation
         assert is_trained(model) is None
         assert 'unknown whether' in str(condition(model)).splitlines()[0]
         return
@@ -127,7 +127,7 @@ def test_conditioned_initialisation():
         for W in (Q[head], K[head]):
             torch.testing.assert_close(W @ W.T, eye, rtol=0, atol=1e-5)
         assert torch.equal(V[head], torch.eye(64, 192).double())
-    assert (Q[0] @ K[0].T).abs().max() < 0.6 and (Q[0] @ Q[1].T).abs().max() < 0.6  # independent
+    assert (Q[0] @ K[0].T).abs().max() < 0.6 and (Q[0] @ Q[1].T).abs().max() < 0.6  # independent tokens
     assert {row.role for row in report} == {f'{role}{head}' for role in 'QKV' for head in range(3)}
     assert all(row.kappa == pytest.approx(1, abs=1e-5) for row in report)
     assert not report.corrections and set(model.state_dict()) == names

@@ -25,7 +25,7 @@ gpt2 gpt_neox longformer minimax phi3 qwen3_next squeezebert t5 wavlm xlnet
 """
 
 
-# Families that together have all classes of the table.
+# Families that together cover all classes of the table.
 OF_THE_TABLE = """
 beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_tiny coatnet_nano_rw_224 convit_tiny davit_tiny
 edgenext_xx_small efficientformer_l1 efficientvit_b0 eva02_tiny_patch14_224 halonet26t hiera_tiny_224 levit_128s
@@ -54,7 +54,7 @@ def test_the_table_agrees_with_the_probe():
             (layers,) = find_named_layers(module)[0]
             seen.add(kind)
             layouts = next(fit_template(template, module, layers), None)
-            # In CoaT's linear attention, queries and keys have each other's part.
+            # In CoaT's linear attention, queries and keys each contain a part of the other.
             swapped = layouts and tuple(tuple((role.translate(SWAP), n) for role, n in x) for x in layouts)
             probes = [start_probe(module, layers, call) for call in (None, calls.get(path))]
             if not layouts or not any(x and (x.confirms(layouts) or x.confirms(swapped)) for x in probes):

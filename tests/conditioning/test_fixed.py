@@ -1,4 +1,4 @@
-"""Weights that are W + C, against W and C kept apart: the same training, whatever the optimiser, and through tools."""
+"""Weights that are W + C against W and C stored apart: the same training, for any optimiser, and through tools."""
 
 import copy
 
@@ -14,7 +14,7 @@ from spec_mmdet.conditioning import Correction, condition, find_projections
 
 
 class Attention(nn.Module):
-    """A layer of softmax attention, a norm and a head."""
+    """One layer of softmax attention, a norm and a head."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 def apart(model, **form):
-    """W and C kept apart, as parametrizations: the method as the paper has it."""
+    """Store W and C apart, as parametrizations: the method as in the paper."""
     model = copy.deepcopy(model)
     for projection in list(find_projections(model)):
         correction = projection.make_correction(**form)
@@ -37,7 +37,7 @@ def apart(model, **form):
 
 
 def steps(*models_and_optimizers, count=100):
-    """Train models alike, and give after each step the largest difference between the first's weights and another's."""
+    """Train models alike, and yield after each step the largest difference of their weights from the first's."""
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
     for _ in range(count):
@@ -92,7 +92,7 @@ def test_plain_weights_follow_a_fixed_correction_under_any_optimiser(name, form)
     start = copy.deepcopy(model.qkv.weight)
     assert steps(*pairs[:2]) < 1e-10
     assert (model.qkv.weight - start).abs().max() > 0.01
-    assert steps(pairs[1], pairs[2]) > 1e-3  # with the call left out
+    assert steps(pairs[1], pairs[2]) > 1e-3  # without the call
 
 
 def test_the_call_comes_to_a_pull_towards_C_under_adamw():
@@ -114,7 +114,7 @@ def test_the_call_comes_to_a_pull_towards_C_under_adamw():
 
 
 def test_under_lamb_a_fixed_correction_is_more_than_an_initialisation():
-    """The length of W + C scales its steps, not that of W: even without weight decay."""
+    """The norm of W + C scales its steps, not that of W, even without weight decay."""
     model = Attention().double()
     reference = apart(model, lam=3.0)
     report = condition(model, lam=3.0)

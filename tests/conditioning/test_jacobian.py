@@ -1,4 +1,4 @@
-"""The analytic Jacobians against torch.func's, and the bounds on their condition numbers."""
+"""Test the analytic Jacobians against torch.func's, and the bounds on their condition numbers."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_xca_jacobian_equals_autograds(N, D, k, temperature, seed):
 
 
 def test_xca_jacobian_is_that_of_the_module_by_weight_and_bias():
-    """With a bias as one more row of W, for tokens with a last entry of 1."""
+    """Use a bias as one more row of W, for tokens with a last entry of 1."""
     module = XCA(12, 3, conditioning=dict(type='identity', lam=2.0)).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
@@ -78,14 +78,14 @@ def test_xca_singular_values_equal_those_of_the_whole_jacobian(N, D, k, log_scal
     generator = torch.Generator().manual_seed(seed)
     X = randn(N, D, generator=generator)
     if centred and D > 1:
-        X = X - X.mean(1, keepdim=True)  # as LayerNorm leaves them: of rank D - 1
+        X = X - X.mean(1, keepdim=True)  # as after LayerNorm: of rank D - 1
     W = [10**log_scale * randn(D, k, generator=generator) for _ in range(3)]
     W[0] = W[0] + torch.eye(D, k)
     rank = int(torch.linalg.matrix_rank(X))
     sigma = torch.linalg.svdvals(torch.cat(xca_jacobian(X, *W, 1.5), 1))
     sigma_min, sigma_max = xca_singular_values(X, *W, 1.5)
     assert sigma_max == pytest.approx(sigma[0].item(), rel=1e-6)
-    # Its inverse is squared on the way.
+    # Its inverse is squared in the computation.
     Q, K = (torch.nn.functional.normalize(X @ M, dim=0) for M in W[:2])
     kappa = condition_number((1.5 * Q.T @ K).softmax(dim=1)).item()
     rel = max(1e-5, torch.finfo(torch.float64).eps * kappa**2)
@@ -93,7 +93,7 @@ def test_xca_singular_values_equal_those_of_the_whole_jacobian(N, D, k, log_scal
 
 
 def draws(count):
-    """Tokens not more than their width and square projections, of all scales that keep the softmax from saturating."""
+    """Draw at most as many tokens as their width, and square projections whose scale does not saturate the softmax."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         D = int(torch.randint(2, 8, (), generator=generator))

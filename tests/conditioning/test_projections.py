@@ -1,4 +1,4 @@
-"""Which rows of which layers are taken for queries, keys and values, against attention whose rows are known."""
+"""Test which rows count as queries, keys and values, on attention whose rows are known."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Attention(nn.Module):
-    """Softmax attention whose one layer holds its rows in the order that a layout says, gates among them."""
+    """Softmax attention with one layer, its rows in the order of a layout, gates among them."""
 
     def __init__(self, layout, k=12, transposed=False, bias=True):
         super().__init__()
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """transformers', by its name: the weight's last dimension is the outputs."""
+    """transformers' class by its name: the weight's last dimension is the outputs."""
 
     def __init__(self, nf, nx):
         super().__init__()
@@ -54,7 +54,7 @@ class Conv1D(nn.Module):
 
 @st.composite
 def layouts(draw):
-    """Role by role, or head by head or group by group, with heads that share keys, of any sizes."""
+    """Rows role by role, head by head or group by group, with heads that share keys, of any sizes."""
     groups, share = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     d, v = draw(st.integers(2, 5)), draw(st.integers(2, 5))
     by_role = f'{groups * share}q{d} {groups}k{d} {groups}v{v}'
@@ -87,7 +87,7 @@ def test_the_rows_are_found_whatever_their_order(layout, transposed):
 @pytest.mark.parametrize('transposed', [False, True])
 @pytest.mark.parametrize('per_head', [False, True])
 def test_head_first_rows_are_corrected_where_they_are(transposed, per_head):
-    """TinyViT's and GPT-NeoX's order, with values of another width as EfficientFormer's, against C put in by hand."""
+    """TinyViT's and GPT-NeoX's order, with values of another width as in EfficientFormer, against C added by hand."""
     model = Attention('2(q4 k4 v6)', transposed=transposed)
     W = model.qkv.weight.detach().clone()
     W = (W.T if transposed else W).unflatten(0, (2, 14))
@@ -106,7 +106,7 @@ def test_head_first_rows_are_corrected_where_they_are(transposed, per_head):
 
 
 class Gated(nn.Module):
-    """Each head's queries and then its gate in q_proj, and two heads of keys for four of queries: as Qwen3-Next."""
+    """Qwen3-Next: q_proj contains each head's queries and then its gate, and four query heads share two key heads."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_a_gate_among_the_queries_is_left_as_it_is():
 
 
 class OfItsOwnKind(Attention):
-    """Asks for something that cannot be made up."""
+    """Needs an input that cannot be guessed."""
 
     def forward(self, x, graph):
         return super().forward(x * graph['weight'])
@@ -193,7 +193,7 @@ def test_an_example_that_does_not_run_is_refused():
 
 
 class HalfAttention(nn.Module):
-    """Is called attention, and has no projections that could be known."""
+    """Named attention, without projections that can be recognised."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class HalfAttention(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Computes attention, and is not called so."""
+    """Computes attention under another name."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +216,7 @@ class Mixer(nn.Module):
 
 
 class Router(nn.Module):
-    """A softmax over experts is none."""
+    """A softmax over experts is not attention."""
 
     def __init__(self):
         super().__init__()

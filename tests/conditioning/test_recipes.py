@@ -14,7 +14,7 @@ RECIPES = dict(re.findall(r'^## ([^\n]+)\n\n```python\n(.+?)^```$', PAGE, re.MUL
 DISTRIBUTED = RECIPES['DDP and FSDP2']
 
 
-@pytest.mark.filterwarnings('ignore')  # the tools' own
+@pytest.mark.filterwarnings('ignore')  # the tools' own warnings
 @pytest.mark.parametrize('title', RECIPES)
 def test_a_recipe_as_it_is_written(title, tmp_path, monkeypatch):
     needed = re.findall(r'^from (accelerate|peft)\b', RECIPES[title], re.MULTILINE)
@@ -23,9 +23,9 @@ def test_a_recipe_as_it_is_written(title, tmp_path, monkeypatch):
             pytest.skip(f'{name} is not installed')
     assert 'assert_close' in RECIPES[title]
     monkeypatch.chdir(tmp_path)
-    left_by_commands = ('LOCAL_RANK', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # which ran in this process
+    left_by_commands = ('LOCAL_RANK', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # imported by programs in this process
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', *left_by_commands):
-        monkeypatch.setenv(name, '')  # to be put back to what it was
+        monkeypatch.setenv(name, '')  # restored afterwards
         monkeypatch.delenv(name)
     exec(compile(RECIPES[title], title, 'exec'), {'__name__': '__main__'})
 

@@ -1,4 +1,4 @@
-"""condition() changes the output exactly as W + C predicts, or rejects the model and leaves it as it was."""
+"""condition() changes the output exactly as W + C predicts, or rejects the model and leaves it unchanged."""
 
 import copy
 
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def rejects(model, message, *, examples=(None,), **arguments):
-    """Check that condition() raises, with and without an example, and leaves every bit as it was."""
+    """Check that condition() raises, with and without an example, and leaves every bit unchanged."""
     for example in examples:
         before = {key: value.clone() for key, value in model.state_dict().items()}
         with pytest.raises(InputError, match=message):
@@ -53,7 +53,7 @@ EXAMPLES = (None, torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0
 
 
 @pytest.mark.parametrize('layout', [None, LAYOUT])
-@pytest.mark.filterwarnings('ignore')  # of torch, about the older forms
+@pytest.mark.filterwarnings('ignore')  # torch's warnings about the older forms
 @pytest.mark.parametrize(
     'recompute',
     [
@@ -75,7 +75,7 @@ def test_weights_that_are_recomputed(recompute, layout):
 @pytest.mark.parametrize('where', ['attention.qkv', 'attention', ''])
 @pytest.mark.parametrize('write', ['copy', 'data', 'parameter'])
 def test_weights_that_a_hook_writes(where, write, layout):
-    """In place, as new data or as a new parameter, before the layer, its attention or the whole model runs."""
+    """The weight is changed in place, as new data or as a new parameter, before the layer, attention or model runs."""
     model = Model()
     layer, kept = model.attention.qkv, model.attention.qkv.weight.detach().clone()
 
@@ -97,7 +97,7 @@ def test_weights_that_a_hook_writes(where, write, layout):
 
 
 class Quantised(nn.Linear):
-    """Rounds its weight before it uses it."""
+    """Rounds its weight before it is used."""
 
     def forward(self, x):
         scale = self.weight.abs().mean()
@@ -121,7 +121,7 @@ def test_layers_that_change_their_weight_before_they_use_it(kind):
 
 
 def test_torch_ao_attention_is_conditioned_where_it_computes():
-    """Its in_proj_weight is inherited and unused; it computes with linear_Q, linear_K and linear_V."""
+    """Inherits in_proj_weight without using it; computes with linear_Q, linear_K and linear_V."""
     attention = torch.ao.nn.quantizable.MultiheadAttention(8, 2, batch_first=True)
     x = EXAMPLES[1]
     by_hand = copy.deepcopy(attention)
@@ -140,7 +140,7 @@ def test_a_second_call_is_rejected():
         rejects(again, 'qkv is conditioned already .*twice')
     rejects(model, 'twice', type='initialisation')
     before = model.attention.qkv.weight.detach().clone()
-    restored = condition(model, keep_function=True).corrections  # as after torch.load of a whole model
+    restored = condition(model, keep_function=True).corrections  # as after torch.load of a pickled model
     restored.load_state_dict(report.corrections.state_dict())
     assert torch.equal(restored['attention.qkv'].C, report.corrections['attention.qkv'].C)
     assert torch.equal(model.attention.qkv.weight, before)
@@ -155,7 +155,7 @@ def test_two_parameters_over_one_storage():
     with_buffer.register_buffer('alias', with_buffer.attention.qkv.weight.data[3])
     for model in (tied, overlapping, with_buffer):
         rejects(model, 'shares its weight')
-    flat = torch.randn(24 * 8 + 64)  # parameters beside each other in one storage, as in flattened optimisers
+    flat = torch.randn(24 * 8 + 64)  # adjacent parameters in one storage, as in flattened optimisers
     beside = Model()
     beside.attention.qkv.weight = nn.Parameter(flat[:192].view(24, 8))
     beside.attention.proj.weight = nn.Parameter(flat[192:].view(8, 8))
@@ -163,7 +163,7 @@ def test_two_parameters_over_one_storage():
 
 
 def test_a_copy_of_the_weight_that_the_model_hides():
-    """An alias that is neither a parameter nor a buffer: only the output shows it."""
+    """An alias that is neither a parameter nor a buffer; only the output reveals it."""
     model = Model()
     alias = model.attention.qkv.weight.data[:8]
     model.first.register_forward_hook(lambda module, args, out: out @ alias)
@@ -208,7 +208,7 @@ def test_values_that_are_not_finite():
 
 
 class NonLocal(nn.Module):
-    """A non-local block, beside the attention that is recognised."""
+    """A non-local block, beside the recognised attention."""
 
     def __init__(self):
         super().__init__()
@@ -219,14 +219,14 @@ class NonLocal(nn.Module):
 
 
 class DotProduct(NonLocal):
-    """Without a softmax."""
+    """Attention without a softmax."""
 
     def forward(self, x):
         return torch.matmul(self.theta(x) @ self.phi(x).mT / x.shape[1], self.g(x))
 
 
 class Einsum(nn.Module):
-    """Parameters of its own, and einsum."""
+    """Attention with parameters of its own and einsum."""
 
     def __init__(self):
         super().__init__()
@@ -238,7 +238,7 @@ class Einsum(nn.Module):
 
 
 class Beside(Attention):
-    """Attention computed in the same module as the recognised one, from other layers."""
+    """Attention computed in the module of the recognised one, from other layers."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class Beside(Attention):
 
 
 class Router(nn.Module):
-    """A mixture of experts: softmax and products, but no attention."""
+    """A mixture of experts: softmax and products without attention."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +264,7 @@ class Router(nn.Module):
 @pytest.mark.parametrize('runs', [True, False])
 def test_attention_beside_a_recognised_layer_is_found_by_running_the_model(kind, example, runs):
     model = nn.Sequential(Model(), Router(), kind(), Model())
-    if not runs:  # the parts run alone
+    if not runs:  # the parts run separately
         model = nn.Sequential(nn.Identity(), *model)
         model.forward = lambda a, b, c: nn.Sequential.forward(model, a)
         example = example if example is None else (example, None, None)
@@ -297,7 +297,7 @@ def test_sharded_weights_are_named(tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_a_model_that_passes_changes_as_predicted(dtype):
-    """Against W + C put in by hand: in a timm model whose code passes the weight to a function itself."""
+    """Compare with W + C added by hand in a timm model whose code passes the weight to a function itself."""
     model = timm.create_model('beit_base_patch16_224', depth=1, embed_dim=24, num_heads=2, img_size=32).eval().to(dtype)
     by_hand, images = copy.deepcopy(model), torch.randn(1, 3, 32, 32).to(dtype)
     for W in by_hand.blocks[0].attn.qkv.weight.data.chunk(3):

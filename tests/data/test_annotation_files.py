@@ -1,4 +1,4 @@
-"""One reader for annotation files: whatever encoding they are in, and one line for what is no COCO JSON."""
+"""The reader accepts annotation files in any encoding, and gives a one-line error for other files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Data sets with one thing out of order each: what prepare, train and test make of them, in one process."""
+"""Data sets with one fault each: what prepare, train and test do with them, in one process."""
 
 import hashlib
 import importlib.util
@@ -34,7 +34,7 @@ TINY = {
 
 
 def cases() -> dict:
-    """The changes of a clean data set, by name, with what each must give, and whether there is a generator at all."""
+    """Return the changes of a clean data set by name, each with the expected result, and whether a generator exists."""
     path = FOLDER / 'make_cases.py'
     if not path.is_file():
         return {}
@@ -45,7 +45,7 @@ def cases() -> dict:
 
 
 CASES = cases()
-OTHER_PIXELS = ('image_grey',)  # in order, but not learnt from alike
+OTHER_PIXELS = ('image_grey',)  # valid, but treated differently by the commands
 DRAWN = ('class_names_with_dollar', 'class_names_not_latin', 'file_names_not_latin', 'equal_names_in_two_folders')
 
 
@@ -56,7 +56,7 @@ def digest_of(checkpoint: Path) -> str:
 
 @pytest.fixture(scope='module')
 def clean(tmp_path_factory) -> Iterator[Path]:
-    """The clean set, trained on."""
+    """Train on the clean set."""
     if not CASES:
         pytest.skip(f'no cases at {FOLDER}; set SPEC_CASES')
     root = tmp_path_factory.mktemp('clean')
@@ -65,8 +65,8 @@ def clean(tmp_path_factory) -> Iterator[Path]:
     cfg.merge_from_dict(TINY)
     cfg.dump(root / 'tiny.py')
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # MMEngine has the text of its configs formatted again and again, which takes longer than all else here.
-        for module in (mmengine.config.config, yapf.yapflib.yapf_api):  # the fork imports it when it needs it
+        # MMEngine formats the text of its configs again and again, which takes longer than everything else here.
+        for module in (mmengine.config.config, yapf.yapflib.yapf_api):  # the fork imports it when needed
             monkeypatch.setattr(module, 'FormatCode', lambda text, **style: (text, True), raising=False)
         run_tool(monkeypatch, 'train', root / 'tiny.py', '--data', root / 'data', '--work-dir', root / 'work')
         yield root / 'work' / 'epoch_1.pth'

@@ -1,4 +1,4 @@
-"""Real COCO annotations through the configs' own data sets and evaluator."""
+"""Read real COCO annotations by the configs' own data sets and evaluator."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_the_truth_evaluates_to_an_ap_of_one(config):
     assert len(dataset) == 136
     values = metric.evaluate(len(dataset))
     assert values['coco/bbox_mAP'] == 1.0
-    # MMDetection rasterises the parts of an object one by one, pycocotools at once: a pixel here and there.
+    # MMDetection rasterises an object's parts one by one, pycocotools together: they differ in a few pixels.
     assert values['coco/segm_mAP'] > 0.99
 
 
@@ -60,6 +60,6 @@ def test_training_batches_hold_whole_objects(config):
         assert masks.shape[1:] == (height, width)
         for mask, (x0, y0, x1, y1) in zip(masks, truth.bboxes.tensor.tolist()):
             rows, columns = np.nonzero(mask)
-            if len(rows):  # the mask keeps to its box through resizing, flips and crops, to a pixel or two
+            if len(rows):  # the mask follows its box through resizing, flips and crops, to a pixel or two
                 assert x0 - 3 <= columns.min() and columns.max() < x1 + 3
                 assert y0 - 3 <= rows.min() and rows.max() < y1 + 3

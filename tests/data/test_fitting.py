@@ -1,4 +1,4 @@
-"""A config agrees with its data whatever its data set is called: a subclass, a name with a scope, or a class."""
+"""A config is fitted to its data for any name of the data set: a subclass, a name with a scope, or a class."""
 
 import json
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ NAMES = ('circle', 'square', 'triangle', 'star')
 
 @pytest.fixture(scope='module', autouse=True)
 def registered():
-    """What a user's own module registers."""
+    """Register what a user's own module would register."""
 
     class ShapesDataset(CocoDataset):
         METAINFO = dict(classes=NAMES)
@@ -62,7 +62,7 @@ def config(root, kind) -> Config:
 
 
 def fit(cfg: Config) -> list[str]:
-    """As train and test do before they start."""
+    """Fit a config in the order of train and test."""
     state_classes_once(cfg)
     classes = check_inputs(cfg, ('train', 'val'), thorough=False)
     set_classes(cfg, classes)
@@ -135,7 +135,7 @@ def test_several_data_sets_under_one_metric(shapes):
         ({'default_hooks.checkpoint.save_best': 'coco/person_precision', 'val_evaluator.classwise': True}, ''),
         ({'default_hooks.checkpoint.save_best': 'coco/AR@100', 'val_evaluator.metric': ['bbox', 'proposal']}, ''),
         ({'default_hooks.stop': dict(type='EarlyStoppingHook', monitor='coco/mAP')}, 'monitor of EarlyStoppingHook'),
-        ({'val_evaluator.metric': 'bbox'}, ''),  # the best is chosen by boxes then
+        ({'val_evaluator.metric': 'bbox'}, ''),  # the best checkpoint is then chosen by boxes
         ({'val_evaluator.prefix': 'mine'}, 'save_best.*coco/segm_mAP, .*mine/segm_mAP'),
         ({'val_evaluator': [dict(type='VOCMetric')]}, ''),
     ],

@@ -1,4 +1,4 @@
-"""One ground truth, written in every supported export, is read with its boxes and classes; faults are told."""
+"""One ground truth is written in every supported export format and read with its boxes and classes; so are faults."""
 
 import base64
 import html
@@ -19,13 +19,13 @@ from spec_mmdet.data.formats import READERS, find_splits
 from spec_mmdet.data.splits import check_splits, draw_for_validation, drop_faulty
 from spec_mmdet.errors import InputError
 
-CLASSES = ['zebra', 'größe 2', 'apfel']  # in no order
+CLASSES = ['zebra', 'größe 2', 'apfel']  # in no particular order
 TRAIN, VAL, TEST = 'train', 'val', 'test'
 
 
 @dataclass
 class Item:
-    """An image, and its objects: each a class's number and a polygon of integer corners."""
+    """An image and its objects: each has the number of its class and a polygon of integer corners."""
 
     name: str
     size: tuple[int, int]
@@ -88,7 +88,7 @@ def box_of(polygon) -> list[int]:
     return [min(polygon[::2]), min(polygon[1::2]), int(np.ptp(polygon[::2])), int(np.ptp(polygon[1::2]))]
 
 
-# Writers. Each writes all items, and returns the splits that must be read: {split: items}.
+# Writers. Each writes all items and returns the splits to be read: {split: items}.
 WHOLE = dict(all=ITEMS)
 SPLITS = {split: of(split) for split in (TRAIN, VAL, TEST)}
 WRITERS = {}
@@ -389,7 +389,7 @@ def voc_lists(root):
 
 @writer(WHOLE)
 def voc_two_suffixes(root):
-    """Two images of one name: <filename> says which one is labelled."""
+    """Two images with the same name: <filename> says which one is labelled."""
     put_voc(root / 'JPEGImages', root / 'Annotations')
     Image.new('RGB', (9, 9)).save(root / 'JPEGImages' / '007.jpg')
 
@@ -628,7 +628,7 @@ def drop_first_lines(path: str):
     return lambda root: (root / path).write_bytes((root / path).read_bytes()[:60])
 
 
-# What goes wrong in an export, and how it is told: as an error, as a warning (both counted), or by one line.
+# Faults of an export, and how each is reported: as an error or a warning (both counted), or by one line.
 FAULTS = {
     'class without a name': ('ultralytics', add('labels/train/007.txt', '9 .5 .5 .1 .1'), 'errors', 'class 9 '),
     'fraction of a class': ('ultralytics', add('labels/train/007.txt', '.5 .5 .5 .1 .1'), 'errors', 'class .5'),
@@ -736,7 +736,7 @@ DROPPED = {
 
 @pytest.mark.parametrize(('name', 'change', 'gone'), DROPPED.values(), ids=DROPPED)
 def test_an_image_with_a_fault_is_dropped_with_all_of_its_objects(name, change, gone, tmp_path):
-    """What is left is as it was written: no object becomes background."""
+    """The remaining objects are unchanged: no object becomes background."""
     write, expected, _, options = WRITERS[name]
     write(tmp_path / 'export')
     change(tmp_path / 'export')
@@ -782,7 +782,7 @@ def test_a_folder_without_labels_is_told_what_is_supported(tmp_path):
 
 
 def test_circles_and_rotated_boxes(tmp_path):
-    """A circle touches its box, and a box turned by 90 degrees about its centre is as wide as it was high."""
+    """A circle touches its box, and a box rotated by 90 degrees about its centre is as wide as it was high."""
     put_images(tmp_path / 'circle', ITEMS[:1])
     shape = dict(label='apfel', points=[[30, 40], [30, 50]], shape_type='circle')
     put(tmp_path / 'circle' / 'a.json', labelme(ITEMS[0], shapes=[shape]))
@@ -810,7 +810,7 @@ def test_images_are_as_their_exif_turns_them(tmp_path):
     assert [(image['width'], image['height']) for image in split.coco['images']] == [(40, 80)] * 2
     assert [annotation['bbox'] for annotation in split.coco['annotations']] == [[0, 20, 40, 40]] * 2
     check_splits([split], found)
-    assert not found.errors  # as decoding has them
+    assert not found.errors  # as decoding returns them
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -826,6 +826,6 @@ def test_every_class_is_on_both_sides_where_it_can_be(seed):
     for category in {a['category_id'] for a in annotations}:
         holders = {a['image_id'] for a in annotations if a['category_id'] == category}
         assert holders - chosen, f'{category} is not left for training'
-        # Image 7 has the only object of 101, and stays with all that it has.
+        # Image 7 has the only object of class 101, and stays with all its objects.
         if len(holders - {7}) > 1:
             assert holders & chosen, f'{category} is not in validation'

@@ -1,4 +1,4 @@
-"""Images are decoded once and completely, by the loader, the checks and the classifiers."""
+"""The loader, the checks and the classifiers decode images once and completely."""
 
 import io
 import threading
@@ -18,7 +18,7 @@ from spec_mmdet.data.images import CheckedLoadImageFromFile, allow_large_images,
 
 @pytest.fixture
 def folder(tmp_path):
-    """One picture as JPEG, PNG, WebP, BMP, 16-bit PNG and TIFF, and turned by its EXIF orientation."""
+    """Write one picture as JPEG, PNG, WebP, BMP, 16-bit PNG and TIFF, and rotated by its EXIF orientation."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).resize((120, 80))
     for suffix in ('jpg', 'png', 'webp', 'bmp'):
         picture.save(tmp_path / f'plain.{suffix}')
@@ -104,7 +104,7 @@ def test_pillows_limit_is_lifted_only_where_images_are_decoded(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         images.require_whole(buffer.getvalue())
-    assert Image.MAX_IMAGE_PIXELS is None  # the other thread still decodes
+    assert Image.MAX_IMAGE_PIXELS is None  # the other thread is still decoding
     leave.set()
     thread.join()
     assert Image.MAX_IMAGE_PIXELS == 50
@@ -124,4 +124,4 @@ def test_timms_operations_are_its_own():
     (operation,) = (op for op in augmentation.ops if op.name == 'PosterizeIncreasing')
     operation.prob = 1
     picture = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
-    assert np.unique(operation(picture)).tolist() == [128]  # 1 bit, where timm asks for none
+    assert np.unique(operation(picture)).tolist() == [128]  # 1 bit; timm asks for no conversion

@@ -1,4 +1,4 @@
-"""What users of such tools report, rebuilt small by others: prepare's cases of a folder outside of this repository."""
+"""Reports by users of such tools, rebuilt at a small size: prepare's cases in a folder outside this repository."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from PIL import Image
 
 REPORTS = Path(os.environ.get('SPEC_REPORTS', ROOT.parent / 'shared' / 'reports'))
 COLOURS = dict(red=(220, 30, 30), blue=(30, 30, 220))
-# What each of a case's commands leads to: the images written in each split, or a part of its one error line.
+# The expected result of each command of a case: the images written in each split, or a part of its one-line error.
 CASES = {
     'cvat_subsets': [dict(train=14, val=4)],
     'cvat_yolo11': [dict(train=8, val=2)],
@@ -44,7 +44,7 @@ def assert_boxes_are_where_the_colours_are(out: Path, split: str, count: int, ca
         objects = [a for a in coco['annotations'] if a['image_id'] == image['id']]
         assert len(objects) == 2
         for annotation, (colour, value) in zip(objects, COLOURS.items(), strict=True):
-            if case == 'yolo_names_quoted':  # image 001 has objects of the class c00, and so on
+            if case == 'yolo_names_quoted':  # image 001 has objects of class c00, and so on
                 colour = f'c{int(Path(image["file_name"]).stem) - 1:02}'
             assert names[annotation['category_id']] == colour
             ys, xs = np.nonzero((pixels == value).all(2))
@@ -84,7 +84,7 @@ def test_a_reported_case(monkeypatch, tmp_path, capsys, case):
     ],
 )
 def test_mixed_boxes_and_polygons(monkeypatch, tmp_path, options, images, objects, masks):
-    """Half of the images have an object without a mask, which would become background if it alone was left out."""
+    """Half of the images have an object without a mask; leaving out the object alone would make it background."""
     if not REPORTS.is_dir():
         pytest.skip(f'no reports at {REPORTS}; set SPEC_REPORTS')
     shutil.copytree(REPORTS, tmp_path / 'reports')

@@ -1,4 +1,4 @@
-"""The rules by an independent truth: pycocotools' own masks, and MMDetection's own data set."""
+"""Compare the rules with an independent truth: pycocotools' masks and MMDetection's data set."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def test_runs_are_those_of_pycocotools(height, width, share, seed):
 
 
 def test_no_garbage_passes_for_rle():
-    """What does pass, pycocotools decodes to a mask of as many pixels as its runs say."""
+    """pycocotools decodes every accepted RLE to a mask of the size that its counts give."""
     draw = random.Random(0)
     for _ in range(5000):
         text = ''.join(chr(draw.randint(33, 126)) for _ in range(draw.randint(0, 9)))
@@ -111,13 +111,13 @@ def square(x: float, y: float, w: float, h: float) -> list[list[float]]:
 )
 def test_masks_against_boxes(mask, box, fault, doubt):
     for same in (mask, rasterised(mask, *SIZE)):
-        if not (mask_utils.area(rasterised(mask, *SIZE)) == 0 and same is not mask):  # refused as an empty RLE
+        if not (mask_utils.area(rasterised(mask, *SIZE)) == 0 and same is not mask):  # rejected as an empty RLE
             found = compare_mask_and_box(same, box, *SIZE)
             assert fault in found[0] and doubt in found[1] and bool(found[0]) == bool(fault), (found, same)
 
 
 def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
-    """Objects of every kind in images of every kind, against what its data set hands to training."""
+    """Compare objects of every kind in images of every kind with what the data set passes on to training."""
     draw = random.Random(1)
     images = [dict(id=i, file_name=f'{i}.png', width=60, height=draw.choice((20, 40))) for i in range(40)]
     annotations = []

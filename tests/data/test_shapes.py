@@ -1,4 +1,4 @@
-"""The generated data set is honest COCO: deterministic, and its polygons cover what is drawn."""
+"""The generated data set is deterministic COCO, and its polygons cover the drawn shapes."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_annotations_agree_with_their_masks(tmp_path):
             assert abs(columns.min() - x) <= 3 and abs(columns.max() + 1 - x - w) <= 3
             assert abs(rows.min() - y) <= 3 and abs(rows.max() + 1 - y - h) <= 3
             assert abs(mask.sum() - annotation['area']) <= 0.12 * annotation['area'] + 12
-        assert (covered > 1).mean() < 0.02  # masks hold what is visible, so they meet only along their outlines
+        assert (covered > 1).mean() < 0.02  # masks contain visible pixels, so they meet only along their outlines
     assert all(mask_utils.area(a['segmentation']) == a['area'] for a in crowds)
 
 

@@ -1,4 +1,4 @@
-"""AP of resampled images is what pycocotools says of a data set in which images are there as often."""
+"""AP of resampled images equals pycocotools' AP of a data set that repeats the images as often."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ def rectangle(box: list[float]) -> list[float]:
 
 
 def scenes(seed: int) -> tuple[list[dict], list[dict]]:
-    """Objects, some of them crowds or of an invalid area, and results near them and elsewhere, with distinct scores."""
+    """Draw objects, some of them crowds or with an invalid area, and results with distinct scores, near them or not."""
     rng = np.random.default_rng(seed)
     truth, found = [], []
     for image in range(1, IMAGES + 1):
@@ -45,7 +45,7 @@ def scenes(seed: int) -> tuple[list[dict], list[dict]]:
         entry['segmentation'] = [rectangle(entry['bbox'])]
         if rng.random() < 0.05:
             entry['area'] = -1.0
-    # More than 100 detections of a class in an image, of which the last do not count.
+    # More than 100 detections of a class in an image; the last of them do not count.
     x, y, *size = truth[0]['bbox'] if truth else (5, 5, 20, 20)
     for _ in range(120 if seed % 2 else 0):
         found.append(dict(image_id=1, category_id=1, bbox=[x + rng.normal(0, 3), y, *size], score=float(rng.random())))
@@ -70,7 +70,7 @@ def coco(images: int, annotations: list[dict]) -> COCO:
 
 
 def repeated(entries: list[dict], weights: np.ndarray) -> list[dict]:
-    """Entries of images of which each is there as often as its weight says, under new ids."""
+    """Repeat the entries of each image as often as its weight says, under new ids."""
     first = np.concatenate([[0], np.cumsum(weights)])
     return [
         dict(entry, image_id=int(first[entry['image_id'] - 1] + copy + 1))

@@ -1,4 +1,4 @@
-"""What is said of differences between detectors: by chance alone they are within the noise, and large ones are not."""
+"""Reported differences between detectors: random ones are within the noise, and large ones are not."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_verdicts():
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.booleans())
 def test_intervals_are_those_of_the_books(seed, paired):
-    """Student's t by its formula; quantiles of the draws."""
+    """Student's t by its formula, and quantiles of the draws."""
     rng = np.random.default_rng(seed)
     ours = [run('a', i, *rng.random(1), rng) for i in range(4)]
     theirs = [run('b', i + (not paired), *rng.random(1), rng) for i in range(4)]

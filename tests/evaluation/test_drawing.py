@@ -1,4 +1,4 @@
-"""Names on pictures: as they are, in a font that has their letters; labels where they cover least."""
+"""Names on pictures are unchanged and in a font with their letters; labels are placed where they cover least."""
 
 import time
 
@@ -68,7 +68,7 @@ def place_all(boxes, text, size) -> list:
 
 
 def test_labels_leave_what_is_small_to_be_seen():
-    """In a crowd of small boxes none is under a label, and labels are inside the picture and apart."""
+    """In a crowd of small boxes no box is under a label, and labels are inside the picture without overlap."""
     size, text = (400, 300), (50, 14)
     boxes = [[x, y, x + 12, y + 10] for x in range(40, 360, 80) for y in range(20, 300, 60)]
     labels = place_all(boxes, text, size)
@@ -78,7 +78,7 @@ def test_labels_leave_what_is_small_to_be_seen():
 
 
 def test_labels_cover_as_little_as_by_exact_areas():
-    """The labels of random scenes cover little more than the best of each label's spots, measured by exact areas."""
+    """The labels of random scenes cover little more than each label's best position, measured by exact areas."""
     rng = np.random.default_rng(0)
     text, size = (50.0, 14.0), (640, 480)
 
@@ -100,7 +100,7 @@ def test_labels_cover_as_little_as_by_exact_areas():
 
 
 def test_drawing_is_linear_in_the_objects():
-    """Four times as many labels take far less than sixteen times as long, and large masks take no copy of the image."""
+    """Four times as many labels take far less than sixteen times as long, and large masks do not copy the image."""
     rng = np.random.default_rng(0)
     image = np.zeros((1500, 2000, 3), np.uint8)
 

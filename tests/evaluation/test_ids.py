@@ -1,4 +1,4 @@
-"""Whatever the ids of a data set are, its metrics are those under ids from 1 on: in both metrics and in the report."""
+"""The metrics and the report do not depend on the ids of a data set: they equal those with ids from 1 on."""
 
 import copy
 import hashlib
@@ -28,7 +28,7 @@ def mixed(index: int) -> int | str:
     return f'number {index}' if index % 2 else -index
 
 
-IDS = {  # of images, annotations and categories, by those from 1 on
+IDS = {  # Map images, annotations and categories to ids from 1 on.
     'plain': (lambda i: i, lambda i: i, lambda i: i),
     'image ids above 2^63': (hashed, lambda i: i, lambda i: i),
     'image ids of text': (lambda i: f'{9 - i}', lambda i: i, lambda i: i),
@@ -86,11 +86,11 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
         for box_or_mask, evaluation in expected.items():
             for i, item in enumerate(('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')):
                 assert figures[kind][f'{box_or_mask}_{item}'] == round(float(evaluation.stats[i]), 3)
-        for i, label in enumerate(CLASSES):  # the masks' come last
+        for i, label in enumerate(CLASSES):  # those of masks come last
             ap = average_precision(expected['segm'], i)
             assert round(figures[kind][f'{label}_precision'], 3) == pytest.approx(round(ap, 3) if ap > -1 else np.nan,
                                                                                   nan_ok=True)  # fmt: skip
-        # What is written out has the ids of the file.
+        # Written results have the ids of the file.
         written = json.loads((tmp_path / f'{kind}.bbox.json').read_text())
         assert {d['image_id'] for d in written} <= {entry['id'] for entry in other['images']}
         assert {d['category_id'] for d in written} <= {entry['id'] for entry in other['categories']}
@@ -111,9 +111,9 @@ def test_figures_do_not_depend_on_ids(tmp_path, name):
 
 
 def test_data_set_and_metric_agree(tmp_path):
-    """Detections come with the ids of the data set: MMDetection's own has those of the file, ours has numbers."""
+    """Detections have the ids of the data set: the file's ids in MMDetection's class, numbers in ours."""
     truth, _ = scene(np.random.default_rng(1), 30)
-    ids = dict(zip(range(1, 7), (2, 1, 'one', 'two', 2**70, -3)))  # 1 and 2 are ids of the file, too
+    ids = dict(zip(range(1, 7), (2, 1, 'one', 'two', 2**70, -3)))  # 1 and 2 are also ids of the file
     truth['images'] = [{**entry, 'id': ids[entry['id']], 'file_name': 'x.png'} for entry in truth['images']]
     for entry in truth['annotations']:
         entry['image_id'] = ids[entry['image_id']]

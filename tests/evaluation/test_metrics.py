@@ -1,4 +1,4 @@
-"""The fast evaluator has every figure of pycocotools."""
+"""The fast evaluator equals pycocotools in all metrics."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from spec_mmdet import InputError
 from spec_mmdet.data.reading import share_coco
 from spec_mmdet.evaluation.metrics import Evaluation, fast_evaluation
 
-ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class's first detection alone, where it is right
+ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class with a single correct detection
 
 
 def evaluated(evaluator, truth: dict, found: list[dict], kind: str, **params):
@@ -36,7 +36,7 @@ def evaluated(evaluator, truth: dict, found: list[dict], kind: str, **params):
 
 
 def require_equal(truth: dict, found: list[dict], kind: str, **params) -> np.ndarray:
-    """Compare all figures of the two evaluators and return the 12 numbers."""
+    """Compare all metrics of the two evaluators and return the 12 numbers."""
     theirs, ours = (evaluated(e, truth, found, kind, **params) for e in (COCOeval, fast_evaluation))
     assert np.array_equal(theirs.eval['recall'], ours.eval['recall'])
     assert np.array_equal(theirs.eval['scores'], ours.eval['scores'])
@@ -59,7 +59,7 @@ def rle(box: list[float]) -> dict:
 
 
 def scene(rng: np.random.Generator, per_image: int) -> tuple[dict, list[dict]]:
-    """Six images with crowds, objects of every area, empty images, classes without objects, and tied scores."""
+    """Draw six images with crowds, objects of every area, empty images, classes without objects, and tied scores."""
     annotations, found = [], []
 
     def rectangle() -> list[float]:
@@ -92,12 +92,12 @@ def test_random_detections(per_image):
         truth, found = scene(rng, per_image)
         for kind in ('bbox', 'segm'):
             require_equal(truth, found, kind)
-            require_equal(truth, found, kind, maxDets=[100, 300, 1000])  # as MMDetection has it
+            require_equal(truth, found, kind, maxDets=[100, 300, 1000])  # as in MMDetection
     require_equal(truth, found, 'bbox', maxDets=[100, 300, 1000], useCats=0)  # as for proposals
 
 
 def perturbed(coco: COCO) -> list[dict]:
-    """The objects of two images in three as detections, moved a little, some twice, with coarse scores."""
+    """Return the objects of two images in three as detections, moved a little, some twice, with coarse scores."""
     rng = np.random.default_rng(0)
     found = []
     for annotation in coco.dataset['annotations']:
@@ -129,7 +129,7 @@ NAMES = ('1', '2', '3', '4')
 
 
 def computed(kind: str, path: Path, found: list[dict], names: tuple = NAMES, **settings) -> dict:
-    """The metrics of detections in the six images of a scene."""
+    """Return the metrics of detections in the six images of a scene."""
     metric = METRICS.build(dict(type=kind, ann_file=path and str(path), **settings))
     metric.dataset_meta = dict(classes=names)
     images = sorted({d['image_id'] for d in found} | set(range(1, 7)))
@@ -228,7 +228,7 @@ def test_masks_of_a_detector_without_masks(tmp_path):
 
 
 def test_evaluations_leave_the_shared_annotations_alone(tmp_path):
-    """They overwrite "ignore" and masks, and a data set of the same file would leave crowds out."""
+    """Classes change "ignore" and masks, and a data set of the same file would then leave out crowds."""
     truth, found = scene(np.random.default_rng(1), 30)
     path = tmp_path / 'truth.json'
     path.write_text(json.dumps(truth))
@@ -269,7 +269,7 @@ def test_an_evaluation_of_absurd_objects_ends(kind, evaluator):
         spoilt['annotations'][3][dict(segm='segmentation', bbox='bbox')[kind]] = absurd
         with pytest.raises(InputError, match='annotation 4: .* cannot be evaluated'):
             evaluated(evaluator, spoilt, found, kind)
-    # A mask that reaches out of its image is cut, and a box of any size is one.
+    # A mask that extends beyond its image is clipped; a box may have any size.
     truth['annotations'][3]['segmentation'] = polygon([-50.0, 1.0, 200.0, 20.0])
     truth['annotations'][3]['bbox'] = [0, 0, 1e30, 1e30]
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its figures are those of pycocotools, and a browser shows all of it."""
+"""The report's metrics are those of pycocotools, and a browser shows all of it."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ NAMES = ('circle', 'square', 'triangle', 'star')
 
 
 def detections(coco: COCO, rng: np.random.Generator) -> list[dict]:
-    """Objects moved, mistaken, found twice or not at all, and boxes on nothing."""
+    """Objects moved, with a wrong class, detected twice or not at all, and boxes on background."""
     found = []
     for annotation in coco.dataset['annotations']:
         code = mask_utils.encode(np.asfortranarray(coco.annToMask(annotation)))
@@ -64,7 +64,7 @@ def settings(root: Path) -> dict:
 
 
 def write_report(root: Path, found: list[dict]) -> str:
-    """The page for these detections."""
+    """Return the page for these detections."""
     folder = root / 'report'
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(settings(root))
@@ -128,7 +128,7 @@ def test_figures_are_those_of_pycocotools(data):
     assert [row[1:3] for row in table(page, 'stats')] == [list(pair) for pair in columns]
     objects = [a for a in COCO(path).dataset['annotations'] if not a['iscrowd']]
 
-    # Again for the detections with a score alone, which is what counts as found, missed and false positive.
+    # Repeat with the detections above the score threshold, which define true and false positives.
     def counts(least):
         sure = [d for d in found if d['score'] >= least]
         alone = pycocotools(COCO(path), sure, 'bbox', iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
@@ -174,7 +174,7 @@ def test_figures_are_those_of_pycocotools(data):
 
 
 def test_kinds_of_errors_are_those_of_tide(data):
-    """Against the package of TIDE's authors, on data without crowds, which it counts otherwise."""
+    """Compare with the package of TIDE's authors, on data without crowds, which it counts differently."""
     tidecv = pytest.importorskip('tidecv')
     path = data / 'annotations' / 'instances_val.json'
     coco = json.loads(path.read_text())
@@ -202,7 +202,7 @@ def test_kinds_of_errors_are_those_of_tide(data):
 
 
 def test_confusions_by_hand(tmp_path):
-    """A circle taken for a square, a square found twice, a circle missed, a triangle on nothing."""
+    """A circle detected as a square, a square detected twice, a missed circle, a triangle on background."""
     box = dict(a=[0, 0, 10, 10], b=[20, 0, 10, 10], c=[40, 0, 10, 10], nothing=[60, 60, 10, 10])
     objects = ((1, 1, 'a'), (2, 2, 'b'), (3, 1, 'c'))
     truth = [dict(id=i, image_id=1, category_id=c, bbox=box[b], area=100, iscrowd=0) for i, c, b in objects]
@@ -235,7 +235,7 @@ def test_in_a_browser(data, tmp_path):
     found = detections(COCO(path), np.random.default_rng(0))
     checked = tmp_path / 'checked.html'
     checked.write_text(write_report(data, found).replace('</body>', CHECK), 'utf-8')
-    for size in ('1366,768', '500,844'):  # Chromium makes no window narrower than that
+    for size in ('1366,768', '500,844'):  # Chromium's narrowest window
         command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={size}', '--dump-dom']
         command += ['--virtual-time-budget=5000', f'--user-data-dir={tmp_path / "profile"}', checked.as_uri()]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -247,7 +247,7 @@ def test_in_a_browser(data, tmp_path):
 
 
 def test_the_command(monkeypatch, data, tmp_path):
-    """With an untrained detector that finds nothing."""
+    """Write the report of an untrained detector without detections."""
     import torch
     from mmdet.registry import MODELS
 

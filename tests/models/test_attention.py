@@ -1,4 +1,4 @@
-"""The two forms of XCA against each other and against the definition in float64."""
+"""Compare the two forms of XCA with each other and with the definition in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from spec_mmdet.models.products import linear
 
 
 def arguments(B, N, heads, d, seed=0, scale=1.0, lam=0.0, kind='random'):
-    """Tokens and weights of a realistic size, float64."""
+    """Draw tokens and weights of a realistic size, float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -52,7 +52,7 @@ def test_gram_form_equals_the_plain_form(**draw):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('onednn', [True, False])
 def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
-    monkeypatch.setattr(products, 'uses_onednn', lambda x: onednn)  # a GPU has none
+    monkeypatch.setattr(products, 'uses_onednn', lambda x: onednn)  # a GPU has no such flag
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
         given[2] = torch.zeros_like(given[2])
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
     for form in xca_plain, xca_gram:
         leaves = [tensor.clone().requires_grad_() for tensor in given]
         gradients.append(torch.autograd.grad(form(*leaves), leaves, direction))
-    if kind == 'zero' and not bias:  # q and k are zero, and their direction is none
+    if kind == 'zero' and not bias:  # q and k are zero and have no direction
         for gradient in gradients[1]:
             assert gradient.isfinite().all()
         return
@@ -79,7 +79,7 @@ def test_gradients_pass_gradcheck():
 @pytest.mark.parametrize('N', [100, 1600, 20_000])
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16', 'bfloat16 throughout'])
 def test_errors_are_no_larger_than_the_plain_forms(N, lam, scale, precision):
-    """On average: 100 tokens of 48 channels are about where the forms are equally exact; with more, Gram gains."""
+    """On average the forms are equally exact at about 100 tokens of 48 channels; with more tokens Gram is better."""
     if precision == 'float16' and scale == 1e3 and lam:
         pytest.skip('the plain form overflows')
     dtype = getattr(torch, precision.split()[0])

@@ -1,4 +1,4 @@
-"""The classifier against timm's XCiT with the same weights."""
+"""Compare the classifier with timm's XCiT with the same weights."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ CLASSES = 7
 
 
 def ours_of(name: str) -> str:
-    """A parameter's name in the reference's names."""
+    """Return a parameter's name in the reference."""
     return name.replace('pos_embed.', 'pos_embeder.')
 
 
-@pytest.mark.parametrize('arch', ['nano_12', 'tiny_12'])  # the second norm of class attention is for one token, for all
+@pytest.mark.parametrize('arch', ['nano_12', 'tiny_12'])  # acts on one token in the reference
 def test_features_logits_and_gradients_are_timms(arch):
     theirs = timm.create_model(f'xcit_{arch}_p16_224', pretrained=False, num_classes=CLASSES).double().eval()
     for parameter in theirs.parameters():
@@ -49,7 +49,7 @@ def test_features_logits_and_gradients_are_timms(arch):
             expected = gradients[f'{block[:-2]}.qkv.{kind}'].chunk(3)['qkv'.index(block[-1])]
         else:
             expected = gradients[ours_of(name)]
-        # Ours takes the logits to float32 for the loss, as under autocast.
+        # Ours computes the loss from float32 logits, as under autocast.
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-7)
         compared += parameter.numel()
     assert compared == sum(gradient.numel() for gradient in gradients.values())

@@ -8,7 +8,7 @@ from benchmarks.half_precision import measure
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
 @pytest.mark.parametrize('gamma', ['initial', 'trained'])
 @pytest.mark.parametrize('depth, eta', [(12, 1.0), (24, 1e-5)])
-@pytest.mark.parametrize('side', [64, 192])  # the plain form of the attention, the Gram form
+@pytest.mark.parametrize('side', [64, 192])  # the plain form of the attention, and the Gram form
 def test_errors_are_no_larger_than_timms(depth, eta, gamma, dtype, side):
     arch = dict(dim=32, depth=depth, num_heads=4, eta=eta)
     ours, theirs = measure(arch, gamma, [dtype], 'cpu', side)

@@ -1,4 +1,4 @@
-"""The Jacobians that the instruments report, against autograd's, of whole layers in a running backbone."""
+"""Compare the reported Jacobians with autograd's, for complete layers in a running backbone."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_layer_jacobians_equal_autograds(conditioning):
         J = torch.cat([by_weight.flatten(2), by_bias], dim=2)  # tokens, channels, weights and biases
         tokens = torch.cat([inputs[0][0], torch.ones(30, 1).double()], 1)
         rank = int(torch.linalg.matrix_rank(tokens))
-        assert rank == 16  # of 17: LayerNorm's output adds up to nothing
+        assert rank == 16  # of 17: the entries of LayerNorm's output add up to zero
         for found, rows, heads in ((spectrum, J, 2), (sample, J[:, :8], 1)):
             sigma = torch.linalg.svdvals(rows.flatten(0, 1))
             assert len(found.heads) == heads

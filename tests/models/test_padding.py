@@ -1,4 +1,4 @@
-"""What an image is batched with must not change its features, where the padding is known."""
+"""If the padding is known, an image's features do not depend on the images that it is batched with."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_batch_augmentations_are_refused():
 
 
 def test_a_masked_detector_trains(coco_mini):
-    """The option, on real images of different sizes: a loss, and gradients for the whole backbone."""
+    """Train with the option on real images of different sizes: a loss, and gradients for the complete backbone."""
     cfg = Config.fromfile(ROOT / 'benchmarks' / 'xcit_spec_overfit.py')
     cfg.merge_from_dict({'model.data_preprocessor.type': 'MaskedDataPreprocessor'})
     dataset = cfg.train_dataloader.dataset
@@ -76,7 +76,7 @@ def test_a_masked_detector_trains(coco_mini):
 
 @pytest.mark.parametrize('training', [True, False])
 def test_a_forward_pass_never_waits_for_the_device(training):
-    """Tensors on the meta device have no values, so that whatever waits for one to decide something raises."""
+    """Tensors on the meta device have no values, so that code that waits for a value raises."""
     model = SpecXCiT(ARCH, conditioning=dict(type='identity', lam=3.0), drop_path_rate=0.1).train(training).to('meta')
     images = [torch.empty(3, *size, dtype=torch.uint8, device='meta') for size in SIZES]
     levels = model(preprocessor().to('meta')(dict(inputs=images, data_samples=None), training)['inputs'])

@@ -1,4 +1,4 @@
-"""The faster convolutions against PyTorch's own, in values and gradients."""
+"""Compare the faster convolutions with PyTorch's own, in values and gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIDES = st.integers(1, 9)
 
 
 def assert_same_gradients(ours, theirs, x, by_y):
-    """Compare what two modules of the same weights return, and the gradients by the weights and by x."""
+    """Compare the outputs of two modules with the same weights, and the gradients with respect to weights and input."""
     results = []
     for module in ours, theirs:
         leaves = [x.clone().requires_grad_(), *module.parameters()]
@@ -46,7 +46,7 @@ def test_convolution(B, D, h, w, kernel, stride):
 
 
 def test_gradients_are_as_channels_last_as_what_they_are_of():
-    """Or all that is before would work on the other layout, at a tenth of the speed."""
+    """Otherwise all earlier layers would use the other layout, at a tenth of the speed."""
     for module in Conv2d(32, 16, 3, stride=2, padding=1, bias=False), Upsample(32, 16, 2):
         x = torch.randn(2, 32, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
         y = module(x)

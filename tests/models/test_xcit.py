@@ -1,4 +1,4 @@
-"""The backbone against timm's XCiT with the same weights, and what a detector asks of it."""
+"""Compare the backbone with timm's XCiT with the same weights, and test what a detector requires of it."""
 
 import copy
 
@@ -21,7 +21,7 @@ CONDITIONINGS = [None, dict(type='identity', lam=10.0), dict(type='svd')]
 
 
 def randomized(model):
-    """Weights away from their initial values, so that a permuted or forgotten one shows."""
+    """Move weights away from their initial values, so that a permuted or forgotten one is noticed."""
     for name, tensor in model.named_parameters():
         tensor.data.add_(torch.randn_like(tensor) * (0.3 if 'temperature' in name or 'gamma' in name else 0.05))
     for name, buffer in model.named_buffers():
@@ -95,7 +95,7 @@ def test_any_image_size(height, width, patch_size):
         levels = model(torch.randn(1, 3, height, width))
     for level, stride in zip(levels, (4, 8, 16, 32)):
         for side, pixels in zip(level.shape[2:], (height, width)):
-            # Strides below the patch size repeat whole patches; those above it leave out the last, partial one.
+            # Strides below the patch size repeat complete patches; those above it leave out the last, partial one.
             assert pixels // stride <= side <= (pixels // patch_size + 1) * max(patch_size // stride, 1)
         assert level.isfinite().all()
 
@@ -138,7 +138,7 @@ def test_checkpointing_changes_nothing_but_memory(conditioning):
 
 @pytest.mark.parametrize('batch', [1, 64])
 def test_drop_path_leaves_out_branches_of_images(batch):
-    """Each branch adds one to a token here, so that what is added tells which were kept, and how they were scaled."""
+    """Each branch adds one to a token, so that the sum shows which were kept, and their scale."""
     block = xcit.Block(8, 2, 1.0, None, 0.25, dict(type='BN'))
     x, added = torch.zeros(batch, 3, 8), []
     for _ in range(4096 // batch):
@@ -223,7 +223,7 @@ def test_registered_and_initialised_from_a_checkpoint(tmp_path):
     model.init_weights()
     for key, value in torch.load(tmp_path / 'backbone.pth').items():
         assert torch.equal(model.state_dict()[key], value)
-    # MMEngine's initialiser of this name would only log that a tensor is missing.
+    # MMEngine's initialiser of this name would only log a missing tensor.
     torch.save(dict(list(model.state_dict().items())[:-1]), tmp_path / 'backbone.pth')
     with pytest.raises(InputError, match='fpn2.0.bias'):
         SpecXCiT(TINY, init_cfg=[pretrained]).init_weights()
@@ -241,12 +241,12 @@ def test_compiled_blocks_compute_the_same_with_few_compilations():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     compilations = counter.frame_count
     sum(f.sum() for f in model(torch.randn(1, 3, 320, 288, dtype=torch.float64))).backward()
-    assert counter.frame_count == compilations <= 6  # of six blocks on seven sizes
+    assert counter.frame_count == compilations <= 6  # of six blocks at seven sizes
     assert all(p.grad is not None for p in model.blocks.parameters())
 
 
 def test_training_after_inference_mode():
-    """The cached position encoding is a tensor that autograd accepts, whoever computed it."""
+    """Autograd accepts the cached position encoding, whoever computed it."""
     xcit.fourier_features.cache_clear()
     model, image = SpecXCiT(TINY), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
@@ -262,7 +262,7 @@ def test_every_normalisation_trains_and_evaluates(norm_cfg, with_cp):
     sum(level.square().mean() for level in model(image)).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     model.eval()
-    if norm_cfg['type'] != 'BN':  # which computes the same in both modes
+    if norm_cfg['type'] != 'BN':  # computes the same in both modes
         with torch.no_grad():
             for own, expected in zip(model(image), model.train()(image), strict=True):
                 torch.testing.assert_close(own, expected)
@@ -274,7 +274,7 @@ def test_layer_norm_is_over_the_channels():
     torch.testing.assert_close(norm(x), centred / centred.square().mean(dim=1, keepdim=True).sqrt())
 
 
-@pytest.mark.parametrize('arch', [TINY, dict(dim=256, depth=4, num_heads=4)])  # the wide one has a fast stem
+@pytest.mark.parametrize('arch', [TINY, dict(dim=256, depth=4, num_heads=4)])  # the wide model has a fast stem
 def test_fused_batch_normalisation_changes_nothing(arch):
     model = randomized(SpecXCiT(arch))
     image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
@@ -322,4 +322,4 @@ def test_hooks_fire_on_every_layer_with_weights_and_change_nothing(evaluation):
     assert sum('.qkv' in name or '.proj' in name or '.fc' in name for name in seen) == 4 * 6 + 8
     assert len(seen) == sum(1 for m in model.modules() if not list(m.children()) and list(m.parameters()))
     for name, (kept, copied) in seen.items():
-        assert torch.equal(kept, copied), name  # not overwritten after the hook has seen it
+        assert torch.equal(kept, copied), name  # not overwritten after the hook has read it

@@ -1,4 +1,4 @@
-"""Bilinear samples written down as a sum over all pixels, for the operators' tests."""
+"""Bilinear samples as a sum over all pixels, for the operators' tests."""
 
 import torch
 
@@ -8,7 +8,7 @@ def tent(distance: torch.Tensor) -> torch.Tensor:
 
 
 def bilinear(maps: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Maps (C, H, W), zeros around them, at points of any shape: (C, *shape), differentiable by all three."""
+    """Sample maps (C, H, W), surrounded by zeros, at points of any shape: (C, *shape), differentiable by all three."""
     rows, columns = (torch.arange(size, dtype=maps.dtype) for size in maps.shape[1:])
     return torch.einsum('chw,...h,...w->c...', maps, tent(y[..., None] - rows), tent(x[..., None] - columns))
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN in bfloat16 on a CPU: RoIAlign, suppression and losses of what autocast hands them."""
+"""Train Mask R-CNN in bfloat16 on a CPU: RoIAlign, suppression and losses get what autocast passes on."""
 
 import copy
 
@@ -31,7 +31,7 @@ def test_mask_rcnn_trains_and_predicts():
     half_loss, half_gradients = loss_and_gradients(model, batch, autocast=True)
     assert half_gradients.isfinite().all() and half_gradients.dtype == torch.float32
     assert half_loss == pytest.approx(loss, rel=0.02)
-    # The proposals are not quite the same ones.
+    # The proposals differ slightly.
     assert torch.cosine_similarity(half_gradients, gradients, dim=0) > 0.97
     assert half_gradients.norm() == pytest.approx(gradients.norm().item(), rel=0.1)
 

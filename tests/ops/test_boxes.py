@@ -1,4 +1,4 @@
-"""Suppression, through mmcv's own functions, against plain loops."""
+"""Compare suppression, through mmcv's own functions, with plain loops."""
 
 import mmcv.ops
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 
 def overlap(a, b, offset):
-    """In mmcv's single precision."""
+    """Compute IoU in mmcv's single precision."""
     width = min(a[2], b[2]) - max(a[0], b[0]) + offset
     height = min(a[3], b[3]) - max(a[1], b[1]) + offset
     inter = max(width, 0) * max(height, 0)
@@ -19,7 +19,7 @@ def overlap(a, b, offset):
 
 
 def plain_nms(boxes, scores, threshold, offset):
-    """Greedy suppression: of the boxes by falling score (first come first at ties) each must not overlap a kept one."""
+    """Suppress greedily: by falling score (first come first at ties) a box is kept if it overlaps no kept one."""
     kept = []
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
         if all(overlap(boxes[i], boxes[j], offset) <= np.float32(threshold) for j in kept):
@@ -28,7 +28,7 @@ def plain_nms(boxes, scores, threshold, offset):
 
 
 def plain_soft_nms(boxes, scores, threshold, sigma, min_score, method, offset):
-    """One box after the other, as the compiled operator exchanges them: indices and scores."""
+    """Suppress one box after the other, as the compiled operator exchanges them; return indices and scores."""
     rows = [[i, np.float32(score)] for i, score in enumerate(scores)]
     i = 0
     while i < len(rows):
@@ -50,7 +50,7 @@ def plain_soft_nms(boxes, scores, threshold, sigma, min_score, method, offset):
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-# Small whole coordinates and few scores: ties of both, boxes without area, boxes over each other.
+# Small integer coordinates and few scores: ties of both, boxes without area, boxes on top of each other.
 ROWS = st.lists(st.tuples(*[st.integers(0, 6)] * 4, st.sampled_from([0.25, 0.5, 0.75])), max_size=12)
 
 
@@ -72,7 +72,7 @@ def test_batched_nms_keeps_classes_apart():
     cfg = dict(type='nms', iou_threshold=0.5)
     assert mmcv.ops.batched_nms(boxes, scores, classes, cfg)[1].tolist() == [0, 1, 3]
     assert mmcv.ops.batched_nms(boxes, scores, classes, cfg, class_agnostic=True)[1].tolist() == [0, 3]
-    # The way many boxes go: class by class.
+    # The path of many boxes: class by class.
     assert mmcv.ops.batched_nms(boxes, scores, classes, dict(cfg, split_thr=1))[1].tolist() == [0, 1, 3]
 
 
@@ -105,7 +105,7 @@ def test_nms_match(rows, threshold):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_scores_and_boxes(dtype):
-    """Test as under autocast: scores in half precision and boxes mostly not give the same boxes."""
+    """Under autocast scores are in half precision and boxes mostly not; the result has the same boxes."""
     boxes = torch.rand(200, 4).mul(100).cumsum(1)[:, [0, 1, 2, 3]]
     scores, classes = torch.rand(200).to(dtype), torch.randint(3, (200,))
     cfg = dict(type='nms', iou_threshold=0.5)

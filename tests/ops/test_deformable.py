@@ -1,4 +1,4 @@
-"""Deformable attention and convolutions, through mmcv's own functions, against plain bilinear samples."""
+"""Compare deformable attention and convolutions, through mmcv's own functions, with plain bilinear samples."""
 
 import mmcv.ops
 import pytest
@@ -12,7 +12,7 @@ few = settings(max_examples=15)
 
 
 def plain_attention(value, sizes, locations, weights):
-    """Each query of each head by itself, (B, queries, heads * d); a map's pixel i lies at (i + 1/2) / size."""
+    """Compute each query of each head alone, (B, queries, heads * d); a map's pixel i is at (i + 1/2) / size."""
     batch, queries, heads = weights.shape[:3]
     rows = []
     for b in range(batch):
@@ -39,7 +39,7 @@ def attend(value, sizes, locations, weights):
 def attention_inputs(batch, queries, heads, d, sizes, points):
     keys = sum(height * width for height, width in sizes)
     value = torch.randn(batch, keys, heads, d, dtype=torch.float64, requires_grad=True)
-    # A third of the places lie outside.
+    # A third of the places are outside.
     locations = torch.rand(batch, queries, heads, len(sizes), points, 2, dtype=torch.float64) * 1.4 - 0.2
     weights = torch.randn(batch, queries, heads, len(sizes), points, dtype=torch.float64, requires_grad=True)
     return value, locations.requires_grad_(), weights
@@ -69,7 +69,7 @@ def test_multi_scale_deformable_attention_is_that_of_mmcv_for_cpus():
 
 
 def test_multi_scale_deformable_attention_of_half_values():
-    """Test as under autocast: mmcv rounds locations and weights to the type of the values."""
+    """Under autocast mmcv rounds locations and weights to the type of the values."""
     sizes = [(6, 4), (3, 2)]
     inputs = [tensor.detach().bfloat16() for tensor in attention_inputs(2, 5, 2, 4, sizes, 3)]
     half, single = (
@@ -83,7 +83,7 @@ def test_multi_scale_deformable_attention_of_half_values():
 
 
 def plain_deform_conv(input, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups):
-    """A convolution of samples: at each place of the kernel the whole map is sampled at displaced pixels."""
+    """A convolution of samples: at each kernel position the whole map is sampled at displaced pixels."""
     kernel, (rows, columns) = weight.shape[2:], offset.shape[2:]
     offset = offset.unflatten(1, (deform_groups, *kernel, 2))
     mask = mask.unflatten(1, (deform_groups, *kernel))
@@ -148,7 +148,7 @@ def test_deformable_convolutions(kernel, stride, padding, dilation, groups, defo
 
 
 def test_larger_offsets_are_read_as_mmcv_reads_them():
-    """The kernels lay the output's size over the memory of offsets and factors, image by image, as DyHead has it."""
+    """The kernels read offsets and factors in the output's size, image by image, as DyHead passes them."""
     input, weight = torch.randn(2, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
     offset, mask = (torch.randn(2, n, 8, 10, dtype=torch.float64, requires_grad=True) for n in (18, 9))
     assert_same_with_gradients(

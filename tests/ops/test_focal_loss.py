@@ -1,4 +1,4 @@
-"""The focal losses, through mmcv's own functions, against their formulas and autograd."""
+"""Compare the focal losses, through mmcv's own functions, with their formulas and autograd."""
 
 import mmcv.ops
 import pytest
@@ -9,7 +9,7 @@ CLASS_WEIGHTS = torch.rand(5, dtype=torch.float64)
 
 
 def weights_of_rows(weight, target):
-    """Return each row's weight: that of its class; a row without a class counts once."""
+    """Return each row's weight: that of its class, or 1 without a class."""
     rows = [1.0 if weight is None or not 0 <= t < 5 else float(weight[t]) for t in target]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -51,7 +51,7 @@ def test_softmax(weight, gamma):
     def form(reduction):
         return lambda x: loss(x, target, gamma, 0.3, weight, reduction)
 
-    # mmcv multiplies the (n, classes) gradient by that of the (n,) losses only where it is a number.
+    # mmcv multiplies the (n, classes) gradient by that of the (n,) losses only if it is a number.
     assert_same_with_gradients(form('sum'), lambda x: plain(x).sum(), logits)
     torch.testing.assert_close(form('none')(logits), plain(logits))
 

@@ -1,4 +1,4 @@
-"""mmcv's batch normalisation over processes, of one process, against PyTorch's."""
+"""Compare mmcv's batch normalisation over processes, in one process, with PyTorch's."""
 
 import pytest
 import torch

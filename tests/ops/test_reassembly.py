@@ -1,4 +1,4 @@
-"""CARAFE and masked convolutions, through mmcv's own functions, against plain sums."""
+"""Compare CARAFE and masked convolutions, through mmcv's own functions, with plain sums."""
 
 import mmcv.ops
 import pytest
@@ -10,7 +10,7 @@ from plain import assert_same_with_gradients
 
 
 def plain_carafe(features, masks, kernel, groups, scale):
-    """Each pixel of the result by itself: its kernel times the features around the pixel it lies in."""
+    """Compute each pixel of the result alone: its kernel times the features around the pixel that contains it."""
     n, channels, height, width = features.shape
     each, half = channels // groups, kernel // 2
     masks = masks.unflatten(1, (groups, kernel, kernel))
@@ -45,7 +45,7 @@ def test_carafe(height, width, kernel, groups, channels, scale):
     )
     output = mmcv.ops.carafe_naive(features, masks, *arguments)
     assert torch.equal(output, mmcv.ops.carafe(features, masks, *arguments))
-    # mmcv's own class has no backward pass but on CUDA.
+    # mmcv's own class has a backward pass only on CUDA.
     top, gradients = torch.randn_like(output), (torch.zeros_like(features), torch.zeros_like(masks))
     ext_module.carafe_naive_backward(top, features.detach(), masks.detach(), *gradients, *arguments)
     expected = torch.autograd.grad((plain_carafe(features, masks, *arguments) * top).sum(), (features, masks))

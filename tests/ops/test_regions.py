@@ -1,4 +1,4 @@
-"""RoIAlign and deformable RoI pooling, through mmcv's own functions, against one sample at a time."""
+"""Compare RoIAlign and deformable RoI pooling, through mmcv's own functions, with one sample at a time."""
 
 import mmcv.ops
 import pytest
@@ -7,7 +7,7 @@ from plain import assert_same_with_gradients, bilinear
 
 
 def held_bilinear(maps, y, x):
-    """Sample as RoIAlign does: 0 from a pixel beyond the border, and up to there the border's value."""
+    """Sample as RoIAlign does: the border's value up to a pixel beyond the border, and 0 further out."""
     height, width = maps.shape[1:]
     if not (-1 <= y <= height and -1 <= x <= width):
         return torch.zeros(len(maps), dtype=maps.dtype)
@@ -15,8 +15,8 @@ def held_bilinear(maps, y, x):
 
 
 def plain_roi_align(feats, rois, size, scale, ratio, offset=None, gamma=0.1):
-    """RoIAlign (aligned) as defined by detectron2, one sample at a time: each bin's mean. Of the deformable pooling
-    each bin is displaced, by ``offset`` (n, 2, size, size)."""
+    """Compute RoIAlign (aligned) as defined by detectron2, one sample at a time: each bin's mean. Deformable pooling
+    displaces each bin by ``offset`` (n, 2, size, size)."""
     outputs = []
     for n, (index, *corners) in enumerate(rois.tolist()):
         x0, y0, x1, y1 = (c * scale - 0.5 for c in corners)
@@ -41,7 +41,7 @@ ROIS = [
     [0, 3.2, 1.7, 17.9, 12.4],
     [1, -9.0, -6.0, 11.0, 40.0],  # partly outside
     [1, 30.0, 25.0, 70.0, 45.0],  # beyond the far corner
-    [0, 100.0, 100.0, 120.0, 130.0],  # wholly outside
+    [0, 100.0, 100.0, 120.0, 130.0],  # completely outside
     [0, 5.0, 5.0, 5.0, 5.0],  # empty
 ]
 

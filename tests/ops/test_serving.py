@@ -1,4 +1,4 @@
-"""The package as mmcv's compiled module, where mmcv has none."""
+"""The package serves as mmcv's compiled module if mmcv has none."""
 
 import sys
 from importlib import import_module
@@ -23,6 +23,6 @@ def test_a_compiled_mmcv_takes_precedence(tmp_path, monkeypatch):
     assert [finder for finder in sys.meta_path if getattr(finder, 'serves', None) == OperatorFinder.serves]
     (tmp_path / '_ext.py').write_text('compiled = True')
     monkeypatch.setattr(mmcv, '__path__', [*mmcv.__path__, str(tmp_path)])
-    monkeypatch.setattr(mmcv, '_ext', mmcv._ext)  # which importing it sets
+    monkeypatch.setattr(mmcv, '_ext', mmcv._ext)  # importing it sets these
     monkeypatch.delitem(sys.modules, 'mmcv._ext')
     assert import_module('mmcv._ext').compiled

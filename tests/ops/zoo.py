@@ -1,10 +1,10 @@
-"""A config of each family that MMDetection ships, without a compiled mmcv: built, trained for a step, predicted with.
+"""Build, train and run a config of each family of MMDetection without a compiled mmcv.
 
     python tests/ops/zoo.py           writes docs/results/operators.csv
     python tests/ops/zoo.py NAME ...  prints the rows of these folders
 
-Models are as large as their configs have them, and random; images are small. What CUDA tensors would go through, goes
-through our operators here: mmcv's deformable attention of CPU tensors is made to call them.
+Models have the size of their configs and random weights; images are small. Operators of CUDA tensors are routed to
+ours: mmcv's deformable attention for CPU tensors is made to call them.
 """
 
 import copy
@@ -43,8 +43,8 @@ CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
 OPERATORS = {name: getattr(mmcv._ext, name) for name in mmcv._ext.__all__}
 
-# Of each folder the shortest name among those of small models, unless it is here: configs whose operators the shortest
-# does not have, or that are whole where the shortest is a part.
+# The shortest name among small models stands for its folder, except for these: the shortest lacks the folder's
+# operators, or is only a part of another model.
 PARTICULAR = {
     'bytetrack': 'bytetrack_yolox_x_8xb4-80e_crowdhuman-mot17halftrain_test-mot17halfval',
     'carafe': 'mask-rcnn_r50_fpn-carafe_1x_coco',
@@ -80,16 +80,16 @@ TRACKERS = {
 }
 SIDE = 128
 SIDES = {'ssd300': 300, 'yolact': 256, 'grounding': 256, 'dino': 256}
-# Of proposals, samples, results and layers that are computed twice to save memory.
+# Numbers of proposals, samples and results, and layers that are recomputed to save memory.
 FEWER = {'num_cp': 0, 'score_thr': 0.0, 'nms_pre': 100, 'max_per_img': 100, 'num': 64}
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', 'cat', 'dog']
 
 
 def config_of(family: str) -> Path:
-    """The config that stands for a folder.
+    """Return the config that stands for a folder.
 
     Raises:
-        LookupError: if none of it has a model.
+        LookupError: if the folder has no model.
     """
     if family in PARTICULAR:
         return CONFIGS / family / f'{PARTICULAR[family]}.py'
@@ -104,7 +104,7 @@ def config_of(family: str) -> Path:
 
 
 def families() -> list[str]:
-    """The folders with models."""
+    """Return the folders with models."""
     found = []
     for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name != '_base_'):
         try:
@@ -117,7 +117,7 @@ def families() -> list[str]:
 
 @cache
 def language_model() -> str:
-    """A folder with a small random BERT that knows two words, where configs name one to download."""
+    """Write a small random BERT that knows two words; configs name one to download."""
     import transformers
 
     folder = tempfile.mkdtemp()
@@ -129,7 +129,7 @@ def language_model() -> str:
 
 
 def adapt(value):
-    """A config for one process, a CPU and no network: no downloads, plain BN, few candidates, no score too low."""
+    """Return a config for one process on a CPU, without downloads: plain BN, few candidates, no score too low."""
     if isinstance(value, dict):
         pretrained = isinstance(value.get('init_cfg'), dict) and 'checkpoint' in value['init_cfg']
         none = {'pretrained', 'teacher_ckpt'} | ({'init_cfg'} if pretrained else set())
@@ -172,14 +172,14 @@ def record_operators(called: set[str]) -> None:
 
 
 def classes_of(model) -> int:
-    """The fewest classes that any part of a model has."""
+    """Return the smallest number of classes of the model's parts."""
     return min(
         [part.num_classes for part in model.modules() if isinstance(getattr(part, 'num_classes', None), int)] or [1]
     )
 
 
 def images(model, cfg: dict, side: int, count: int) -> dict:
-    """A batch for a detector of images."""
+    """Make a batch for a detector of images."""
     shape = (3, side, side)
     name = cfg['type']
     further = {}
@@ -189,7 +189,7 @@ def images(model, cfg: dict, side: int, count: int) -> dict:
     batch = demo_mm_inputs(count, shape, num_items=[3, 2][:count], num_classes=2, with_semantic=True, **further)
     classes = classes_of(model)
     for n, sample in enumerate(batch['data_samples']):
-        # Boxes and masks that have a size, in place of random ones.
+        # Boxes and masks with an area, instead of random ones.
         boxes = torch.tensor([[4.0, 8, 60, 70], [40, 30, 120, 110], [70, 4, 100, 50]])[: 3 - n] * (side / 128)
         masks = np.zeros((len(boxes), side, side), np.uint8)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
@@ -238,7 +238,7 @@ def batch_of(model, cfg: dict, side: int, train: bool) -> dict:
 
 
 def train_a_step(model, cfg, side) -> None:
-    """One step by SGD.
+    """Take one step of SGD.
 
     Raises:
         AssertionError: if a loss or a gradient is not finite, or there are no gradients.
@@ -246,7 +246,7 @@ def train_a_step(model, cfg, side) -> None:
     MessageHub.get_current_instance().update_info_dict(dict(epoch=0, iter=0))  # as a runner does
     optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-6))
     optimizer.zero_grad = lambda **kwargs: None
-    model.train()  # of some it returns nothing
+    model.train()  # some return None
     losses = model.train_step(batch_of(model, cfg, side, True), optimizer)
     wrong = [name for name, loss in losses.items() if not np.isfinite(float(loss))]
     assert not wrong, f'{wrong} are not finite'
@@ -275,7 +275,7 @@ def reason(error: Exception) -> str:
 
 
 def examine(family: str) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     path, called, verdicts = config_of(family), set(), []
     record_operators(called)
     torch.manual_seed(0)

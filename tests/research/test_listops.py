@@ -1,4 +1,4 @@
-"""ListOps: the values of expressions against Python's own evaluation, their shape, and what the rules score."""
+"""Compare the values of ListOps expressions with Python's own evaluation; test their shape and the rules' scores."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ NUMPYS = {
 
 
 def by_python(read: list[str]) -> int:
-    """The value of an expression, from its tokens as a Python expression of calls."""
+    """Return the value of an expression, from its tokens as a Python expression of calls."""
     code = ''.join(f'{t[1:]}([' if t[0] == '[' else ']),' if t == ']' else f'{t},' for t in read)
     return eval(code.rstrip(','), dict(NUMPYS))
 

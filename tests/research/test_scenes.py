@@ -1,4 +1,4 @@
-"""The experiment's scenes: what is annotated is what is seen."""
+"""The annotations of the experiment's scenes match the visible pixels."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from research.scenes import Figures, Garments, make_scene, put
 
 
 class Marked:
-    """Objects of one colour each, of which a scene shows where they are."""
+    """Objects of one colour each, so that a scene shows their pixels."""
 
     pretraining, detection = ('none',), ('red', 'green', 'blue')
 
@@ -54,7 +54,7 @@ def test_masks_are_what_is_seen(monkeypatch, seed):
 
 def test_objects_are_put_where_they_are_said_to_be():
     figure = Marked().draw(None, 'red', 'train')
-    there = put(np.zeros((100, 100, 3), np.uint8), figure, (50, 40), 20, 90)  # 40 x 30 pixels, turned upright
+    there = put(np.zeros((100, 100, 3), np.uint8), figure, (50, 40), 20, 90)  # 40 x 30 pixels, rotated upright
     rows, columns = ndimage.find_objects(there.astype(int))[0]
     assert abs(rows.stop - rows.start - 20) <= 1 and abs(columns.stop - columns.start - 15) <= 1
     assert np.allclose(ndimage.center_of_mass(there), (40, 50), atol=1)
@@ -64,7 +64,7 @@ def test_detected_categories_are_not_those_of_pretraining():
     figures = Figures()
     assert not {*figures.pretraining} & {*figures.detection}
     for names in (figures.pretraining, figures.detection):
-        for place in (0, 1):  # each texture and each arrangement twice: neither tells a category
+        for place in (0, 1):  # each texture and each arrangement twice: neither predicts a category
             words = [name.split()[place] for name in names]
             assert all(words.count(word) == 2 for word in words)
     assert {*Garments.pretraining, *Garments.detection} == {*Garments.names}

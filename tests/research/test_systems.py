@@ -1,4 +1,4 @@
-"""The small systems: the same start in all arms, what the tasks ask, logs that are gone on from."""
+"""Test the small systems: the same start in all arms, the tasks, and resuming from logs."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_weight_decay_leaves_the_correction():
 
 
 def test_each_side_of_a_picture_has_its_texture():
-    """By the strongest frequency of the outer thirds, which no edge crosses."""
+    """Classify by the strongest frequency of the outer thirds, which no edge crosses."""
     images, classes = ViT(size=48, noise=0.0).draw(32, torch.Generator().manual_seed(0))
     assert images.shape == (32, 1, 48, 48) and len(classes.unique()) > 8
     for image, target in zip(images[:, 0].numpy(), classes.tolist()):

@@ -1,4 +1,4 @@
-"""Mixed precision: steps that are left out because a gradient overflows, and when they are too many."""
+"""Mixed precision: steps that are skipped because a gradient overflows, and the error for too many of them."""
 
 import json
 import re
@@ -34,19 +34,19 @@ class Overflow(Hook):
             data_batch['inputs'][0][:] = torch.inf
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        assert all(type(value) is float for value in outputs.values())  # taken from the GPU once for all hooks
+        assert all(type(value) is float for value in outputs.values())  # read from the GPU once for all hooks
         self.weights.append(runner.model.layer.weight.detach().clone())
 
 
 @pytest.fixture
 def amp_on_cpu(monkeypatch):
-    """MMEngine has mixed precision for GPUs alone, PyTorch for a CPU, too."""
+    """MMEngine supports mixed precision only on GPUs, PyTorch also on a CPU."""
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
     monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', partial(torch.amp.GradScaler, 'cpu'))
 
 
 def train(work: Path, what: str, iterations: list[int], accumulate: int = 1, **settings) -> tuple[Overflow, object]:
-    """Four epochs of four iterations."""
+    """Train four epochs of four iterations."""
     overflow = Overflow(what, iterations)
     optim = dict(type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=accumulate)
     optim |= dict(dtype='bfloat16') | settings
@@ -70,7 +70,7 @@ def test_a_gradient_that_overflows_is_a_step_left_out(amp_on_cpu, tmp_path, scal
     [
         ('gradient', 1, 14, 'the gradient, at a loss scale of 64;'),
         ('loss', 1, 14, 'loss (inf|nan)'),
-        # A step every second iteration: what lies between two that are left out is not wrong.
+        # A step every second iteration: the iterations between two skipped steps are not wrong.
         ('gradient', 2, None, ''),
     ],
 )

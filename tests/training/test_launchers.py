@@ -27,7 +27,7 @@ def find_port() -> int:
 
 
 def describe_environment(launcher: str, rank: int, port: int) -> dict[str, str]:
-    """The variables that a launcher sets in the process of a rank, of two on one machine."""
+    """Return the variables that a launcher sets in the process of a rank, of two on one machine."""
     names = {
         'pytorch': dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1'),
         'slurm': dict(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=2, SLURM_NODELIST='host1'),
@@ -40,7 +40,7 @@ def describe_environment(launcher: str, rank: int, port: int) -> dict[str, str]:
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch) -> None:
-    """A stub of Slurm's command that lists the hosts of a job."""
+    """Write a stub of Slurm's command that lists the hosts of a job."""
     stub = tmp_path / 'bin' / 'scontrol'
     stub.parent.mkdir()
     stub.write_text(SCONTROL)

@@ -1,4 +1,4 @@
-"""What watches a training does not end it, and what it has recorded is read although its end is missing."""
+"""A failing monitor does not end a training, and truncated records are read."""
 
 import errno
 import fcntl
@@ -71,7 +71,7 @@ def test_a_truncated_record(tmp_path, capsys):
 
 
 class Detector(toy.Line):
-    """A line, beside a backbone that is only looked at."""
+    """Fits a line; its backbone is only monitored."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Signals, and several processes: agreed on, and never waited for without end. Each process is a fork."""
+"""Processes agree on signals and never wait for each other without limit. Each process is a fork."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def wait_for(path: Path) -> None:
 
 @HOOKS.register_module()
 class At(Hook):
-    """In an iteration of one process, say so in a file and wait; or send oneself a signal."""
+    """In an iteration of one process, write a file and wait, or send a signal to itself."""
 
     def __init__(self, iteration: int, rank: int, flag: Path, number: int = 0) -> None:
         self.iteration, self.rank, self.flag, self.number = iteration, rank, Path(flag), number
@@ -47,7 +47,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         wait_for(flag)
         os.kill(process, first)
         time.sleep(0.3)
-        assert os.waitpid(process, os.WNOHANG) == (0, 0)  # it waits for its iteration
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)  # waits for its iteration
         start = time.time()
         os.kill(process, second)
         assert toy.status_of(process) == 128 + second
@@ -58,7 +58,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
-    """A training by two processes that are connected by gloo."""
+    """Train by two processes that are connected by gloo."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -66,7 +66,7 @@ def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
     def train(rank: int) -> None:
         names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in names.items()})
-        torch.cuda.set_device = lambda device: None  # which MMEngine calls without a GPU, too, and a fork may not
+        torch.cuda.set_device = lambda device: None  # MMEngine calls this also without a GPU, which a fork may not do
         hooks = [dict(type='FiniteGuard'), dict(type='At', flag=str(folder / 'flag'), **at)]
         group = dict(dist_cfg=dict(backend='gloo', timeout=timeout))
         wrapper = dict(type='MMDistributedDataParallel', device_ids=None)

@@ -1,4 +1,4 @@
-"""A training that is stopped and resumed ends with the weights of one that was not, bit for bit."""
+"""A training that is stopped and resumed ends with the weights of an uninterrupted one, bit for bit."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from spec_mmdet.data.shapes import write_split
 
 @HOOKS.register_module()
 class SignalAt(Hook):
-    """Send this process a signal in an iteration of training, or of evaluation."""
+    """Send a signal to this process in an iteration of training or of evaluation."""
 
     def __init__(self, iteration: int = -1, evaluation: int = -1, number: int = signal.SIGTERM) -> None:
         self.iteration, self.evaluation, self.number = iteration, evaluation, number
@@ -45,7 +45,7 @@ DROP = 'model.backbone.drop_path_rate=0.3'
 
 
 def train(monkeypatch, data: Path, work: Path, *args, evaluate: bool = False) -> int:
-    """Three epochs of four iterations; returns the exit status."""
+    """Train three epochs of four iterations; return the exit status."""
     settings = ['train_dataloader.batch_size=2', 'train_cfg.max_epochs=3', 'param_scheduler.0.end=5', DROP]
     settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.conditioning.interval=1000']
     settings += [] if evaluate else NO_EVALUATION
@@ -60,7 +60,7 @@ def train(monkeypatch, data: Path, work: Path, *args, evaluate: bool = False) ->
 
 
 def assert_same(one: object, other: object, where: str = '') -> None:
-    """Bit for bit, but for what tells when and where it was written."""
+    """Compare bit for bit, except for the time and place of writing."""
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
@@ -91,7 +91,7 @@ CASES = {
     'accumulation that leaves a remainder': ['optim_wrapper.accumulative_counts=3'],
     'workers that persist': WORKERS,
 }
-TOGETHER = 'all at once'  # the others, each by itself, are what `make torture` tries
+TOGETHER = 'all at once'  # `make torture` tests the others
 CASES[TOGETHER] = sum(CASES.values(), [])
 
 
@@ -100,7 +100,7 @@ def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
     settings = CASES[case]
     assert train(monkeypatch, few_shapes, tmp_path / 'whole', *settings) == 0
     stopped = tmp_path / 'stopped'
-    # Within the first epoch, where a step is half accumulated, and at the end of the second.
+    # Within the first epoch, in the middle of an accumulated step, and at the end of the second.
     for iteration, number in ((2, signal.SIGTERM), (8, signal.SIGINT)):
         resume = ['--resume'] if iteration > 2 else []
         at = ['default_hooks.signal_at.type=SignalAt', f'default_hooks.signal_at.iteration={iteration}']
@@ -110,7 +110,7 @@ def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
     assert train(monkeypatch, few_shapes, stopped, '--resume', *settings) == 0
     assert_same_run(tmp_path / 'whole', stopped)
     assert not (stopped / 'interrupted.pth').exists()
-    # From the end of an epoch, too, as after a kill that left nothing else; somewhere else.
+    # Also from the end of an epoch, as after a kill that left nothing else, and in another folder.
     shutil.copytree(stopped, tmp_path / 'moved')
     (tmp_path / 'moved' / 'epoch_3.pth').unlink()
     assert train(monkeypatch, few_shapes, tmp_path / 'moved', '--resume', *settings) == 0

@@ -1,4 +1,4 @@
-"""At every moment of a training a whole checkpoint is there, and what is not finite is not saved."""
+"""At every moment of a training an intact checkpoint exists, and weights that are not finite are not saved."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from spec_mmdet.training.resume import find_checkpoints, find_newest_checkpoint,
 
 
 class Killed(BaseException):
-    """What ends a process, as far as its files are concerned."""
+    """Stand in for the end of a process, as far as its files are concerned."""
 
 
 def names(folder: Path) -> set[str]:
@@ -79,7 +79,7 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
         newest = find_newest_checkpoint(work)
         trained = load(newest)['meta']['epoch'] if newest else 0
         before = [load(path)['meta']['epoch'] for path in work.glob('best_*.pth')]
-        assert trained >= max(before, default=0) - 1, nth  # at the most an epoch is lost
+        assert trained >= max(before, default=0) - 1, nth  # at most an epoch is lost
         moved = tmp_path / f'{nth}_moved'
         shutil.move(work, moved)
         resumed = toy.runner(moved, resume_from=newest and moved / newest.name)
@@ -103,7 +103,7 @@ def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
     (tmp_path / 'epoch_4.pth').write_bytes(whole[: len(whole) // 2])
     spoilt = bytearray((tmp_path / 'epoch_3.pth').read_bytes())
     where = spoilt.index(load(tmp_path / 'epoch_3.pth')['state_dict']['layer.weight'].numpy().tobytes())
-    spoilt[where] ^= 1  # which no reading would notice
+    spoilt[where] ^= 1  # unnoticed by reading
     (tmp_path / 'epoch_3.pth').write_bytes(spoilt)
     capsys.readouterr()
     assert find_newest_checkpoint(tmp_path).name == 'epoch_2.pth'
@@ -138,7 +138,7 @@ def test_checkpoints_are_found_where_the_hook_writes_them(tmp_path, monkeypatch,
 
 
 def test_two_trainings_do_not_share_a_directory(tmp_path):
-    child = os.fork()  # locks are between processes
+    child = os.fork()  # locks act between processes
     ready, go = tmp_path / 'ready', tmp_path / 'go'
     if child == 0:
         with lock_folder(tmp_path / 'work'):
@@ -161,7 +161,7 @@ def test_two_trainings_do_not_share_a_directory(tmp_path):
 
 @HOOKS.register_module()
 class Spoil(Hook):
-    """Make a weight, or a batch, infinite."""
+    """Make a weight or a batch infinite."""
 
     def __init__(self, what: str, iteration: int) -> None:
         self.what, self.iteration = what, iteration
@@ -245,7 +245,7 @@ def test_trainings_by_iterations(tmp_path, sampler):
     )
     toy.runner(tmp_path, **settings).train()
     truth = load(tmp_path / 'iter_16.pth')['state_dict']
-    for number in (5, 12):  # the latter's evaluation is made up for
+    for number in (5, 12):  # the last one's evaluation is run again
         work = tmp_path / str(number)
         toy.runner(work, resume_from=tmp_path / f'iter_{number}.pth', **settings).train()
         again = load(work / 'iter_16.pth')

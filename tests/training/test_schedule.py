@@ -1,4 +1,4 @@
-"""Schedules that fit the training, and the learning rates of fine-tuning."""
+"""Test that schedules fit the training, and the learning rates of fine-tuning."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_epochs_reach_the_whole_schedule():
 @settings(max_examples=25)
 @given(epochs=st.integers(1, 12), length=st.integers(1, 8), preset=st.booleans())
 def test_the_rate_rises_and_falls_within_any_training(epochs, length, preset):
-    """The rate as the schedulers set it, step by step: its peak lies in the training, and so does its end."""
+    """Return the learning rate that the schedulers set, step by step: its peak and its end are within the training."""
     cfg = load('xcit_maskrcnn')
     if preset:
         cfg.merge_from_dict(Config.fromfile(FINETUNE).to_dict())
@@ -108,7 +108,7 @@ def test_a_schedule_that_does_not_fit_is_told():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warm_up = LinearLR(optimizer, start_factor=0.001, by_epoch=False, begin=0, end=500)
     drops = MultiStepLR(optimizer, milestones=[27, 33], by_epoch=True)
-    # 32 images in batches of 2: the README's command of before, which warmed up until epoch 31.
+    # 32 images in batches of 2: an earlier command of the README, whose warm-up lasted until epoch 31.
     (doubt,) = doubts(36 * 16, 16, warm_up, drops)
     assert 'drops at iteration 432, before its warm-up ends at 500' in doubt
     (doubt, _) = doubts(16, 16, warm_up, drops)

@@ -1,4 +1,4 @@
-"""Several processes take the steps of one that accumulates, and go on from each other's checkpoints; on a CPU."""
+"""Several processes take the steps of one that accumulates gradients, and resume from each other's checkpoints."""
 
 import os
 import traceback
@@ -20,7 +20,7 @@ from spec_mmdet.data.shapes import CATEGORIES
 
 
 def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
-    """Run something in forks that are connected with each other; they must all come to its end."""
+    """Run a function in connected forks; all must end."""
     folder.mkdir(parents=True, exist_ok=True)
     children = []
     for rank in range(count):
@@ -53,11 +53,11 @@ def toy_runner(work: Path, processes: int, batch: int, accumulate: int, resume_f
 
 
 def assert_close(one: Path, other: Path, **tolerance) -> None:
-    """The weights of two checkpoints, and how many steps were taken to them."""
+    """Compare the weights of two checkpoints, and their numbers of steps."""
     contents = [load(path) for path in (one, other)]
     ours, theirs = (content['state_dict'] for content in contents)
     for name, value in ours.items():
-        if 'running_' not in name and 'num_batches' not in name:  # of batches of another size
+        if 'running_' not in name and 'num_batches' not in name:  # batches of another size
             torch.testing.assert_close(value, theirs[name], **tolerance)
     steps = [{state['step'].item() for state in content['optimizer']['state'].values() if 'step' in state}
              for content in contents]  # fmt: skip
@@ -72,7 +72,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path):
 
 
 def detector(work: Path, data: Path, processes: int, accumulate: int) -> Runner:
-    """The demo's, flips and dropped paths with it."""
+    """The demo's, with flips and stochastic depth."""
     cfg = Config.fromfile(CONFIG)
     use_folder(cfg, data, ('train',))
     set_classes(cfg, CATEGORIES)
@@ -123,7 +123,7 @@ def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
 
 
 def test_pytorch_has_no_synchronised_statistics_on_a_cpu(tmp_path):
-    """Where it has, one process of the whole batch can be compared with two."""
+    """With such statistics, one process with the complete batch can be compared with two."""
 
     def normalise() -> None:
         with pytest.raises(ValueError, match='SyncBatchNorm expected input tensor to be on'):

@@ -2,7 +2,7 @@
 
 import torture
 
-PARTS = [part for part in torture.PARTS if part != 'forged']  # those are in test_forged.py
+PARTS = [part for part in torture.PARTS if part != 'forged']  # tested in test_forged.py
 
 
 def test_nothing_is_lost(tmp_path):
@@ -16,7 +16,7 @@ def test_what_is_lost_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(torture, 'finish', lambda work, truth: False)
     (row,) = [torture.signals(tmp_path, {}, 1, torture.random.Random(0))]
     assert row.lost == 1
-    # A reader that a change of a byte brings down, by an exception or by a crash.
+    # A reader that fails on one changed byte, by an exception or a crash.
     for fault in (lambda *args: 1 / 0, lambda *args: torture.os.abort()):
         monkeypatch.setattr(torture.fuzzing, 'ENTRIES', dict(reader=(fault, torture.fuzzing.reader_seeds)))
         (reader,) = torture.Fuzzing(tmp_path, 1, guided=False).wait()

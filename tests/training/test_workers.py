@@ -1,4 +1,4 @@
-"""Workers of loaders: waited for no longer than said, and gone when their training is."""
+"""Loader workers are waited for only for the stated time, and end with their training."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ from spec_mmdet.training.running import one_line_errors
 
 
 class Troubled(toy.Noise):
-    """Notes who loads, and then has trouble with the third sample."""
+    """Records which processes load, and fails at the third sample."""
 
     def __init__(self, folder: Path, trouble: str) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Troubled(toy.Noise):
 
 
 def no_space(*args, **kwargs) -> None:
-    """What PyTorch says where /dev/shm is full."""
+    """Raise PyTorch's error for a full /dev/shm."""
     raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
 
 
@@ -66,7 +66,7 @@ def test_trouble_ends_the_run(tmp_path, capfd, trouble, says, timeout):
 
 
 def fill_shared_memory() -> bool:
-    """Give this process a /dev/shm of its own, of 64 KB; whether it may."""
+    """Give this process a /dev/shm of its own, of 64 KB; return whether this is permitted."""
     libc, new_mounts, recursive, private = ctypes.CDLL(None), 0x20000, 0x4000, 1 << 18
     return not (
         libc.unshare(new_mounts)

@@ -1,4 +1,4 @@
-"""The smallest training that has everything: a line fitted to noise by MMEngine's Runner, with this project's hooks."""
+"""The smallest training with all parts: a line fitted to noise by MMEngine's Runner, with this project's hooks."""
 
 import gc
 import os
@@ -46,7 +46,7 @@ class Line(BaseModel):
 
 
 class Score(BaseMetric):
-    """One after the other of the scores, in the order of the epochs."""
+    """Return one score after the other, in the order of the epochs."""
 
     epoch = 0
 
@@ -59,13 +59,13 @@ class Score(BaseMetric):
 
 
 def loader(images: int = 8, **settings) -> dict:
-    """The config of a loader, of batches of two in any order."""
+    """Return the config of a loader with batches of two in random order."""
     collate, sampler = dict(type='pseudo_collate'), dict(type='DefaultSampler', shuffle=True)
     return dict(batch_size=2, num_workers=0, dataset=Noise(images), sampler=sampler, collate_fn=collate) | settings
 
 
 def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **settings) -> Runner:
-    """A runner of four iterations an epoch; its settings go over those below."""
+    """Return a runner of four iterations per epoch; the arguments override its settings."""
     Score.epoch = 0
     checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=1, save_best='score', rule='greater')
     hooks = dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=100))
@@ -91,10 +91,10 @@ def runner(work: Path, epochs: int = 4, resume_from: Path | None = None, **setti
 
 
 def fork(action: Callable[[], None], says: Path) -> int:
-    """Run something in a process of its own, which ends as a command does and leaves its one line in a file."""
+    """Run a function in a process of its own, which ends as a command does and writes its one line to a file."""
     process = os.fork()
     if process == 0:
-        gc.freeze()  # what tests before have left may wait, when it is collected, for threads that are not in a fork
+        gc.freeze()  # objects of earlier tests may, when collected, wait for threads that a fork does not have
         with (Path(f'{says}.log')).open('w') as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
