@@ -265,6 +265,17 @@ def report_caches(cfg: Config) -> None:
               'never stopped')  # fmt: skip
 
 
+def drop_pretrained(model: dict | None) -> None:
+    """Remove the files of pretrained weights from a model's config, as a checkpoint has all weights; changes it."""
+    for _, node in walk(model or {}):
+        found = node.get('init_cfg')
+        found = found if isinstance(found, list) else [found]
+        if any(isinstance(init, dict) and 'checkpoint' in init for init in found):
+            node['init_cfg'] = [init for init in found if 'checkpoint' not in init] or None
+        if isinstance(node.get('pretrained'), str):  # before MMDetection 3
+            node['pretrained'] = None
+
+
 def has_masks(model: dict | None) -> bool:
     """Tell whether a detector, by its config, predicts masks and so is trained with them."""
     for _, node in walk(model or {}):

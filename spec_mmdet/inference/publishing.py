@@ -6,6 +6,7 @@ import copy
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from torch import nn
 
 from ..checkpoints.reading import get_classes, get_run_info, get_state_dict, load
 from ..checkpoints.writing import serialize
+from ..compat import get_content
 from ..conditioning import describe_conditioning
 from ..configs import find_run_config
-from ..data.fitting import configured_classes, set_classes, walk
+from ..data.fitting import configured_classes, drop_pretrained, set_classes, walk
 from ..errors import InputError, list_briefly
 from ..files import write
 from ..training.results import TABLE
@@ -90,6 +92,32 @@ spec-mmdet test config.py model.pth --data FOLDER
 """
 
 
+def remove_local_settings(cfg: Config) -> None:
+    """Remove from a config what only the machine of the training has; changes ``cfg``.
+
+    These are files of pretrained weights, the work directory and the places of data: folders of data are called
+    ``data``, and files elsewhere have their names alone.
+    """
+    for key in ('work_dir', 'load_from', 'resume'):
+        cfg.pop(key, None)
+    drop_pretrained(cfg.get('model'))
+    nodes = [node for _, node in walk(get_content(cfg))]
+    roots = {node['data_root'].rstrip('/') for node in nodes if isinstance(node.get('data_root'), str)} - {''}
+
+    def change(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(change, value))
+        if not isinstance(value, str):
+            return value
+        for root in sorted(roots, key=len, reverse=True):
+            if value.rstrip('/') == root or value.startswith(f'{root}/'):
+                return f'data{value[len(root) :]}'
+        return Path(value).name if value.startswith(('..', '~')) or os.path.isabs(value) else value
+
+    for node in nodes:
+        node.update({key: change(value) for key, value in node.items() if key not in ('type', 'classes')})
+
+
 def publish(
     checkpoint: Path, config: Path | None, out: Path, name: str | None, licence: str | None
 ) -> tuple[str, dict[str, float]]:
@@ -116,8 +144,7 @@ def publish(
     model = load_inferencer(copy.deepcopy(cfg), str(checkpoint), 'cpu').model
     classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
-    for key in ('work_dir', 'load_from', 'resume'):  # of the machine that it was trained on
-        cfg.pop(key, None)
+    remove_local_settings(cfg)
     ap = read_metrics(checkpoint, content.get('meta', {}).get('epoch'))
     meta = dict(dataset_meta=dict(classes=tuple(classes)))
     files = {

@@ -26,6 +26,7 @@ from ..conditioning import require_same_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write
 from .saving import describe_last_checkpoint, unwrap_model
+from .schedule import apply_configured_schedule
 
 NORM = 'train/grad_norm'  # where MMEngine logs it
 
@@ -56,6 +57,8 @@ class CheckpointGuard(Hook):
         faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}')
+        if is_training(runner) and is_resuming(runner):
+            apply_configured_schedule(runner, checkpoint)
 
 
 @HOOKS.register_module()

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from ..checkpoints.reading import fetch, get_classes, get_state_dict, load, require_training_state
 from ..data.checks import check_inputs
 from ..data.fitting import (
+    drop_pretrained,
     has_masks,
     report_caches,
     require_class_weights,
@@ -214,6 +215,7 @@ def train(
     chosen, classes = decide_on_main(choose)
     if chosen:
         cfg.resume, cfg.load_from = True, fetch(chosen)
+        drop_pretrained(cfg.get('model'))  # the files may be gone
     elif cfg.get('load_from'):
         cfg.load_from = fetch(cfg.load_from)
     adapt(classes)

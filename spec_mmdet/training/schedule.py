@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable
 
 from mmengine.config import Config
-from mmengine.optim import LinearLR
+from mmengine.optim import LinearLR, OptimWrapperDict
+from mmengine.optim.scheduler.param_scheduler import ReduceOnPlateauParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from ..data.fitting import LOOPS, walk
-from ..errors import InputError
+from ..errors import InputError, list_briefly
 
 WARM_UP = 0.05  # of the training
 SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size')  # in pixels, as transforms call them
+# What of a scheduler's state changes during training.
+PROGRESS = {'_global_step', '_last_value', 'base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs'}
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -127,3 +133,75 @@ def scale_pixels(value: object, scale: Callable[[float], int]) -> object:
     if isinstance(value, (list, tuple)):
         return type(value)(scale_pixels(part, scale) for part in value)
     return max(1, scale(value)) if isinstance(value, (int, float)) and value > 1 else value
+
+
+def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
+    """Make a training that is resumed use its config's optimiser settings and schedule, and log what they change.
+
+    MMEngine restores both from the checkpoint, whatever the config states. If they differ, this function replaces them
+    in ``checkpoint``; the learning rate is then that of a training which had the new schedule from the start.
+    Trainings with several optimisers are left alone.
+
+    Raises:
+        InputError: if the checkpoint is another optimiser's, or the schedule depends on earlier evaluations.
+    """
+    optim, schedulers = runner.optim_wrapper, runner.param_schedulers or []
+    if isinstance(optim, OptimWrapperDict) or 'optimizer' not in checkpoint:
+        return
+    state = checkpoint['optimizer']
+    groups = [*state['param_groups'], state.get('base_param_settings') or {}]
+    arguments = {name for kind in type(optim.optimizer).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    arguments -= {'params'}
+    changed: dict[str, str] = {}
+    for ours, theirs in zip(optim.param_groups, groups):
+        for key, value in ours.items():
+            scheduled = f'initial_{key}' in ours or key == 'betas' and 'initial_momentum' in ours
+            if scheduled or not (key in arguments or key.startswith('initial_')):
+                continue
+            if key not in theirs and key in arguments and theirs and not isinstance(value, bool | None):
+                raise InputError(
+                    f'the checkpoint is from a training by another optimiser than {type(optim.optimizer).__name__} '
+                    f'(it has no {key}): start a new training from its weights: --cfg-options load_from=FILE'
+                )
+            before = theirs.get(key)
+            if theirs and _to_tuple(before) != _to_tuple(value):
+                changed.setdefault(key.removeprefix('initial_'), f'{before} -> {value}')
+
+    def get_settings(scheduler: dict) -> dict:
+        return {key: value for key, value in scheduler.items() if key not in PROGRESS}
+
+    saved = checkpoint.get('param_schedulers', [])
+    if [*map(get_settings, saved)] != [get_settings(scheduler.state_dict()) for scheduler in schedulers]:
+        changed['param_scheduler'] = 'changed'
+    if not changed:
+        return
+    if any(isinstance(scheduler, ReduceOnPlateauParamScheduler) for scheduler in schedulers):
+        raise InputError(
+            f'the config differs from the checkpoint ({list_briefly(changed)}), and ReduceOnPlateau cannot be moved to '
+            'its iteration: resume with the same settings, or start a new training: --cfg-options load_from=FILE'
+        )
+    _replay(runner, checkpoint['meta'])
+    checkpoint['param_schedulers'] = [scheduler.state_dict() for scheduler in schedulers]
+    arguments |= {scheduler.param_name for scheduler in schedulers}
+    for ours, theirs in zip(optim.param_groups, groups):
+        theirs.update({key: v for key, v in ours.items() if key in arguments or key.startswith('initial_')})
+    changes = ', '.join(f'{key} {change}' for key, change in changed.items())
+    runner.logger.warning(f"the config's settings replace the checkpoint's: {changes}")
+
+
+def _to_tuple(value: object) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _replay(runner: Runner, meta: dict) -> None:
+    """Step a runner's new schedulers to the place in the training that a checkpoint's meta states."""
+    length, by_epoch = len(runner.train_dataloader), isinstance(runner.train_loop, EpochBasedTrainLoop)
+    iterations = meta['epoch'] * length + meta.get('iter_in_epoch', 0) if by_epoch else meta['iter']
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # PyTorch's about schedulers that step before the optimiser
+        for iteration in range(1, iterations + 1):
+            ends_epoch = by_epoch and iteration % length == 0
+            for unit in (False, True) if ends_epoch else (False,):
+                for scheduler in runner.param_schedulers or []:
+                    if scheduler.by_epoch is unit:
+                        scheduler.step()

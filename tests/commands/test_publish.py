@@ -1,14 +1,17 @@
 """A published folder is complete: its checksums hold, and its weights predict the same as the checkpoint."""
 
 import json
+import re
 import subprocess
 
 import torch
-from conftest import error_line, run_tool
+from conftest import CONFIG, error_line, run_tool
+from mmengine.config import Config
 from safetensors.torch import load_file
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import run
+from spec_mmdet.inference.publishing import remove_local_settings
 
 
 def test_a_published_detector_finds_the_same(monkeypatch, trained, shapes, tmp_path, capsys):
@@ -24,7 +27,7 @@ def test_a_published_detector_finds_the_same(monkeypatch, trained, shapes, tmp_p
         assert torch.equal(value, published['state_dict'][name]) and torch.equal(value, tensors[name])
     card = (out / 'README.md').read_text()
     assert all(text in card for text in ("dict(type='identity', lam=1)", 'circle, square', 'CC-BY-4.0', 'bbox_mAP |'))
-    assert str(trained) not in (out / 'config.py').read_text()
+    assert not any(str(folder) in (out / 'config.py').read_text() for folder in (trained, shapes))
 
     image = shapes / 'val' / '000001.png'
     for name, config, model in (
@@ -43,3 +46,23 @@ def test_what_is_not_published(monkeypatch, trained):
         ([trained / 'epoch_1.pth', '--out', trained], 'not an empty folder'),
     ):
         assert says in error_line(monkeypatch, 'publish', *args)
+
+
+def test_a_published_config_has_no_local_paths():
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='/home/me/backbone.pth')
+    cfg.model.neck.init_cfg = [dict(type='Xavier', layer='Conv2d'), dict(type='Pretrained', checkpoint='neck.pth')]
+    cfg.work_dir, cfg.load_from = '/home/me/work', '../there.pth'
+    cfg.train_dataloader.dataset.update(data_root='mine/set', ann_file='labels/train.json')
+    for loop in ('val', 'test'):
+        cfg[f'{loop}_dataloader'].dataset.update(data_root='/home/me/set/', ann_file='labels/val.json')
+        cfg[f'{loop}_evaluator'].ann_file = '/home/me/set/labels/val.json'
+    cfg.default_hooks.checkpoint.out_dir = '/home/me/checkpoints'
+    cfg.train_dataloader.dataset.metainfo = dict(classes=('/dev/sda', '..'))
+    remove_local_settings(cfg)
+    assert not re.search(r'/home|mine|there|\.pth', cfg.pretty_text)
+    assert cfg.train_dataloader.dataset.data_root == 'data' and cfg.val_dataloader.dataset.data_root == 'data/'
+    assert cfg.train_dataloader.dataset.ann_file == 'labels/train.json'
+    assert cfg.val_evaluator.ann_file == 'data/labels/val.json'
+    assert cfg.model.neck.init_cfg == [dict(type='Xavier', layer='Conv2d')]
+    assert cfg.train_dataloader.dataset.metainfo.classes == ('/dev/sda', '..')

@@ -113,5 +113,6 @@ def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
     # Also from the end of an epoch, as after a kill that left nothing else, and in another folder.
     shutil.copytree(stopped, tmp_path / 'moved')
     (tmp_path / 'moved' / 'epoch_3.pth').unlink()
-    assert train(monkeypatch, few_shapes, tmp_path / 'moved', '--resume', *settings) == 0
+    gone = ['model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=gone.pth']
+    assert train(monkeypatch, few_shapes, tmp_path / 'moved', '--resume', *settings, *gone) == 0
     assert_same_run(tmp_path / 'whole', tmp_path / 'moved')

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import CONFIG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmdet.registry import HOOKS
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 
+from spec_mmdet import InputError
 from spec_mmdet.training.hooks import check_schedule
 from spec_mmdet.training.schedule import set_epochs, set_image_size
 
@@ -115,3 +119,73 @@ def test_a_schedule_that_does_not_fit_is_told():
     assert 'the warm-up takes 500 iterations and the training 16' in doubt
     assert not doubts(36 * 7000, 7000, warm_up, drops)
     assert not doubts(36 * 100, 100, warm_up, CosineAnnealingLR(optimizer, T_max=36))
+
+
+COSINE = dict(type='CosineAnnealingLR', begin=0, end=4, by_epoch=True, convert_to_iter_based=True)
+WARM_UP = dict(type='LinearLR', start_factor=0.1, begin=0, end=6, by_epoch=False)
+OTHERS = {
+    'learning rate': (dict(lr=1e-4), None),
+    'weight decay': (dict(weight_decay=0.3), None),
+    'momentum': (dict(betas=[0.8, 0.9]), None),
+    'longer': ({}, [WARM_UP, COSINE | dict(end=8)]),
+    'steps': (dict(lr=1e-3), [dict(type='MultiStepLR', milestones=[1, 3], by_epoch=True)]),
+    'none': (dict(lr=1e-3), []),
+}
+
+
+@HOOKS.register_module()
+class RateRecorder(Hook):
+    """Record the optimiser's settings in each iteration."""
+
+    def __init__(self, to: dict) -> None:
+        self.to = to
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        group = runner.optim_wrapper.optimizer.param_groups[0]
+        self.to[runner.iter] = [group['lr'], group['weight_decay'], tuple(group['betas'])]
+
+
+def record(work, schedulers, optimizer, caplog, **settings) -> tuple[dict, str]:
+    """Train four epochs of four iterations; return the settings by iteration, and the warnings about them."""
+    found = {}
+    caplog.clear()
+    runner = toy.runner(
+        work,
+        param_scheduler=schedulers,
+        optim_wrapper=dict(optimizer=dict(dict(type='AdamW', lr=0.01), **optimizer), accumulative_counts=3),
+        custom_hooks=[dict(type='CheckpointGuard'), dict(type='RateRecorder', to=found)],
+        default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1)),
+        log_level='WARNING',
+        **settings,
+    )
+    runner.logger.addHandler(caplog.handler)
+    runner.train()
+    return found, ' '.join(r.getMessage() for r in caplog.records if 'settings replace' in r.getMessage())
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_a_resumed_training_has_the_schedule_of_its_config(tmp_path, caplog, other):
+    """The truth is a training that had the other schedule from the start."""
+    optimizer, schedulers = OTHERS[other]
+    schedulers = [WARM_UP, COSINE] if schedulers is None else schedulers or None
+    before, said = record(tmp_path / 'first', [WARM_UP, COSINE], {}, caplog)
+    assert not said
+    truth, _ = record(tmp_path / 'truth', schedulers, optimizer, caplog)
+    resume = dict(resume_from=tmp_path / 'first' / 'epoch_2.pth')
+    found, said = record(tmp_path / 'same', [WARM_UP, COSINE], {}, caplog, **resume)
+    assert not said and found == {i: before[i] for i in range(8, 16)}
+    found, said = record(tmp_path / 'other', schedulers, optimizer, caplog, **resume)
+    assert found == {i: truth[i] for i in range(8, 16)} and truth[8] != before[8]
+    assert all(key in said for key in optimizer) and ('param_scheduler' in said) == (schedulers != [WARM_UP, COSINE])
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path, caplog):
+    record(tmp_path / 'first', None, {}, caplog, epochs=1)
+    resumed = toy.runner(
+        tmp_path / 'other',
+        resume_from=tmp_path / 'first' / 'epoch_1.pth',
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[dict(type='CheckpointGuard')],
+    )
+    with pytest.raises(InputError, match='another optimiser than SGD .* momentum'):
+        resumed.train()
