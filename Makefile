@@ -4,6 +4,7 @@
 # make systems    the same question for small relatives of the paper's other systems: half an hour on one core
 # make bench    the backbone's speed and memory against timm's XCiT, on this machine
 # make test    all tests;  make test-onedl  the unit tests on the maintained fork of MMDetection;  make lint
+# make test-gpu    training, resuming and prediction on a simulated GPU, part of make test; needs a PyTorch with CUDA
 # make torture    kills, broken writes, forged checkpoints, fuzzing: what is lost; half an hour on a quiet machine
 # make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
 PYTHON ?= python3
@@ -32,6 +33,10 @@ bench: $(VENV)/mmdet
 
 test: $(VENV)/mmdet
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(MAKE) test-gpu
+
+test-gpu: $(VENV)/mmdet
+	PRETEND_GPU=1 $(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 test-onedl: $(VENV)-onedl/onedl
 	$(VENV)-onedl/bin/python -m pytest -m 'not slow'
@@ -85,4 +90,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures experiment systems bench torture test test-onedl docs-test lint clean
+.PHONY: demo paper-figures experiment systems bench torture test test-gpu test-onedl docs-test lint clean

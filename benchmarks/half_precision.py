@@ -5,7 +5,7 @@
 Each row compares one backbone under autocast with itself in float64 on the CPU: the relative error of the last block's
 tokens, and the root mean square over the parameters of the relative errors of their gradients. LayerScale's gamma is
 either the initial value of the architecture or, as after a training, drawn from 0.01 to 1 (uniform in its logarithm).
-Without a GPU, the simulated one computes the products as tensor cores do: python -m pretend_gpu --run
+Without a GPU, the simulated one computes the products as tensor cores do: python tests/pretend_gpu.py
 benchmarks/half_precision.py --device cuda
 """
 

@@ -39,6 +39,7 @@ def connect_processes(cfg: Config) -> None:
     env = cfg.get('env_cfg') or {}
     if 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ and cfg.launcher == 'mpi':
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']  # init_dist leaves it unset
+    os.environ.setdefault('TORCH_NCCL_ASYNC_ERROR_HANDLING', '1')  # a collective that times out ends the process
     set_multi_processing(**env.get('mp_cfg', {}), distributed=True)  # or init_dist would choose another start method
     select_gpu = torch.cuda.set_device
     if not torch.cuda.is_available():

@@ -48,6 +48,7 @@ def scontrol(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv('PATH', f'{stub.parent}{os.pathsep}{os.environ["PATH"]}')
 
 
+ASYNC = 'TORCH_NCCL_ASYNC_ERROR_HANDLING'
 GLOO = dict(backend='gloo', timeout=60)
 
 
@@ -56,7 +57,7 @@ def run_two(launcher: str, folder: Path, action, dist_cfg: dict = GLOO) -> tuple
     port = find_port()
 
     def connect_and_act(rank: int) -> None:
-        for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
+        for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', ASYNC):
             os.environ.pop(name, None)
         os.environ.update(describe_environment(launcher, rank, port))
         os.environ.setdefault('LOCAL_RANK', '0')
@@ -75,6 +76,7 @@ def run_two(launcher: str, folder: Path, action, dist_cfg: dict = GLOO) -> tuple
 @pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
 def test_one_process_decides_for_all(launcher, tmp_path, scontrol):
     def act() -> None:
+        assert os.environ[ASYNC] == '1'
         chosen = processes.decide_on_main(lambda: f'chosen by {os.getpid()}')
         (tmp_path / f'rank_{get_rank()}').write_text(f'{os.environ["LOCAL_RANK"]} {chosen}')
 
