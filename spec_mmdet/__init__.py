@@ -1,9 +1,9 @@
 """Detection and instance segmentation with a spectrally conditioned XCiT, on MMDetection.
 
-Importing this package adds names to MMDetection's and MMEngine's registries and changes two things that are not its
-own: where mmcv has no compiled operators, it provides those that Mask R-CNN needs (:mod:`spec_mmdet.startup`), and
-MMEngine runs no code from checkpoints (:mod:`spec_mmdet.checkpoints.safe_loading`). Without MMDetection, only
-:mod:`spec_mmdet.conditioning` can be used, which needs torch alone.
+Importing this package adds names to MMDetection's and MMEngine's registries and changes two other packages: mmcv
+without compiled operators gets those that Mask R-CNN needs (:mod:`spec_mmdet.startup`), and MMEngine no longer runs
+code from checkpoints (:mod:`spec_mmdet.checkpoints.safe_loading`). Without MMDetection, only
+:mod:`spec_mmdet.conditioning` can be used, which needs only torch.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ __all__ = ['InputError', '__version__']
 
 startup.provide_operators()
 
-# MMDetection takes seconds to import, which a command begins with only once it knows that it will run.
+# Importing MMDetection takes seconds, so commands do it only after parsing their arguments.
 if not startup.is_command() and find_spec('mmdet') is not None:
     from . import registered
     from .registered import *  # noqa: F403
@@ -26,7 +26,7 @@ if not startup.is_command() and find_spec('mmdet') is not None:
 
 
 def __getattr__(name: str) -> object:
-    """Import what is registered when a command, or a module that it imports, asks for it."""
+    """Import registered names on first use."""
     if (name[0].isupper() or name == 'find_config') and find_spec('mmdet') is not None:
         names = import_module('.registered', __name__)
         if name in names.__all__:

@@ -1,4 +1,4 @@
-"""python -m spec_mmdet COMMAND: what spec-mmdet COMMAND is."""
+"""Run ``python -m spec_mmdet COMMAND`` as ``spec-mmdet COMMAND``."""
 
 from .commands import main
 

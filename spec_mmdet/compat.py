@@ -27,20 +27,19 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-# One thread at a time may have globals of its own.
-_LOADING = threading.RLock()
+_LOADING = threading.RLock()  # only one thread at a time can replace the globals
 
 
 def known_globals() -> dict[str, object]:
-    """Return what a file may name in PyTorch's weights-only loading, by its names there."""
+    """Return the objects that PyTorch's weights-only loading allows, by name."""
     return _weights_only_unpickler._get_allowed_globals()
 
 
 @contextmanager
 def use_globals(allowed: dict[str, object]) -> Iterator[None]:
-    """Have PyTorch's weights-only loading allow exactly these names in this thread.
+    """Make PyTorch's weights-only loading allow exactly these names in this thread.
 
-    ``torch.serialization.safe_globals`` can only add names, and what PyTorch and MMEngine allow stays.
+    ``torch.serialization.safe_globals`` can only add names to those that PyTorch and MMEngine allow.
     """
     thread = threading.get_ident()
     names = ('_get_allowed_globals', '_get_user_allowed_globals')
@@ -58,7 +57,7 @@ def use_globals(allowed: dict[str, object]) -> Iterator[None]:
 
 
 def get_content(cfg: Config) -> ConfigDict:
-    """Return a config's content, to be changed in place."""
+    """Return a config's content, which can be changed in place."""
     return cfg._cfg_dict
 
 
@@ -73,7 +72,7 @@ def is_resuming(runner: Runner) -> bool:
 
 
 def is_training(runner: Runner) -> bool:
-    """Return whether a runner has built its loop of training."""
+    """Return whether a runner has built its training loop."""
     return runner._train_loop is not None and not isinstance(runner._train_loop, dict)
 
 
@@ -89,22 +88,22 @@ def end_loader_workers(loader: DataLoader) -> None:
 
 
 def count_accumulated_batches(optim_wrapper: OptimWrapper) -> int:
-    """Return the number of iterations that a step of the optimiser is accumulated over."""
+    """Return the number of iterations per optimiser step (gradient accumulation)."""
     return optim_wrapper._accumulative_counts
 
 
 def count_epoch(loop: BaseLoop) -> None:
-    """Count an epoch in a loop of training."""
+    """Increment the epoch of a training loop."""
     loop._epoch += 1
 
 
 def update_val_interval(loop: BaseLoop) -> None:
-    """Have a loop of training follow its ``dynamic_intervals``."""
+    """Update the validation interval of a training loop from its ``dynamic_intervals``."""
     loop._decide_current_val_interval()
 
 
 class CheckpointSteps:
-    """A mixin before MMEngine's CheckpointHook that names the methods which a subclass overrides."""
+    """Mixin for MMEngine's CheckpointHook with public names for the methods that a subclass overrides."""
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         self.save_step(runner, step, meta)

@@ -1,4 +1,4 @@
-"""Find configs: those that this package ships, by name, and that of a training, in its work directory.
+"""Find configs: shipped ones by name, and a training's in its work directory.
 
 A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``.
 """
@@ -15,21 +15,20 @@ from .errors import InputError
 # MMEngine's convention is PACKAGE/.mim/configs/FOLDER/NAME.py; in the repository, this is a link to configs/.
 CONFIGS = Path(__file__).parent / '.mim' / 'configs' / 'xcit'
 
-# MMEngine finds PACKAGE::FOLDER/NAME.py by this table: beside a distribution of the name that is here, or else beside a
-# module. In an editable install the package is not beside its distribution, so this names a module.
+# MMEngine finds PACKAGE::FOLDER/NAME.py by this table, next to a distribution or a module. An editable install is not
+# next to its distribution, so this names a module.
 MODULE2PACKAGE['spec_mmdet'] = __name__
 
 
 class CachedTextConfig(Config):
-    """A config that is formatted once for as long as it does not change.
+    """Config that caches its formatted text until it changes.
 
-    MMEngine formats the same config for the log, the work directory, TensorBoard and every checkpoint, which takes
-    seconds each time.
+    MMEngine formats it for the log, the work directory, TensorBoard and every checkpoint, which takes seconds each.
     """
 
     @property
     def pretty_text(self) -> str:
-        """The config as Python; see MMEngine."""
+        """The config as Python text."""
         content = repr(self)
         cached = self.__dict__.get('_cached_text')
         if cached is None or cached[0] != content:
@@ -38,7 +37,7 @@ class CachedTextConfig(Config):
 
 
 def find_config(name: str) -> Path:
-    """Return the file of a config that is named by its path or, if it is shipped, by its name.
+    """Return the file of a config, given its path or the name of a shipped one.
 
     Raises:
         InputError: if there is no such file.
@@ -48,26 +47,26 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     names = ', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))
-    raise InputError(f'config {name}: no such file, nor the name of one that spec_mmdet ships ({names})')
+    raise InputError(f'config {name}: no such file or shipped config. Pass a path or one of: {names}')
 
 
 def find_run_config(work_dir: Path) -> Path:
-    """Return the config that a training wrote into its work directory.
+    """Return the config that a training wrote to its work directory.
 
     Raises:
-        InputError: if there is none, or there are several.
+        InputError: unless there is exactly one.
     """
     found = sorted(work_dir.glob('*.py'))
     if len(found) != 1:
-        raise InputError(f'{work_dir}: contains {len(found)} configs (*.py) instead of the one that a training writes')
+        raise InputError(f"{work_dir}: contains {len(found)} configs (*.py) instead of the training's one")
     return found[0]
 
 
 def read_config(path: Path) -> Config:
-    """Read a config file, whose text is then formatted once (:class:`CachedTextConfig`).
+    """Read a config file as a :class:`CachedTextConfig`.
 
     Raises:
-        InputError: if it inherits ``spec_mmdet::NAME.py`` without a folder, which MMEngine does not accept.
+        InputError: if its ``_base_`` is ``spec_mmdet::NAME.py`` without a folder.
     """
     try:
         cfg = Config.fromfile(path)

@@ -1,20 +1,20 @@
-"""The one exception for what a user can put right: the command line tools print it as a single line."""
+"""The exception for errors that a user can fix: the commands print it as one line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """An input that cannot be used; the message says in one line what is wrong with it and what to do."""
+    """Error in a user's input; its one-line message describes the fault and the remedy."""
 
     def __init__(self, message: str) -> None:
-        # What it quotes of a file may hold anything, line breaks included.
+        # Text quoted from a file may contain line breaks and control characters.
         super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in message))
 
 
 @contextmanager
 def prefix_errors(name: str) -> Iterator[None]:
-    """Begin the message of an InputError raised inside with the name of the input."""
+    """Prefix the message of an InputError raised in the block with the name of the input."""
     try:
         yield
     except InputError as error:
@@ -22,5 +22,5 @@ def prefix_errors(name: str) -> Iterator[None]:
 
 
 def list_briefly(names: Sequence[str]) -> str:
-    """Names for a message: no more than five of them, and how many they are."""
+    """Join up to five names for a message, followed by the total number if there are more."""
     return ', '.join(names[:5]) + (f', ... {len(names)} in all' if len(names) > 5 else '')

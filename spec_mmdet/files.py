@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: aside, flushed to the disk, then renamed."""
+"""Write files and folders atomically: to a temporary file that is flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,103 +13,100 @@ from pathlib import Path
 
 from .errors import InputError
 
-PARTIAL = '.partial'  # the folder, within the one that is written, for what is not whole yet
-LEFTOVERS = '.*.partial'  # what files are called that a run that was killed was writing
+PARTIAL = '.partial'  # temporary folder within the folder that is written
+LEFTOVERS = '.*.partial'  # pattern of the temporary files that a killed run leaves
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written until it is whole; one place a process, as several may write the same file."""
+    """Return the name of a file's temporary file, which is different for each process."""
     return path.with_name(f'.{path.name}.{os.getpid()}.partial')
 
 
 @contextmanager
 def one_line_write_errors(path: Path, folder: Path) -> Iterator[None]:
-    """Have an OSError within a folder, or of one above it, be the one line that says what could not be written.
-
-    Raises:
-        InputError: where there was one.
-    """
+    """Convert OSErrors for paths in or above ``folder`` to a one-line InputError that names ``path``."""
     try:
         yield
     except OSError as error:
         names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
         if names and not any(name.is_relative_to(folder) or folder.is_relative_to(name) for name in names):
-            raise  # something else, that could not be read
+            raise
         raise InputError(
-            f'{path}: could not be written ({error.strerror or error}); what was there is untouched'
+            f'{path}: could not be written ({error.strerror or error}). Existing files are unchanged; free space or '
+            'choose another place'
         ) from error
 
 
 @contextmanager
 def create_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it; where things fail, remove the ones that are empty again."""
+    """Make a folder and its parents; on an error, remove those that are new and empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # the first that is not empty
+        with suppress(OSError):  # stops at the first that is not empty
             for path in new:
                 path.rmdir()
         raise
 
 
-def replace_file(aside: Path, path: Path) -> None:
-    """Flush a file to the disk, and give it the name of another, which may be there."""
-    with aside.open('rb') as file:
+def replace_file(temporary: Path, path: Path) -> None:
+    """Flush a temporary file to disk, and rename it to ``path``, which may exist."""
+    with temporary.open('rb') as file:
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(folder)  # flushes the new name
     finally:
         os.close(folder)
 
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the name of the file once it is whole and on the disk.
+    """Yield a temporary path, and rename it to ``path`` at the end of the block.
 
-    Whatever happens, a file of that name is whole: the one that was there before, or the new one. Its folder is made.
+    At any time ``path`` is the old file or the complete new one. Its folder is created.
 
     Raises:
-        InputError: where it cannot be written, as on a disk that is full; nothing half-written is left then.
+        InputError: if the file cannot be written, for instance on a full disk; the temporary file is removed.
     """
     path = Path(path)
-    aside = temporary_path(path)
+    temporary = temporary_path(path)
     with one_line_write_errors(path, path.parent), create_folder(path.parent):
         try:
-            yield aside
-            replace_file(aside, path)
+            yield temporary
+            replace_file(temporary, path)
         finally:
-            with suppress(OSError):  # read-only, so that there is none
-                aside.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk, where it does not exist
+                temporary.unlink(missing_ok=True)
 
 
 def write(path: str | Path, content: bytes | str) -> None:
-    """Write a whole file; see :func:`write_atomically`."""
-    with write_atomically(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    """Write a file atomically; see :func:`write_atomically`."""
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def write_folder_atomically(folder: str | Path) -> Iterator[Path]:
-    """Give a folder to write to, whose files go to another one together, once all of them are whole.
+    """Yield a temporary folder, and move its files to ``folder`` at the end of the block.
 
-    They take the places of those that have their names; others stay. The folder is made.
+    Files of the same names are replaced; others stay. The folder is created.
 
     Raises:
-        InputError: where one cannot be written; the folder is as it was then.
+        InputError: if a file cannot be written; the folder is unchanged then.
     """
     folder = Path(folder)
-    aside = folder / PARTIAL
+    temporary = folder / PARTIAL
     with one_line_write_errors(folder, folder), create_folder(folder):
-        shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         try:
-            aside.mkdir()
-            yield aside
-            for path in sorted(aside.rglob('*')):
-                place = folder / path.relative_to(aside)
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(temporary.rglob('*')):
+                place = folder / path.relative_to(temporary)
                 if path.is_dir():
                     place.mkdir(exist_ok=True)
                 elif place.exists():
@@ -117,15 +114,15 @@ def write_folder_atomically(folder: str | Path) -> Iterator[Path]:
                 else:
                     os.replace(path, place)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[None]:
-    """Make way for a new folder of that name. Where things fail, the one that was there comes back."""
+    """Move a folder away so that the block can write a new one; on an error, restore the old one."""
     before = folder.with_name(f'.{folder.name}.before')
     with one_line_write_errors(folder, folder.parent):
-        if before.exists():  # a run was killed
+        if before.exists():  # left by a killed run
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.exists():
             folder.rename(before)
@@ -140,12 +137,12 @@ def replace_folder(folder: Path) -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run that was killed left."""
+    """Return whether a folder is empty except for the temporary folder of a killed run."""
     return folder.is_dir() and not any(path.name != PARTIAL for path in folder.iterdir())
 
 
 def display_path(path: str | Path) -> str:
-    """A path from where the command was started, where it lies below that; else as it is."""
+    """Return a path relative to the working directory if it is inside; otherwise unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith('..') or '://' in str(path) else relative
 

@@ -1,4 +1,4 @@
-"""Everything that this package registers with MMDetection's and MMEngine's registries."""
+"""Import everything that this package registers with MMDetection's and MMEngine's registries."""
 
 from .checkpoints import safe_loading  # noqa: F401, so that MMEngine runs no code from checkpoints
 from .checkpoints.pretrained import XCiTPretrained

@@ -1,7 +1,7 @@
-"""Registries of the scope ``spec_mmdet``, which MMEngine gives to what a config inherits from ``spec_mmdet::``.
+"""Registries of the scope ``spec_mmdet``, which MMEngine gives to configs inherited from ``spec_mmdet::``.
 
-MMEngine imports this module by its name. Each registry is a child of MMDetection's (or else of MMEngine's) and contains
-nothing: every type is found in its parents.
+MMEngine imports this module by name. Each registry is an empty child of MMDetection's or MMEngine's, where all types
+are found.
 """
 
 import mmdet.registry

@@ -2,8 +2,8 @@
 
 ``import spec_mmdet`` runs this module, and so does every start of Python in an environment where this package is
 installed (spec_mmdet.pth). MMDetection's own scripts therefore find the operators, whatever they import first. The
-finder is the last one asked for ``mmcv._ext``, so a compiled module always comes first. It imports neither mmcv nor
-torch nor this package, to keep the start of Python fast.
+finder comes last, so a compiled module has priority. To keep the start of Python fast, this module imports neither
+mmcv nor torch nor the rest of the package.
 """
 
 import os
@@ -17,7 +17,7 @@ class OperatorFinder:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        """Return the module's spec, the package ops/, which needs nothing else of this one."""
+        """Return the spec of the package ops/, which imports nothing else from this package."""
         if name == cls.serves:
             from importlib.util import spec_from_file_location
 

@@ -26,7 +26,7 @@ TABLE = (
     ('VISUALIZERS', 'DetLocalVisualizer', 'LabelVisualizer'),
 )
 
-# MMDetection's DetInferencer finds the loading of images by its name in these.
+# In these pipelines, MMDetection's DetInferencer looks for LoadImageFromFile by name.
 INFERENCE = ('test_dataloader', 'test_pipeline', 'tta_pipeline')
 
 # Entries of default_hooks; None there turns one off.
@@ -47,9 +47,9 @@ def list_registries() -> Iterator[Registry]:
 
 
 def name_types(cfg: Config) -> None:
-    """Replace types that are classes, as in new-style configs, or have the scope "mmdet", by their registered names.
+    """Replace classes (new-style configs) and names with the scope "mmdet" by registered names; changes ``cfg``.
 
-    Changes ``cfg``. A class that is in no registry stays.
+    A class that is not registered stays.
     """
     names = {}
     for registry in list_registries():
@@ -58,7 +58,7 @@ def name_types(cfg: Config) -> None:
             registry = registry.parent
     for _, node in walk({**cfg}):
         kind = node.get('type')
-        if isinstance(kind, str) and kind.count('.') > 1:  # as a new-style config is dumped
+        if isinstance(kind, str) and kind.count('.') > 1:  # from a dumped new-style config
             kind = get_object_from_string(kind)
         if not isinstance(kind, str) and kind in names:
             node['type'] = names[kind]
@@ -73,12 +73,12 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
     Only a type that resolves to exactly the class in the table is substituted; a subclass stays.
 
     Args:
-        cfg: the whole config, in MMEngine's old or new style.
-        testing: whether to substitute the loading of images in the test pipeline, too. MMDetection's DetInferencer
-            does not accept such a config.
+        cfg: the complete config, in MMEngine's old or new style.
+        testing: whether to also substitute LoadImageFromFile in the test pipeline. MMDetection's DetInferencer does
+            not accept such a config.
 
     Returns:
-        What was substituted, as "CocoDataset -> CheckedCocoDataset".
+        The substitutions, for instance "CocoDataset -> CheckedCocoDataset".
     """
     name_types(cfg)
     rows = {}
@@ -106,11 +106,11 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
     """Add the hooks of :data:`GUARDS` that a config lacks to its default_hooks; changes ``cfg``.
 
     Args:
-        cfg: the whole config, its types substituted.
-        keep_types: whether the checkpoint hook of a config that has none is MMEngine's.
+        cfg: the complete config, its types substituted.
+        keep_types: whether a config without a checkpoint hook gets MMEngine's.
 
     Returns:
-        The names of the hooks that were added, and of those that ``default_hooks.NAME=None`` turns off.
+        Names of the added hooks, and of those that ``default_hooks.NAME=None`` turns off.
     """
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     present = {hook.get('type') for hook in [*hooks.values(), *(cfg.get('custom_hooks') or [])] if hook}
@@ -127,13 +127,13 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
 
 
 def protect(cfg: Config, keep_types: bool = False, testing: bool = False, running: bool = True) -> None:
-    """Substitute types, add guards, and print one line that reports what changed; changes ``cfg``.
+    """Substitute types, add guards, and print the changes in one line; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
-        keep_types: whether types stay, except that classes are replaced by their names.
+        cfg: the complete config.
+        keep_types: whether to only replace classes by their names.
         testing: see :func:`substitute_types`.
-        running: whether a runner gets the config, and with it the guards.
+        running: whether the config is for a runner, which needs the guards.
     """
     if keep_types:
         name_types(cfg)

@@ -1,1 +1,1 @@
-"""Checkpoints: reading them without running code from them, and the layouts in which XCiTs exist."""
+"""Read checkpoints without running code from them, and convert the layouts of XCiT checkpoints."""

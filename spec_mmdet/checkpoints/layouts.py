@@ -1,7 +1,7 @@
-"""The layouts in which XCiT checkpoints exist: recognising them, and translating them into SpecXCiT's names and back.
+"""Recognise the layouts of XCiT checkpoints, and translate them into SpecXCiT's names and back.
 
-SpecXCiT's names are those of the reference implementation (facebookresearch/xcit). Nothing is silent here: every
-tensor of a checkpoint is taken, or dropped for a reason with a name, or it is an error.
+SpecXCiT's names are those of the reference implementation (facebookresearch/xcit). Each tensor of a checkpoint is
+loaded, or listed as dropped, or causes an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from ..errors import InputError, list_briefly, prefix_errors
 from ..models.xcit import ARCHS, SpecXCiT
 from .reading import is_state_dict
 
-# Where training scripts put the weights, the better ones first: an average of weights, or a teacher, is what they
-# evaluate.
+# Keys under which training scripts store weights. Averaged weights and teachers come first: the scripts evaluate these.
 WRAPPERS = ('model_ema', 'state_dict_ema', 'teacher', 'state_dict', 'model', 'student')
 
-# Names of each layout in the reference's; the first pattern is what a layout is recognised by.
+# Patterns that translate the names of a layout into the reference's. The first pattern identifies the layout.
 _PATTERNS = {
     'mmpretrain': (
         (r'^xca_layers\.', 'blocks.'),
@@ -41,24 +40,24 @@ _PATTERNS = {
     'reference': ((r'^pos_embeder\.token_projection\.', 'pos_embeder.token_projection.'),),
 }
 
-CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # what a detection backbone has no use for
+CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # unused by a detection backbone
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in SpecXCiT's names, and what it was.
+    """A checkpoint in SpecXCiT's names, and its original layout.
 
     Attributes:
-        backbone: the state dict, complete but for the layers that only detectors have (fpn1 to fpn4).
+        backbone: the state dict; complete, except that classifiers have no fpn1 to fpn4.
         layout: 'reference', 'timm' or 'mmpretrain'.
-        wrapper: the key that the weights were under; '' if there was none.
+        wrapper: the key of the weights; '' if there was none.
         arch: a name in ARCHS, or a dict of dim, depth and num_heads.
         patch_size: 8 or 16.
         detector: the remaining weights of a detector, with their prefixes.
-        dropped: names, as they were, of what a detection backbone has no use for.
-        missing: names of what such a checkpoint does not hold, and SpecXCiT initialises.
+        dropped: original names of the tensors that a detection backbone does not use.
+        missing: names of the tensors that the checkpoint lacks; SpecXCiT initialises them.
     """
 
     backbone: dict[str, Tensor]
@@ -72,7 +71,7 @@ class Checkpoint:
 
     @property
     def conditioning(self) -> str:
-        """Which conditioning the weights were made with, in the form configs use."""
+        """The conditioning of the weights, as configs write it."""
         return describe_conditioning(self.backbone)
 
     def __str__(self) -> str:
@@ -82,7 +81,7 @@ class Checkpoint:
 
 
 def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a checkpoint, and the key it was under."""
+    """Return the state dict in a checkpoint, and its key."""
     if key is None and is_state_dict(checkpoint):
         return checkpoint, ''
     known = checkpoint if isinstance(checkpoint, dict) else {}
@@ -91,12 +90,13 @@ def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str
             return known[name], name
     found = list_briefly([f'{name!s:.40}' for name in known]) or 'nothing'
     raise InputError(
-        f'holds no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; it has {found}'
+        f'contains no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; '
+        f'its keys: {found}'
     )
 
 
 def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Take wrappers' prefixes off: the weights of the XCiT, and those beside it."""
+    """Remove the prefixes of wrappers; return the weights of the XCiT and the remaining ones."""
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(name.startswith(prefix) or name == 'n_averaged' for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != 'n_averaged'}
@@ -108,7 +108,7 @@ def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def _rename(weights: dict[str, Tensor], layout: str) -> dict[str, str]:
-    """Each name in the reference's names; a correction's becomes that of SpecXCiT's attention."""
+    """Map each name to the reference's; names of corrections to those of SpecXCiT's attention."""
     renamed = {}
     for name in weights:
         new = name
@@ -124,12 +124,12 @@ def _rename(weights: dict[str, Tensor], layout: str) -> dict[str, str]:
         renamed[name] = new
     if len(set(renamed.values())) < len(renamed):
         twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
-        raise InputError(f'has two tensors for {twice}')
+        raise InputError(f'contains two tensors for {twice}')
     return renamed
 
 
 def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
-    """The architecture that the shapes speak of: a name in ARCHS or its dims, and the patch size."""
+    """Infer the architecture, a name in ARCHS or a dict of dims, and the patch size from the shapes."""
     try:
         dim = weights['blocks.0.attn.proj.weight'].shape[0]
         num_heads = weights['blocks.0.attn.temperature'].shape[0]
@@ -140,10 +140,10 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
     blocks = {m[1] for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m}
     depth = len(blocks)
     if blocks != {str(i) for i in range(depth)}:
-        raise InputError(f'its {depth} blocks are not numbered from 0 on')
+        raise InputError(f'its {depth} blocks are not numbered from 0 to {depth - 1}')
     convs = len({m[1] for m in (re.match(r'patch_embed\.proj\.(\d+)\.0\.weight$', name) for name in weights) if m})
     if convs not in (3, 4):
-        raise InputError(f'its stem has {convs} convolutions; three are known (patches of 8 pixels), and four (of 16)')
+        raise InputError(f'its stem has {convs} convolutions instead of 3 (patch size 8) or 4 (patch size 16)')
     arch = dict(dim=dim, depth=depth, num_heads=num_heads)
     named = [name for name, known in ARCHS.items() if {k: known[k] for k in arch} == arch]
     return (named[0] if named else arch), 8 if convs == 3 else 16
@@ -151,17 +151,17 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
 
 @functools.lru_cache(maxsize=16)
 def _own_shapes(dim: int, depth: int, num_heads: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a SpecXCiT's state dict."""
+    """Return the shapes of a SpecXCiT's state dict."""
     try:
         with torch.device('meta'):
             model = SpecXCiT(dict(dim=dim, depth=depth, num_heads=num_heads), patch_size)
     except ValueError as error:
-        raise InputError(f'its shapes are those of no XCiT: {error}') from error
+        raise InputError(f'its shapes are invalid for an XCiT: {error}') from error
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of all that an XCiT of an architecture may hold, in groups that are there as a whole or not."""
+    """Return names and shapes of an XCiT's tensors in groups; a checkpoint contains all of a group or nothing."""
     kind = ARCHS[arch] if isinstance(arch, str) else arch
     own = _own_shapes(kind['dim'], kind['depth'], kind['num_heads'], patch_size)
     dim = own['blocks.0.gamma1'][0]
@@ -177,7 +177,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
     classifier |= {f'cls_attn_blocks.{i}.{name}': shape for i in range(2) for name, shape in block.items()}
     classes = tensors['head.weight'].shape[:1] if 'head.weight' in tensors else ()
 
-    # Corrections of the first layer's form, in all of them; class attention's is dropped with it.
+    # All layers have the same form of correction. That of class attention is dropped with the classifier.
     heads = (own['blocks.0.attn.temperature'][0],)
     corrections = {}
     for group, weights in dict(
@@ -213,7 +213,7 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     inside, beside = _strip(weights)
     layout = next((name for name, rules in _PATTERNS.items() if any(re.match(rules[0][0], n) for n in inside)), None)
     if layout is None:
-        raise InputError(f'is in no layout of XCiT that is known; it has {_some(list(inside))}')
+        raise InputError(f'not a known layout of XCiT (reference, timm, mmpretrain); contains {_some(list(inside))}')
     names = _rename(inside, layout)
     original = {new: old for old, new in names.items()}
     tensors = {new: inside[old] for old, new in names.items()}
@@ -226,16 +226,16 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     not_ours = [n for n in beside if n not in detector and not n.startswith('head.')]
     for what, faults in {
         'lacks': [n for n in expected if n not in tensors and not n.endswith('num_batches_tracked')],
-        'has what is not known': [original[n] for n in tensors if n not in expected] + not_ours,
-        'has shapes that contradict each other': [
+        'has unknown tensors': [original[n] for n in tensors if n not in expected] + not_ours,
+        'has inconsistent shapes': [
             f'{original[n]} {tuple(tensors[n].shape)} instead of {shape}'
             for n, shape in expected.items()
             if n in tensors and tuple(tensors[n].shape) != shape
         ],
-        'has values that are not finite': [n for n, v in weights.items() if not v.isfinite().all()],
+        'contains NaN or inf': [n for n, v in weights.items() if not v.isfinite().all()],
     }.items():
         if faults:
-            raise InputError(f'{what}: {_some(faults)} ({len(faults)} in all; taken for {layout} {arch} p{patch_size})')
+            raise InputError(f'{what}: {_some(faults)} ({len(faults)} in all; read as {layout} {arch} p{patch_size})')
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
     if ' and ' in describe_conditioning(taken):
         raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')
@@ -245,23 +245,25 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
 
 
 def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoint:
-    """Find out what a checkpoint is, and translate it.
+    """Recognise a checkpoint's layout and architecture, and translate it into SpecXCiT's names.
 
-    Known are classifiers and backbones of the reference implementation, of timm and of mmpretrain, plain or with a
-    :class:`~spec_mmdet.conditioning.Correction` as the parametrization of their projections; DINO's teachers and
-    students; detectors and backbones of the reference and of this project.
+    Known layouts:
+
+    * classifiers and backbones of the reference implementation, timm and mmpretrain, plain or with a
+      :class:`~spec_mmdet.conditioning.Correction` as parametrization of their projections;
+    * teachers and students of DINO;
+    * detectors and backbones of the reference and of this project.
 
     Args:
-        checkpoint: what :func:`~spec_mmdet.checkpoints.reading.load` returned.
-        name: what to call it in messages.
-        key: the key that the weights are under; by default the first of :data:`WRAPPERS` that is there.
+        checkpoint: the result of :func:`~spec_mmdet.checkpoints.reading.load`.
+        name: its name in messages.
+        key: the key of the weights; by default the first of :data:`WRAPPERS` that exists.
 
     Returns:
-        The checkpoint. Its tensors are the ones given, not copies.
+        The checkpoint, which shares the given tensors.
 
     Raises:
-        InputError: where it is none of these; where tensors are missing, not known, of a shape that contradicts the
-            others', or not finite.
+        InputError: if the layout is unknown, or tensors are missing, unknown, inconsistent in shape, or not finite.
     """
     with prefix_errors(name):
         return _recognise(checkpoint, key)
@@ -272,7 +274,7 @@ def _blocks(weights: dict[str, Tensor]) -> list[str]:
 
 
 def fold(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace W by W + C and drop the corrections: the weights of a plain SpecXCiT with the same output."""
+    """Return the weights of a plain SpecXCiT with the same output: W + C instead of W, no corrections."""
     folded = {name: value for name, value in backbone.items() if '.correction.' not in name}
     for attn in _blocks(backbone):
         W, prefix = backbone[f'{attn}.qkv.weight'], f'{attn}.correction.'
@@ -283,14 +285,14 @@ def fold(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_conditioning(backbone: dict[str, Tensor], type: str, lam: float | None) -> dict[str, Tensor]:
-    """Record the conditioning of weights that were trained with it, in a checkpoint that does not contain it.
+    """Add the correction to weights that were trained with it but saved without it.
 
     Raises:
-        InputError: for the exact form, or without ``lam``: neither C nor sigma_max of the initial weights can be
-            recomputed from trained weights; or if a conditioning is recorded already.
+        InputError: if the weights contain a correction already; for type 'svd', or without ``lam``, because neither C
+            nor sigma_max of the initial weights can be computed from trained weights.
     """
     if describe_conditioning(backbone) != 'None':
-        raise InputError(f'the weights record conditioning={describe_conditioning(backbone)} already')
+        raise InputError(f'the weights contain conditioning={describe_conditioning(backbone)} already')
     if type == 'svd' or lam is None:
         missing = 'the exact correction' if type == 'svd' else 'sigma_max of the initial weights'
         raise InputError(f'{missing} cannot be recomputed from trained weights; pass --conditioning identity --lam LAM')
@@ -307,9 +309,9 @@ def condition(
 
     Args:
         backbone: SpecXCiT's state dict.
-        type: as :class:`~spec_mmdet.conditioning.Correction` takes it; and so are lam and sigmas.
-        lam: see above.
-        sigmas: see above; relative to sigma_max of the plain weights.
+        type: see :class:`~spec_mmdet.conditioning.Correction`.
+        lam: see there.
+        sigmas: see there; relative to sigma_max of the plain weights.
 
     Raises:
         InputError: if the weights are conditioned already.
@@ -326,9 +328,9 @@ def condition(
 
 
 def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """A SpecXCiT's state dict in the names of 'reference' or 'timm', its corrections as parametrizations there.
+    """Rename a SpecXCiT's state dict for the layout 'reference' or 'timm'; corrections become parametrizations.
 
-    The reference's names are SpecXCiT's own, fpn1 to fpn4 included; timm's model has no such layers, they are left out.
+    The layers fpn1 to fpn4 are left out for timm, whose model has none.
     """
     renamed, conditioned = {}, describe_conditioning(backbone) != 'None'
     for name, value in backbone.items():

@@ -1,4 +1,4 @@
-"""Reading checkpoints without running code from them, and refusing those that do not fit the model."""
+"""Read checkpoints without running code from them, and check that they fit the model."""
 
 from __future__ import annotations
 
@@ -21,34 +21,31 @@ from ..errors import InputError, list_briefly, prefix_errors
 from .records import rebuild
 from .safe_loading import explain_unpickling_error, weights_only
 
-# Seconds that a server may be silent.
-PATIENCE = 60
+PATIENCE = 60  # timeout of a download, in seconds
+SHARED = 16  # maximum size of the tensors relative to the file: names may share a tensor
 
-# How many times as large as the file its tensors may be.
-SHARED = 16
-
-# Instead of the config in a checkpoint, which MMEngine's DetInferencer would run if it is given none.
-NO_CONFIG = 'raise ValueError("the config inside of a checkpoint is code, and is not run: name a config, too")'
+# Replaces the config in a checkpoint, which MMEngine's DetInferencer would run if no other config is given.
+NO_CONFIG = 'raise ValueError("the config in a checkpoint is code and is not run: pass a config file")'
 
 
 def as_data(content: object, size: int | None = None) -> object:
-    """What torch.load returned, with data for its records and without the texts that MMEngine would run as Python.
+    """Return the result of torch.load with its records as plain data and without the configs that MMEngine would run.
 
     Args:
-        content: its tensors must be such as have room in the file.
-        size: of the file, in bytes.
+        content: the result of torch.load.
+        size: the file's size in bytes; None skips the check that the tensors fit into it.
     """
     done: dict[int, tuple] = {}
     content = rebuild(content, done)
-    # Names may share a tensor, but not so many; and what an old file did not write is memory that nobody has filled.
+    # Guards against tensors that expand a small storage, and against storages that the file does not contain.
     if size is not None and sum(new.nbytes for _, new in done.values() if isinstance(new, Tensor)) > SHARED * size:
-        raise InputError('holds tensors that are larger than the file')
+        raise InputError('contains tensors that are larger than the file')
     meta, hub = (content.get(key) for key in ('meta', 'message_hub')) if isinstance(content, dict) else (None, None)
     for key, part in (('meta', meta), ('message_hub', hub)):
         if not isinstance(part, dict | None):
-            raise InputError(f'its "{key}" is a {type(part).__name__}, and not a dict')
+            raise InputError(f'its "{key}" is a {type(part).__name__} instead of a dict')
     if isinstance(meta, dict):
-        meta.pop('config', None)  # when it resumes
+        meta.pop('config', None)  # MMEngine would run it when resuming
         if 'cfg' in meta:
             meta['cfg'] = NO_CONFIG
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
@@ -58,10 +55,10 @@ def as_data(content: object, size: int | None = None) -> object:
 
 
 def local_file(path: str | Path) -> Path:
-    """A file, or the copy of what an http(s) address holds: downloaded once, and kept where PyTorch keeps such files.
+    """Return the path of a file; download an http(s) URL once into PyTorch's cache of checkpoints.
 
     Raises:
-        InputError: if there is no such file, or the address gives none.
+        InputError: if the file does not exist, or the download fails.
     """
     if '://' not in str(path):
         path = Path(path).expanduser()
@@ -69,32 +66,32 @@ def local_file(path: str | Path) -> Path:
             raise InputError(f'checkpoint {path}: no such file')
         return path
     address = str(path)
-    # Files at two addresses may have the same name.
+    # The digest distinguishes files of the same name.
     name = f'{hashlib.sha256(address.encode()).hexdigest()[:8]}-{Path(urllib.request.url2pathname(address)).name}'
     copy = Path(torch.hub.get_dir()) / 'checkpoints' / name.partition('?')[0]
     if copy.is_file():
-        print(f'checkpoint {address}: the copy that was downloaded before, {copy}')
+        print(f'checkpoint {address}: using the cached copy {copy}')
         return copy
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with (
-            urllib.request.urlopen(address, timeout=PATIENCE) as answer,
-            tempfile.NamedTemporaryFile(dir=copy.parent) as aside,
+            urllib.request.urlopen(address, timeout=PATIENCE) as response,
+            tempfile.NamedTemporaryFile(dir=copy.parent) as temporary,
         ):
-            shutil.copyfileobj(answer, aside)
-            aside.flush()
-            if answer.length:
-                raise OSError(f'it ends {answer.length} bytes too early')
-            os.link(aside.name, copy)
+            shutil.copyfileobj(response, temporary)
+            temporary.flush()
+            if response.length:
+                raise OSError(f'it ends {response.length} bytes too early')
+            os.link(temporary.name, copy)
     except FileExistsError:
-        pass  # another process was as fast
+        pass  # another process downloaded it meanwhile
     except (OSError, ValueError) as error:
         raise InputError(f'checkpoint {address}: could not be downloaded ({error})') from error
     return copy
 
 
 def fetch(path: str) -> str:
-    """Return the local copy of an http(s) address, see :func:`local_file`, or any other path as it is."""
+    """Return the local copy of an http(s) URL (:func:`local_file`); any other path is unchanged."""
     return str(local_file(path)) if path.startswith(('http://', 'https://')) else path
 
 
@@ -104,18 +101,18 @@ def load(
     mmap: bool = False,
     trust_pickle: bool = False,
 ) -> object:
-    """Read a checkpoint: tensors, plain containers and a few harmless records, never code.
+    """Read a checkpoint: tensors, plain containers and a few harmless records, without running code.
 
-    The text of a config in it is code, too: MMEngine runs it. It is left out.
+    A config in the checkpoint is left out, because MMEngine would run it.
 
     Args:
-        path: a file written by ``torch.save``, or one of safetensors if its name ends so; or an address.
+        path: a file written by ``torch.save``, a .safetensors file, or a URL.
         map_location: as for ``torch.load``.
         mmap: map the tensors from disk instead of reading them.
-        trust_pickle: run the code that the file may hold. It can do whatever you can.
+        trust_pickle: run code that the file may contain, with all rights of the user.
 
     Raises:
-        InputError: if the file does not exist, is not a checkpoint, is damaged, or would need code to be run.
+        InputError: if the file does not exist, is not a checkpoint, is corrupt, or cannot be read without running code.
     """
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
         with prefix_errors(f'checkpoint {path}'):
@@ -129,11 +126,11 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
     try:
         if path.suffix == '.safetensors':
             return load_file(path, str(map_location or 'cpu'))
-        is_zip = zipfile.is_zipfile(path)  # PyTorch wrote another format before 1.6
+        is_zip = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote a different format
         size = path.stat().st_size
         if is_zip:
             entries = zipfile.ZipFile(path).infolist()
-            # PyTorch never compresses; what is compressed, or read from one place many times, may be of any size.
+            # PyTorch never compresses. Compressed or overlapping entries could expand to any size.
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
                 raise InputError('not a checkpoint written by torch.save: it is compressed')
         if trust_pickle:
@@ -144,54 +141,54 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
     except InputError:
         raise
     except SafetensorError as error:
-        raise InputError(f'not a safetensors file, or damaged ({error})') from error
+        raise InputError(f'not a safetensors file, or corrupt ({error})') from error
     except RecursionError as error:
         raise InputError('not a checkpoint: it is nested too deeply') from error
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling_error(error)) from error
-    except Exception as error:  # whatever an unpickler stumbles over in bytes that were not written by a pickler
-        reason = str(error).partition('\n')[0].partition(' In PyTorch 2.6')[0][:200]  # which advises to run it
-        raise InputError(f'not a checkpoint written by torch.save, or damaged ({reason})') from error
+    except Exception as error:  # an unpickler raises errors of any type for invalid bytes
+        reason = str(error).partition('\n')[0].partition(' In PyTorch 2.6')[0][:200]  # cut the advice to run code
+        raise InputError(f'not a checkpoint written by torch.save, or corrupt ({reason})') from error
 
 
 def is_state_dict(content: object) -> bool:
-    """Whether this is a dict of tensors by their names, and not an empty one."""
+    """Return whether this is a non-empty dict of tensors by name."""
     pairs = content.items() if isinstance(content, dict) else ()
     return bool(pairs) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs)
 
 
 def find_nonfinite(weights: dict[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity."""
+    """Return the names of the tensors that contain NaN or infinity."""
     return [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
 def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
-    """The weights in a checkpoint of MMEngine, or of weights alone, without the prefix of a parallel wrapper.
+    """Return the weights in a checkpoint of MMEngine or a plain state dict, without the prefix of DDP.
 
     Args:
-        checkpoint: what :func:`load` returned.
-        name: what to call it in the message.
+        checkpoint: the result of :func:`load`.
+        name: its name in messages.
 
     Raises:
-        InputError: if there are none, or some are not finite.
+        InputError: if there are no weights, or they contain NaN or infinity.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not is_state_dict(weights):
-        raise InputError(f'{name}: holds no weights of a detector: neither a "state_dict" nor weights alone')
-    if spoilt := find_nonfinite(weights):
-        raise InputError(f'{name}: its weights are not finite ({list_briefly(spoilt)}); an earlier one is to be taken')
+        raise InputError(f'{name}: contains no weights of a detector: neither a "state_dict" nor a plain state dict')
+    if nonfinite := find_nonfinite(weights):
+        raise InputError(f'{name}: weights contain NaN or inf ({list_briefly(nonfinite)}). Use an earlier checkpoint')
     return {key.removeprefix('module.'): value for key, value in weights.items()}
 
 
 def require_training_state(checkpoint: object, name: str) -> None:
-    """Refuse a checkpoint that a training cannot go on from, with all that MMEngine takes from one.
+    """Check that a checkpoint contains everything that MMEngine needs to resume training.
 
     Args:
-        checkpoint: what :func:`load` returned.
-        name: what to call it in the message.
+        checkpoint: the result of :func:`load`.
+        name: its name in messages.
 
     Raises:
-        InputError: where it lacks something, as one of weights alone does.
+        InputError: if something is missing.
     """
     content = checkpoint if isinstance(checkpoint, dict) else {}
     meta, hub = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ('meta', 'message_hub'))
@@ -203,12 +200,12 @@ def require_training_state(checkpoint: object, name: str) -> None:
     lacking += [] if isinstance(content.get('param_schedulers', []), list | dict) else ['param_schedulers']
     lacking += [] if is_state_dict(content.get('gradients', {'': torch.empty(0)})) else ['gradients']
     if lacking:
-        raise InputError(f'{name}: no training can be resumed from it, it lacks {", ".join(lacking)}; to start a new '
-                         'one from its weights: --cfg-options load_from=FILE')  # fmt: skip
+        raise InputError(f'{name}: training cannot be resumed from it, it lacks {", ".join(lacking)}. Start a new '
+                         'training from its weights with --cfg-options load_from=FILE')  # fmt: skip
 
 
 def get_classes(checkpoint: object) -> list[str] | None:
-    """The names of the classes that MMEngine's training wrote into a checkpoint; None where there are none."""
+    """Return the class names that MMEngine stored in a checkpoint, or None."""
     found = checkpoint
     for key in ('meta', 'dataset_meta', 'classes'):
         found = found.get(key) if isinstance(found, dict) else None
@@ -217,19 +214,19 @@ def get_classes(checkpoint: object) -> list[str] | None:
 
 
 def get_run_info(checkpoint: object) -> dict[str, object]:
-    """What a training of this package says of itself in its checkpoints (``run.json``); empty where it says nothing."""
+    """Return the run metadata that this package stores in its checkpoints (``run.json``), or an empty dict."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     run = meta.get('run') if isinstance(meta, dict) else None
     return run if isinstance(run, dict) else {}
 
 
 def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
-    """Say how weights do not fit a model: which are missing, not known, or of another shape; '' where they fit.
+    """Describe missing and unknown tensors and wrong shapes of a model's weights; '' if they fit.
 
     Args:
-        model: the model as it is configured.
-        weights: its would-be state dict.
-        part: compare only names that begin so.
+        model: the configured model.
+        weights: the state dict to check.
+        part: prefix of the names to compare.
     """
     own = {k.removeprefix('module.'): v for k, v in model.state_dict().items()}
     own = {k: v for k, v in own.items() if k.startswith(part)}
@@ -237,8 +234,8 @@ def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str 
     faults = {
         'missing': [k for k in own if k not in theirs and not k.endswith('num_batches_tracked')],
         'unknown': [k for k in theirs if k not in own],
-        'of another shape': [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
-        'of another kind of number': [
+        'with a wrong shape': [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
+        'with a wrong dtype': [
             k for k in own if k in theirs and own[k].is_floating_point() != theirs[k].is_floating_point()
         ],
     }

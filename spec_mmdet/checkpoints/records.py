@@ -1,10 +1,10 @@
-"""What may be in a checkpoint, name by name, rebuilt as data.
+"""Rebuild the records of a checkpoint as plain data, with a stand-in for each name that a pickle may use.
 
-MMEngine's checkpoints hold NumPy's numbers and the histories of its logged scalars, XCiT's the arguments of its
-training script. Weights-only loading can be told to allow NumPy's own functions for that, but these build arrays of
-objects, too, whose pointers are bytes of the file; and what it allows by itself can be called with arguments that take
-all memory, or hours. In the place of every such name, what is here takes what the file says and :func:`rebuild` makes
-plain tensors, numeric arrays and histories of it, or refuses.
+MMEngine's checkpoints contain NumPy numbers and histories of logged scalars; XCiT's contain the arguments of the
+training script. PyTorch's weights-only loading is not enough for them: NumPy's functions also build arrays of objects
+whose pointers are bytes of the file, and some allowed functions accept arguments that exhaust memory or take hours. The
+stand-ins only store their arguments. :func:`rebuild` then validates these and makes tensors, numeric arrays and
+histories from them.
 """
 
 from __future__ import annotations
@@ -25,61 +25,61 @@ from ..errors import InputError
 
 
 class Dtype:
-    """Stands in for numpy.dtype: the type of a number, as (kind and size, byte order)."""
+    """Stand-in for numpy.dtype: kind and size of a number, and its byte order."""
 
     def __init__(self, code: object = None, *_) -> None:
         if not isinstance(code, str) or not re.fullmatch('[biufcSU][0-9]{1,6}', code):
-            raise InputError(f'holds NumPy data of the type {code!r:.40}; only plain numbers are read')
+            raise InputError(f'contains NumPy data of type {code!r:.40}; only plain numbers are read')
         self.code, self.order = code, '='
 
     def __setstate__(self, state: object) -> None:
-        # (version, byte order, subarray, names, fields, size, alignment, flags): plain numbers have the first two alone
+        # (version, byte order, subarray, names, fields, size, alignment, flags): plain numbers have only the first two
         if not isinstance(state, tuple) or state[1:5] not in ((order, None, None, None) for order in '<>|='):
-            raise InputError('holds NumPy data that are not plain numbers; only those are read')
+            raise InputError('contains NumPy data that are not plain numbers; only these are read')
         self.order = state[1]
 
     def read(self, content: object, shape: object) -> np.ndarray:
-        """The array of a shape that bytes hold, which must be exactly its."""
+        """Return bytes as an array of a shape, which must need exactly these bytes."""
         if not isinstance(content, bytes) or not isinstance(shape, tuple):
-            raise InputError('holds a NumPy array that is damaged')
+            raise InputError('contains a corrupt NumPy array')
         try:
             dtype = np.dtype(self.order.replace('|', '=') + self.code)
         except TypeError as error:
-            raise InputError(f'holds NumPy data of the type {self.code!r}, which there is not') from error
+            raise InputError(f'contains NumPy data of the unknown type {self.code!r}') from error
         if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 8:
-            raise InputError('holds a NumPy array that is damaged')
+            raise InputError('contains a corrupt NumPy array')
         if math.prod(shape) * dtype.itemsize != len(content):
-            raise InputError('holds a NumPy array of another size than its content')
+            raise InputError('contains a NumPy array whose shape does not match its content')
         return np.frombuffer(content, dtype).copy()
 
 
 class Array:
-    """Stands in for numpy.ndarray and for the function that makes an empty one, to be filled."""
+    """Stand-in for numpy.ndarray and for the function that makes an empty one."""
 
     def __init__(self, *_) -> None:
         self.array: np.ndarray | None = None
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], Dtype):
-            raise InputError('holds a NumPy array that is damaged')
+            raise InputError('contains a corrupt NumPy array')
         _, shape, dtype, is_fortran, content = state
         self.array = dtype.read(content, shape).reshape(shape, order='F' if is_fortran is True else 'C')
 
     def rebuilt(self) -> np.ndarray:
         if self.array is None:
-            raise InputError('holds a NumPy array without content')
+            raise InputError('contains a NumPy array without content')
         return self.array
 
 
 def scalar(dtype: object = None, content: object = None, *_) -> np.generic:
     """Stand in for the function that makes NumPy's scalars."""
     if not isinstance(dtype, Dtype):
-        raise InputError('holds a NumPy scalar that is damaged')
+        raise InputError('contains a corrupt NumPy scalar')
     return dtype.read(content, ())[0]
 
 
 class History:
-    """Stands in for MMEngine's HistoryBuffer, of which it keeps the numbers alone."""
+    """Stand-in for MMEngine's HistoryBuffer, of which it keeps only the numbers."""
 
     def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, dict) else {}
@@ -89,17 +89,17 @@ class History:
         values, counts = (state.get(name) for name in ('_log_history', '_count_history'))
         for array in (values, counts):
             if not isinstance(array, Array) or array.rebuilt().ndim != 1:
-                raise InputError('holds a history of logged values that is damaged')
+                raise InputError('contains a corrupt history of logged values')
         length = state.get('max_length')
         if len(values.array) != len(counts.array) or type(length) is not int or length < 1:
-            raise InputError('holds a history of logged values that is damaged')
+            raise InputError('contains a corrupt history of logged values')
         return HistoryBuffer(values.array, counts.array, length)
 
 
 def method_of_history(owner: object = None, name: object = None, *_) -> None:
     """Stand in for getattr, which a pickled HistoryBuffer uses to name its own four statistics."""
     if owner is not History or name not in ('min', 'max', 'mean', 'current'):
-        raise InputError(f'holds getattr({owner!r:.40}, {name!r:.40}), which is no statistic of a history')
+        raise InputError(f'contains getattr({owner!r:.40}, {name!r:.40}), which is not a statistic of a history')
 
 
 NUMBERS = {
@@ -109,50 +109,48 @@ NUMBERS = {
 
 
 def tensor(storage: object, offset: object, size: object, stride: object, *rest) -> Tensor:
-    """Stand in for the function that makes a tensor of a storage; a gradient that it may require, and hooks, are left
-    out.
-    """
+    """Stand in for the function that makes a tensor of a storage; requires_grad and hooks are left out."""
     if not isinstance(storage, TypedStorage) or storage.dtype not in NUMBERS or any(rest[2:]):
         kind = getattr(storage, 'dtype', 'no type')
-        raise InputError(f'holds a tensor of {kind}; only plain ones of floats, integers and booleans are read')
+        raise InputError(f'contains a tensor of {kind}; only floats, integers and booleans are read')
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 def require_plain(found: Tensor) -> Tensor:
-    """Refuse a tensor that has more elements than its storage, as one of strides 0 has, or that is no plain one."""
+    """Refuse a tensor that is larger than its storage (strides of 0), or is not a plain one."""
     if found.layout is not torch.strided or found.is_meta or found.dtype not in NUMBERS:
-        raise InputError('holds a tensor that is sparse, quantized or without content; only plain ones are read')
+        raise InputError('contains a sparse, quantized or meta tensor; only plain tensors are read')
     if found.nbytes > found.untyped_storage().nbytes():
-        raise InputError('holds a tensor that is larger than its content')
+        raise InputError('contains a tensor that is larger than its content')
     return found
 
 
 def parameter(data: object = None, *_) -> Tensor:
     """Stand in for the function that makes a parameter of a tensor; it stays a tensor."""
     if type(data) is not Tensor:
-        raise InputError('holds a parameter that is damaged')
+        raise InputError('contains a corrupt parameter')
     return data
 
 
 def filled(kind: type, *contents: type) -> Callable[..., object]:
-    """Stand in for a container that is made of another one, of these kinds alone, which the file spells out."""
+    """Stand in for a container that is built from a container of the given types."""
 
     def container(content: object = (), *rest) -> object:
         if type(content) not in contents or rest:
-            raise InputError(f'holds a {kind.__name__} that is damaged')
+            raise InputError(f'contains a corrupt {kind.__name__}')
         return kind(content)
 
     return container
 
 
 def encoded(text: object = None, coding: object = None) -> bytes:
-    """Stand in for the function by which bytes are pickled; other codings can take hours."""
+    """Stand in for the function that pickles use for bytes; decoding with other codecs can take hours."""
     if not isinstance(text, str) or coding != 'latin1':
-        raise InputError('holds bytes that are damaged')
+        raise InputError('contains corrupt bytes')
     return text.encode('latin1')
 
 
-# Under the names that files have for them: all that a file may name.
+# All names that a file may use, with their stand-ins.
 STAND_INS = {
     'argparse.Namespace': argparse.Namespace,
     'mmengine.logging.history_buffer.HistoryBuffer': History,
@@ -179,16 +177,16 @@ STAND_INS |= {
 
 
 def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> object:
-    """The content of a checkpoint with data in the place of what stands in for them; containers are changed in place.
+    """Replace the stand-ins in a checkpoint by data; changes containers in place.
 
     Args:
-        content: what was unpickled.
-        done: gets all that is in it, as pairs of what it was and what it is now.
-        strict: whether to refuse tensors that are not plain ones, and names other than texts and numbers.
+        content: the unpickled object.
+        done: cache that is filled with pairs (old object, new object), by the id of the old one.
+        strict: whether to refuse tensors that are not plain, and keys other than text and numbers.
 
     Raises:
-        InputError: where something in it is damaged, or a tensor that is not a plain one.
-        RecursionError: where it is nested as no checkpoint is.
+        InputError: if something is corrupt, or a tensor is not plain.
+        RecursionError: if the content is nested too deeply.
     """
     if id(content) in done:
         return done[id(content)][1]
@@ -197,15 +195,15 @@ def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> obj
         new = content.rebuilt()
     elif isinstance(content, Tensor) and strict:
         require_plain(content)
-    # With the content, which must stay alive as long as its number stands for it.
+    # Keeps the content alive, so that its id stays unique.
     done[id(content)] = content, new
     if isinstance(content, dict):
         if isinstance(content, OrderedDict):
-            for name in set(vars(content)) - {'_metadata'}:  # could be in the place of its methods
+            for name in set(vars(content)) - {'_metadata'}:  # could replace its methods
                 del content.__dict__[name]
         for key, value in content.items():
             if strict and not isinstance(key, str | bytes | int | float | None):
-                raise InputError(f'holds a {type(key).__name__} for a name; only text and numbers are read')
+                raise InputError(f'contains a {type(key).__name__} as a key; only text and numbers are read')
             content[key] = rebuild(value, done, strict)
     elif isinstance(content, list):
         content[:] = [rebuild(value, done, strict) for value in content]
@@ -215,5 +213,5 @@ def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> obj
     elif isinstance(content, argparse.Namespace):
         rebuild(vars(content), done, strict)
     elif isinstance(content, Dtype) or content in (Dtype, Array, History):
-        raise InputError('holds a record that is damaged')
+        raise InputError('contains a corrupt record')
     return new

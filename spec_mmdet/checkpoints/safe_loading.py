@@ -1,8 +1,7 @@
-"""Have MMEngine load checkpoints without running code from them: ``CheckpointLoader`` reads weights only.
+"""Replace MMEngine's checkpoint loaders (``CheckpointLoader``) by loaders that run no code from a file.
 
-This module replaces MMEngine's loaders. Importing the package changes one other thing of others: ``mmcv._ext``,
-where mmcv has none. MMEngine 0.10.7 cannot read its own checkpoints since PyTorch 2.6, and its fork falls back to
-running whatever code is in a file. The loaders here return what MMEngine returns for a file without code.
+MMEngine 0.10.7 cannot read its own checkpoints since PyTorch 2.6, and its fork falls back to running any code in a
+file. For a file without code, these loaders return the same as MMEngine's.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from .records import STAND_INS, rebuild
 
 FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 
-# Data that PyTorch does not know.
+# Harmless types that PyTorch does not allow.
 PLAIN = {'builtins.slice': slice, 'builtins.range': range, 'builtins.frozenset': frozenset}
 PLAIN |= {f'{module}.PosixPath': pathlib.PosixPath for module in ('pathlib', 'pathlib._local')}
 
 
 @contextmanager
 def weights_only(strict: bool = False) -> Iterator[None]:
-    """Run no code of a file that torch.load reads within, whoever calls it, with whatever arguments.
+    """Force weights-only loading for every torch.load in this context, whatever its arguments.
 
     Args:
-        strict: whether a file may name only :data:`STAND_INS`, which cannot take all memory, and not all that PyTorch
-            allows.
+        strict: whether a file may use only the names in :data:`STAND_INS`, instead of all that PyTorch allows.
     """
     before = os.environ.get(FORCE)
     os.environ[FORCE] = '1'
@@ -51,16 +49,15 @@ def explain_unpickling_error(error: pickle.UnpicklingError) -> str:
     """Return one line on why a file cannot be read without running code."""
     refused = re.search(r'GLOBAL (\S+)', str(error))
     if not refused:
-        return 'not a checkpoint written by torch.save, or damaged'
+        return 'not a checkpoint written by torch.save, or corrupt'
     return (
-        f'contains {refused[1]}, which only running code from the file could read; it was not run. Save it again with '
-        'nothing but tensors and plain containers in it, or, if you trust whoever made it, convert it with '
-        '"spec-mmdet convert --trust-pickle"'
+        f'contains {refused[1]}, which only running code from the file could read; it was not run. Save it again '
+        'with only tensors and plain containers or, if you trust its author, run "spec-mmdet convert --trust-pickle"'
     )
 
 
 def load_weights_only(loader: Callable[..., object]) -> Callable[..., object]:
-    """Wrap one of MMEngine's loaders, which call torch.load."""
+    """Wrap one of MMEngine's loaders so that it loads weights only."""
 
     @functools.wraps(loader)
     def load(filename: str, map_location: str | torch.device | None = None) -> object:
@@ -73,7 +70,6 @@ def load_weights_only(loader: Callable[..., object]) -> Callable[..., object]:
     return load
 
 
-# MMEngine's prefixes with its loaders.
 for _prefixes, _loader in {
     ('',): loaders.load_from_local,
     ('http://', 'https://'): loaders.load_from_http,

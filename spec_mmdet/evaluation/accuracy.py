@@ -1,4 +1,4 @@
-"""A classifier's accuracy."""
+"""Top-k accuracy of classifiers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import InputError
 
 @METRICS.register_module()
 class TopK(BaseMetric):
-    """Percentage of images whose class is among the k most probable ones: top1 and, for more than 5 classes, top5.
+    """Metric: percentage of images whose class is among the k most probable ones, for k = 1 and (above 5 classes) 5.
 
-    Of classes with the same logit the first counts as more probable, as argmax has it.
+    Ties go to the class with the smaller index, as for argmax.
     """
 
     default_prefix = 'accuracy'
@@ -25,7 +25,9 @@ class TopK(BaseMetric):
         """Collect the rank of each image's class in a batch, from its 'targets' and logits of shape (classes,)."""
         for target, logits in zip(data_batch['targets'].tolist(), data_samples):
             if not logits.isfinite().all():
-                raise InputError("the classifier's logits are not finite: its training has gone wrong")
+                raise InputError(
+                    "the classifier's logits contain NaN or inf: its training diverged. Use an earlier checkpoint"
+                )
             rank = int((logits > logits[target]).sum() + (logits[:target] == logits[target]).sum())
             self.results.append((len(logits), rank))
 

@@ -1,4 +1,4 @@
-"""COCO AP of resampled images, from one matching of the detections with the annotations."""
+"""Compute COCO AP of resampled images from one matching of detections with annotations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from scipy.sparse import csr_array
 
 from .metrics import require_measurable
 
-BLOCK = 2**18  # entries of the arrays that a block of draws needs, which then fit into the processor's cache
+BLOCK = 2**18  # entries of the arrays of a block of draws, which fit into the processor's cache
 MAX_DETECTIONS = 100  # per image and class, as in COCO's AP
 
 
 class ResampledAP:
-    """AP of one detector when each image counts as often as a weight says, for many draws of weights at once.
+    """AP of a detector on weighted images, for many draws of weights at once.
 
-    The rules are pycocotools': the mean over IoU thresholds from 0.50 to 0.95 and 101 recalls, objects of all sizes,
-    at most 100 detections per image and class.
+    As in pycocotools, AP is the mean over IoU thresholds from 0.50 to 0.95 and 101 recalls, for objects of all sizes
+    and at most 100 detections per image and class.
 
     Args:
         truth: the annotations.
-        results: in COCO's results format, with the ids of ``truth``; not empty.
+        results: detections in COCO's results format, with the ids of ``truth``; not empty.
         kind: 'bbox' or 'segm'.
         categories: ids of the categories to evaluate; by default all of them.
 
@@ -54,13 +54,10 @@ class ResampledAP:
         self.objects = count_matrix(rows, np.concatenate([*counted, []]), len(counted), len(place))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """Compute AP of each draw, the mean over the classes that have objects; NaN where there is none.
+        """Compute AP of each draw, shape (draws,): the mean over the classes with objects, NaN if there are none.
 
         Args:
             weights: how often each of :attr:`images` counts, integers, shape (draws, images).
-
-        Returns:
-            Shape (draws,).
         """
         weights = np.ascontiguousarray(np.asarray(weights, np.int32).T)
         objects = self.objects @ weights
@@ -77,13 +74,13 @@ class ResampledAP:
 class ClassMatches:
     """The detections of one class, matched with its objects.
 
-    Precision has its maxima at true positives, so that only they are kept: as rows, by falling score. A row stands
-    for the true positive and the detections since the one before it.
+    Precision has its maxima at true positives, so only these become rows, by falling score. A row contains the true
+    positive and the detections since the previous one.
 
     Attributes:
-        counted: how many detections of each image a row has, shape (rows, images).
-        levels: for each IoU threshold the rows that are true positives at it, their images, and how many of each
-            image's detections do not count (on crowds), shape (rows of it, images); None where all count.
+        counted: number of detections of each image in a row, shape (rows, images).
+        levels: for each IoU threshold the rows that are true positives, their images, and the number of each image's
+            ignored detections (on crowds), shape (these rows, images), or None if no detection is ignored.
     """
 
     thresholds = np.minimum(Params('bbox').iouThrs, 1 - 1e-10)
@@ -124,7 +121,7 @@ class ClassMatches:
 
         Args:
             weights: shape (images, draws).
-            objects: their weighted number, shape (draws,).
+            objects: weighted number of objects, shape (draws,).
         """
         total = np.zeros(len(objects))
         # For each draw and number of true positives, the number of recalls reached.
@@ -148,17 +145,17 @@ class ClassMatches:
 
 
 def is_ignored(annotation: dict) -> bool:
-    """Tell whether an object neither counts nor makes detections on it count, as pycocotools has it."""
+    """Return whether pycocotools ignores an object and the detections on it."""
     return bool(annotation.get('iscrowd')) or not 0 <= annotation['area'] <= 1e10
 
 
 def count_matrix(rows: np.ndarray, columns: np.ndarray, *shape: int) -> csr_array:
-    """Count the pairs of a row and a column, as a sparse matrix of ``shape``."""
+    """Count pairs of a row and a column in a sparse matrix of ``shape``."""
     return csr_array((np.ones(len(rows), np.int32), (rows, np.asarray(columns, int))), shape)
 
 
 def compute_ious(truth: COCO, results: list[dict], objects: list[dict], kind: str) -> np.ndarray:
-    """Compute the overlaps of an image's detections and objects, shape (detections, objects)."""
+    """Compute the IoU of an image's detections and objects, shape (detections, objects)."""
     crowds = [int(bool(annotation.get('iscrowd'))) for annotation in objects]
     if kind == 'bbox':
         boxes = (np.array([entry['bbox'] for entry in entries], float) for entries in (results, objects))
@@ -170,11 +167,11 @@ def compute_ious(truth: COCO, results: list[dict], objects: list[dict], kind: st
 def match(ious: np.ndarray, objects: list[dict], thresholds: np.ndarray) -> list[tuple[int, int, bool]]:
     """Match an image's detections, by falling score, with its objects.
 
-    At each threshold a detection takes the free object that it overlaps most. Only where there is none it goes to one
-    that is ignored. A crowd takes any number.
+    At each threshold a detection is matched with the free object of the highest IoU, or else with an ignored one. A
+    crowd can be matched with any number of detections.
 
     Returns:
-        Triples: the detection, the number of the threshold, whether the object is ignored.
+        Triples: detection, index of the threshold, whether the object is ignored.
     """
     ignored = [is_ignored(annotation) for annotation in objects]
     taken: set[tuple[int, int]] = set()
@@ -194,5 +191,5 @@ def match(ious: np.ndarray, objects: list[dict], thresholds: np.ndarray) -> list
 
 
 def draw_weights(images: int, draws: int, seed: int = 0) -> np.ndarray:
-    """Draw images with replacement, as many as there are: how often each is drawn, shape (draws, images)."""
+    """Draw as many images as there are, with replacement; return how often each is drawn, shape (draws, images)."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)

@@ -1,4 +1,4 @@
-"""Draw masks, boxes and labels in one style; labels are placed where they cover least."""
+"""Draw masks, boxes and labels in one style, with labels placed where they hide least."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from mmengine.structures import InstanceData
 from PIL import Image, ImageDraw, ImageFont
 
 ADVICE = (
-    'install a font that has them (for instance fonts-noto-cjk of Debian and Ubuntu), or one for Python alone: '
-    'pip install mplfonts'
+    'install a font that contains them, for instance fonts-noto-cjk on Debian and Ubuntu, or run: pip install mplfonts'
 )
-MAX_CELLS = 2**22  # of the map by which labels are placed
+MAX_CELLS = 2**22  # cells of the map for placing labels
 
 
 @cache
@@ -41,9 +40,9 @@ def list_letters(path: str) -> frozenset[int]:
 
 
 def find_font(letters: set[int]) -> tuple[str, set[int]]:
-    """Find the font that has most of these code points.
+    """Find the font that contains most of these code points.
 
-    It is matplotlib's own if that has all, or else one of the system or of the package mplfonts.
+    Matplotlib's own font is preferred; others come from the system or the package mplfonts.
 
     Returns:
         The font's name, and the code points that it lacks.
@@ -66,15 +65,12 @@ def find_font(letters: set[int]) -> tuple[str, set[int]]:
 
 @contextmanager
 def use_font_for(names: Iterable[str]) -> Iterator[None]:
-    """Draw class names literally: switch mathematical text off, and use a font that has the letters of ``names``.
-
-    Warns about letters that no font has, which are drawn as squares.
-    """
+    """Disable mathtext, and use a font that contains the letters of ``names``; warn if some have no glyph."""
     letters = {ord(letter) for name in names for letter in name if not letter.isspace()}
     font, lacking = find_font(letters)
     if lacking:
         shown = ' '.join(sorted(map(chr, lacking))[:20])
-        print(f'warning: {len(lacking)} letters of the class names are drawn as squares ({shown}): {ADVICE}')
+        print(f'warning: no font contains {len(lacking)} letters of the class names ({shown}): {ADVICE}')
     families = [font, *matplotlib.rcParams['font.sans-serif']]
     with matplotlib.rc_context({'text.parse_math': False, 'font.sans-serif': families}):
         yield
@@ -82,15 +78,15 @@ def use_font_for(names: Iterable[str]) -> Iterator[None]:
 
 @dataclass
 class Mark:
-    """An object's drawing.
+    """Drawing of an object.
 
     Attributes:
         box: x0, y0, x1, y1 in pixels.
         text: its label; '' for none.
         colour: red, green and blue, 0 to 255.
-        mask: shape (H, W), bool, or None. Only the part within its bounding box is kept.
+        mask: shape (H, W), bool, or None; cropped to its bounding box.
         dashed: whether the box's lines are dashed.
-        corner: x and y of the left upper corner of the kept part.
+        corner: x and y of the cropped mask's left upper corner.
     """
 
     box: Sequence[float]
@@ -109,21 +105,21 @@ class Mark:
 
 
 def choose_colour(label: int) -> tuple[int, int, int]:
-    """Return the colour of a class, RGB, 0 to 255. All hues differ, those of the first classes clearly."""
-    hue = (0.6 + label * 0.618034) % 1  # steps of the golden ratio keep apart
+    """Return the colour of a class, RGB, 0 to 255; all hues differ, the first ones clearly."""
+    hue = (0.6 + label * 0.618034) % 1  # the golden ratio spreads the hues
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.45, 0.8))
 
 
 def format_label(name: str, score: float | None = None) -> str:
-    """Return a label's text: the class, and the score as in 0.53."""
+    """Return a label's text: the class and its score with two decimals."""
     return name if score is None else f'{name} {score:.2f}'
 
 
 class LabelPlacer:
-    """Places labels where they cover least, in a time that does not depend on the number of other objects.
+    """Placer of labels where they hide least, in a time that does not depend on the number of objects.
 
     Args:
-        boxes: of all objects, x0, y0, x1, y1.
+        boxes: x0, y0, x1, y1 of all objects.
         size: the picture's width and height.
     """
 
@@ -131,7 +127,7 @@ class LabelPlacer:
         self.size = size
         self.cell = math.ceil(math.sqrt(size[0] * size[1] / MAX_CELLS))  # pixels that a cell is wide and high
         width, height = (math.ceil(length / self.cell) for length in size)
-        # What a pixel of each cell is worth. First the changes at the corners of the boxes, then their sums.
+        # Weight per pixel of each cell: cumulative sums of the changes at the corners of the boxes.
         changes = np.zeros((height + 1, width + 1))
         for box in boxes:
             x0, y0, x1, y1 = self._cells(box)
@@ -146,14 +142,11 @@ class LabelPlacer:
         return [min(max(round(float(edge) / self.cell), 0), end) for edge, end in zip(box, ends)]
 
     def place(self, text: tuple[float, float], box: Sequence[float]) -> tuple[float, float]:
-        """Place a label above its box, below, beside it or in its corner; later labels avoid it.
+        """Place a label above, below, beside or inside its box; return its left upper corner. Later labels avoid it.
 
         Args:
             text: the label's width and height.
-            box: the object's.
-
-        Returns:
-            The label's left upper corner.
+            box: the object's box.
         """
         (w, h), (x0, y0, x1, y1) = text, box
         spots = [(x0, y0 - h), (x0, y1), (x1, y0), (x0 - w, y0), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0)]
@@ -170,7 +163,7 @@ class LabelPlacer:
 
 
 def weigh(box: Sequence[float]) -> float:
-    """Return what one pixel of a box is worth: more in a small box."""
+    """Return the weight of a box's pixel, which is higher in a smaller box."""
     return 1 / (1 + abs((box[2] - box[0]) * (box[3] - box[1])))
 
 
@@ -179,12 +172,12 @@ def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str 
 
     Args:
         image: shape (H, W, 3), RGB, 0 to 255.
-        marks: the objects; the last ones lie on top.
+        marks: the objects; the last ones are on top.
         scale: the picture's size relative to the image's.
         title: a line above the picture.
 
     Returns:
-        Shape (scale * H, scale * W, 3), plus the height of the title if there is one, uint8.
+        Picture, uint8, shape (scale * H, scale * W, 3), plus the height of the title if there is one.
     """
     image = np.clip(image, 0, 255).astype(np.uint8)  # a copy
     for mark in marks:
@@ -219,7 +212,7 @@ def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str 
 
 
 def draw_title(text: str, width: int) -> np.ndarray:
-    """Draw a line of text on white, as wide as a picture; a longer text is cut."""
+    """Draw a line of text on white, as wide as a picture; longer text is truncated."""
     font = load_font(14)
     strip = Image.new('RGB', (width, 22), 'white')
     while text and font.getlength(text) > width - 8:
@@ -238,12 +231,12 @@ def split_dashes(start: tuple[float, float], end: tuple[float, float], length: f
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that :func:`use_font_for` has chosen."""
+    """Load the font that :func:`use_font_for` chose."""
     return ImageFont.truetype(findfont(FontProperties(family=matplotlib.rcParams['font.sans-serif'])), size)
 
 
 def tile_pictures(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8) -> np.ndarray:
-    """Arrange pictures in rows, each filled up with white to the size of the largest."""
+    """Arrange pictures in rows, each padded with white to the size of the largest."""
     height, width = (max(picture.shape[axis] for picture in pictures) + gap for axis in (0, 1))
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -255,11 +248,11 @@ def tile_pictures(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 8
 
 
 def convert_to_marks(instances: InstanceData, classes: Sequence[str] | None, least: float = 0) -> list[Mark]:
-    """Convert MMDetection's instances to marks, those with the highest scores last.
+    """Convert MMDetection's instances to marks, sorted by rising score.
 
     Args:
         instances: with bboxes and labels; scores and masks are optional.
-        classes: the names of the labels.
+        classes: names of the labels.
         least: the score threshold.
     """
     instances = instances.cpu()
@@ -292,10 +285,10 @@ class LabelVisualizer(DetLocalVisualizer):
 
 @HOOKS.register_module()
 class PictureHook(DetVisualizationHook):
-    """MMDetection's DetVisualizationHook, with a picture for each image even if two folders contain the same name."""
+    """MMDetection's DetVisualizationHook that keeps images of the same name in different folders apart."""
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
-        """Draw the predictions into subfolders that mirror those of the data set's image folder."""
+        """Draw predictions into the same subfolders as in the data set's image folder."""
         top = self.test_out_dir
         if top is None:
             super().after_test_iter(runner, batch_idx, data_batch, outputs)

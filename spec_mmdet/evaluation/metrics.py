@@ -1,4 +1,4 @@
-"""COCO's metrics, computed by pycocotools or, several times faster, in C++ by faster-coco-eval."""
+"""Compute COCO metrics with pycocotools or, several times faster, with faster-coco-eval (C++)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from ..errors import InputError
 from ..files import write
 
 LIMITS = (1, 10, 100)  # detections per image in COCO's own summary
-# Places in pycocotools' summary, by MMDetection's names; AR is named for its default limits of detections.
+# MMDetection's names of the entries in pycocotools' summary. The AR names contain MMDetection's default limits.
 AP_ITEMS = dict(mAP=0, mAP_50=1, mAP_75=2, mAP_s=3, mAP_m=4, mAP_l=5)
 AR_ITEMS = {'AR@100': 6, 'AR@300': 7, 'AR@1000': 8, 'AR_s@1000': 9, 'AR_m@1000': 10, 'AR_l@1000': 11}
 ITEMS = AP_ITEMS | AR_ITEMS
 
 
 def require_measurable(truth: COCO, kind: str) -> None:
-    """Reject objects whose evaluation would not end, or use all memory; checks before a run find them, too.
+    """Reject objects whose evaluation would not end, or exhaust memory. (Checks before a run find them, too.)
 
     Raises:
-        InputError: at the first one.
+        InputError: naming the first one.
     """
     checked = vars(truth).setdefault('measurable', set())  # kinds; an evaluation overwrites masks
     if kind in checked:
@@ -61,7 +61,7 @@ def require_measurable(truth: COCO, kind: str) -> None:
 
 
 def prepare_truth(truth: COCO, kind: str) -> COCO:
-    """Return measurable annotations that an evaluation may change: copies of those of an :class:`AnnotationFile`."""
+    """Check annotations and return a copy that an evaluation may change."""
     require_measurable(truth, kind)
     return truth.changeable if isinstance(truth, AnnotationFile) else truth
 
@@ -72,7 +72,7 @@ def read_detections(path: Path, kind: str) -> list[dict]:
         results = json.loads(Path(path).read_bytes())
     if kind == 'segm':
         for result in results:
-            result.pop('bbox', None)  # or its area would be taken for the mask's
+            result.pop('bbox', None)  # pycocotools would use its area instead of the mask's
     return results
 
 
@@ -84,16 +84,15 @@ class Evaluation(COCOeval):
 
 
 def fast_evaluation(truth: COCO, found: COCO, kind: str) -> COCOeval:
-    """Return what ``Evaluation(truth, found, kind)`` is, in C++, for 'bbox' and 'segm'; it does not fill ``evalImgs``.
+    """Return a faster replacement for ``Evaluation``, for 'bbox' and 'segm'; ``evalImgs`` stays empty.
 
-    Recalls and scores equal those of pycocotools to the last bit. So do the precisions but one: where a class's best
-    precision is that of its first detection alone, pycocotools has 1 / (1 + 2**-52) and this has 1, so that an AP can
+    Recalls and scores are bit-identical to pycocotools. A precision of 1 is 1 / (1 + 2**-52) in pycocotools, so AP can
     differ in its sixteenth digit.
     """
     from faster_coco_eval import COCOeval_faster
 
     class FastEvaluation(COCOeval_faster):
-        summarize = COCOeval.summarize  # its own takes AP at the last of maxDets, pycocotools' at 100
+        summarize = COCOeval.summarize  # uses maxDets=100 for AP; faster-coco-eval's own uses the last of maxDets
 
     return FastEvaluation(prepare_truth(truth, kind), found, kind, extra_calc=False)
 
@@ -215,7 +214,7 @@ class CheckedCocoMetric(CocoMetric):
                 elif kind in files:
                     metrics |= self.measure(kind, Path(files[kind]))
                 else:
-                    raise InputError(f'the metric {kind} of the evaluator: this detector predicts no masks; remove it')
+                    raise InputError(f'the metric {kind} of the evaluator: this detector predicts no masks. Remove it')
         return metrics
 
     def measure(self, kind: str, path: Path) -> dict[str, float]:
@@ -228,7 +227,7 @@ class CheckedCocoMetric(CocoMetric):
         box_or_mask = 'segm' if kind == 'segm' else 'bbox'
         detections = read_detections(path, box_or_mask)
         if not detections:
-            print_log('The detector has found nothing: its AP is 0.', 'current')
+            print_log('There are no detections: AP is 0.', 'current')
         printed = io.StringIO()
         limits = sorted(self.proposal_nums)
         with pause_garbage_collection(), redirect_stdout(printed):
@@ -271,7 +270,7 @@ class CheckedCocoMetric(CocoMetric):
 
 @METRICS.register_module()
 class FastCocoMetric(CheckedCocoMetric):
-    """CheckedCocoMetric, with the same arguments, by :func:`fast_evaluation`.
+    """CheckedCocoMetric that uses :func:`fast_evaluation`.
 
     Raises:
         InputError: if faster-coco-eval is not installed.
@@ -282,7 +281,7 @@ class FastCocoMetric(CheckedCocoMetric):
     def __init__(self, *args, **kwargs) -> None:
         if find_spec('faster_coco_eval') is None:
             raise InputError(
-                'FastCocoMetric needs faster-coco-eval: pip install faster-coco-eval, or use CheckedCocoMetric'
+                'FastCocoMetric needs faster-coco-eval. Run: pip install faster-coco-eval, or use CheckedCocoMetric'
             )
         super().__init__(*args, **kwargs)
 
@@ -292,7 +291,7 @@ class DumpPredictions(DumpDetResults):
 
     Args:
         out_file_path: a .pkl file.
-        metrics: the evaluator's other metrics, one of which may have an annotation file.
+        metrics: the evaluator's other metrics; one may have an annotation file.
     """
 
     def __init__(self, out_file_path: str, metrics: Sequence[BaseMetric]) -> None:

@@ -1,4 +1,4 @@
-"""Outcomes of objects and detections: true positives, false negatives, and TIDE's kinds of false positives."""
+"""Classify objects and detections: true positives, false negatives, and TIDE's types of errors."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from .metrics import Evaluation, read_detections
 
 MIN_IOU = 0.5
 BACKGROUND_IOU = 0.1
-# Of TIDE (arXiv 2008.08115), with the names that it has for them, and what they are.
+# TIDE's types of errors (arXiv 2008.08115), with its names and a description.
 ERRORS = {
-    'localisation': ('Loc', 'the right class, but the box overlaps the object too little (IoU 0.1 to 0.5)'),
-    'class': ('Cls', 'the box fits an object of another class'),
-    'both': ('Both', 'another class, and the box overlaps its object too little'),
-    'duplicate': ('Dupe', 'the object was found by a surer box already'),
-    'background': ('Bkg', 'there is no object (IoU below 0.1)'),
-    'missed': ('Miss', 'an object without a detection, not even one of the wrong place or class'),
+    'localisation': ('Loc', 'correct class, but IoU 0.1 to 0.5'),
+    'class': ('Cls', 'wrong class, IoU at least 0.5'),
+    'both': ('Both', 'wrong class and IoU 0.1 to 0.5'),
+    'duplicate': ('Dupe', 'correct class and IoU, but a detection with a higher score matches the object'),
+    'background': ('Bkg', 'no object with IoU above 0.1'),
+    'missed': ('Miss', 'object without a matching detection or one with a localisation or class error'),
 }
 
 
 @dataclass
 class Outcome:
-    """Outcomes of an image's objects and of its detections at or above a score, by their ids."""
+    """Ids of an image's true and false positives above a score threshold, and of its false negatives."""
 
-    found: list[tuple[int, int]] = field(default_factory=list)  # detection and object
-    false: list[int] = field(default_factory=list)
-    crowd: list[int] = field(default_factory=list)  # detections in a crowd region, which do not count
-    missed: list[int] = field(default_factory=list)  # objects
+    found: list[tuple[int, int]] = field(default_factory=list)  # true positives: detection and object
+    false: list[int] = field(default_factory=list)  # false positives: detections
+    crowd: list[int] = field(default_factory=list)  # ignored detections on crowd regions
+    missed: list[int] = field(default_factory=list)  # false negatives: objects
     errors: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in ERRORS})
 
 
 def match_boxes(annotations: AnnotationFile, detections: Path, summary: COCOeval) -> COCOeval:
-    """Match detected boxes with objects as pycocotools does, at :data:`MIN_IOU` and for boxes of all sizes alone.
+    """Match detected boxes with objects as pycocotools does, only at :data:`MIN_IOU` and for all sizes together.
 
     Args:
         annotations: the objects.
         detections: a file in COCO's format for results.
-        summary: an evaluation of the same detections; its classes and greatest limit of detections are used.
+        summary: an evaluation of the same detections, which defines the classes and the limit of detections.
     """
     with redirect_stdout(None):
         evaluation = Evaluation(annotations, annotations.loadRes(read_detections(detections, 'bbox')), 'bbox')
@@ -58,7 +58,7 @@ def match_boxes(annotations: AnnotationFile, detections: Path, summary: COCOeval
 def iterate_matches(evaluation: COCOeval) -> Iterator[dict]:
     """Yield pycocotools' matching at MIN_IOU, an entry per image and category.
 
-    It is greedy from the highest score down, so that detections below a threshold have no part in what is above it.
+    Matching is greedy by falling score, so detections below a threshold do not affect those above.
     """
     whole = evaluation.params.areaRng[0]
     (threshold,) = np.flatnonzero(evaluation.params.iouThrs == MIN_IOU)
@@ -76,7 +76,7 @@ def iterate_matches(evaluation: COCOeval) -> Iterator[dict]:
 
 @dataclass
 class Scores:
-    """Precision, recall and F1 of the boxes at or above each threshold, of all classes together; shape (101,)."""
+    """Precision, recall and F1 of the boxes at or above each threshold, for all classes together; shape (101,)."""
 
     thresholds: np.ndarray
     precision: np.ndarray
@@ -85,13 +85,13 @@ class Scores:
 
     @property
     def best(self) -> int:
-        """The index of the best F1; of several, the middle one."""
+        """The index of the best F1; the middle one of equal ones."""
         places = np.flatnonzero(self.f1 == self.f1.max())
         return int(places[len(places) // 2])
 
 
 def measure_scores(evaluation: COCOeval) -> Scores:
-    """Compute precision, recall and F1 over the score threshold, at MIN_IOU; 0 where the denominator is 0."""
+    """Compute precision, recall and F1 against the score threshold, at MIN_IOU; 0 if the denominator is 0."""
     entries = list(iterate_matches(evaluation))
     objects = sum(len(entry['objects']) for entry in entries)
     counted = [(entry['scores'][~entry['ignored']], entry['matched'][~entry['ignored']] > 0) for entry in entries]
@@ -104,11 +104,7 @@ def measure_scores(evaluation: COCOeval) -> Scores:
 
 
 def find_outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
-    """Find the outcomes of each image's objects and of its detections at or above a score threshold.
-
-    Returns:
-        By the images' ids.
-    """
+    """Return the outcomes at a score threshold, by image id."""
     result = {image_id: Outcome() for image_id in evaluation.params.imgIds}
     for entry in iterate_matches(evaluation):
         outcome = result[entry['image']]
@@ -130,14 +126,14 @@ def find_outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
 def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
     """Classify an image's errors, in TIDE's order; changes ``outcome``.
 
-    (The authors' package tidecv is not used: it has had no release since 2020, asks for pandas and seaborn, and counts
-    detections in crowd regions as errors. On data without crowds its counts are these: tests/evaluation.)
+    We do not use the authors' package tidecv: it has had no release since 2020, needs pandas and seaborn, and counts
+    detections on crowd regions as errors. Without crowds, its counts are the same (tests/evaluation).
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     objects = [*(o for _, o in outcome.found), *outcome.missed]
     classes = np.array([truth[o]['category_id'] for o in objects])
     used = np.arange(len(objects)) < len(outcome.found)
-    reached = set()  # by a detection of another place or class
+    reached = set()  # objects with a localisation or class error
     for detection in outcome.false:
         if not objects:
             outcome.errors['background'].append(detection)
@@ -161,14 +157,13 @@ def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
 
 
 def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
-    """Count how often each category was detected as each other.
+    """Compute the confusion matrix of the categories and, last, the background.
 
-    An object that was found counts on the diagonal. A false positive that lies on a missed object (IoU of boxes of
-    MIN_IOU or more) counts as taken for it, each at most once; all other missed objects and false positives count as
-    confused with the background, the last row and column.
+    True positives count on the diagonal. A false positive and a false negative of box IoU of at least MIN_IOU are
+    paired, each at most once. All others are confused with the background.
 
     Returns:
-        Counts, rows truth and columns predictions: a row sums up to the objects, a column to the detections.
+        Counts; rows are truth and sum up to the objects, columns are predictions and sum up to the detections.
     """
     place = {category: i for i, category in enumerate(evaluation.params.catIds)}
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns

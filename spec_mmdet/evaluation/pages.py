@@ -1,4 +1,4 @@
-"""The common parts of the pages of results: their frame, the folders for them, and the record of their data."""
+"""Common parts of the HTML pages of results: templates, folders, and the record of their data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import compute_digest, is_empty
 
 PAGE = 'index.html'
-DATA = 'data.json'  # beside a report's detections: their annotation file, its digest, classes
+DATA = 'data.json'  # record next to a report's detections: annotation file, its digest, classes
 
 
 def make_mark(kind: str) -> str:
@@ -21,14 +21,14 @@ def make_mark(kind: str) -> str:
 
 
 def render_page(kind: str, **values: object) -> str:
-    """Fill in the template of a page, 'report' or 'comparison'."""
+    """Render the template of a page, 'report' or 'comparison'."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
     template = jinja2.Environment(loader=loader, autoescape=True).get_template(f'{kind}.html')
     return template.render(values, mark=make_mark(kind))
 
 
 def require_free(option: str, folder: Path, kind: str) -> None:
-    """Require that a page's folder is new, empty, or an earlier page's of the same kind.
+    """Require that a page's folder is new, empty, or contains an earlier page of the same kind.
 
     Raises:
         InputError: naming the option.
@@ -36,16 +36,16 @@ def require_free(option: str, folder: Path, kind: str) -> None:
     page = folder / PAGE
     earlier = page.is_file() and make_mark(kind).encode() in page.read_bytes()
     if folder.exists() and not is_empty(folder) and not earlier:
-        raise InputError(f'{option} {folder}: contains something other than a {kind}. Name a new folder')
+        raise InputError(f'{option} {folder}: contains files other than a {kind}. Pass a new folder')
 
 
 def record_data(folder: Path, ann_file: Path, classes: Sequence[str]) -> None:
-    """Write what a report's detections were evaluated on, for the commands that use them later.
+    """Record the annotation file and classes of a report's detections, for later commands.
 
     Args:
-        folder: the report's.
+        folder: the report's folder.
         ann_file: the annotation file.
-        classes: the names of the evaluated classes.
+        classes: names of the evaluated classes.
     """
     record = dict(annotations=str(ann_file.resolve()), sha256=compute_digest(ann_file), classes=list(classes))
     (folder / DATA).write_text(json.dumps(record, indent=1), 'utf-8')

@@ -1,4 +1,4 @@
-"""Plots and pictures of the report: curves, confusions, and the images with the most errors."""
+"""Draw the report's plots and pictures: curves, confusion matrix, and the images with the most errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .drawing import Mark, draw, format_label, tile_pictures
 from .outcomes import ERRORS, Outcome, Scores
 
 COLOURS = dict(found='#2563eb', missed='#f59e0b', false='#dc2626', crowd='#6b7280')
-CLASSES = 30  # in the picture of the confusion matrix
-WORST = 3  # images that are drawn of each kind of error
-DPI = 150  # of the figures, whose inches are a hundred of the page's pixels
-SIDE = 420  # of an image in the page, in pixels, of its longer side
+CLASSES = 30  # maximum of classes in the plot of the confusion matrix
+WORST = 3  # images drawn for each type of error
+DPI = 150  # of the plots; an inch is 100 pixels of the page
+SIDE = 420  # longer side of an image in the page, in pixels
 
 
 def embed_picture(content: bytes, kind: str, width: int) -> dict:
-    """Return a picture for a page, as a data address, with its width there in pixels."""
+    """Return a picture for a page: its data URL and its width in pixels."""
     return dict(address=f'data:image/{kind};base64,{base64.b64encode(content).decode()}', width=width)
 
 
@@ -41,7 +41,7 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 def draw_precision(evaluation: COCOeval, name: str) -> Figure:
-    """Plot precision over recall, the mean over the classes with objects."""
+    """Plot precision against recall, as the mean over the classes with objects."""
     figure = Figure(figsize=(5.2, 3.6), layout='constrained')
     axis = figure.subplots()
     precision = evaluation.eval['precision'][:, :, :, 0, -1]
@@ -58,7 +58,7 @@ def draw_precision(evaluation: COCOeval, name: str) -> Figure:
 
 
 def draw_scores(scores: Scores) -> Figure:
-    """Plot precision, recall and F1 over the score threshold."""
+    """Plot precision, recall and F1 against the score threshold."""
     figure = Figure(figsize=(5.2, 3.6), layout='constrained')
     axis = figure.subplots()
     for name, line in (('precision', '--'), ('recall', ':'), ('f1', '-')):
@@ -74,11 +74,11 @@ def draw_scores(scores: Scores) -> Figure:
 
 
 def select_confused(matrix: np.ndarray, count: int) -> np.ndarray:
-    """Select the classes that are confused with others most often, or else miss or invent most objects, ascending.
+    """Return the indices of the most confused classes, ascending; ties go to those confused most with the background.
 
     Args:
-        matrix: confusions, shape (classes + 1, classes + 1); the last row and column are the background's.
-        count: of classes.
+        matrix: confusion matrix, shape (classes + 1, classes + 1); the last row and column are the background.
+        count: number of classes to select.
     """
     wrong = matrix - np.diag(np.diag(matrix))
     among, beside = wrong[:-1, :-1], wrong[:-1, -1] + wrong[-1, :-1]
@@ -86,9 +86,9 @@ def select_confused(matrix: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
-    """Draw the confusion matrix: colours are shares of a row, numbers are counts.
+    """Plot the confusion matrix: colours are shares of a row, numbers are counts.
 
-    Of more than :data:`CLASSES` classes the most confused ones are drawn, and all others as one.
+    With more than :data:`CLASSES` classes, only the most confused ones are shown; the others are merged.
     """
     labels = [*names, 'background']
     if len(names) > CLASSES:
@@ -118,7 +118,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
 
 
 def list_confusions(matrix: np.ndarray, names: list[str]) -> list[dict]:
-    """List all counts of a confusion matrix but 0, the largest first: truth, predicted, count."""
+    """List the non-zero counts of a confusion matrix, the largest first: truth, predicted, count."""
     labels = [*names, 'background']
     pairs = sorted(np.argwhere(matrix).tolist(), key=lambda pair: -matrix[tuple(pair)])
     return [dict(truth=labels[i], predicted=labels[j], count=int(matrix[i, j])) for i, j in pairs]
@@ -135,12 +135,12 @@ def draw_sides(
     """Draw the objects and the detections of an image, coloured by their outcome.
 
     Args:
-        image: height x width x 3, RGB, 0 to 255.
-        evaluation: of boxes.
-        image_id: of this image.
-        outcome: of this image.
+        image: shape (H, W, 3), RGB, 0 to 255.
+        evaluation: the evaluation of boxes.
+        image_id: id of this image.
+        outcome: outcome of this image.
         longer: length of the pictures' longer side, in pixels.
-        masks: of all detections, as RLE, by their number; None where the detector has none.
+        masks: RLE masks of all detections; None if the detector has none.
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     crowds = [a['id'] for a in evaluation.cocoGt.imgToAnns[image_id] if a['iscrowd']]
@@ -160,7 +160,7 @@ def draw_sides(
         label = format_label(name, thing.get('score'))
         return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'missed')
 
-    grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # nearly, so that the colours stand out
+    grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # makes the colours of the marks stand out
     scale = longer / max(image.shape[:2])
     return tuple(draw(grey, [mark(*thing) for thing in side], scale) for side in (left, right))
 
@@ -172,17 +172,17 @@ def draw_worst(
     outcome_of: dict[int, Outcome],
     masks: Sequence[dict] | None,
 ) -> list[tuple[str, list[dict]]]:
-    """Draw the images with the most errors of each kind, for the page, and in full size into a folder.
+    """Draw the images with the most errors of each type, for the page and in full size into a folder.
 
     Args:
-        folder: an existing one.
-        read: returns the image of a file's name, RGB.
+        folder: an existing folder.
+        read: function that reads an image, RGB, by its file name.
         boxes: the evaluation of boxes.
-        outcome_of: the outcomes by boxes, by image.
-        masks: of all detections, see :func:`draw_sides`.
+        outcome_of: the outcomes by image id.
+        masks: see :func:`draw_sides`.
 
     Returns:
-        The pictures of each kind of error that occurs. No image is drawn for two kinds.
+        The pictures of each type of error that occurs; each image is drawn for one type only.
     """
     images = boxes.cocoGt.imgs
     drawn: set[int] = set()
@@ -216,6 +216,6 @@ def draw_worst(
 
 
 def describe_outcome(outcome: Outcome) -> str:
-    """Return an image's numbers of found objects and of errors, in words."""
+    """Return an image's numbers of true positives and of errors as text."""
     errors = [f'{len(ids)} {kind}' for kind, ids in outcome.errors.items() if ids]
-    return ', '.join([f'{len(outcome.found)} found', *errors])
+    return ', '.join([f'{len(outcome.found)} true positives', *errors])

@@ -50,10 +50,10 @@ def attend(qkv: Tensor, temperature: Tensor, mask: Tensor | None = None) -> Tens
 
 
 class _Centred(torch.autograd.Function):
-    """The mean of x over the tokens, the Gram matrix of the centred tokens x_c = x - mean, and x_c in ``dtype``.
+    """Mean of x over the tokens, Gram matrix of the centred tokens x_c = x - mean, and x_c in ``dtype``.
 
-    Mean and Gram matrix are in float32 at least. Only x_c is kept of the tokens for the backward pass. There is one
-    matrix product forward and one backward: x_c sums to zero, so the product's gradient does not reach the mean.
+    Mean and Gram matrix are in float32 at least. Only x_c is kept for the backward pass, which needs one matrix
+    product: x_c sums to zero, so the gradient of the Gram matrix does not reach the mean.
     """
 
     generate_vmap_rule = True
@@ -83,7 +83,7 @@ class _Centred(torch.autograd.Function):
         N = x.shape[-2] if mask is None else mask.sum(dim=-2)
         constant = (by_mean - by_x.sum(dim=-2, dtype=by_mean.dtype)) / N
         by_G = by_G + by_G.mT
-        if x.dtype == torch.float16:  # where a gradient this small would underflow
+        if x.dtype == torch.float16:  # avoids underflow of small gradients
             scale = 64 * torch.maximum(by_G.abs().amax(), constant.abs().amax()).clamp_min(torch.finfo(by_G.dtype).tiny)
             product = linear(x, (by_G / scale).to(x.dtype), (constant / scale).to(x.dtype))
             by_x = torch.addcmul(by_x.to(scale.dtype), product, scale)
@@ -101,18 +101,14 @@ def xca_gram(
     from the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Without centring, the
     bias could cancel most of a quadratic form and half of its digits.) The attention A then merges the value and output
     projections into one C x C matrix M per image, and y = x M^T + m. Each token costs 2 C^2 multiplications instead of
-    4 C^2 + 2 C d, and only the centred x is kept of it for the backward pass.
+    4 C^2 + 2 C d, and only the centred x is kept for the backward pass.
 
     Under autocast the centred tokens are in half precision, and G and all C x C matrices in float32.
 
     Args:
-        x: tokens, shape (B, N, C); otherwise as for :func:`xca_plain`.
-        W: as there.
-        b: as there.
-        W_out: as there.
-        b_out: as there.
-        temperature: as there.
-        mask: as there. Padded tokens are left out of G, the mean and N.
+        x: tokens, shape (B, N, C).
+        W, b, W_out, b_out, temperature: as for :func:`xca_plain`.
+        mask: as for :func:`xca_plain`; padding is excluded from G, the mean and N.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -148,10 +144,10 @@ class XCA(nn.Module):
         num_heads: heads; each owns C / num_heads channels.
         conditioning: None; or the arguments of :class:`~spec_mmdet.conditioning.Correction`, applied to each of the
             C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction); or
-            ``dict(type='initialisation')``, which changes the initial weights alone.
+            ``dict(type='initialisation')``, which only changes the initial weights.
     """
 
-    # The Gram form is used from this many tokens per channel: with fewer, its C x C matrices cost more than it saves.
+    # Tokens per channel from which the Gram form is used; with fewer, its C x C matrices cost more than they save.
     gram_from = 2
 
     def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None) -> None:
@@ -164,7 +160,7 @@ class XCA(nn.Module):
             nn.init.zeros_(layer.bias)
         if conditioning is not None and conditioning.get('type') == 'initialisation':
             if len(conditioning) > 1:
-                raise ValueError(f"conditioning: 'initialisation' has no other arguments, got {conditioning}")
+                raise ValueError(f"conditioning: 'initialisation' accepts no other arguments, got {conditioning}")
             made = conditioned_initialisation(self.qkv.weight.unflatten(0, (3, dim)), 'QKV', num_heads)
             self.qkv.weight.data = made.flatten(0, 1)
             conditioning = None
@@ -176,7 +172,7 @@ class XCA(nn.Module):
         return len(self.temperature)
 
     def forward(self, x: Tensor, gamma: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend over channels.
+        """Apply attention over channels.
 
         Args:
             x: tokens, shape (B, N, C).

@@ -1,4 +1,4 @@
-"""Classifiers on SpecXCiT's blocks, to pretrain backbones."""
+"""Classifiers on SpecXCiT's blocks, for pretraining backbones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .xcit import MLP, SpecXCiT
 
 
 class ClassAttention(nn.Module):
-    """Softmax attention with one query, that of the first token, the class token (arXiv 2103.17239)."""
+    """Softmax attention in which only the first token, the class token, is a query (arXiv 2103.17239)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ClassAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, gamma: Tensor | float = 1.0) -> Tensor:
-        """x: tokens, shape (B, N, C); returns shape (B, 1, C), its channels scaled by gamma."""
+        """Return the class token's output, shape (B, 1, C), scaled by gamma, for tokens of shape (B, N, C)."""
         C = x.shape[2]
         if is_plain(self.qkv):  # the image's tokens have no queries
             W_q, W_kv = self.qkv.weight.split((C, 2 * C))
@@ -40,7 +40,7 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Class attention and MLP of the class token.
+    """Class attention and an MLP for the class token.
 
     Args:
         dim: channels.
@@ -60,7 +60,7 @@ class ClassAttentionBlock(nn.Module):
         self.tokens_norm = tokens_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: the class token and the image's, shape (B, 1 + N, C); returns the same shape."""
+        """Update the class token and the image's tokens, shape (B, 1 + N, C)."""
         # As in the reference, the image's tokens skip attention and MLP: their scaled norm is added, then they double.
         normed = self.norm1(x)
         token = x[:, :1] + self.attn(normed, self.gamma1)
@@ -79,10 +79,10 @@ class SpecXCiTClassifier(SpecXCiT):
     blocks, which a detector uses; class attention stays plain.
 
     Args:
-        num_classes: of the head.
+        num_classes: number of classes.
         arch: as for :class:`SpecXCiT`.
-        tokens_norm: whether the second norm of class attention is applied to all tokens; by default in all archs but
-            nano_12, as in the reference.
+        tokens_norm: whether the second norm of class attention is applied to all tokens; by default, as in the
+            reference, in all archs except nano_12.
         **backbone: SpecXCiT's other arguments.
     """
 
@@ -90,7 +90,7 @@ class SpecXCiTClassifier(SpecXCiT):
         self, num_classes: int, arch: str | dict = 'small_12', tokens_norm: bool | None = None, **backbone
     ) -> None:
         super().__init__(arch, **backbone)
-        del self.fpn1, self.fpn2, self.fpn3, self.fpn4  # a detector's
+        del self.fpn1, self.fpn2, self.fpn3, self.fpn4  # only detectors use them
         first = self.blocks[0]
         dim, eta = len(first.gamma1), first.gamma1[0].item()
         tokens_norm = arch != 'nano_12' if tokens_norm is None else tokens_norm
@@ -119,12 +119,12 @@ class SpecXCiTClassifier(SpecXCiT):
 
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
-    """A classifier that MMEngine's runner trains, with the cross-entropy of images that timm has mixed.
+    """Classifier for MMEngine's runner, trained by cross-entropy with optional mixing of images by timm.
 
     Args:
         backbone: config of a :class:`SpecXCiTClassifier`.
-        mixing: arguments of timm.data.Mixup; None mixes nothing.
-        smoothing: of the labels.
+        mixing: arguments of timm.data.Mixup; None disables mixing.
+        smoothing: label smoothing.
         data_preprocessor: MMEngine's.
         init_cfg: MMEngine's.
     """

@@ -1,4 +1,4 @@
-"""Extreme singular values of the Jacobians of a backbone's attention on an image."""
+"""Compute extreme singular values of the Jacobians of a backbone's attention on an image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .attention import XCA
 class JacobianSpectrum:
     """Extreme singular values of a layer's Jacobian with respect to its query, key and value projections.
 
-    A head does not depend on other heads' projections, so the layer's extremes are those over its heads. They are exact
-    if ``heads`` contains all heads; otherwise they are the extremes over this sample.
+    A head does not depend on other heads' projections, so the layer's extremes are the extremes over its heads. They
+    are exact if ``heads`` contains all heads.
     """
 
     name: str
@@ -47,8 +47,8 @@ def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) 
     Args:
         model: a backbone; a copy is run on the CPU, in float64 and evaluation mode.
         image: the backbone's input, shape (1, 3, H, W).
-        heads: the number of heads to use in each layer. By default all if they are at most 32 channels wide (hundredths
-            of a second each), or else one (about a second).
+        heads: number of heads per layer. By default all if they have at most 32 channels (hundredths of a second
+            each), otherwise one (about a second).
 
     Returns:
         One spectrum for each XCA layer, in the order of the model.
@@ -65,7 +65,7 @@ def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) 
         attention = model.get_submodule(name)
         (qkv,) = find_projections(attention)
         W = qkv.W if qkv.correction is None else qkv.W_plus_C
-        # The bias is one more row of the projection, for tokens with a last entry of one.
+        # The bias becomes one more row of the projection, and each token gets a last entry of 1.
         W = torch.cat([W, attention.qkv.bias.view(3, -1, 1)], dim=2).unflatten(1, (attention.num_heads, -1))
         X = torch.cat([X, X.new_ones(len(X), 1)], dim=1)
         chosen = _choose_heads(attention.num_heads, W.shape[2], heads)

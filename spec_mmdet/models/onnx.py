@@ -1,7 +1,7 @@
-"""Whole detectors as one graph, from an image to boxes, scores, labels and masks, and detectors that run such a graph.
+"""A detector's inference as one ONNX graph, from image to boxes, scores, labels and masks, and a model that runs it.
 
-What comes after MMDetection's heads is written here anew for one image, without choices that depend on what is found:
-those of MMDetection's own code cannot be traced.
+The post-processing after MMDetection's heads is rewritten for one image, because MMDetection's own cannot be traced: it
+branches on the detections.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ..errors import InputError
 from .padding import MaskedDataPreprocessor
 
 INPUTS = ('image', 'size', 'score')
-OUTPUTS = ('boxes', 'scores', 'labels', 'masks')  # a detector without masks has the first three
+OUTPUTS = ('boxes', 'scores', 'labels', 'masks')  # the last only if the detector has masks
 DETECTORS = (MaskRCNN, FasterRCNN, RetinaNet)
 
 
 class DetectorGraph(nn.Module):
-    """A detector's inference on one image, in operations that ONNX has.
+    """A detector's inference on one image, in operations that ONNX supports.
 
     Args:
         detector: MMDetection's Mask R-CNN, Faster R-CNN or RetinaNet with the heads of its shipped configs, in
             evaluation mode.
 
     Raises:
-        ValueError: with another detector, head, coder of boxes or kind of nms.
+        ValueError: if the detector, a head, the box coder or the type of NMS is not supported.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -51,7 +51,7 @@ class DetectorGraph(nn.Module):
         self.detector = detector
         if type(detector) not in DETECTORS:
             names = ', '.join(kind.__name__ for kind in DETECTORS)
-            raise ValueError(f'{type(detector).__name__} is not one of the detectors that are exported whole: {names}')
+            raise ValueError(f'{type(detector).__name__} cannot be exported; supported detectors: {names}')
         self.two_stages = not isinstance(detector, RetinaNet)
         roi_head = detector.roi_head if self.two_stages else None
         self.dense_head = detector.rpn_head if self.two_stages else detector.bbox_head
@@ -72,23 +72,23 @@ class DetectorGraph(nn.Module):
                 parts += [(roi_head.mask_head, FCNMaskHead), (roi_head.mask_roi_extractor, SingleRoIExtractor)]
         for part, expected in parts:
             if type(part) is not expected:
-                raise ValueError(f'{type(part).__name__} is not exported: in its place, only {expected.__name__} is')
+                raise ValueError(f'{type(part).__name__} cannot be exported; use {expected.__name__} instead')
         for cfg in configs:
             if cfg.nms.get('type', 'nms') != 'nms' or cfg.nms.get('class_agnostic'):
-                raise ValueError(f'an nms other than the plain one by classes is not exported: {dict(cfg.nms)}')
+                raise ValueError(f"cannot export {dict(cfg.nms)}; use nms.type='nms' without class_agnostic")
         self.with_mask = self.two_stages and roi_head.with_mask
 
     def forward(self, image: Tensor, size: Tensor, score: Tensor) -> tuple[Tensor, ...]:
-        """What the detector finds in an image.
+        """Detect objects in an image.
 
         Args:
-            image: RGB pixels, uint8, shape (1, 3, H, W), of the size at which the detector is to look at it.
-            size: height and width, int64, shape (2,), of the image in whose pixels boxes and masks are wanted.
-            score: what is found has more than this, float32, shape ().
+            image: RGB pixels at the detector's input size, uint8, shape (1, 3, H, W).
+            size: height and width of the original image, int64, shape (2,); boxes and masks are in its pixels.
+            score: score threshold, float32, shape ().
 
         Returns:
-            By falling score: boxes, x0 y0 x1 y1, shape (n, 4); scores (n,); labels from 0, int64, (n,); and where
-            the detector has masks, those, bool, (n, height, width).
+            By falling score: boxes (x0, y0, x1, y1), shape (n, 4); scores, (n,); labels from 0, int64, (n,); and masks,
+            bool, (n, height, width), if the detector has them.
         """
         shape = image.shape[-2:]
         feats = self.detector.neck(self.detector.backbone(self._preprocess(image)))
@@ -103,9 +103,9 @@ class DetectorGraph(nn.Module):
         return found, scores, labels, self._make_masks(feats, boxes, labels, found, size)
 
     def _preprocess(self, image: Tensor) -> Tensor:
-        """Normalised, padded, and with a channel that says where, as the detector's own preprocessor does it."""
+        """Normalise and pad an image, and add the mask's channel, as the detector's preprocessor does."""
         preprocessor = self.detector.data_preprocessor
-        # Pixels are read as BGR, so that one that exchanges red and blue wants them in the order in which they are.
+        # MMDetection reads BGR, so a preprocessor that exchanges red and blue expects the RGB that we have.
         x = (image if exchanges_channels(preprocessor) else image.flip(1)).float()
         if normalises(preprocessor):
             x = (x - preprocessor.mean) / preprocessor.std
@@ -120,7 +120,7 @@ class DetectorGraph(nn.Module):
     def _detect_dense(
         self, feats: Sequence[Tensor], shape: Sequence[int], score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What RPN or RetinaNet finds, of several anchors a position."""
+        """Return the boxes, scores and levels of RPN, or the boxes, scores and labels of RetinaNet."""
         head, cfg = self.dense_head, self.dense_head.test_cfg
         scores_of, deltas_of = head(feats)
         sizes = [level.shape[-2:] for level in scores_of]
@@ -130,7 +130,7 @@ class DetectorGraph(nn.Module):
             scores = scores[0].permute(1, 2, 0).reshape(-1, head.cls_out_channels)
             scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[:, :-1]
             deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)
-            if self.two_stages:  # to RPN, each level is a class
+            if self.two_stages:  # RPN applies NMS by level
                 scores, kept = scores[:, 0], torch.arange(scores.shape[0])
                 groups = torch.full_like(kept, level)
             else:
@@ -149,7 +149,7 @@ class DetectorGraph(nn.Module):
     def _detect_boxes(
         self, feats: Sequence[Tensor], proposals: Tensor, shape: Sequence[int], score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The second stage's boxes, scores and labels."""
+        """Return the second stage's boxes, scores and labels."""
         roi_head, cfg = self.detector.roi_head, self.detector.roi_head.test_cfg
         head = roi_head.bbox_head
         scores, deltas = head(pool(roi_head.bbox_roi_extractor, feats, proposals))
@@ -163,24 +163,24 @@ class DetectorGraph(nn.Module):
     def _make_masks(
         self, feats: Sequence[Tensor], boxes: Tensor, labels: Tensor, found: Tensor, size: Tensor
     ) -> Tensor:
-        """The masks of boxes, pasted where ``found`` has them in an image of ``size``."""
+        """Predict the masks of ``boxes``, and paste them at ``found`` into an image of ``size``."""
         roi_head = self.detector.roi_head
         masks = roi_head.mask_head(pool(roi_head.mask_roi_extractor, feats, boxes))
         if roi_head.mask_head.class_agnostic:
             labels = torch.zeros_like(labels)
         masks = masks[torch.arange(labels.shape[0]), labels].sigmoid()
-        # Bilinear sampling is a product with each side's weights; grid_sample would need two numbers a pixel besides.
+        # Bilinear sampling as a product with each side's weights; grid_sample would need two more numbers per pixel.
         across = weigh_cells(found[:, 0], found[:, 2], size[1], masks.shape[2])
         down = weigh_cells(found[:, 1], found[:, 3], size[0], masks.shape[1])
         return down @ masks @ across.transpose(1, 2) >= roi_head.test_cfg.mask_thr_binary
 
 
 def decode(coder: DeltaXYWHBBoxCoder, priors: Tensor, deltas: Tensor, shape: Sequence[int]) -> Tensor:
-    """Boxes, (n, 4), from what a head says of each prior, inside an image of ``shape``."""
+    """Decode a head's deltas to boxes, shape (n, 4), clipped to an image of ``shape``."""
     deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
     sides = priors[:, 2:] - priors[:, :2]
     shift = sides * deltas[:, :2]
-    largest = abs(math.log(16 / 1000))  # MMDetection's; a side grows by no more
+    largest = abs(math.log(16 / 1000))  # MMDetection's limit of the growth of a side
     half = sides * deltas[:, 2:].clamp(-largest, largest).exp() / 2
     centre = (priors[:, :2] + priors[:, 2:]) / 2 + shift
     x0, y0, x1, y1 = torch.cat([centre - half, centre + half], dim=1).unbind(1)
@@ -191,14 +191,14 @@ def decode(coder: DeltaXYWHBBoxCoder, priors: Tensor, deltas: Tensor, shape: Seq
 def suppress(
     boxes: Tensor, scores: Tensor, groups: Tensor, shape: Sequence[int], iou_threshold: float, most: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Non-maximum suppression by groups, of boxes inside an image of ``shape``; the best ``most`` of them."""
+    """Apply non-maximum suppression by groups to boxes inside an image of ``shape``, and keep the best ``most``."""
     apart = groups[:, None] * (shape[0] + shape[1])
     kept = nms(boxes + apart, scores, torch.tensor(iou_threshold, dtype=torch.float32).item())[:most]
     return boxes[kept], scores[kept], groups[kept]
 
 
 def pool(extractor: SingleRoIExtractor, feats: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """The features of each box from the level of the pyramid for its size, shape (n, C, k, k)."""
+    """Pool the features of each box from the pyramid level for its size, shape (n, C, k, k)."""
     rois = F.pad(boxes, (1, 0))
     level_of = extractor.map_roi_levels(rois, len(feats))
     pooled, order = [], []
@@ -211,9 +211,9 @@ def pool(extractor: SingleRoIExtractor, feats: Sequence[Tensor], boxes: Tensor) 
 
 
 def weigh_cells(start: Tensor, end: Tensor, pixels: Tensor, cells: int) -> Tensor:
-    """How much each cell of a mask from ``start`` to ``end`` counts for each pixel of a side, shape (n, pixels, cells).
+    """Return the weights by which the pixels of a side sample the cells of masks from ``start`` to ``end``.
 
-    Outside a mask, zeros are sampled, as by torch's grid_sample.
+    Outside a mask the weights are 0, as in torch's grid_sample. The shape is (n, pixels, cells).
     """
     centres = torch.arange(pixels.item()) + 0.5
     place = (centres - start[:, None]) / (end - start).clamp(min=1e-6)[:, None] * cells - 0.5
@@ -222,15 +222,15 @@ def weigh_cells(start: Tensor, end: Tensor, pixels: Tensor, cells: int) -> Tenso
 
 @MODELS.register_module()
 class OnnxDetector(BaseModel):
-    """A detector that was exported whole, run by ONNX Runtime, for MMDetection's inferencer.
+    """An exported detector, run by ONNX Runtime, for MMDetection's inferencer.
 
     Args:
         path: the .onnx file.
-        score: least score of what it finds, where the exported detector's own is smaller.
-        device: 'cpu', or one of 'cuda'; by default a GPU where this ONNX Runtime has one.
+        score: score threshold; if the exported detector's is higher, that one applies.
+        device: 'cpu' or a CUDA device; by default a GPU if ONNX Runtime supports it.
 
     Raises:
-        InputError: where ONNX Runtime is not installed or cannot read the file, or it is another one.
+        InputError: if ONNX Runtime is not installed or cannot read the file, or the file is not an exported detector.
     """
 
     def __init__(self, path: str | Path, score: float = 0.0, device: str | None = None) -> None:
@@ -238,36 +238,37 @@ class OnnxDetector(BaseModel):
         try:
             import onnxruntime
         except ImportError as error:
-            raise InputError(f"{path}: running it needs ONNX Runtime: pip install -e '.[export]'") from error
+            raise InputError(f"{path}: needs ONNX Runtime. Run: pip install -e '.[export]'") from error
         known = onnxruntime.get_available_providers()
         provider = 'CUDAExecutionProvider'
         if device and device.startswith('cuda') and provider not in known:
-            raise InputError(f'{path}: this ONNX Runtime has no {provider}: --device cpu, or install onnxruntime-gpu')
+            raise InputError(f'{path}: this ONNX Runtime has no {provider}. Use --device cpu, or install '
+                             'onnxruntime-gpu')  # fmt: skip
         if device == 'cpu' or provider not in known:
             provider = 'CPUExecutionProvider'
         try:
             self.session = onnxruntime.InferenceSession(path, providers=[provider])
-        except Exception as error:  # it has classes of its own for each kind
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise InputError(f'{path}: ONNX Runtime cannot read it: {error}') from error
         self.outputs = [output.name for output in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
         if self.outputs[:3] != list(OUTPUTS[:3]) or 'classes' not in metadata:
-            raise InputError(f'{path}: is no detector that spec-mmdet export has written (without --backbone)')
+            raise InputError(f'{path}: not a detector written by "spec-mmdet export" without --backbone')
         self.classes: list[str] = json.loads(metadata['classes'])
         self.least = json.loads(metadata['min_size'])
         self.score = max(score, json.loads(metadata['score_thr']))
 
     def forward(self, inputs: list[Tensor], data_samples: list[DetDataSample], mode: str = 'predict'):
-        """Fill samples, as MMDetection's detectors do, from images as its pipelines pack them: uint8, BGR.
+        """Add predictions to the samples of images (uint8, BGR, as MMDetection's pipelines pack them).
 
         Raises:
-            InputError: where an image is smaller than the graph allows.
+            InputError: if an image is smaller than the graph allows.
         """
         for image, sample in zip(inputs, data_samples, strict=True):
             if min(image.shape[1:]) < self.least:
                 raise InputError(
-                    f'an image of {image.shape[2]} x {image.shape[1]} pixels, as the config scales it: the exported '
-                    f'detector takes none with a side below {self.least}'
+                    f'an image of {image.shape[2]} x {image.shape[1]} pixels after scaling: the exported detector '
+                    f'needs sides of at least {self.least}. Resize the image, or remove it'
                 )
             feed = dict(image=image.flip(0)[None], size=torch.tensor(sample.ori_shape), score=torch.tensor(self.score))
             found = self.session.run(self.outputs, {name: value.numpy() for name, value in feed.items()})

@@ -1,4 +1,4 @@
-"""Predictions that do not depend on the other images in a batch: the backbone gets a mask of the padding."""
+"""Pass a mask of the padding to the backbone, so that predictions do not depend on the other images in a batch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class MaskedDataPreprocessor(DetDataPreprocessor):
         kwargs: as for MMDetection's.
 
     Raises:
-        ValueError: with batch augmentations, which would not resize the mask.
+        ValueError: if there are batch augmentations, which would not resize the mask.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.batch_augments:
-            raise ValueError('MaskedDataPreprocessor: batch_augments would change the images without their masks')
+            raise ValueError('MaskedDataPreprocessor: batch_augments would not change the masks. Remove batch_augments')
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Preprocess as MMDetection's does, and return inputs of shape (B, 4, H, W)."""

@@ -14,7 +14,7 @@ from ..compat import has_hooks
 
 # Tokens per product in half precision: oneDNN sums them in float32 and rounds; the rounded sums are added in float32.
 SLICE = 1024
-WINDOWS = 2**21  # elements of a convolution's windows copied at a time, so that they stay in the cache
+WINDOWS = 2**21  # elements of a convolution's windows copied at a time, so that they fit in the cache
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -62,7 +62,7 @@ def compute_gram(x: Tensor) -> Tensor:
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.device.type == 'cuda' and 'dtype' in torch.ops.aten.bmm.overloads():
             return torch.bmm(x.mT, x, out_dtype=torch.float32)
-        if x.dtype == torch.bfloat16:  # which has the range for it
+        if x.dtype == torch.bfloat16:  # float16 could overflow
             return torch.stack([(part.mT @ part).float() for part in x.split(SLICE, dim=1)]).sum(dim=0)
         x = x.float()
     if not uses_onednn(x):
@@ -79,9 +79,7 @@ def compute_weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, p
     Args:
         x: shape (B, C, H, W).
         by_y: the gradient with respect to the output, shape (B, D, h, w).
-        kernel: its height and width.
-        stride: of the convolution.
-        padding: of the convolution.
+        kernel, stride, padding: of the convolution, equal in both directions.
 
     Returns:
         Tensor of shape (D, C, kernel, kernel).
@@ -113,7 +111,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, by_y: Tensor) -> tuple:
         x, W = ctx.saved_tensors
         by_x = None
-        if ctx.needs_input_grad[0]:  # computed from x itself, so that it has the memory format of x
+        if ctx.needs_input_grad[0]:  # computed from x, so that it has the memory format of x
             by_x, _, _ = torch.ops.aten.convolution_backward(
                 by_y, x, W, None, [ctx.stride] * 2, [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
             )
@@ -149,7 +147,7 @@ def get_product_dtype(x: Tensor) -> torch.dtype:
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with a square kernel; fast without a bias, which it has once a normalisation is fused into it."""
+    """Convolution with a square kernel, fast if it has no bias (a fused normalisation adds one)."""
 
     def forward(self, x: Tensor) -> Tensor:
         # With few input channels, copying the windows takes longer than multiplying them.
@@ -161,7 +159,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """Transposed convolution of stride ``scale`` and a kernel as large: each pixel becomes scale x scale of them."""
+    """Transposed convolution whose kernel and stride are ``scale``: each pixel becomes scale x scale pixels."""
 
     def __init__(self, c_in: int, c_out: int, scale: int) -> None:
         super().__init__(c_in, c_out, scale, scale)
@@ -176,7 +174,7 @@ class Upsample(nn.ConvTranspose2d):
 def is_plain(*layers: nn.Module) -> bool:
     """Return whether layers compute only what their weight and bias define, so that a faster function can replace them.
 
-    A layer with a hook, an adapter (such as LoRA) or a forward of its own must be called as a module.
+    A layer with a hook, an adapter (LoRA) or its own forward must be called as a module.
     """
     plain = (nn.Linear.forward, nn.Conv2d.forward, Conv2d.forward)
     return all(

@@ -17,7 +17,7 @@ FLIP_DIMS = dict(horizontal=[2], vertical=[1], diagonal=[1, 2])
 
 @MODELS.register_module()
 class MaskTTAModel(DetTTAModel):
-    """Merges the detections in several views of an image by NMS; each kept detection keeps its own mask.
+    """Test-time augmentation that merges the detections of several views by NMS; kept detections keep their masks.
 
     Args:
         tta_cfg: ``nms``, the config of the NMS, and ``max_per_img``, the number of detections to keep.
@@ -43,16 +43,15 @@ class MaskTTAModel(DetTTAModel):
 
 
 def use_augmentation(cfg: Config, masks: bool) -> None:
-    """Make a config's test merge several views of an image: those that it defines, or the image and its mirror image;
-    changes ``cfg``.
+    """Enable test-time augmentation in a config, by default with horizontal flips; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
+        cfg: the complete config.
         masks: whether the detector predicts masks. MMDetection's DetTTAModel, which cannot merge them, is then replaced
             by :class:`MaskTTAModel`.
     """
     if masks and 'tta_model' in cfg and MODELS.get(cfg.tta_model.type.removeprefix('mmdet.')) is DetTTAModel:
-        print('tta_model: MaskTTAModel instead of DetTTAModel, which cannot merge masks')
+        print('tta_model: replaced DetTTAModel, which cannot merge masks, by MaskTTAModel')
         cfg.tta_model.type = 'MaskTTAModel'
     if 'tta_model' not in cfg:
         cfg.tta_model = dict(

@@ -1,4 +1,4 @@
-"""SpecXCiT: the XCiT backbone, its attention spectrally conditioned, for MMDetection."""
+"""SpecXCiT: the XCiT backbone with spectrally conditioned attention, for MMDetection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..conditioning import require_same_conditioning
 from .attention import XCA
 from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, scale_output, uses_onednn
 
-# dim, depth, heads, and eta, the initial value of LayerScale (the reference implementation's, arXiv 2106.09681).
+# The reference implementation's architectures (arXiv 2106.09681); eta is the initial value of LayerScale.
 ARCHS = {
     'nano_12': dict(dim=128, depth=12, num_heads=4, eta=1.0),
     'tiny_12': dict(dim=192, depth=12, num_heads=4, eta=1.0),
@@ -34,7 +34,7 @@ MIN_IMAGE_SIZE = 32  # the coarsest level has stride 32
 
 
 def gelu(x: Tensor, *layers: nn.Module) -> Tensor:
-    """Apply GELU to the output of layers, in place if neither a gradient nor a hook on them can need it."""
+    """Apply GELU to the output of layers, in place unless a gradient or a hook may need the input."""
     kept = torch.is_grad_enabled() or any(map(has_hooks, layers))
     return F.gelu(x) if kept else torch.ops.aten.gelu_(x)
 
@@ -77,16 +77,16 @@ class PatchEmbed(nn.Module):
         convs = int(math.log2(patch_size))
         channels = [3] + [dim // 2**i for i in reversed(range(convs))]
         layers = [ConvBN(*ends, norm_cfg) for ends in zip(channels, channels[1:])]
-        # The reference's names count the activations between, which have none of their own here.
+        # The reference's names count the activations in between, which are not modules here.
         self.proj = nn.ModuleDict({str(2 * i): layer for i, layer in enumerate(layers)})
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Images, shape (B, 3, H, W), and perhaps a mask of their pixels, shape (B, 1, H, W), become as many tokens."""
+        """Turn images, shape (B, 3, H, W), and an optional mask, shape (B, 1, H, W), into tokens and their mask."""
         layers = list(self.proj.values())
         for i, layer in enumerate(layers):
             x = layer(gelu(x, layers[i - 1], layers[i - 1][1]) if i else x)
             if mask is not None:
-                # Padding goes on being zeros, as it is to the convolutions of an image that ends there.
+                # Padding stays zero, like the padding of a convolution at an image's edge.
                 mask = mask[..., ::2, ::2]
                 x = x * mask
         return x, mask
@@ -99,13 +99,13 @@ def encode_positions(n: int, hidden: int, temperature: float, last: Tensor) -> T
         n: the number of positions.
         hidden: the number of sines and cosines of each.
         temperature: the longest period over the shortest.
-        last: the last position of each image, at which the phase is 2 pi; float32, shape (B, 1).
+        last: each image's last position, where the phase is 2 pi; float32, shape (B, 1).
 
     Returns:
         float32, shape (B, hidden, n).
     """
-    # Float32 whatever the model's dtype, and in this order of operations, as in the reference: its checkpoints
-    # were trained with these values.
+    # Always in float32 and in the reference's order of operations, because its checkpoints were trained with these
+    # values.
     period = temperature ** (2 * (torch.arange(hidden, device=last.device) // 2).float() / hidden)
     position = torch.arange(1, n + 1, device=last.device).float()
     phase = (position / (last + 1e-6) * (2 * math.pi))[..., None] / period
@@ -123,13 +123,13 @@ def encode_grid(h: int, w: int, hidden: int, temperature: float, rows: Tensor, c
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in a later training
 def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
     """Return the encoding of a grid of h x w tokens: float32, shape (1, 2 * hidden, h, w)."""
-    # A number converted to float would fix the size of an exported graph.
+    # Converting h and w to Python floats would fix the image size of an exported graph.
     last = (torch.full((1, 1), n, dtype=torch.float32, device=device) for n in (h, w))
     return encode_grid(h, w, hidden, temperature, *last)
 
 
 class PositionEncoding(nn.Module):
-    """Fourier position encoding of a token grid, projected to ``dim`` channels: once per forward, for all images."""
+    """Fourier position encoding of a token grid, projected to ``dim`` channels."""
 
     def __init__(self, dim: int, hidden: int = 32, temperature: float = 10000.0) -> None:
         super().__init__()
@@ -137,34 +137,33 @@ class PositionEncoding(nn.Module):
         self.token_projection = nn.Conv2d(2 * hidden, dim, 1)
 
     def masked(self, mask: Tensor) -> Tensor:
-        """Each image's own encoding, for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
+        """Encode each image's own grid for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
         rows, columns = mask[:, 0, :, 0].float().sum(dim=1), mask[:, 0, 0].float().sum(dim=1)
         features = encode_grid(*mask.shape[-2:], self.hidden, self.temperature, rows[:, None], columns[:, None])
         return self.token_projection(features.to(self.token_projection.weight)) * mask
 
     def forward(self, h: int, w: int) -> Tensor:
-        """Encoding of shape (1, dim, h, w)."""
+        """Return the encoding of a grid, shape (1, dim, h, w)."""
         weight = self.token_projection.weight
         return self.token_projection(fourier_features(h, w, self.hidden, self.temperature, weight.device).to(weight))
 
 
 class LPI(nn.Module):
-    """Local patch interaction: two depthwise 3x3 convolutions, through which tokens see their neighbours."""
+    """Local patch interaction between neighbouring tokens: two depthwise 3x3 convolutions."""
 
     def __init__(self, dim: int, norm_cfg: dict) -> None:
         super().__init__()
-        # Before conv1, because mmcv's fuse_conv_bn fuses a normalisation into the convolution registered before it,
-        # although GELU is between them here.
+        # Registered before conv1: mmcv's fuse_conv_bn would fuse it into the preceding convolution, despite the GELU.
         self.bn = build_norm(norm_cfg, dim)
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, h: int, w: int, gamma: Tensor, mask: Tensor | None) -> Tensor:
-        """x: tokens, shape (B, h * w, C); returns the same shape, its channels scaled by gamma."""
+        """Mix neighbouring tokens, shape (B, h * w, C), and scale the channels by gamma."""
         if mask is not None:
             x = x * mask
             mask = mask.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-        # To a convolution, tokens are a channels_last image: neither way is anything copied.
+        # Tokens are a channels_last image, so neither conversion copies.
         x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
         if torch.compiler.is_compiling():  # Inductor (of PyTorch 2.14) cannot order strides of unknown size
             x = x.contiguous()
@@ -178,7 +177,7 @@ class LPI(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between, four times as wide inside."""
+    """Two linear layers with GELU in between; the hidden layer is four times as wide."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -189,7 +188,7 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """x: tokens, shape (B, N, C); returns the same shape, its channels scaled by gamma."""
+        """Apply the MLP to tokens, shape (B, N, C), and scale the channels by gamma."""
         if not is_plain(self.fc1, self.fc2):
             return self.fc2(F.gelu(self.fc1(x))) * gamma
         W, b = scale_output(self.fc2, gamma)
@@ -199,13 +198,13 @@ class MLP(nn.Module):
 
         if torch.is_grad_enabled() or not uses_onednn(x):
             return mlp(x)
-        # It is fastest on so many tokens at a time that their wide hidden layer stays in the cache, and is not copied.
+        # With this many tokens at a time, the hidden layer fits in the cache.
         parts = [mlp(part) for part in x.split(4096, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Block(nn.Module):
-    """XCiT block: attention over channels, local interaction of neighbours, MLP; each residual and LayerScaled."""
+    """XCiT block: attention over channels, local patch interaction and MLP, each residual with LayerScale."""
 
     def __init__(
         self, dim: int, num_heads: int, eta: float, conditioning: dict | None, drop_path: float, norm_cfg: dict
@@ -223,13 +222,13 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def residual(self, x: Tensor, gamma: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add a branch's output, LayerScaled by gamma, to ``x``; in training, leave it out for images at random."""
+        """Add a branch's output, scaled by gamma, to ``x``; in training with stochastic depth."""
         factor = None  # of the branch's output
         if self.training and self.drop_path:
-            # Exact whatever the dtype of x: 1 / 0.95 is 1.0547 in bfloat16.
+            # In float32 at least: 1 / 0.95 is 1.0547 in bfloat16.
             exact = torch.promote_types(x.dtype, torch.float32)
             factor = x.new_empty(len(x), 1, 1, dtype=exact).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
-            if len(x) == 1:  # scales the branch's weights instead of its tokens
+            if len(x) == 1:  # cheaper: scales the branch's weights instead of its tokens
                 gamma, factor = (gamma * factor.flatten()).to(gamma.dtype), None
         if get_product_dtype(x) == torch.float16:  # a weight times a gamma of 1e-5 would underflow
             largest = gamma.detach().abs().max().clamp_min(torch.finfo(gamma.dtype).tiny)
@@ -238,8 +237,8 @@ class Block(nn.Module):
         return x + y if factor is None else torch.addcmul(x, y, factor).to(x.dtype)
 
     def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
-        """x: tokens, shape (B, h * w, C); returns the same shape. mask: without padding, shape (B, h * w, 1)."""
-        # Numbered 1, 3, 2 in the reference, whose parameter names these are.
+        """Apply the block to tokens, shape (B, h * w, C); the mask is 0 in the padding, shape (B, h * w, 1)."""
+        # The reference's parameter names number the branches 1, 3, 2.
         x = self.residual(x, self.gamma1, lambda gamma: self.attn(self.norm1(x), gamma, mask))
         x = self.residual(x, self.gamma3, lambda gamma: self.local_mp(self.norm3(x), h, w, gamma, mask))
         return self.residual(x, self.gamma2, lambda gamma: self.mlp(self.norm2(x), gamma))
@@ -247,7 +246,7 @@ class Block(nn.Module):
 
 @contextmanager
 def _frozen_statistics(block: Block):
-    """Keep a block's running statistics as they are: the recomputation of a checkpoint has seen the batch before."""
+    """Freeze a block's running statistics while activation checkpointing runs it a second time."""
     bn = block.local_mp.bn
     if not hasattr(bn, 'momentum'):  # without running statistics
         yield
@@ -260,7 +259,7 @@ def _frozen_statistics(block: Block):
 
 
 def load_strictly(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
-    """Replace MMEngine's initialiser 'Pretrained', which skips what mismatches, by our strict 'XCiTPretrained'."""
+    """Replace MMEngine's initialiser 'Pretrained', which skips mismatches, by our strict 'XCiTPretrained'."""
     if isinstance(init_cfg, dict):
         strict = init_cfg.get('type') in ('Pretrained', PretrainedInit)
         return {**init_cfg, 'type': 'XCiTPretrained'} if strict else init_cfg
@@ -276,27 +275,27 @@ class SpecXCiT(BaseModule):
 
     Args:
         arch: a name in :data:`ARCHS`, or a dict of ``dim``, ``depth``, ``num_heads`` and, optionally, ``eta``.
-        patch_size: 8 or 16 pixels a token.
+        patch_size: 8 or 16 pixels.
         conditioning: None for plain XCiT; ``dict(type='identity', lam=10.0)``, the paper's; ``dict(type='identity',
             sigmas=2.0)``, with lambda relative to sigma_max of each initial projection; or ``dict(type='svd')``. With
-            ``per_head=True`` each head is corrected separately; see :class:`~spec_mmdet.conditioning.Correction`. It
-            belongs to the weights: a state dict made with a different conditioning is refused.
+            ``per_head=True`` each head is corrected separately; see :class:`~spec_mmdet.conditioning.Correction`. A
+            state dict with a different conditioning is refused.
             ``dict(type='initialisation')`` only changes the initial weights (arXiv 2609.07086).
         norm_cfg: normalisation of the convolutions: BN (default), SyncBN, LN (over the channels) or GN. The statistics
             of GN include the padding, with or without a mask.
         drop_path_rate: stochastic depth, the same in every block.
-        out_indices: the four blocks after which features are taken; by default the ends of the first, second and
-            last thirds and of the first half: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24. Later blocks are not run.
+        out_indices: the four blocks whose outputs become features; by default 3, 5, 7, 11 of 12 blocks and 7, 11, 15,
+            23 of 24. Later blocks are not run.
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
-            ``out_indices``. Frozen parts keep their normalisation statistics too.
-        compile: None, or the arguments with which torch.nn.Module.compile compiles each block; ``dict(dynamic=True)``
-            copes with images of many sizes.
+            ``out_indices``. Frozen parts keep their normalisation statistics, too.
+        compile: None, or arguments of torch.nn.Module.compile for each block; use ``dict(dynamic=True)`` for images of
+            many sizes.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
         init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)`` with a checkpoint in any layout
-            of XCiT. Without it the weights are initialised as the reference does.
+            of XCiT; by default the reference's initialisation.
 
     Raises:
-        ValueError: on arguments outside the above.
+        ValueError: if an argument is invalid.
     """
 
     def __init__(
@@ -315,15 +314,13 @@ class SpecXCiT(BaseModule):
         super().__init__(load_strictly(init_cfg))
         if isinstance(arch, str):
             if arch not in ARCHS:
-                raise ValueError(f'SpecXCiT: unknown arch {arch!r}; known are {", ".join(ARCHS)}, or a dict of dims')
+                raise ValueError(f'SpecXCiT: unknown arch {arch!r}; use one of {", ".join(ARCHS)}, or a dict of dims')
             arch = ARCHS[arch]
         if set(arch) | {'eta'} != {'dim', 'depth', 'num_heads', 'eta'}:
             raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
         dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
         if depth < 4:
-            raise ValueError(
-                f'SpecXCiT: features are taken after four blocks, so depth must be at least 4, got {depth}'
-            )
+            raise ValueError(f'SpecXCiT: depth must be at least 4, because features come from four blocks, got {depth}')
         if dim % num_heads or dim % 8:
             raise ValueError(f'SpecXCiT: dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}')
         if patch_size not in (8, 16):
@@ -335,7 +332,9 @@ class SpecXCiT(BaseModule):
             or list(out_indices) != sorted(set(out_indices))
             or not (0 <= out_indices[0] and out_indices[-1] < depth)
         ):
-            raise ValueError(f'SpecXCiT: out_indices must be four rising block indices below {depth}: {out_indices}')
+            raise ValueError(
+                f'SpecXCiT: out_indices must be four rising block indices below {depth}, got {out_indices}'
+            )
         if not -1 <= frozen_stages <= 4:
             raise ValueError(f'SpecXCiT: frozen_stages must be from -1 to 4, got {frozen_stages}')
         norm_cfg = norm_cfg or dict(type='BN')
@@ -365,32 +364,34 @@ class SpecXCiT(BaseModule):
             self.fpn4 = nn.MaxPool2d(4, 4)
         for block in self.blocks if compile is not None else ():
             block.compile(**compile)
-        unused = self.blocks[self.out_indices[-1] + 1 :]  # to DDP, a parameter without gradient is an error
+        unused = self.blocks[self.out_indices[-1] + 1 :]  # DDP raises an error for parameters without gradient
         for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps of a batch of images.
+        """Compute the feature maps of a batch of images.
 
         Args:
-            x: images, shape (B, 3, H, W), H and W at least 32. A fourth channel, as
-                :class:`~spec_mmdet.models.padding.MaskedDataPreprocessor` adds it, is 1 where the images are and 0
-                where they are padded: then each image's features are those that it has alone.
+            x: images, shape (B, 3, H, W), H and W at least 32. An optional fourth channel, which
+                :class:`~spec_mmdet.models.padding.MaskedDataPreprocessor` adds, is 1 inside the images and 0 in the
+                padding. With it, each image's features do not depend on the padding.
 
         Returns:
             Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
         """
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(f'SpecXCiT: images must be at least {MIN_IMAGE_SIZE} pixels high and wide: {x.shape}')
+            raise ValueError(
+                f'SpecXCiT: images must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {tuple(x.shape)}'
+            )
         return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.taps(x)))
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        """The tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before any rescaling."""
+        """Return the tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before rescaling."""
         x, mask = (x[:, :3], x[:, 3:]) if x.shape[1] == 4 else (x, None)
-        # Channels last from the start, so that an image's rows of pixels are its tokens.
+        # channels_last from the start, so that viewing pixels as tokens does not copy.
         x, mask = self.patch_embed(x.contiguous(memory_format=torch.channels_last), mask)
         h, w = x.shape[-2:]
-        # Under autocast the residual stream is in the parameters' float32, as in the reference: the branches are half.
+        # As in the reference, under autocast the residual stream is in float32 and the branches in half precision.
         x = x.to(self.blocks[0].gamma1.dtype)
         x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.masked(mask))
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -422,7 +423,7 @@ class SpecXCiT(BaseModule):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Raised here, not noted among the mismatches: MMEngine loads with strict=False and would go on with a warning.
+        # Raised here, because MMEngine loads with strict=False and would only warn about a mismatch.
         weights = {k: v for k, v in state_dict.items() if k.startswith(prefix + 'blocks.')}
         if weights:
             require_same_conditioning(weights, self.state_dict())

@@ -184,7 +184,7 @@ def test_wrappers(tmp_path, capsys):
     convert(tmp_path / 'source.pth', tmp_path / 'converted.pth', '--key', 'model')
     converted = load(tmp_path / 'converted.pth')['state_dict']
     assert torch.equal(converted['blocks.3.attn.proj.weight'], other['blocks.3.attn.proj.weight'])
-    assert 'holds no weights under' in complaint(tmp_path / 'source.pth', tmp_path / 'x.pth', '--key', 'teacher')
+    assert 'no weights under' in complaint(tmp_path / 'source.pth', tmp_path / 'x.pth', '--key', 'teacher')
 
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
@@ -381,10 +381,10 @@ def test_other_refusals(tmp_path):
     ):
         assert says in complaint(*args)
     for foreign, says in (
-        (timm.create_model('resnet18').state_dict(), 'in no layout of XCiT'),
-        (dict(epoch=3), 'holds no weights'),
-        ([1, 2], 'holds no weights'),
-        ({}, 'holds no weights'),
+        (timm.create_model('resnet18').state_dict(), 'layout of XCiT'),
+        (dict(epoch=3), 'no weights'),
+        ([1, 2], 'no weights'),
+        ({}, 'no weights'),
     ):
         torch.save(foreign, source)
         assert says in complaint(source, tmp_path / 'out.pth')
@@ -413,18 +413,18 @@ def test_pretrained_backbones_in_a_config_are_taken_strictly(tmp_path, caplog):
         logger.setLevel(level)
     assert torch.equal(backbone.blocks[2].attn.proj.weight, load(source)['blocks.2.attn.proj.weight'])
     count = len(backbone.state_dict()) - len([key for key in backbone.state_dict() if key.startswith('fpn')])
-    assert f'loaded {count} tensors; not in it, and initialised: fpn1.0.weight' in caplog.text
+    assert f'loaded {count} tensors; initialised, because the checkpoint lacks them: fpn1.0.weight' in caplog.text
     for changes, says in (
-        (dict(arch=dict(SMALL, depth=7)), 'is of another XCiT'),
-        (dict(patch_size=8), 'is of another XCiT'),
-        (dict(arch=dict(SMALL, num_heads=2)), 'is of another XCiT'),
+        (dict(arch=dict(SMALL, depth=7)), 'does not fit'),
+        (dict(patch_size=8), 'does not fit'),
+        (dict(arch=dict(SMALL, num_heads=2)), 'does not fit'),
         (dict(conditioning=None), 'made with conditioning'),
         (dict(conditioning=dict(type='svd')), 'made with conditioning'),
     ):
         with pytest.raises(InputError, match=says):
             build(**changes)
     source.write_bytes(source.read_bytes()[:-1000])
-    with pytest.raises(InputError, match='damaged'):
+    with pytest.raises(InputError, match='corrupt'):
         build()
     source.unlink()
     with pytest.raises(InputError, match='no such file'):

@@ -147,15 +147,15 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
         guard.after_load_checkpoint(mode, dict(state_dict=weights))
         guard.after_load_checkpoint(mode, {f'module.{k}': v for k, v in weights.items()})
         for useless in (dict(model=weights), dict(state_dict={}), [1], dict(state_dict=dict(epoch=3))):
-            with pytest.raises(InputError, match='some.pth: holds no weights'):
+            with pytest.raises(InputError, match='some.pth: .* no weights'):
                 guard.after_load_checkpoint(mode, useless)
         with pytest.raises(InputError, match=r'1 missing \(backbone.bias\)'):
             guard.after_load_checkpoint(mode, {k: v for k, v in weights.items() if k != 'backbone.bias'})
         with pytest.raises(InputError, match=r'1 unknown \(backbone.other\)'):
             guard.after_load_checkpoint(mode, {**weights, 'backbone.other': torch.ones(1)})
-        with pytest.raises(InputError, match='another shape'):
+        with pytest.raises(InputError, match='backbone.weight'):
             guard.after_load_checkpoint(mode, {**weights, 'backbone.weight': torch.ones(3, 2)})
-        with pytest.raises(InputError, match=r'not finite .head.bias.'):
+        with pytest.raises(InputError, match=r'NaN .*head.bias'):
             guard.after_load_checkpoint(mode, {**weights, 'head.bias': torch.tensor([1, torch.nan, 1])})
         with pytest.raises(InputError, match='made with conditioning'):
             guard.after_load_checkpoint(mode, {**weights, 'backbone.blocks.0.attn.correction.lam': torch.tensor(10.0)})
@@ -170,11 +170,11 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
 def test_what_is_quoted_of_a_file_stays_within_the_line():
     with pytest.raises(InputError) as refused:
         get_state_dict({}, 'checkpoint a\nb\x1b[2K\ud800 ü')
-    assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: holds no weights')
+    assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: contains no weights')
 
 
 def test_integers_are_no_weights():
     model = torch.nn.BatchNorm1d(2)
     assert describe_mismatches(model, model.state_dict()) == ''
     weights = {name: value.long() for name, value in model.state_dict().items()}
-    assert describe_mismatches(model, weights).startswith('4 of another kind of number (weight, bias, ')
+    assert describe_mismatches(model, weights).startswith('4 with a wrong dtype (weight, bias, ')

@@ -103,8 +103,8 @@ def test_unusable_inputs(monkeypatch, config, conditioned, trained, tmp_path):
         ([config, checkpoint, out, '--backbone'], 'made with conditioning'),
         ([config, checkpoint, out, '--backbone', '--images', out.parent], 'not compared of a --backbone'),
         ([CONFIG, whole, out, '--images', out.parent], 'no such file or folder'),
-        ([CONFIG, whole, out, '--cfg-options', 'model.test_cfg.rcnn.nms.type=soft_nms'], 'other than the plain one'),
-        ([config, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'is of another XCiT'),
+        ([CONFIG, whole, out, '--cfg-options', 'model.test_cfg.rcnn.nms.type=soft_nms'], 'soft_nms'),
+        ([config, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'does not fit'),
         ([config, checkpoint, out, *LAMBDA, 'model.backbone.type=ResNet'], 'has no SpecXCiT'),
     ):
         assert says in error_line(monkeypatch, 'export', *args)

@@ -293,7 +293,7 @@ def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
         ([CONFIG, detector, '--cfg-options', 'model.backbone.conditioning.lam=2.0'], 'made with conditioning'),
         (
             [CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'],
-            'is of another XCiT',
+            'does not fit',
         ),
         ([CONFIG, '--images', tmp_path], 'no folder with images'),
         ([CONFIG, '--images', tmp_path / 'absent'], 'no folder with images'),
@@ -436,7 +436,7 @@ def test_unusable_config_and_checkpoint(monkeypatch, shapes, trained, tmp_path):
     text.write_text('not a checkpoint')
     no_weights = tmp_path / 'epochs.pth'
     torch.save(dict(epoch=3), no_weights)
-    for path, says in (('absent.pth', 'no such file'), (text, 'not a checkpoint'), (no_weights, 'holds no weights')):
+    for path, says in (('absent.pth', 'no such file'), (text, 'not a checkpoint'), (no_weights, 'no weights')):
         assert says in error_line(monkeypatch, 'test', CONFIG, path, '--work-dir', tmp_path, *options(shapes))
         assert says in error_line(
             monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', path, *options(shapes)
