@@ -1,4 +1,4 @@
-"""Several detectors' AP on the same images: differences, and how large the noise of images and of seeds is."""
+"""Compare the AP of several detectors on the same images: differences, and their noise from images and seeds."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from .report import format_kappa
 
 KINDS = dict(bbox='box', segm='mask')
 KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')  # the condition numbers among a run's curves
-PROCESSES = 4  # at most, each of which holds one run's detections
-DRAWS = 1000  # of the images
+PROCESSES = 4  # maximum; each holds one run's detections in memory
+DRAWS = 1000  # resamples of the images
 LEVEL = 0.95
 
 
 @dataclass
 class Run:
-    """A training that was evaluated.
+    """An evaluated training run.
 
     Attributes:
-        arm: its group; runs of an arm differ in their seed alone.
-        seed: of its training.
-        folder: its work directory.
-        ap: by kind, 'bbox' and, with masks, 'segm'.
-        drawn: the same on each draw of the images, shape (draws,).
-        facts: what the training recorded about itself.
-        curves: by name, iterations and values.
-        detections: the files of its newest report, by kind.
-        truth: the annotation file that they were evaluated on.
-        classes: the names of the evaluated classes.
+        arm: its group; runs of an arm differ only in their seed.
+        seed: seed of the training.
+        folder: the work directory.
+        ap: AP by kind, 'bbox' and, with masks, 'segm'.
+        drawn: AP on each resample of the images by kind, shape (draws,).
+        facts: metadata that the training recorded.
+        curves: iterations and values by name.
+        detections: files of the newest report by kind.
+        truth: annotation file of the evaluation.
+        classes: names of the evaluated classes.
     """
 
     arm: str
@@ -74,9 +74,9 @@ class Difference:
         arm, reference: their names.
         kind: of AP.
         value: arm minus reference.
-        images: its 95 % interval over images, from resampling them; the detectors stay the same.
-        seeds: its 95 % interval over seeds, by Student's t (paired if both arms have the same seeds); None if an arm
-            has one run.
+        images: 95 % interval over resampled images, for the same detectors.
+        seeds: 95 % interval over seeds, by Student's t (paired if both arms have the same seeds); None if an arm has
+            only one run.
         paired: whether the runs are paired by seed.
     """
 
@@ -90,32 +90,32 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """The conclusion that both intervals permit, in words."""
+        """The conclusion from both intervals."""
         of_images = self.images[0] <= 0 <= self.images[1]
         of_seeds = self.seeds is not None and self.seeds[0] <= 0 <= self.seeds[1]
         if of_images or of_seeds:
             noise = ' and '.join(['images'] * of_images + ['seeds'] * of_seeds)
             return f'within the noise of the {noise}'
         if self.seeds is None:
-            return 'beyond the noise of the images; what another seed gives is not known from one run'
+            return 'beyond the noise of the images; the noise of the seeds is unknown with one run per arm'
         return 'beyond the noise'
 
 
 def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list, list]]) -> Run:
-    """Find a run's newest report, and the annotation file that it was made on.
+    """Find a run's newest report and its annotation file.
 
     Args:
-        folder: its work directory.
-        name: of its arm; '' to name the arm by config and conditioning.
-        facts, curves: what the training recorded.
+        folder: the work directory.
+        name: name of the arm; '' uses the config and the conditioning.
+        facts, curves: records of the training.
 
     Raises:
         InputError: if there is no report, or its annotation file is missing or has changed.
     """
     found = sorted(folder.rglob('detections.bbox.json'), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(f'{folder}: contains no report of an evaluation: spec-mmdet test {folder}/CONFIG.py '
-                         f'{folder}/CHECKPOINT --report {folder}/report')  # fmt: skip
+        raise InputError(f'{folder}: contains no report of an evaluation. Run "spec-mmdet test {folder}/CONFIG.py '
+                         f'{folder}/CHECKPOINT --report {folder}/report"')  # fmt: skip
     files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
     arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
     truth, classes = find_data(folder, found[-1].parent)
@@ -133,69 +133,72 @@ def find_data(folder: Path, report: Path) -> tuple[Path, list[str]]:
         path = Path(record['annotations'])
         if not path.is_file() or compute_digest(path) != record['sha256']:
             fault = 'has changed since' if path.is_file() else 'does not exist'
-            raise InputError(f'{path}: {report} was made on this annotation file, which {fault}. Evaluate {folder} '
-                             'again: spec-mmdet test CONFIG CHECKPOINT --report DIR')  # fmt: skip
+            raise InputError(f'{path}: the annotation file of {report} {fault}. Evaluate {folder} again with '
+                             '"spec-mmdet test CONFIG CHECKPOINT --report DIR"')  # fmt: skip
         return path, record['classes']
     name = find_run_config(folder)
     config = Config.fromfile(name)
     files = [Path(evaluator.ann_file) for evaluator in evaluators(config, 'test') if 'ann_file' in evaluator]
     if not files:
-        raise InputError(f'{name}: has no ann_file in its test_evaluator')
+        raise InputError(f'{name}: test_evaluator has no ann_file. Set it, or evaluate again with --report')
     if not files[0].is_file():
-        raise InputError(f'{files[0]}: no such file, from here; {name} uses it for evaluation')
+        raise InputError(
+            f'{files[0]}: no such file; {name} uses it for evaluation. Run the command where the run started'
+        )
     dataset = next(coco_datasets(config.get('test_dataloader')), None)
     return files[0], configured_classes(dataset) if dataset else []
 
 
 def require_comparable(runs: Sequence[Run]) -> None:
-    """Reject runs that form one arm, copies of a run as two seeds, other kinds of AP, and other data.
+    """Check that there are several arms, no copied runs, and the same data, classes and kinds of AP in all runs.
 
     Raises:
         InputError: naming the runs.
     """
     arms = group_runs(runs)
     if len(arms) < 2:
-        raise InputError(f'all runs are of one arm ({runs[0].arm}): name them, as in plain=DIR conditioned=DIR')
+        raise InputError(f'all runs are of one arm ({runs[0].arm}). Name the arms, as in plain=DIR conditioned=DIR')
     for arm, members in arms.items():
         for i, run in enumerate(members):
             for other in members[:i]:
                 copied = is_copy(run, other)
                 if copied or run.seed == other.seed:
                     fault = 'copies of one run' if copied else f'both of the arm {arm}'
-                    raise InputError(f'{other.folder} and {run.folder} are {fault} with the seed {other.seed}: leave '
-                                     'one out, or name them, as in plain=DIR conditioned=DIR')  # fmt: skip
+                    raise InputError(f'{other.folder} and {run.folder} are {fault} with the seed {other.seed}. Leave '
+                                     'one out, or name the arms, as in plain=DIR conditioned=DIR')  # fmt: skip
     if len({frozenset(run.detections) for run in runs}) > 1:
-        raise InputError('some runs have masks and others do not')
+        raise InputError('some runs have masks and others do not. Compare runs of the same kind')
     digests = {path: compute_digest(path) for path in {run.truth for run in runs}}
     for run in runs:
         if set(run.classes) != set(runs[0].classes):
-            raise InputError(f'{run.folder} and {runs[0].folder} were evaluated on different classes')
+            raise InputError(f'{run.folder} and {runs[0].folder} were evaluated on different classes. Evaluate both on '
+                             'the same classes')  # fmt: skip
         if digests[run.truth] != digests[runs[0].truth]:
-            raise InputError(f'{run.folder} was evaluated on {run.truth}, and {runs[0].folder} on {runs[0].truth}: '
-                             'evaluate both on the same annotation file')  # fmt: skip
+            raise InputError(f'{run.folder} was evaluated on {run.truth}, and {runs[0].folder} on {runs[0].truth}. '
+                             'Evaluate both on the same annotation file')  # fmt: skip
 
 
 def is_copy(run: Run, other: Run) -> bool:
-    """Tell whether two runs began in the same second with the same seed, or contain the same detections."""
+    """Return whether two runs started in the same second with the same seed, or have the same detections."""
     began, other_began = (r.facts.get('started') and (r.facts['started'], r.seed) for r in (run, other))
     digest, other_digest = (compute_digest(r.detections['bbox']) for r in (run, other))
     return bool(began) and began == other_began or digest == other_digest
 
 
 def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:
-    """Compute AP of all runs, on all images and on each draw of them, in several processes; fills ``runs``.
+    """Compute AP of all runs on all images and on resamples of them, in several processes; changes ``runs``.
 
     Args:
-        runs: that :func:`require_comparable` accepts.
-        draws: of the images; the same for all runs.
+        runs: runs that :func:`require_comparable` accepts.
+        draws: number of resamples; these are the same for all runs.
 
     Raises:
-        InputError: if detections do not fit the annotation file, or memory does not suffice.
+        InputError: if detections do not match the annotation file, or memory is insufficient.
     """
     truth = AnnotationFile(str(runs[0].truth))
-    categories = truth.getCatIds(catNms=runs[0].classes) or None  # without any names, all
+    categories = truth.getCatIds(catNms=runs[0].classes) or None  # None: all
     jobs = [(run, kind) for kind in reversed(KINDS) for run in runs if kind in run.detections]
-    # A fork shares the annotations; elsewhere they are sent to each process once.
+    # Forked processes share the annotations; others receive a copy.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     workers = min(PROCESSES, len(jobs), multiprocessing.cpu_count())
     with ProcessPoolExecutor(workers, context, _set_truth, (truth, categories, draws)) as pool:
@@ -205,7 +208,9 @@ def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:
                 run, kind = futures[future]
                 run.ap[kind], run.drawn[kind] = future.result()
         except BrokenProcessPool as error:
-            raise InputError('a process that computes AP was killed: is there enough memory?') from error
+            raise InputError(
+                'a process that computes AP was killed, probably for lack of memory. Close other programs'
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for run in runs:
@@ -218,15 +223,15 @@ _shared: tuple[AnnotationFile, list | None, int]  # annotations, categories, num
 def _set_truth(*values: object) -> None:
     global _shared
     _shared = values
-    gc.disable()  # there are no cycles, and half of the time in which detections are read goes into the search for them
+    gc.disable()  # searching for reference cycles, of which there are none, would double the time to read detections
 
 
 def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
-    """Compute AP of a file of detections, and AP of each draw, shape (draws,)."""
+    """Compute AP of a file of detections, and AP of each resample, shape (draws,)."""
     truth, categories, draws = _shared
     results = read_detections(path, kind)
     if not results:
-        raise InputError(f'{path}: is empty: this detector has found nothing')
+        raise InputError(f'{path}: contains no detections. Leave this run out')
     truth.number_detections(results)
     resampled = ResampledAP(truth, results, kind, categories)
     del results
@@ -236,7 +241,7 @@ def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs by arm, in the order of the runs; those of an arm by rising seed."""
+    """Group runs by arm, in the given order, and sort each arm by seed."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
@@ -244,11 +249,11 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def compute_seed_interval(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> tuple[float, float] | None:
-    """Return the 95 % interval of a difference of means over seeds, by Student's t; None for a single run.
+    """Return the 95 % interval of the difference of two means over seeds, by Student's t; None for a single run.
 
     Args:
-        ours, theirs: a metric of each run of two arms.
-        paired: whether both have the same seeds, in the same order.
+        ours, theirs: a metric of each run of the two arms.
+        paired: whether both arms have the same seeds, in the same order.
     """
     if min(len(ours), len(theirs)) < 2:
         return None
@@ -257,7 +262,7 @@ def compute_seed_interval(ours: Sequence[float], theirs: Sequence[float], paired
         return float(apart[0]), float(apart[0])
     test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = map(float, test.confidence_interval(LEVEL))
-    if math.isnan(low) or math.isnan(high):  # no spread at all in either arm
+    if math.isnan(low) or math.isnan(high):  # all values of an arm are equal
         return (float(np.mean(ours) - np.mean(theirs)),) * 2
     return low, high
 
@@ -274,19 +279,19 @@ def compare_two_arms(arm: Sequence[Run], reference: Sequence[Run], kind: str) ->
 
 
 def compare_arms(runs: Sequence[Run]) -> list[Difference]:
-    """Compute the differences of every arm from the first, for each kind of AP."""
+    """Compute the difference of every other arm from the first, for each kind of AP."""
     (_, reference), *others = group_runs(runs).items()
     return [compare_two_arms(arm, reference, kind) for kind in reference[0].ap for _, arm in others]
 
 
 def format_spread(values: Sequence[float], scale: float = 100) -> str:
-    """Format mean and standard deviation over seeds, in points or by another scale."""
+    """Format mean ± standard deviation over seeds, times ``scale``."""
     mean = f'{scale * np.mean(values):.1f}'
     return f'{mean} ± {scale * np.std(values, ddof=1):.1f}' if len(values) > 1 else mean
 
 
 def draw_differences(found: Sequence[Difference]) -> Figure:
-    """Draw every difference with its two intervals, in points of AP."""
+    """Plot every difference with its two intervals, in points of AP."""
     figure = Figure(figsize=(5.6, 1.2 + 0.55 * len(found)), layout='constrained')
     axis = figure.subplots()
     for row, entry in enumerate(reversed(found)):
@@ -296,16 +301,16 @@ def draw_differences(found: Sequence[Difference]) -> Figure:
         axis.plot(100 * entry.value, row, 'ko', markersize=5)
     axis.axvline(0, color='gray', linewidth=1)
     axis.set_yticks(range(len(found)), [f'{entry.arm}\n{KINDS[entry.kind]} AP' for entry in reversed(found)])
-    axis.plot([], [], color='C0', linewidth=3, label='95 %, other images')
-    axis.plot([], [], color='C1', linewidth=3, label='95 %, other seeds')
-    axis.set(xlabel='points of AP from ' + found[0].reference, ylim=(-0.6, len(found) - 0.4))
+    axis.plot([], [], color='C0', linewidth=3, label='95 % over images')
+    axis.plot([], [], color='C1', linewidth=3, label='95 % over seeds')
+    axis.set(xlabel='points of AP relative to ' + found[0].reference, ylim=(-0.6, len(found) - 0.4))
     axis.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     axis.grid(alpha=0.3)
     return figure
 
 
 def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | None:
-    """Draw a curve of all runs over the iterations, one colour per arm; None if no run has it."""
+    """Plot a curve of all runs against the iteration, with one colour per arm; None if no run has it."""
     colours = {arm: f'C{i % 10}' for i, arm in enumerate(group_runs(runs))}
     if not any(name in run.curves for run in runs):
         return None
@@ -326,13 +331,13 @@ def describe_difference(entry: Difference) -> str:
     """Describe a difference in a sentence."""
     seeds = f'[{100 * entry.seeds[0]:+.1f}, {100 * entry.seeds[1]:+.1f}]' if entry.seeds else 'one seed'
     return (
-        f'{entry.arm} - {entry.reference}: {KINDS[entry.kind]} AP {100 * entry.value:+.1f} points, other images '
-        f'[{100 * entry.images[0]:+.1f}, {100 * entry.images[1]:+.1f}], other seeds {seeds}: {entry.verdict}'
+        f'{entry.arm} - {entry.reference}: {KINDS[entry.kind]} AP {100 * entry.value:+.1f} points, 95 % over images '
+        f'[{100 * entry.images[0]:+.1f}, {100 * entry.images[1]:+.1f}], over seeds {seeds}: {entry.verdict}'
     )
 
 
 def describe_arms(runs: Sequence[Run]) -> list[str]:
-    """Describe each arm's AP in a line."""
+    """Describe each arm's AP in one line."""
     lines = []
     for arm, members in group_runs(runs).items():
         parts = (f'{KINDS[kind]} AP {format_spread([run.ap[kind] for run in members])}' for kind in members[0].ap)
@@ -341,13 +346,13 @@ def describe_arms(runs: Sequence[Run]) -> list[str]:
 
 
 def format_last(runs: Sequence[Run], name: str) -> str:
-    """Format the median of the runs' last values of a curve; a dash without any."""
+    """Format the median of the runs' last values of a curve, or a dash if there are none."""
     values = [run.curves[name][1][-1] for run in runs if run.curves.get(name, ((), ()))[1]]
     return format_kappa(float(np.median(values))) if values else '–'
 
 
 def tabulate(runs: Sequence[Run]) -> list[dict]:
-    """Return a table's row for each run."""
+    """Return a table row for each run."""
     return [
         dict(
             arm=run.arm,

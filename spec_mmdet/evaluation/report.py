@@ -1,4 +1,4 @@
-"""The report of an evaluation: an HTML page with COCO's metrics, curves, confusions and the images with most errors."""
+"""Write the report of an evaluation: an HTML page with COCO metrics, curves, confusions and the worst images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .plots import (
     list_confusions,
 )
 
-# COCO's twelve numbers, as pycocotools has them, and what they are.
+# COCO's twelve metrics, with pycocotools' names and a description.
 STATS = {
     'AP': 'IoU 0.50 to 0.95',
     'AP50': 'IoU 0.50',
@@ -51,12 +51,12 @@ STATS = {
     'APs': 'objects below 32² pixels',
     'APm': 'objects from 32² to 96²',
     'APl': 'objects above 96²',
-    'AR1': 'recall with 1 detection an image',
-    'AR10': 'with 10',
-    'AR100': 'with 100',
-    'ARs': 'with 100, objects below 32²',
-    'ARm': 'objects from 32² to 96²',
-    'ARl': 'objects above 96²',
+    'AR1': 'recall with 1 detection per image',
+    'AR10': 'recall with 10 detections',
+    'AR100': 'recall with 100 detections',
+    'ARs': 'AR100 of objects below 32²',
+    'ARm': 'AR100 of objects from 32² to 96²',
+    'ARl': 'AR100 of objects above 96²',
 }
 IMAGES, CONFUSIONS = 'images', 'confusion.csv'
 KINDS = dict(Boxes='bbox', Masks='segm')
@@ -65,16 +65,16 @@ ROLES = dict(Q='queries', K='keys', V='values')
 
 @dataclass
 class TestResults:
-    """The results of a test beside the detections.
+    """Results of a test, without the detections.
 
     Attributes:
-        conditioning: in the form that configs use.
-        spectra: a row for each of queries, keys and values: its name, median and greatest kappa(W) over the layers, and
-            the same of kappa(W + C) where there is a C; empty for a backbone without known attention.
-        speed: images per second, loading included.
-        run: facts of the checkpoint's training.
-        annotations: the objects that the detections were evaluated with.
-        summaries: the evaluation, by kind, 'bbox' and 'segm'; see :class:`CheckedCocoMetric`.
+        conditioning: the backbone's, as configs write it.
+        spectra: a row for each of queries, keys and values: its name, median and maximum of kappa(W) over the layers,
+            and of kappa(W + C) if there is a C; empty for a backbone without known attention.
+        speed: images per second, including loading.
+        run: metadata of the checkpoint's training.
+        annotations: the annotations of the evaluation.
+        summaries: the evaluations by kind, 'bbox' and 'segm'; see :class:`CheckedCocoMetric`.
     """
 
     conditioning: str
@@ -86,22 +86,22 @@ class TestResults:
 
     @classmethod
     def from_runner(cls, runner: Runner, run: dict[str, object]) -> TestResults:
-        """Collect the results of a runner that has tested."""
+        """Collect the results of a runner after its test loop."""
         model = runner.model.module if hasattr(runner.model, 'module') else runner.model
         backbone = getattr(model, 'backbone', None) or nn.Identity()
         seconds = runner.message_hub.log_scalars.get('test/time')
         batch = runner.test_dataloader.batch_sampler.batch_size
-        speed = f'{batch / seconds.mean():.1f} images a second, in batches of {batch}' if seconds else 'not measured'
+        speed = f'{batch / seconds.mean():.1f} images per second, batch size {batch}' if seconds else 'not measured'
         metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, CheckedCocoMetric))
         conditioning = describe_conditioning(backbone.state_dict())
         return cls(conditioning, list_spectra(backbone), speed, run, metric.annotations, metric.summaries)
 
 
 def list_spectra(backbone: nn.Module) -> list[tuple[str, ...]]:
-    """List condition numbers of a backbone; see :class:`TestResults`."""
+    """List the condition numbers of a backbone, as in :class:`TestResults`."""
     try:
         measured = list(measure(backbone))
-    except InputError:  # of a backbone without attention, or one that is not known
+    except InputError:  # the backbone has no known attention
         return []
     rows = []
     for role, name in ROLES.items():
@@ -119,14 +119,14 @@ def format_kappa(kappa: float) -> str:
 
 
 def prepare(folder: Path, cfg: Config) -> None:
-    """Check that a report can be written, and have the evaluation write its detections beside it; changes ``cfg``.
+    """Check that a report can be written, and make the evaluation write its detections to the folder; changes ``cfg``.
 
     Args:
-        folder: where the report is to be: new, empty, or an earlier report's, which stays until the new one is whole.
-        cfg: the whole config, command line options merged.
+        folder: folder of the report: new, empty, or an earlier report's, which stays until the new one is complete.
+        cfg: the complete config, with command line options merged.
 
     Raises:
-        InputError: if the folder holds anything else, or the config has no COCO evaluation to report on.
+        InputError: if the folder contains other files, or the config has no COCO evaluation.
     """
     require_free('--report', folder, 'report')
     evaluator = coco_evaluator(cfg)
@@ -140,7 +140,7 @@ def prepare(folder: Path, cfg: Config) -> None:
 
 
 def coco_evaluator(cfg: Config) -> dict:
-    """Return the config of the test evaluator whose evaluation a report shows.
+    """Return the config of the test evaluator that a report shows.
 
     Raises:
         InputError: if there is none.
@@ -148,12 +148,12 @@ def coco_evaluator(cfg: Config) -> dict:
     for evaluator in coco_metrics(cfg, 'test'):
         if is_kind_of(evaluator, METRICS, CheckedCocoMetric):
             return evaluator
-        raise InputError(f'--report: test_evaluator.type is {evaluator["type"]}; it needs FastCocoMetric')
+        raise InputError(f'--report: test_evaluator.type is {evaluator["type"]}. Set it to FastCocoMetric')
     raise InputError('--report: needs a FastCocoMetric in test_evaluator')
 
 
 def format_metric(value: float) -> str:
-    """Return a metric as text; a dash for pycocotools' -1, which means that there are no objects."""
+    """Return a metric as text, or a dash for pycocotools' -1, which means that there are no objects."""
     return f'{value:.3f}' if value > -1 else '–'
 
 
@@ -161,11 +161,11 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     """Write the report of an evaluation for which :func:`prepare` prepared the config.
 
     Args:
-        folder: where to.
-        cfg: the whole config.
-        checkpoint: the name of the evaluated one.
-        command: the command line's words.
-        tested: of the detector.
+        folder: the folder to write to.
+        cfg: the complete config.
+        checkpoint: name of the evaluated checkpoint.
+        command: words of the command line.
+        tested: results of the test.
     """
     evaluator = coco_evaluator(cfg)
     dataset = next(coco_datasets(cfg.test_dataloader))
@@ -251,5 +251,5 @@ def count_outcomes(outcome_of: dict[int, Outcome]) -> dict[str, object]:
 
 
 def quote_word(word: str) -> str:
-    """Quote a word of a command line where a shell needs it, with paths relative to the working directory."""
+    """Quote a word of a command line for a shell, with paths relative to the working directory."""
     return shlex.quote(word.replace(f'{os.getcwd()}{os.sep}', ''))

@@ -29,7 +29,7 @@ def test_verdicts():
     assert found['better'].value == pytest.approx(0.1003, abs=1e-4)
     assert found['same'].verdict == 'within the noise of the images and seeds'
     assert found['chance'].verdict == 'within the noise of the seeds'
-    assert 'from one run' in found['once'].verdict and found['once'].seeds is None and not found['once'].paired
+    assert 'with one run' in found['once'].verdict and found['once'].seeds is None and not found['once'].paired
     assert list(group_runs([*better, *plain])) == ['better', 'plain']
 
 

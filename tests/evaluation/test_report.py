@@ -146,10 +146,10 @@ def test_figures_are_those_of_pycocotools(data):
     hits, false = counts(least)
     assert scores.f1[scores.best] == scores.f1.max() and 0 < least < 1
     counted = dict(table(page, 'counts'))
-    assert counted == {'objects': str(len(objects)), 'found': str(hits), 'not found': str(len(objects) - hits),
+    assert counted == {'objects': str(len(objects)), 'true positives': str(hits), 'false negatives': str(len(objects) - hits),
                        'false positives': str(false)}  # fmt: skip
     assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
-    assert f'from a score of <b>{least:.2f}</b>' in page.replace('\n', ' ')
+    assert f'score threshold <b>{least:.2f}</b>' in page.replace('\n', ' ')
     outcome_of = find_outcomes(boxes, least)
     assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
     matrix = count_confusions(boxes, outcome_of)
@@ -266,14 +266,14 @@ def test_the_command(monkeypatch, data, tmp_path):
         assert parsed == ['instances_val.json']  # by the first alone, and for all of it
         page = (folder / 'index.html').read_text('utf-8')
         assert [row[1] for row in table(page, 'stats')[:3]] == ['0.000'] * 3 and '<b>0 of ' in page
-        assert 'The detector has found nothing at all' in page and 'No score can be advised' in page
+        assert 'The detector predicted nothing' in page and 'no threshold can be recommended' in page
         assert [row[1] for row in table(page, 'errors')[:5]] == ['0'] * 5
         assert [row[0] for row in table(page, 'conditioning')] == ['queries', 'keys', 'values'] and 'lam=1)' in page
         assert (folder / 'confusion.csv').read_text().startswith('truth,predicted,count') and 'confusion.csv' in page
         record = json.loads((folder / 'data.json').read_text())
         content = Path(record['annotations']).read_bytes()
         assert record['sha256'] == hashlib.sha256(content).hexdigest() and record['classes'] == list(NAMES)
-        assert 'images a second' in page and 'the checkpoint does not say' in page
+        assert 'images per second' in page and 'not recorded in the checkpoint' in page
         assert (
             f'test {os.path.relpath(CONFIG, Path.cwd())} {checkpoint} --work-dir' in page
             and f'--report {folder}' in page
