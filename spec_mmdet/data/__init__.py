@@ -1,1 +1,1 @@
-"""Data sets in COCO's format: their folders and classes, the checks before a run, and generated ones."""
+"""Data sets in COCO's format: folders, classes, checks before a run, and generated data."""

@@ -1,7 +1,4 @@
-"""Check data sets, in ``spec-mmdet prepare``, and before a run in train and test.
-
-The rules are in :mod:`rules`; the results go to :class:`Findings`.
-"""
+"""Check data sets, in ``spec-mmdet prepare`` and before training and testing; the rules are in :mod:`rules`."""
 
 from __future__ import annotations
 
@@ -20,9 +17,12 @@ from .fitting import coco_datasets, evaluators, has_masks, is_kind_of, stated_cl
 from .images import check_images
 from .reading import CheckedCocoDataset, forget_coco, share_coco
 
-FILTER = MappingProxyType(dict(filter_empty_gt=True, min_size=32))  # what COCO's configs leave out of training
-LOOKED_AT = 500  # images that train and test decode before they start
-ADVICE = 'spec-mmdet prepare lists all that is wrong, and with --drop writes what is not; --no-check goes on regardless'
+FILTER = MappingProxyType(dict(filter_empty_gt=True, min_size=32))  # COCO's configs
+LOOKED_AT = 500  # maximum number of images that train and test decode before they start
+ADVICE = (
+    'Run "spec-mmdet prepare" for the full list, "spec-mmdet prepare --drop" to write a copy without faulty items, or '
+    'pass --no-check'
+)
 
 
 def check_annotations(
@@ -31,34 +31,34 @@ def check_annotations(
     """Check the entries of an annotation file, without its images.
 
     Args:
-        coco: its content, from :func:`read_coco`.
-        name: what to call it.
-        found: what is wrong is added here.
-        masks: whether they are needed; None where that is not known, and a file without any is in order.
-        classes: those that are taken; objects of others are not looked at. By default all.
+        coco: the content, from :func:`read_coco`.
+        name: the file's name in findings.
+        found: receives the faults.
+        masks: whether masks are needed; None accepts a file without any mask.
+        classes: classes in use; objects of others are not checked. By default all.
     """
     check_ids(coco, name, found)
     for position, image in enumerate(coco['images']):
         path = Path(image['file_name'])
         fault = rules.find_size_fault(image['width'], image['height'])
         if path.is_absolute() or '..' in path.parts:
-            fault = 'file names that lead out of the image folder'
+            fault = 'file names outside of the image folder'
         if fault:
             found.errors[fault].append(Place(name, image['file_name']))
             found.faulty_images[name].add(position)
 
     if masks is None and not any(annotation.get('segmentation') for annotation in coco['annotations']):
         masks = False
-        found.notes['files without masks, for detectors that find boxes alone'].append(Place(name))
+        found.notes['files without masks, only for detectors of boxes'].append(Place(name))
     images = {image['id']: image for image in coco['images']}
     categories = {category['id']: category['name'] for category in coco['categories']}
     for position, annotation in enumerate(coco['annotations']):
         image, category = images.get(annotation['image_id']), categories.get(annotation['category_id'])
         place = Place(name, '' if image is None else image['file_name'], annotation['id'])
         if image is None:
-            fault, doubt = 'annotations of an image_id that no image has', ''
+            fault, doubt = 'annotations with an unknown image_id', ''
         elif category is None:
-            fault, doubt = 'annotations of a category_id that no category has', ''
+            fault, doubt = 'annotations with an unknown category_id', ''
         elif classes is not None and category not in classes:
             continue
         else:
@@ -71,26 +71,26 @@ def check_annotations(
 
 
 def check_ids(coco: dict, name: str, found: Findings) -> None:
-    """Check that images and annotations have different ids; of several with one id, the first is valid."""
+    """Check that the ids of images and of annotations are unique; the first of several equal ones is valid."""
     for key, faulty in (('images', found.faulty_images), ('annotations', found.faulty_annotations)):
         seen = set()
         for position, entry in enumerate(coco[key]):
             if entry['id'] in seen:
-                found.errors[f'ids that several {key} have'].append(Place(name, detail=f'id {entry["id"]}'))
+                found.errors[f'duplicate ids of {key}'].append(Place(name, detail=f'id {entry["id"]}'))
                 faulty[name].add(position)
             seen.add(entry['id'])
 
 
 def check_object(annotation: dict, image: dict, with_mask: bool) -> tuple[str, str]:
-    """Return the error and the warning of an object, each '' where there is none."""
+    """Return the error and the warning of an object, or '' for each if there is none."""
     size = image['width'], image['height']
     if rules.find_size_fault(*size):
-        return '', ''  # an error of the image's
+        return '', ''  # reported for the image
     box, mask = annotation['bbox'], annotation.get('segmentation')
     fault = rules.find_box_fault(box, *size) or rules.find_area_fault(annotation['area'], box)
     fault = fault or rules.find_crowd_fault(annotation['iscrowd'])
     if not fault and with_mask:
-        missing = 'objects without a mask ("segmentation"), which Mask R-CNN learns from'
+        missing = 'objects without a mask ("segmentation"), which Mask R-CNN needs'
         fault = rules.find_mask_fault(mask, *size) if mask else missing
     if fault:
         return fault, ''
@@ -112,12 +112,12 @@ def check_contents(
     """Check that a split has objects for training, or for evaluation, in each of its classes and images.
 
     Args:
-        coco: its content, without errors.
-        name: what to call it.
-        found: what is wrong is added here.
-        training: whether it is learnt from; otherwise it is measured by.
-        classes: those that are taken; by default all.
-        filter_cfg: which images training leaves out, as CocoDataset has it; by default as COCO's configs have it.
+        coco: the split's content, without errors.
+        name: the split's name in findings.
+        found: receives the faults.
+        training: whether it is used for training or for evaluation.
+        classes: classes in use; by default all.
+        filter_cfg: CocoDataset's setting of images to leave out of training; by default that of COCO's configs.
     """
     names = {category['id']: category['name'] for category in coco['categories']}
     taken = [a for a in coco['annotations'] if classes is None or names[a['category_id']] in classes]
@@ -132,9 +132,9 @@ def check_contents(
     else:
         used = [a for a in taken if rules.is_measured(a)]
     if not any(min(annotation['bbox'][2:]) >= 1 for annotation in used):
-        what = 'learn from' if training else 'measure by'
-        found.errors[f'splits without an object to {what}'].append(
-            Place(name, detail=f'none of {len(taken)} annotations')
+        what = 'training' if training else 'evaluation'
+        found.errors[f'splits without an object for {what}'].append(
+            Place(name, detail=f'0 of {len(taken)} annotations')
         )
 
     categories, images = ({annotation[key] for annotation in used} for key in ('category_id', 'image_id'))
@@ -147,7 +147,7 @@ def check_contents(
 
 
 def remove_faults(coco: dict, name: str, found: Findings) -> dict:
-    """Return a file's content without images that have an error, their annotations, and annotations that have one."""
+    """Return a file's content without faulty annotations and faulty images with their annotations."""
     images = [image for i, image in enumerate(coco['images']) if i not in found.faulty_images[name]]
     left = {image['id'] for image in images}
     annotations = [
@@ -159,7 +159,7 @@ def remove_faults(coco: dict, name: str, found: Findings) -> dict:
 
 
 def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequence[str]) -> None:
-    """Check that an annotation file has the trained classes in their order, which MMDetection's labels depend on.
+    """Check that an annotation file has the trained classes in the same order, which defines MMDetection's labels.
 
     Raises:
         InputError: if not.
@@ -167,13 +167,11 @@ def check_categories(ann_file: Path, categories: Sequence[str], classes: Sequenc
     if list(categories) == list(classes):
         return
     lacking, besides = ([n for n in a if n not in b] for a, b in ((classes, categories), (categories, classes)))
-    faults = [f'it lacks {list_briefly(lacking)}'] * bool(lacking) + [f'it has {list_briefly(besides)} besides'] * bool(
-        besides
-    )
+    faults = [f'missing: {list_briefly(lacking)}'] * bool(lacking)
+    faults += [f'additional: {list_briefly(besides)}'] * bool(besides)
     raise InputError(
-        f'annotation file {ann_file}: its categories are not the {len(classes)} classes trained for '
-        f"({' and '.join(faults) or 'they are in another order'}). Give it the list of categories of the training's "
-        'annotation file.'
+        f'annotation file {ann_file}: its categories are not the {len(classes)} trained classes '
+        f"({' and '.join(faults) or 'their order differs'}). Copy the categories from the training's annotation file"
     )
 
 
@@ -189,16 +187,17 @@ def check_files(coco: dict, folder: Path) -> None:
 
     def size(name: str) -> int | None:
         path = folder / name
-        return path.stat().st_size if os.path.isfile(path) else None  # False for a name that no file can have
+        return path.stat().st_size if os.path.isfile(path) else None  # False for an invalid name
 
     sizes |= {name: size(name) for name in names if name not in sizes}
     for kind, faulty in (
         ('lacks', [name for name in names if sizes[name] is None]),
-        ('holds no byte of', [name for name in names if sizes[name] == 0]),
+        ('has empty files for', [name for name in names if sizes[name] == 0]),
     ):
         if faulty:
             raise InputError(
-                f'image folder {folder}: {kind} {len(faulty)} of the {len(names)} images, first {faulty[0]}'
+                f'image folder {folder}: {kind} {len(faulty)} of the {len(names)} images, first {faulty[0]}. Copy them '
+                'there'
             )
 
 
@@ -213,45 +212,44 @@ def check_dataset(
     """Check that the annotations, images and classes of a data set in COCO's format exist, agree, and are valid.
 
     Args:
-        dataset: its config.
-        loop: what it is for, 'train', 'val' or 'test'.
+        dataset: the data set's config.
+        loop: 'train', 'val' or 'test'.
         annotated: whether annotations are needed.
-        classes: what its categories must be, if that is known.
+        classes: the required categories, if known.
         masks: whether masks are needed.
-        thorough: whether to look at the annotations one by one, and at images.
+        thorough: whether to check each annotation and decode images.
 
     Returns:
-        Its classes in the file's order: all of its categories, or those that the config names;
-        None for a data set that is not on this machine.
+        The classes in the file's order: all categories, or those that the config lists; None for remote data.
 
     Raises:
         InputError: if not.
     """
     if not isinstance(dataset['ann_file'], str):
         raise InputError(
-            f'ann_file {dataset["ann_file"]} in the config: a CocoDataset has one annotation file. For several, make '
-            "the data set dict(type='ConcatDataset', datasets=[dict(type='CocoDataset', ...), ...])"
+            f'ann_file {dataset["ann_file"]} in the config: a CocoDataset has one annotation file. For several, use '
+            "dict(type='ConcatDataset', datasets=[dict(type='CocoDataset', ...), ...])"
         )
     root = Path(dataset.get('data_root') or '')
     ann_file, folder = root / dataset['ann_file'], root / dataset['data_prefix']['img']
     if '://' in str(dataset.get('data_root')) + dataset['ann_file']:
-        return None  # a remote store, which only mmengine's file client can read
+        return None  # a remote store, which only MMEngine's file client can read
     if not folder.is_dir():
-        raise InputError(f'image folder {folder}: no such folder')
+        raise InputError(f'image folder {folder}: no such folder. Correct data_root or data_prefix in the config')
     found = Findings()
     coco = share_coco(ann_file, annotated, found)
     found.require_none(ADVICE)
     if not coco['images']:
-        raise InputError(f'annotation file {ann_file}: lists no images')
+        raise InputError(f'annotation file {ann_file}: contains no images. Use another file')
     if masks and annotated and not any(annotation.get('segmentation') for annotation in coco['annotations']):
         raise InputError(
-            f'annotation file {ann_file}: its objects have boxes alone, no masks ("segmentation"), which this detector '
-            'learns from. Take one that finds boxes: spec-mmdet train xcit_spec_fasterrcnn'
+            f'annotation file {ann_file}: its objects have boxes but no masks ("segmentation"), which this detector '
+            'needs. Train a box detector: spec-mmdet train xcit_spec_fasterrcnn'
         )
 
     categories = [category['name'] for category in coco['categories']]
     named = stated_classes(dataset)
-    if named:  # by a config that takes some of the file's classes
+    if named:  # the config uses some of the file's classes
         categories = [name for name in categories if name in named]
     check_categories(ann_file, categories, classes or named or categories)
 
@@ -267,19 +265,19 @@ def check_dataset(
             found.require_none(ADVICE)
         check_some_images(coco, ann_file.name, folder, found)
         print_findings(coco, ann_file.name, loop, found)
-    if not is_kind_of(dataset, DATASETS, CheckedCocoDataset):  # it reads the file itself
+    if not is_kind_of(dataset, DATASETS, CheckedCocoDataset):  # other types read the file again
         forget_coco(ann_file)
     return categories
 
 
 def check_some_images(coco: dict, name: str, folder: Path, found: Findings) -> None:
-    """Decode the images of a data set, at most :data:`LOOKED_AT`, evenly spaced; the loader checks each one again."""
+    """Decode at most :data:`LOOKED_AT` evenly spaced images of a data set; the loader checks each image again."""
     entries = list(enumerate(coco['images']))
     step = -(-len(entries) // LOOKED_AT)
     check_images(entries[::step], folder, name, found)
     found.require_none(ADVICE)
     if step > 1:
-        note = 'images decoded before the start; spec-mmdet prepare decodes all'
+        note = 'images decoded before the start; "spec-mmdet prepare" decodes all'
         found.notes[note] += [Place(str(folder), image['file_name']) for _, image in entries[::step]]
 
 
@@ -294,16 +292,16 @@ def check_inputs(
     """Check the data that a run will read, each data set once.
 
     Args:
-        cfg: the whole config, command line options merged.
-        loops: which parts the run uses, of 'train', 'val' and 'test'.
-        classes: what all annotation files must hold; by default what the first of them holds.
-        thorough: whether to look at the annotations one by one, and at images.
+        cfg: the complete config, with command line options merged.
+        loops: the loops to check, of 'train', 'val' and 'test'.
+        classes: the required classes; by default those of the first annotation file.
+        thorough: whether to check each annotation and decode images.
 
     Returns:
-        The classes, if they are known in the end: no file of a remote store is read.
+        The classes; None if all data is remote.
 
     Raises:
-        InputError: on the first thing that is missing or does not fit.
+        InputError: naming the first fault.
     """
     checked = []
     for loop in loops:

@@ -1,6 +1,6 @@
-"""Image folders by class, for classifiers: timm's augmentation and sampling on torchvision's reader.
+"""Image folders by class for classifiers, with timm's augmentation and sampling.
 
-Needs timm, and is imported by the configs that pretrain alone.
+Needs timm; only the configs for pretraining import this module.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SPLITS = ('train', 'val')
 
 
 def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
-    """Posterize by timm to at least 1 bit: at its greatest magnitude it asks for 0, which Pillow 12 rejects."""
+    """Posterize to at least 1 bit: timm's greatest magnitude means 0 bits, which Pillow 12 rejects."""
     return auto_augment.posterize(image, max(bits, 1), **kwargs)
 
 
 def build_transform(**arguments: object) -> Callable:
-    """Build timm's transform by its create_transform, with our :func:`posterize`."""
+    """Build timm's transform with our :func:`posterize`."""
     transform = create_transform(**arguments)
     for step in transform.transforms:
         for operation in [*getattr(step, 'ops', ()), *chain.from_iterable(getattr(step, 'policy', ()))]:
@@ -42,10 +42,10 @@ def build_transform(**arguments: object) -> Callable:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """Read an image as Pillow's, in RGB.
+    """Read an image as a Pillow image, RGB.
 
     Raises:
-        InputError: naming the file, where it cannot be decoded to its end.
+        InputError: naming the file, if it is corrupt or truncated.
     """
     try:
         return Image.fromarray(np.ascontiguousarray(read(Path(path))[..., ::-1]))
@@ -58,11 +58,11 @@ class ClassFolder(ImageFolder):
     """Images in folders named after their classes, as in ImageNet.
 
     Args:
-        root: the folder of those folders.
+        root: the parent folder.
         transform: arguments of timm's create_transform, which also normalises by ImageNet's mean and deviation.
 
     Raises:
-        InputError: if there are none, or one is empty.
+        InputError: if there are no class folders, or one is empty.
     """
 
     def __init__(self, root: str, transform: dict) -> None:
@@ -70,8 +70,8 @@ class ClassFolder(ImageFolder):
             super().__init__(root, build_transform(**transform), loader=read_rgb)
         except OSError as error:
             raise InputError(
-                f'{root}: {error}; --data FOLDER takes FOLDER/train/CLASS/ and FOLDER/val/CLASS/, with images of the '
-                'class that the folder is named for'
+                f'{root}: {error}. --data FOLDER needs FOLDER/train/CLASS/ and FOLDER/val/CLASS/ with the images of '
+                'each class'
             ) from error
         self.metainfo = dict(classes=tuple(self.classes))
 
@@ -83,12 +83,12 @@ class ClassFolder(ImageFolder):
 
 @DATA_SAMPLERS.register_module()
 class RepeatedAugmentation(RepeatAugSampler):
-    """timm's sampler, in which an image comes several times to an epoch of as many samples (arXiv 1901.09335).
+    """timm's sampler for repeated augmentation (arXiv 1901.09335): an epoch contains fewer images, each several times.
 
     Args:
-        dataset: what is sampled.
-        repeats: how often an image comes.
-        seed: of the order; timm's own has the same one in every run.
+        dataset: the data set.
+        repeats: how often an epoch contains an image.
+        seed: seed of the order; timm's own order is the same in every run.
     """
 
     def __init__(self, dataset: ImageFolder, repeats: int = 3, seed: int = 0) -> None:
@@ -96,7 +96,7 @@ class RepeatedAugmentation(RepeatAugSampler):
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Order the images by the seed and the epoch."""
+        """Seed the order of the images with seed and epoch."""
         super().set_epoch(int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))
 
 
@@ -104,42 +104,48 @@ def use_class_folders(cfg: Config, folder: Path) -> None:
     """Point a config at FOLDER/train and FOLDER/val; changes ``cfg``.
 
     Raises:
-        InputError: if one of them is not there.
+        InputError: if a folder is missing.
     """
     for split in SPLITS:
         if not (folder / split).is_dir():
-            raise InputError(f'--data {folder}: lacks the folder {split}/ of folders of images named for their classes')
+            raise InputError(f'--data {folder}: lacks the folder {split}/ with a folder of images for each class')
         cfg[f'{split}_dataloader'].dataset.root = str((folder / split).absolute())
 
 
 def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list[str]:
-    """Check the images that a config trains a classifier on.
+    """Check the images for training a classifier.
 
     Args:
-        cfg: the whole config.
+        cfg: the complete config.
         thorough: whether to decode :data:`LOOKED_AT` images of each split.
-        processes: that train together.
+        processes: number of training processes.
 
     Returns:
         The classes.
 
     Raises:
-        InputError: if the splits have different classes, or a single one, images cannot be read, or they are fewer
-            than a batch.
+        InputError: if the splits have different classes or a single one, an image cannot be read, or there are fewer
+            images than a batch needs.
     """
     splits = {split: DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in SPLITS}
     train, val = (splits[split] for split in SPLITS)
     if differing := set(train.classes) ^ set(val.classes):
         raise InputError(
-            f'classes that are in one of {train.root} and {val.root} alone: {list_briefly(sorted(differing))}'
+            f'{train.root} and {val.root} have different classes: {list_briefly(sorted(differing))}. Add the missing '
+            'folders'
         )
     if len(train.classes) < 2:
-        raise InputError(f'{train.root}: all images are of one class, {train.classes[0]}: there is nothing to learn')
+        raise InputError(f'{train.root}: contains only the class {train.classes[0]}. Add a folder of another class')
     batch = cfg.train_dataloader.batch_size
     if len(train) < batch * processes:
-        raise InputError(f'{train.root}: its {len(train)} images are fewer than a batch of {batch * processes}')
+        raise InputError(
+            f'{train.root}: contains {len(train)} images, fewer than the total batch size of {batch * processes}. '
+            'Reduce train_dataloader.batch_size'
+        )
     if batch % 2 and cfg.model.get('mixing'):
-        raise InputError(f'train_dataloader.batch_size is {batch}: images are mixed in pairs, so it must be even')
+        raise InputError(
+            f'train_dataloader.batch_size is {batch}. Use an even number, because images are mixed in pairs'
+        )
     for dataset in splits.values() if thorough else ():
         faults = []
         for path, _ in dataset.samples[:: max(1, len(dataset) // LOOKED_AT)]:
@@ -149,6 +155,6 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
                 faults.append(f'{path} ({error})')
         if faults:
             raise InputError(
-                f'images that cannot be read, of those looked at: {list_briefly(faults)}; --no-check goes on'
+                f'unreadable images: {list_briefly(faults)}. Replace them, or pass --no-check to skip this check'
             )
     return train.classes

@@ -1,4 +1,4 @@
-"""Findings of the checks of a data set: counted by kind, with places, written to a file."""
+"""Collect the findings of data checks by kind, with their places; print them and write them to a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Place:
 
     Attributes:
         file: the annotation file, or the folder of its images.
-        image: the name of the image, if it is about one.
-        annotation: the annotation's id, if it is about one.
-        detail: what else there is to say.
+        image: name of the image, if any.
+        annotation: id of the annotation, if any.
+        detail: further text.
     """
 
     file: str
@@ -40,12 +40,12 @@ class Place:
 class Findings:
     """Findings by kind.
 
-    Errors would stop or spoil a training; what is dropped is left out for an error that it has; warnings may be meant
-    so; notes are for the record.
+    Errors would stop or spoil training. Dropped items are left out because of an error. Warnings may be intended. Notes
+    are for information.
 
     Attributes:
-        faulty_images: positions in the list of images, by annotation file, of those that have an error.
-        faulty_annotations: the same of annotations.
+        faulty_images: positions of faulty images in the list of images, by annotation file.
+        faulty_annotations: the same for annotations.
     """
 
     errors: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
@@ -57,7 +57,7 @@ class Findings:
 
     def levels(self) -> dict[str, dict[str, list[Place]]]:
         """Return the findings of each level by its title."""
-        levels = {'errors, to be put right': self.errors, 'left out, for their errors': self.dropped}
+        levels = {'errors, which you must fix': self.errors, 'left out, because of errors': self.dropped}
         return levels | {'warnings': self.warnings, 'notes': self.notes}
 
     def update(self, other: Findings) -> None:
@@ -67,7 +67,7 @@ class Findings:
                 mine[kind] += places
 
     def drop_errors(self) -> None:
-        """Turn all errors so far into left-out entries."""
+        """Turn all errors so far into dropped items."""
         self.dropped, self.errors = self.errors, defaultdict(list)
 
     def print(self) -> None:
@@ -87,7 +87,7 @@ class Findings:
 
     def write(self, path: Path) -> None:
         """Write all cases as CSV."""
-        with write_atomically(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
+        with write_atomically(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
             writer.writerows(self.rows())

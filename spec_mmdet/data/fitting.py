@@ -1,4 +1,4 @@
-"""Make a config agree with its data and with itself: one list of classes, and masks if the model predicts them."""
+"""Fit a config to its data: one list of classes everywhere, and masks if the model predicts them."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from mmengine.registry import Registry
 from ..errors import InputError, list_briefly
 
 LOOPS = ('train', 'val', 'test')
-NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # of proposals, which have no class, and of other classes (stuff)
+NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # predict proposals without class, and stuff classes
 MASK_HEADS = ('mask_head', 'panoptic_head')
-OTHER_FORMATS = (CocoPanopticDataset, LVISV05Dataset)  # derived from CocoDataset, but their files are not COCO's
+OTHER_FORMATS = (CocoPanopticDataset, LVISV05Dataset)  # subclasses of CocoDataset with a different file format
 
 
 def find_class(node: dict, registry: Registry) -> type | None:
-    """Return the class that the ``type`` of a config's dict names (with or without a scope) or is, if there is one."""
+    """Return the class of a config's ``type``, which may be a name (with or without scope) or a class; or None."""
     kind = node.get('type')
     if isinstance(kind, str):
         owner = registry
         while owner is not None and kind not in owner.module_dict:
             owner = owner.parent
-        # A name that no registry has is not searched for: MMEngine would import a module of that name.
+        # Registry.get is not called with an unknown name, because MMEngine would import a module of that name.
         kind = owner.module_dict[kind] if owner else registry.get(kind) if kind.startswith('mmdet.') else None
     return kind if inspect.isclass(kind) else None
 
 
 def is_kind_of(node: dict, registry: Registry, kinds: type | tuple[type, ...]) -> bool:
-    """Tell whether the type of a config's dict is one of these classes or derived from one."""
+    """Return whether the type of a config's dict is one of these classes or a subclass."""
     return issubclass(find_class(node, registry) or object, kinds)
 
 
 def is_coco_dataset(node: dict) -> bool:
-    """Tell whether a config's dict is a data set that reads COCO's annotation files for instances."""
+    """Return whether a config's dict is a data set that reads COCO's annotation files for instances."""
     return is_kind_of(node, DATASETS, CocoDataset) and not is_kind_of(node, DATASETS, OTHER_FORMATS)
 
 
 def coco_datasets(node: object) -> Iterator[dict]:
-    """Yield the data sets in COCO's format in (a part of) a config, also inside wrappers."""
+    """Yield the data sets in COCO's format in (a part of) a config, including those in wrappers."""
     for _, found in walk(node):
         if is_coco_dataset(found):
             yield found
 
 
 def list_annotation_files(cfg: Config, loop: str) -> list[Path]:
-    """List the annotation files on this machine that a loop's data sets in COCO's format read."""
+    """List the local annotation files of a loop's data sets in COCO's format."""
     datasets = coco_datasets(cfg.get(f'{loop}_dataloader'))
     paths = [Path(dataset.get('data_root') or '', str(dataset.get('ann_file', ''))) for dataset in datasets]
     return [path for path in paths if path.is_file()]
 
 
 def coco_metrics(cfg: Config, loop: str) -> list[dict]:
-    """List the configs of a loop's evaluators that compute COCO's metrics."""
+    """List the configs of a loop's evaluators for COCO metrics."""
     found = evaluators(cfg, loop)
     return [e for e in found if is_kind_of(e, METRICS, CocoMetric) and not is_kind_of(e, METRICS, LVISMetric)]
 
@@ -71,7 +71,7 @@ def evaluators(cfg: Config, loop: str) -> list[dict]:
 
 
 def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
-    """Yield every dict in (a part of) a config with its name in --cfg-options, outer ones first."""
+    """Yield every dict in (a part of) a config with its name for --cfg-options, outer dicts first."""
     if isinstance(node, dict):
         yield name, node
         for key, child in node.items():
@@ -82,7 +82,7 @@ def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
 
 
 def list_classes(metainfo: dict | None) -> list[str]:
-    """Return the classes in a data set's metainfo: a list, one name, or a file with a name per line."""
+    """Return the classes in a data set's metainfo, which are a list, one name, or a file with a name per line."""
     classes = (metainfo or {}).get('classes') or []
     if isinstance(classes, str):
         return Path(classes).read_text(encoding='utf-8').splitlines() if Path(classes).is_file() else [classes]
@@ -90,25 +90,25 @@ def list_classes(metainfo: dict | None) -> list[str]:
 
 
 def configured_classes(dataset: dict) -> list[str]:
-    """List the classes that a data set in COCO's format uses: those of its metainfo, or else of its type."""
+    """List the classes of a data set in COCO's format: those of its metainfo, or else of its type."""
     return list_classes(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
 
 
 def stated_classes(dataset: dict) -> list[str]:
-    """List the classes that a config states for a data set: in its metainfo, or by a type with its own classes."""
+    """List the classes that a config defines for a data set, in its metainfo or by a type with its own classes."""
     classes = configured_classes(dataset)
     inherited = not list_classes(dataset.get('metainfo')) and classes == list(CocoDataset.METAINFO['classes'])
     return [] if inherited else classes
 
 
 def state_classes_once(cfg: Config) -> list[str]:
-    """Give all data sets of a config the classes that one of them states; changes ``cfg``.
+    """Set the classes of all data sets in a config to those of one of them; changes ``cfg``.
 
     Returns:
-        These classes; none if no data set states any, so that the annotation files define them.
+        These classes; empty if no data set defines any, so that the annotation files do.
 
     Raises:
-        InputError: if two data sets state different classes, or one states them by a name that nothing reads.
+        InputError: if two data sets define different classes, or one uses MMDetection 2's key CLASSES.
     """
     stated: dict[str, list[str]] = {}
     for loop in LOOPS:
@@ -120,7 +120,7 @@ def state_classes_once(cfg: Config) -> list[str]:
                 (f'{name}.type.METAINFO', find_class(dataset, DATASETS).METAINFO),
             ):
                 if 'CLASSES' in metainfo:
-                    raise InputError(f'{place}.CLASSES in the config: MMDetection 3 reads "classes" instead; rename it')
+                    raise InputError(f'{place}.CLASSES in the config: rename it to "classes", as MMDetection 3 expects')
             if classes := stated_classes(dataset):
                 stated[f'{name}.metainfo.classes'] = classes
     if not stated:
@@ -129,8 +129,8 @@ def state_classes_once(cfg: Config) -> list[str]:
     for name, other in others:
         if set(other) != set(classes):
             raise InputError(
-                f'{name} is ({list_briefly(other)}) and {first} is ({list_briefly(classes)}) in the config: give both '
-                'the same classes'
+                f'{name} is ({list_briefly(other)}) and {first} is ({list_briefly(classes)}) in the config. Use '
+                'the same classes in both'
             )
     for dataset in coco_datasets({**cfg}):
         dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
@@ -138,10 +138,10 @@ def state_classes_once(cfg: Config) -> list[str]:
 
 
 def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
-    """Check that each loop's evaluators read the annotation file of its data set, of which there must be one.
+    """Check that each loop has one data set in COCO's format, and that its evaluators read the same annotation file.
 
     Raises:
-        InputError: if an evaluator reads another existing file, or if COCO's metrics would mix several data sets.
+        InputError: if an evaluator reads a different existing file, or COCO metrics would mix several data sets.
     """
     for loop in loops:
         datasets = list(coco_datasets(cfg.get(f'{loop}_dataloader')))
@@ -149,8 +149,8 @@ def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
         if metrics and len(datasets) > 1:
             files = list_briefly([str(dataset.get('ann_file')) for dataset in datasets])
             raise InputError(
-                f'{loop}_dataloader in the config has {len(datasets)} data sets ({files}), whose images one evaluator '
-                'would mix. Evaluate them in a run each, or merge their annotation files'
+                f'{loop}_dataloader in the config has {len(datasets)} data sets ({files}), which one evaluator would '
+                'mix. Evaluate them in separate runs, or merge their annotation files'
             )
         for evaluator in metrics if datasets else ():
             measured, predicted = evaluator.get('ann_file'), datasets[0].get('ann_file')
@@ -159,20 +159,22 @@ def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
                 if all(path.is_file() for path in files) and not files[0].samefile(files[1]):
                     raise InputError(
                         f'{loop}_evaluator.ann_file is {files[0]} and {loop}_dataloader.dataset.ann_file is {files[1]} '
-                        'in the config: give both the same file'
+                        'in the config. Set both to the same file'
                     )
 
 
 def require_monitored_metrics(cfg: Config) -> None:
-    """Check that the metrics by which hooks choose checkpoints or stop are among those of COCO's evaluators.
+    """Check that the evaluators compute the metrics by which hooks choose checkpoints or stop.
+
+    Metrics of evaluators other than COCO's are not checked.
 
     Raises:
-        InputError: naming the hook. Metrics of other evaluators are not known before the run and are not checked.
+        InputError: naming the hook.
     """
     metrics = coco_metrics(cfg, 'val')
     if not metrics or len(metrics) < len(evaluators(cfg, 'val')):
         return
-    names, unlisted = [], []  # names of metrics; parts of names that depend on classes or limits of detections
+    names, unlisted = [], []  # names of metrics; parts of other names, which depend on classes or limits of detections
     for evaluator in metrics:
         prefix = evaluator.get('prefix') or find_class(evaluator, METRICS).default_prefix
         items = evaluator.get('metric_items') or ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
@@ -184,7 +186,7 @@ def require_monitored_metrics(cfg: Config) -> None:
             if wanted not in ('auto', *names) and not any(part in wanted for part in unlisted):
                 raise InputError(
                     f'{key} of {hook.get("type", "a hook")} in the config is {wanted}, which val_evaluator does not '
-                    f'compute; use {" or ".join(get_close_matches(wanted, names, 2, 0))}'
+                    f'compute. Use {" or ".join(get_close_matches(wanted, names, 2, 0))}'
                 )
 
 
@@ -195,7 +197,7 @@ def list_kinds(evaluator: dict) -> list[str]:
 
 
 def monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
-    """Yield the configs of hooks that choose by a metric, with the key of its name."""
+    """Yield the configs of hooks that monitor a metric, with the key of its name."""
     for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]:
         for key in ('save_best', 'monitor'):  # of checkpoints, of early stopping
             if isinstance(hook, dict) and hook.get(key):
@@ -203,7 +205,7 @@ def monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
 
 
 def find_class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
-    """Yield the parts of a model's heads that have num_classes, with their names."""
+    """Yield the name and config of every part of a head with ``num_classes``."""
     for name, node in walk(model or {}, 'model'):
         keys = name.split('.')
         if 'num_classes' in node and any('head' in key for key in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
@@ -214,13 +216,13 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
     """Set the classes, in this order, of a config's data sets and of the heads of its model; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
+        cfg: the complete config.
         classes: their names.
-        source: where they come from, for an error's message.
+        source: their origin, for messages.
 
     Raises:
-        InputError: if a head was given a number of classes by hand: one that is neither theirs, nor COCO's, which
-            configs inherit, nor that of the classes which the config's data sets had so far.
+        InputError: if ``num_classes`` of a head was set by hand. (It is then neither this number, nor COCO's, nor that
+            of the data sets so far.)
     """
     inherited = {len(configured_classes(dataset)) for dataset in coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
@@ -228,12 +230,12 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         if head['num_classes'] not in inherited:
             raise InputError(
                 f'{name}.num_classes is {head["num_classes"]} in the config, but {source} has {len(classes)} classes '
-                f'({list_briefly(classes)}): leave num_classes out, it is set by the data'
+                f'({list_briefly(classes)}). Remove num_classes; the data sets it'
             )
         head['num_classes'] = len(classes)
     metainfo = dict(classes=tuple(classes))
     if len(classes) > 80:
-        metainfo['palette'] = None  # COCO's colours end there, and drawing more classes would fail; None makes some up
+        metainfo['palette'] = None  # COCO's palette has 80 colours; None generates one
     for dataset in coco_datasets({**cfg}):
         dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}
 
@@ -277,19 +279,19 @@ def drop_pretrained(model: dict | None) -> None:
 
 
 def has_masks(model: dict | None) -> bool:
-    """Tell whether a detector, by its config, predicts masks and so is trained with them."""
+    """Return whether a detector's config predicts masks, so that training needs them."""
     for _, node in walk(model or {}):
         if any(isinstance(node.get(key), (dict, list)) and node[key] for key in MASK_HEADS):
             return True
-        if str(node.get('type', '')).startswith('RTMDetIns'):  # whose head of boxes predicts masks, too
+        if str(node.get('type', '')).startswith('RTMDetIns'):  # its bbox_head predicts masks
             return True
     return False
 
 
 def use_masks_as_the_model(cfg: Config) -> bool:
-    """Have a config load and evaluate masks if its model predicts them, and else nowhere; changes ``cfg``.
+    """Make a config load and evaluate masks if and only if its model predicts them; changes ``cfg``.
 
-    Without masks in the evaluation, the best checkpoint is chosen by boxes.
+    Without masks in the evaluation, the best checkpoint is chosen by box metrics.
 
     Returns:
         Whether anything was changed.

@@ -1,4 +1,4 @@
-"""Data sets' folders: where an annotation file and its images are, and pointing a config at them."""
+"""Find a data set's annotation file and images in a folder, and point a config at them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ROBOFLOW = '_annotations.coco.json'
 
 
 def list_pairs(folder: Path, split: str) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield the annotation files of a split, with the folders that its images may be in.
+    """Yield the annotation files of a split with the possible folders of its images.
 
     These are COCO's, CVAT's and Roboflow's: annotations/instances_train2017.json with train2017/, instances_Train.json
-    with images/Train/, and train/_annotations.coco.json beside its images.
+    with images/Train/, and train/_annotations.coco.json next to its images.
     """
     for ann_file in sorted(folder.glob('annotations/instances_*.json')):
         name = ann_file.stem.removeprefix('instances_')
@@ -32,14 +32,14 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
     """Find the annotation file and the image folder of a split.
 
     Args:
-        folder: in COCO's, CVAT's or Roboflow's layout, see :func:`list_pairs`.
-        split: 'train', 'val' or 'test'; their folders may be called train, train2017 or valid.
+        folder: a folder in COCO's, CVAT's or Roboflow's layout, see :func:`list_pairs`.
+        split: 'train', 'val' or 'test'; folders may be called train, train2017 or valid.
 
     Returns:
-        Both paths, or None where there is neither of them.
+        Both paths, or None if both are missing.
 
     Raises:
-        InputError: if one is there without the other, or several pairs are.
+        InputError: if one of them is missing, or there are several pairs.
     """
     pairs = list(list_pairs(folder, split))
     found = [
@@ -64,16 +64,16 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
     """Point a config's data sets and evaluators at a folder in COCO's layout; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
+        cfg: the complete config.
         folder: see :func:`find_split`.
-        loops: which parts, of 'train', 'val' and 'test'. The test loop uses the validation images.
+        loops: loops to change, of 'train', 'val' and 'test'. The test loop uses the validation images.
 
     Raises:
-        InputError: if the folder lacks a split or the config's loops do not have one CocoDataset each.
+        InputError: if the folder lacks a split, or a loop does not have exactly one CocoDataset.
     """
     if not folder.is_dir():
         raise InputError(f'--data {folder}: no such folder')
-    folder = folder.absolute()  # what the run's config says holds from everywhere
+    folder = folder.absolute()  # the saved config must work in any working directory
     for loop in loops:
         loader = cfg.get(f'{loop}_dataloader')
         if loader is None:
@@ -81,14 +81,15 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         datasets = list(coco_datasets(loader))
         if len(datasets) != 1:
             raise InputError(
-                f'--data: {loop}_dataloader in the config has {len(datasets)} data sets of type CocoDataset, not one'
+                f'--data: {loop}_dataloader in the config has {len(datasets)} data sets of type CocoDataset instead of '
+                'one. Leave out --data, and set the paths in the config'
             )
         split = 'train' if loop == 'train' else 'val'
         found = find_split(folder, split)
         if found is None:
             raise InputError(
                 f'--data {folder}: lacks annotations/instances_{split}*.json and the folder {split}* of its images. '
-                f'Convert other layouts and formats: spec-mmdet prepare {folder} --out DIR'
+                f'Run "spec-mmdet prepare {folder} --out DIR" to convert other formats'
             )
         ann_file, images = found
         dataset = datasets[0]

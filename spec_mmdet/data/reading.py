@@ -1,4 +1,4 @@
-"""Read annotation files: one function for the checks, data sets, evaluators and reports, once per process and file."""
+"""Read annotation files, once per process, for the checks, data sets, evaluators and reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..errors import InputError
 from .findings import Findings, Place
 from .rules import find_mask_fault, find_size_fault, rasterised
 
-LARGE = 30e6  # bytes of a file whose reading takes seconds, so that it is announced
+LARGE = 30e6  # bytes from which reading takes seconds and is announced
 REQUIRED = dict(
     images=dict(id=(int, str), file_name=str, height=int, width=int),
     annotations=dict(id=(int, str), image_id=(int, str), category_id=(int, str), bbox=list),
@@ -30,17 +30,17 @@ REQUIRED = dict(
 
 
 def build_object(pairs: list[tuple[str, object]]) -> dict:
-    """Build a JSON object; a name that occurs twice is an error, where Python would use its last value."""
+    """Build a JSON object; unlike Python, reject duplicate names."""
     content = dict(pairs)
     if len(content) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f'the name "{name}" is there twice in one object')
+        raise ValueError(f'the name "{name}" occurs twice in one object')
     return content
 
 
 @contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Switch Python's cyclic garbage collector off, which takes half of the time in which large JSON files are read."""
+    """Disable Python's garbage collector, which would double the time to read large JSON files."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -63,7 +63,7 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=build_object)
     except RecursionError as error:
-        raise InputError(f'annotation file {path}: not JSON (its lists are nested too deep)') from error
+        raise InputError(f'annotation file {path}: not JSON (nested too deeply)') from error
     except ValueError as error:
         raise InputError(f'annotation file {path}: not JSON ({error})') from error
     except OSError as error:
@@ -71,18 +71,18 @@ def read_json(path: Path) -> object:
 
 
 def find_entry_fault(entry: dict, required: dict[str, type]) -> str:
-    """Describe the first missing or mistyped field of an entry; '' for an entry without fault."""
+    """Describe the first missing or mistyped field of an entry; '' for a valid entry."""
     for name, kind in required.items():
         value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             return f'the {name} {value!r:.40}' if name in entry else f'no {name}'
         if isinstance(value, str) and ('\0' in value or not value.isprintable() and not is_text(value)):
-            return f'the {name} {value!r:.40}, which is no text'
+            return f'the {name} {value!r:.40}, which is not valid text'
     return ''
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a string can be encoded: JSON's escapes can denote half a character."""
+    """Return whether a string can be encoded; JSON's escapes can denote unpaired surrogates."""
     try:
         return bool(value.encode())
     except UnicodeEncodeError:
@@ -90,15 +90,15 @@ def is_text(value: str) -> bool:
 
 
 def list_entries(coco: object, key: str, path: Path) -> list[dict]:
-    """Return the list under a key of a file's content, or raise an InputError if there is none."""
+    """Return the list under a key of a file's content; raise InputError if there is none."""
     entries = coco.get(key) if isinstance(coco, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f'annotation file {path}: not in COCO\'s format, it has no list of "{key}"')
+        raise InputError(f'annotation file {path}: not in COCO\'s format, it has no list "{key}"')
     return entries
 
 
 def select_sound_entries(coco: object, key: str, path: Path, found: Findings | None) -> list[dict]:
-    """Return the entries under a key that have all required fields; others raise an InputError, or go to ``found``."""
+    """Return the entries under a key with all required fields; others are added to ``found``, or raise InputError."""
     sound = []
     for position, entry in enumerate(list_entries(coco, key, path)):
         fault = find_entry_fault(entry, REQUIRED[key])
@@ -118,40 +118,40 @@ def read_coco(path: Path, annotated: bool = True, found: Findings | None = None)
 
     Args:
         path: a JSON file.
-        annotated: whether annotations are needed; COCO's own test images come without.
-        found: gets what was filled in, and the entries that are not in COCO's format, which are then left out.
+        annotated: whether annotations are needed; COCO's test images have none.
+        found: receives filled-in fields, and invalid entries, which are then left out.
 
     Returns:
-        Its content: a dict with at least 'images', 'categories' of different names and, if needed, 'annotations', in
-        which missing 'area', 'iscrowd', 'info' and 'licenses' are filled in.
+        A dict with at least 'images', 'categories' of different names and, if needed, 'annotations'. Missing 'area',
+        'iscrowd', 'info' and 'licenses' are filled in.
 
     Raises:
-        InputError: if it does not exist, is not COCO JSON or has no classes.
+        InputError: if the file does not exist, is not COCO JSON or has no classes.
     """
     with pause_garbage_collection():
         return check_layout(read_json(path), path, annotated, found)
 
 
 def check_layout(content: object, path: Path, annotated: bool, found: Findings | None) -> dict:
-    """Check and complete a JSON file's content; arguments, result and errors are those of :func:`read_coco`."""
+    """Check and complete a JSON file's content; see :func:`read_coco` for arguments, result and errors."""
     coco = dict(content) if isinstance(content, dict) else content
     for key in REQUIRED:
         if key != 'annotations' or annotated or isinstance(coco, dict) and key in coco:
             sound = select_sound_entries(coco, key, path, found)
             coco[key] = sound
     if not coco['categories']:
-        raise InputError(f'annotation file {path}: lists no categories')
+        raise InputError(f'annotation file {path}: contains no categories')
     for name in ('id', 'name'):
         ((value, count),) = Counter(category[name] for category in coco['categories']).most_common(1)
         if count > 1:
-            raise InputError(f'annotation file {path}: several of its categories have the {name} {value}')
+            raise InputError(f'annotation file {path}: several categories have the {name} {value}. Make them unique')
     leave_out_placeholder(coco, path.name, found or Findings())
     fill_in(coco, path.name, found or Findings())
     return coco
 
 
 def leave_out_placeholder(coco: dict, name: str, found: Findings) -> None:
-    """Leave out Roboflow's category 0, the parent of all others, where no object is of it; changes ``coco``."""
+    """Leave out Roboflow's category 0, the parent of all others, if it has no objects; changes ``coco``."""
     first, *others = sorted(coco['categories'], key=lambda category: category['id'] != 0)
     parents = {category.get('supercategory') for category in others}
     used = any(annotation['category_id'] == 0 for annotation in coco.get('annotations', ()))
@@ -161,11 +161,11 @@ def leave_out_placeholder(coco: dict, name: str, found: Findings) -> None:
 
 
 def fill_in(coco: dict, name: str, found: Findings) -> None:
-    """Fill in what COCO has and others leave out; changes ``coco`` and notes it."""
+    """Fill in fields that some tools omit, and add notes to ``found``; changes ``coco``."""
     for key, value in (('info', {}), ('licenses', [])):
         if key not in coco:
             coco[key] = value
-            found.notes[f'"{key}" is missing, and is taken to be empty'].append(Place(name))
+            found.notes[f'"{key}" is missing, set to empty'].append(Place(name))
     images = {image['id']: image for image in coco['images']}
 
     def filled(key: str, value: Callable[[dict], object], kind: str) -> None:
@@ -175,16 +175,16 @@ def fill_in(coco: dict, name: str, found: Findings) -> None:
                 image = images.get(annotation['image_id'], {})
                 found.notes[kind].append(Place(name, image.get('file_name', ''), annotation['id']))
 
-    filled('iscrowd', lambda annotation: 0, 'objects without "iscrowd", taken to be 0')
+    filled('iscrowd', lambda annotation: 0, 'objects without "iscrowd", set to 0')
     filled(
         'area',
         lambda annotation: area(annotation, images.get(annotation['image_id'])),
-        'objects without "area", taken to be that of the mask, or of the box where there is no mask',
+        'objects without "area", set to that of the mask, or of the box if there is no mask',
     )
 
 
 def area(annotation: dict, image: dict | None) -> float:
-    """An object's area in square pixels: of its mask, or of its box where that is missing or faulty."""
+    """Compute an object's area in square pixels, from its mask or, if that is missing or faulty, from its box."""
     mask = annotation.get('segmentation')
     if image and not find_size_fault(image['width'], image['height']):
         size = image['width'], image['height']
@@ -193,18 +193,18 @@ def area(annotation: dict, image: dict | None) -> float:
     box = annotation['bbox']
     try:
         return float(box[2] * box[3])
-    except (IndexError, TypeError, OverflowError):  # a faulty box, which the checks name
+    except (IndexError, TypeError, OverflowError):  # a faulty box, which the checks report
         return 0.0
 
 
-# Files that were read, by path: their size and time of change, content, and what was found.
+# Files that were read, by path: size and modification time, content, findings.
 _shared: dict[Path, tuple[tuple[int, int], dict, Findings]] = {}
 
 
 def share_coco(path: Path, annotated: bool = True, found: Findings | None = None) -> dict:
-    """Read an annotation file as :func:`read_coco` does, or return what an earlier call has read, if it is unchanged.
+    """Read an annotation file with :func:`read_coco`, or return the result of an earlier call if it is unchanged.
 
-    The content is shared: do not change it. It stays in memory until :func:`forget_coco`.
+    Do not change the content, which is shared. It stays in memory until :func:`forget_coco`.
     """
     path = path.resolve()
     state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (0, 0)
@@ -227,14 +227,14 @@ def share_coco(path: Path, annotated: bool = True, found: Findings | None = None
 
 
 def forget_coco(path: str | Path) -> None:
-    """Free the memory of a file that :func:`share_coco` has read."""
+    """Free the memory of a file that :func:`share_coco` read."""
     _shared.pop(Path(path).resolve(), None)
 
 
 def number_ids(ids: list[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
-    """Return a number for each id, above all ids that are numbers already; {} if the evaluators can hold all ids.
+    """Map each id to a number above all numeric ids; {} if the evaluators accept all ids.
 
-    They keep ids in NumPy's int64 and float64, take an annotation's id of 0 for no match, and sort classes by their id.
+    The evaluators store ids as int64 and float64, use an annotation's id of 0 for "no match", and sort classes by id.
     """
     plain = [index for index in ids if type(index) is int and least <= index < 2**53]
     if len(plain) == len(ids) and not (ascending and ids != sorted(ids)):
@@ -244,15 +244,14 @@ def number_ids(ids: list[int | str], least: int = 0, ascending: bool = False) ->
 
 
 class AnnotationFile(COCO):
-    """pycocotools' ``COCO`` of a file that :func:`share_coco` reads, with ids that its evaluators can hold.
+    """pycocotools' ``COCO`` of a file that :func:`share_coco` reads, with ids that its evaluators accept.
 
-    If a file has other ids (text, above 2**53, negative, an annotation's 0), they are replaced here, and nowhere else:
-    images, annotations and categories get numbers that differ from all ids of the file, in its order.
-    :meth:`loadRes` takes detections with the file's ids, and :meth:`original` returns the file's id of a number, for
-    results that are written.
+    Other ids (text, above 2**53, negative, an annotation's 0) are replaced here, and only here, by numbers in the order
+    of the file that differ from all its ids. :meth:`loadRes` accepts detections with the file's ids. :meth:`original`
+    returns the file's id of a number, for written results.
 
     Attributes:
-        numbers: for each of 'images', 'annotations' and 'categories', numbers by the file's ids; {} where unchanged.
+        numbers: for each of 'images', 'annotations' and 'categories', numbers by the file's ids; {} if unchanged.
     """
 
     def __init__(self, annotation_file: str | None = None) -> None:
@@ -265,7 +264,7 @@ class AnnotationFile(COCO):
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def _number(self, coco: dict) -> dict:
-        """Return a file's content with numbers for ids; ``coco`` itself where they need no change."""
+        """Return a file's content with numbers as ids; ``coco`` itself if they need no change."""
         entries = {key: coco.get(key, []) for key in REQUIRED}
         rules = dict(images={}, annotations=dict(least=1), categories=dict(ascending=True))
         self.numbers = {k: number_ids([entry['id'] for entry in entries[k]], **rules[k]) for k in entries}
@@ -281,21 +280,16 @@ class AnnotationFile(COCO):
         return {**coco, **{key: [renumber(key, entry) for entry in entries[key]] for key in entries if key in coco}}
 
     def number(self, key: str, index: int | str) -> int | str:
-        """Return the number of an id of the file; of a number, itself.
-
-        Args:
-            key: 'images', 'annotations' or 'categories'.
-            index: the id.
-        """
+        """Return the number of the file's id ``index`` of 'images', 'annotations' or 'categories' (``key``)."""
         return self.numbers.get(key, {}).get(index, index)
 
     def original(self, key: str, number: int) -> int | str:
-        """Return the file's id of an image, annotation or category; the opposite of :meth:`number`."""
+        """Return the file's id of a number; the inverse of :meth:`number`."""
         return self._originals[key].get(number, number) if self.numbers else number
 
     @cached_property
     def changeable(self) -> AnnotationFile:
-        """An index of copies of the annotations, for evaluations, which overwrite "ignore" and masks."""
+        """A copy for evaluations, which overwrite "ignore" and masks of the annotations."""
         result = copy.copy(self)
         result.dataset = {**self.dataset, 'annotations': [dict(entry) for entry in self.dataset.get('annotations', ())]}
         with pause_garbage_collection(), redirect_stdout(None):
@@ -304,29 +298,27 @@ class AnnotationFile(COCO):
         return result
 
     def number_detections(self, results: list[dict]) -> None:
-        """Replace the file's ids by numbers in detections.
-
-        Args:
-            results: in COCO's format for results; is changed.
+        """Replace the file's ids by numbers in detections in COCO's results format; changes ``results``.
 
         Raises:
-            InputError: if they are of an image that is not in the file.
+            InputError: if the file does not contain the image of a detection.
         """
         for result in results:
             result['image_id'] = self.number('images', result['image_id'])
             result['category_id'] = self.number('categories', result['category_id'])
             if result['image_id'] not in self.imgs:
                 raise InputError(
-                    f'the detections are of other data than the annotation file: of an image {result["image_id"]!r:.40}'
+                    f'the detections contain an image {result["image_id"]!r:.40}, which is not in the annotation file. '
+                    'Evaluate them on their own annotation file'
                 )
 
     def loadRes(self, results: list[dict]) -> COCO:
-        """Index detections, of which there may be none; see :meth:`number_detections`."""
+        """Index detections, or an empty list; see :meth:`number_detections`."""
         self.number_detections(results)
         with pause_garbage_collection(), redirect_stdout(None):
             if results:
                 return super().loadRes(results)
-            found = COCO()  # pycocotools cannot tell of what kind no results are
+            found = COCO()  # pycocotools fails for an empty list
             found.dataset = dict(self.dataset, annotations=[])
             found.createIndex()
         return found
@@ -334,12 +326,12 @@ class AnnotationFile(COCO):
 
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
-    """MMDetection's CocoDataset that reads its annotation file by :func:`read_coco`, with any ids and encoding."""
+    """MMDetection's CocoDataset that reads its annotation file with :func:`read_coco`, with any ids and encoding."""
 
     COCOAPI = AnnotationFile
 
     def load_data_list(self) -> list[dict]:
-        """Load the annotations; those for training are then released, which nothing else in a run uses."""
+        """Load the annotations, and free the memory of those for training, which nothing else uses."""
         with pause_garbage_collection():
             entries = super().load_data_list()
         if not self.test_mode:

@@ -1,17 +1,17 @@
-"""Rules of the data checks: faults of boxes and masks, and which objects are used for training and for evaluation.
+"""Define valid boxes and masks, and which objects training and evaluation use.
 
 MMDetection uses an object for training, and pycocotools for evaluation, under different conditions:
 
 ============================================  ==================================  =====================================
 an object                                     in training                         in COCO's AP
 ============================================  ==================================  =====================================
-with iscrowd = 1                              is not learnt from: proposals on    is not counted, nor are the detections
-                                              it are not taken for background     on it
+with iscrowd = 1                              is ignored: proposals on it are     is ignored, as are detections on it
+                                              not background
 with a box below a pixel in width or height,  is left out                         is counted
 or with an area of 0
 with ignore = 1                               is left out                         is counted: pycocotools reads iscrowd
-of a class that the config does not take      is left out                         is not counted
-in an image that filter_cfg leaves out        is left out: training only          is counted
+of a class that the config does not use       is left out                         is left out
+in an image that filter_cfg leaves out        is left out                         is counted
 ============================================  ==================================  =====================================
 
 (``CocoDataset.parse_data_info`` and ``filter_data``, ``PackDetInputs``, ``COCOeval._prepare``.)
@@ -27,7 +27,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 TOLERANCE = 2.0  # pixels: tools round, and COCO's own boxes and polygons touch the border
-MAX_PIXELS = 2**30  # of an image: what OpenCV decodes
+MAX_PIXELS = 2**30  # OpenCV's limit for an image
 LEFT_OUT = 'left out of training'
 
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -38,13 +38,13 @@ def is_crowd(annotation: dict) -> bool:
 
 
 def explain_exclusion(annotation: dict) -> str:
-    """Return the kind of objects that training leaves out to which this one belongs; '' for one that is used.
+    """Return why training leaves out an object, as a kind of findings; '' if it is used.
 
     Args:
-        annotation: of a box and an area without fault, and of a class that is taken.
+        annotation: an object of a used class, with a valid box and area.
     """
     if is_crowd(annotation):
-        return 'crowd regions, neither learnt from nor counted in AP'
+        return 'crowd regions, ignored in training and in AP'
     if min(annotation['bbox'][2:]) < 1:  # COCO has a few
         return f'boxes narrower or lower than a pixel, {LEFT_OUT}'
     if annotation['area'] <= 0:
@@ -55,17 +55,17 @@ def explain_exclusion(annotation: dict) -> str:
 
 
 def is_measured(annotation: dict) -> bool:
-    """Tell whether AP counts an object of a used class."""
+    """Return whether AP counts an object of a used class."""
     return not is_crowd(annotation)
 
 
 def explain_image_exclusion(image: dict, has_objects: bool, filter_cfg: Mapping) -> str:
-    """Return the kind of images that training leaves out to which this one belongs; '' for one that is used.
+    """Return why training leaves out an image, as a kind of findings; '' if it is used.
 
     Args:
         image: its entry in the annotation file.
-        has_objects: whether any object of the classes that are taken lies in it, crowds included.
-        filter_cfg: the data set's.
+        has_objects: whether it contains objects of used classes, crowds included.
+        filter_cfg: the data set's setting.
     """
     if min(image['width'], image['height']) < filter_cfg.get('min_size', 0):
         return f'images with a side below {filter_cfg["min_size"]} pixels, {LEFT_OUT}'
@@ -75,23 +75,23 @@ def explain_image_exclusion(image: dict, has_objects: bool, filter_cfg: Mapping)
 
 
 def is_finite(numbers: object) -> bool:
-    """Tell whether a value is a list of finite numbers: JSON's parser accepts NaN and integers of any size."""
+    """Return whether a value is a list of finite numbers (JSON may contain NaN and integers of any size)."""
     try:
         return isinstance(numbers, list) and math.isfinite(sum(numbers)) and bool not in map(type, numbers)
-    except (TypeError, OverflowError):  # what cannot be added, or not as a float
+    except (TypeError, OverflowError):  # not numbers, or too large for a float
         return False
 
 
 def reaches_outside(corners: Corners, width: float, height: float) -> bool:
-    """Tell whether a box reaches out of an image of this size by more than the tolerance."""
+    """Return whether a box extends beyond an image of this size by more than the tolerance."""
     x0, y0, x1, y1 = corners
     return min(x0, y0) < -TOLERANCE or x1 > width + TOLERANCE or y1 > height + TOLERANCE
 
 
 def find_size_fault(width: int, height: int) -> str:
-    """Name the fault of an image's size in the annotation file; '' for a possible size."""
+    """Name the fault of an image's size in the annotation file; '' for a valid size."""
     if min(width, height) < 1 or width * height > MAX_PIXELS:
-        return 'images whose width or height is not that of any image'
+        return 'images with an invalid width or height (below 1, or more than 2^30 pixels in total)'
     return ''
 
 
@@ -102,7 +102,7 @@ def find_box_fault(box: object, width: float, height: float) -> str:
     x, y, w, h = box
     if w < 0 or h < 0:
         return 'boxes of negative width or height'
-    return 'boxes that reach out of their image' if reaches_outside((x, y, x + w, y + h), width, height) else ''
+    return 'boxes that extend beyond their image' if reaches_outside((x, y, x + w, y + h), width, height) else ''
 
 
 def find_area_fault(area: object, box: Sequence[float]) -> str:
@@ -123,15 +123,15 @@ def find_polygon_fault(polygons: list, width: float, height: float) -> str:
             return 'polygons that are not lists [x, y, x, y, ...] of finite numbers'
         if len(polygon) < 6 or len(polygon) % 2:
             return 'polygons of fewer than 6 coordinates or an odd number of them'
-    return 'polygons that reach out of their image' if reaches_outside(compute_extent(polygons), width, height) else ''
+    return 'polygons that extend beyond their image' if reaches_outside(compute_extent(polygons), width, height) else ''
 
 
 def decode_runs(counts: list | str) -> np.ndarray | None:
-    """Return the lengths of the runs of an RLE mask, or None where they are not whole numbers from 0 on.
+    """Return the lengths of the runs of an RLE mask, or None if they are not integers of at least 0.
 
-    pycocotools does not check them: a truncated string is read past its end, and with a wrong sum of runs an
-    evaluation may never end. COCO's strings contain numbers in groups of 5 bits, the lowest first and bit 6 where more
-    follow, from the fourth on as differences to the number before the last.
+    pycocotools does not check them: it reads past the end of a truncated string, and a wrong sum of runs can make an
+    evaluation endless. COCO's strings contain numbers in groups of 5 bits, the lowest first; bit 6 marks that another
+    group follows. From the fourth number on, they are differences from the number before the previous one.
     """
     if isinstance(counts, list):
         whole = is_finite(counts) and all(v >= 0 and v == int(v) for v in counts)
@@ -145,7 +145,7 @@ def decode_runs(counts: list | str) -> np.ndarray | None:
     ends = np.flatnonzero(~groups & 32)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > 6:  # 30 bits are more pixels than an image has
+    if lengths.max() > 6:  # 30 bits are enough for any image
         return None
     place = np.arange(groups.size) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((groups & 31) << 5 * place, starts)
@@ -158,17 +158,17 @@ def decode_runs(counts: list | str) -> np.ndarray | None:
 def find_rle_fault(mask: dict, width: int, height: int) -> str:
     size = mask.get('size')
     if size != [height, width] or set(map(type, size)) != {int}:
-        return 'RLE masks whose size [height, width] is not that of their image'
+        return 'RLE masks whose size [height, width] differs from their image'
     runs = decode_runs(mask['counts'])
     if runs is None or runs.sum() != width * height or not runs[1::2].any():
-        return 'RLE masks that are empty or whose runs do not make up their image'
+        return 'RLE masks that are empty or whose runs do not sum up to the size of their image'
     return ''
 
 
 def find_mask_fault(mask: object, width: int, height: int) -> str:
     """Name the fault of a segmentation in an image of this size, in pixels; '' for a valid one.
 
-    With a faulty one pycocotools may use all memory, never end, or crash.
+    A faulty one can make pycocotools exhaust memory, run forever, or crash.
     """
     if isinstance(mask, list) and mask:
         return find_polygon_fault(mask, width, height)
@@ -178,12 +178,12 @@ def find_mask_fault(mask: object, width: int, height: int) -> str:
 
 
 def can_be_measured(mask: object, width: int, height: int) -> bool:
-    """Tell whether pycocotools can evaluate a segmentation in little time and memory, empty ones included."""
+    """Return whether pycocotools can evaluate a segmentation, which may be empty, in little time and memory."""
     if find_size_fault(width, height):
         return False
     if isinstance(mask, list):
         fault = find_mask_fault(mask, width, height)
-        reaches_out = fault.startswith('polygons that reach out')
+        reaches_out = fault.startswith('polygons that extend beyond')
         return not fault or reaches_out and max(map(abs, compute_extent(mask))) <= 10 * max(width, height)
     counts = mask.get('counts') if isinstance(mask, dict) else None
     runs = decode_runs(counts) if isinstance(counts, list | str) else None
@@ -223,10 +223,10 @@ def compute_iou(a: Corners, b: Corners) -> float:
 
 
 def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, height: int) -> tuple[str, str]:
-    """Return the error and the warning, each '' where there is none, of a valid mask and a valid box of one object.
+    """Return the error and the warning (or '') about a valid mask and a valid box of the same object.
 
-    In COCO the two agree to an intersection over union of 0.94 and more. Less than half of that is a warning, as boxes
-    may include the hidden part of an object. Errors have no such explanation.
+    In COCO their IoU is at least 0.94. An IoU below 0.5 is only a warning, because boxes may include the hidden part of
+    an object.
     """
     if isinstance(mask, list):
         extent = compute_extent(mask)

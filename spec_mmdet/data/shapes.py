@@ -1,10 +1,10 @@
-"""A small COCO-format data set of generated shapes, for the demo and the tests: a laptop's CPU can learn it.
+"""Generate a small data set of shapes in COCO's format, for the demo and the tests; a laptop's CPU can learn it.
 
     write_shapes('data/shapes')
 
-Circles, squares, triangles and stars of random colour, size and rotation lie over one another on cluttered
-backgrounds; polygons follow the visible parts. Some images hold a crowd region: many tiny shapes under one annotation
-with iscrowd=1, as in COCO. The same seed writes the same files.
+Circles, squares, triangles and stars of random colour, size and rotation overlap on cluttered backgrounds; polygons
+follow the visible parts. Some images contain a crowd region: many tiny shapes with one annotation of iscrowd=1, as in
+COCO. The same seed writes the same files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shapely.geometry import MultiPolygon, Point, Polygon, box
 from ..files import write_folder_atomically
 
 CATEGORIES = ('circle', 'square', 'triangle', 'star')
-MIN_VISIBLE = 0.7  # the least visible fraction of an object
+MIN_VISIBLE = 0.7  # minimum visible fraction of an object
 
 
 def make_outline(category: str) -> Polygon:
@@ -36,7 +36,7 @@ def make_outline(category: str) -> Polygon:
 
 
 def place(rng: np.random.Generator, category: str, x: float, y: float, radius: float) -> Polygon:
-    """Scale, turn and move the outline of a category; returns it in pixels."""
+    """Scale, rotate and move the outline of a category; return it in pixels."""
     shape = affinity.scale(make_outline(category), radius, radius * rng.uniform(0.85, 1), origin=(0, 0))
     return affinity.translate(affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0)), x, y)
 
@@ -54,7 +54,7 @@ def cut_into_polygons(geometry) -> list[Polygon]:
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw colour patches, lines and specks that belong to no category; returns an image of size x size pixels, BGR."""
+    """Draw patches, lines and specks that belong to no category, as an image of size x size pixels, BGR."""
     patches = np.clip(rng.integers(30, 226, 3) + rng.integers(-60, 61, (4, 4, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(rng.integers(3, 7)):
@@ -67,7 +67,7 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
-    """Fill a shape with a colour that stands out from what it covers, and outline it."""
+    """Fill a shape with a colour that contrasts with the background, and outline it."""
     fixed_point = np.round(np.asarray(shape.exterior.coords) * 256).astype(np.int32)
     covered = np.zeros(image.shape[:2], np.uint8)
     cv2.fillPoly(covered, [fixed_point], 1, shift=8)
@@ -78,7 +78,7 @@ def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
 
 
 def make_annotation(rle: dict, category: int, iscrowd: int = 0) -> dict:
-    """Make the COCO annotation, without ids, of a mask that pycocotools has encoded."""
+    """Make the COCO annotation, without ids, of an RLE mask of pycocotools."""
     return dict(
         category_id=category + 1,
         iscrowd=iscrowd,
@@ -94,12 +94,12 @@ def add_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Write an image, or fail: OpenCV's own imwrite may not notice a full disk."""
+    """Write an image; unlike OpenCV's imwrite, raise an error on a full disk."""
     path.write_bytes(cv2.imencode('.png', image)[1])
 
 
 def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
-    """Draw an image of size x size pixels, BGR; returns it and its COCO annotations without ids."""
+    """Draw an image of size x size pixels, BGR; return it and its COCO annotations without ids."""
     image = draw_background(rng, size)
     frame = box(0, 0, size, size)
     annotations = []
@@ -117,7 +117,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         rle = mask_utils.frPyObjects([np.asarray(taken.exterior.coords).ravel().tolist()], size, size)[0]
         annotations.append(make_annotation(rle, category, iscrowd=1))
 
-    placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, what of it is visible
+    placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, visible part
     for _ in range(rng.integers(3, 7)):
         category = int(rng.integers(len(CATEGORIES)))
         radius = size * rng.uniform(0.12, 0.24)
@@ -159,11 +159,11 @@ def write_split(
     Args:
         root: folder to write to.
         split: 'train' or 'val'.
-        images: how many.
-        size: their height and width in pixels.
-        rng: what they are drawn by.
-        make: makes one of them; see :func:`make_image`.
-        categories: the names of its categories.
+        images: number of images.
+        size: height and width in pixels.
+        rng: random number generator.
+        make: function that makes an image; see :func:`make_image`.
+        categories: names of the categories.
     """
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / 'annotations').mkdir(exist_ok=True)
@@ -185,7 +185,7 @@ def write_split(
 
 
 def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int = 256, seed: int = 0) -> None:
-    """Write the data set and print one line about it; an error leaves no partial folder.
+    """Write the data set and print a line about it; an error leaves no partial folder.
 
     Args:
         root: folder to write.

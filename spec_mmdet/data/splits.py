@@ -1,4 +1,4 @@
-"""Splits of a data set: drawing, thinning out, checking, dropping what is faulty, and writing them in COCO's layout."""
+"""Split data sets, draw subsets, check them, drop faulty items, and write them in COCO's layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .checks import check_annotations, check_contents, remove_faults
 from .findings import Findings, Place
 from .images import check_images
 
-WHOLE = 'all'  # the name of what is still to be split
+WHOLE = 'all'  # name of a data set that is not split yet
 MASKS = ('from-boxes', 'none')
 
 
@@ -25,13 +25,14 @@ class Split:
     """An annotation file's content, and the folder of its images.
 
     Attributes:
-        name: 'train', 'val', 'test', or 'all' of what is still to be split.
+        name: 'train', 'val' or 'test', or 'all' before splitting.
         coco: the COCO dict.
         title: its name in messages and findings.
         images: the folder that file names are relative to.
-        ann_file: the file in COCO's format that training reads as it is, if there is one.
+        ann_file: the file in COCO's format that training can read unchanged, if any.
         is_part: whether it was split off.
-        incomplete: ids of images with objects that could not be read.
+        is_foreign: whether it was converted from an export.
+        incomplete: ids of images with unreadable objects.
     """
 
     name: str
@@ -45,36 +46,36 @@ class Split:
 
 
 def count_images(total: int, amount: float) -> int:
-    """How many images an amount is: a number, or a fraction of all if it is below 1; at least one."""
+    """Convert an amount, a number or a fraction below 1, to a number of images, at least one."""
     return min(total, max(1, round(amount * total if amount < 1 else amount)))
 
 
 def keep_images(coco: dict, images: list[dict]) -> dict:
-    """A COCO dict without its other images and their annotations; everything else in it is kept."""
+    """Return a COCO dict with only these images and their annotations."""
     left_out = {image['id'] for image in coco['images']} - {image['id'] for image in images}
     annotations = [annotation for annotation in coco['annotations'] if annotation['image_id'] not in left_out]
     return {**coco, 'images': images, 'annotations': annotations}
 
 
 def draw_subset(split: Split, amount: float, seed: int) -> Split:
-    """Keep a number of images, or a fraction below 1, drawn at random but in their order."""
+    """Keep a random number of images, or a fraction below 1, in their order."""
     images = split.coco['images']
     chosen = random.Random(seed).sample(range(len(images)), count_images(len(images), amount))
     return replace(split, coco=keep_images(split.coco, [images[i] for i in sorted(chosen)]))
 
 
 def split_off(whole: Split, amount: float, seed: int) -> list[Split]:
-    """Split into 'train' and 'val', of which the latter has a number of images, or a fraction below 1.
+    """Split into 'train' and 'val', with a number of images, or a fraction below 1, in 'val'.
 
     Raises:
-        InputError: if nothing would be left for training.
+        InputError: if no image would be left for training.
     """
     images = whole.coco['images']
     count = count_images(len(images), amount)
     chosen = draw_for_validation(whole.coco, count, seed)
     val, train = ([image for image in images if (image['id'] in chosen) == side] for side in (True, False))
     if not train:
-        raise InputError(f'{whole.title}: has {len(val)} images, of which --val leaves none for training; use fewer')
+        raise InputError(f'{whole.title}: has {len(val)} images, and --val leaves none for training. Use a lower --val')
     parts = dict(train=train, val=val)
     title = whole.title
     return [
@@ -84,12 +85,12 @@ def split_off(whole: Split, amount: float, seed: int) -> list[Split]:
 
 
 def set_masks(splits: Sequence[Split], masks: str | None) -> None:
-    """Change the objects' masks, in the splits themselves.
+    """Change the objects' masks; changes ``splits``.
 
     Args:
-        splits: all of a data set's.
-        masks: 'from-boxes' gives objects without a mask the rectangle of their box, 'none' removes all masks; None
-            leaves them as they are.
+        splits: all splits of a data set.
+        masks: 'from-boxes' adds the rectangle of the box as mask where one is missing, 'none' removes all masks, None
+            changes nothing.
     """
     for annotation in (annotation for split in splits for annotation in split.coco['annotations']):
         if masks == 'none':
@@ -100,13 +101,13 @@ def set_masks(splits: Sequence[Split], masks: str | None) -> None:
 
 
 def count_missing_masks(splits: Sequence[Split]) -> tuple[int, int]:
-    """Count the objects without a mask, and all; the former are 0 where none has a mask."""
+    """Count the objects without a mask (0 if no object has one), and all objects."""
     have = [bool(annotation.get('segmentation')) for split in splits for annotation in split.coco['annotations']]
     return have.count(False) * any(have), len(have)
 
 
 def check_splits(splits: Sequence[Split], found: Findings) -> dict[Path, bytes]:
-    """Check every annotation and decode every image; returns a digest of each intact image."""
+    """Check every annotation and decode every image; return a digest of each intact image."""
     digests: dict[Path, bytes] = {}
     missing, _ = count_missing_masks(splits)
     for split in splits:
@@ -116,13 +117,13 @@ def check_splits(splits: Sequence[Split], found: Findings) -> dict[Path, bytes]:
 
 
 def drop_faulty(splits: Sequence[Split], found: Findings, objects_only: bool = False) -> list[Split]:
-    """Leave out what has an error, and report its errors as dropped.
+    """Leave out faulty items, and report their errors as dropped.
 
     Args:
-        splits: checked ones.
-        found: their errors.
-        objects_only: whether an image keeps its other objects where one has an error. By default the image is left out,
-            as the object would become background in it.
+        splits: checked splits.
+        found: their findings.
+        objects_only: whether to drop only the faulty objects. By default their image is dropped, because the objects
+            would become background.
     """
     sound = []
     for split in splits:
@@ -139,7 +140,7 @@ def drop_faulty(splits: Sequence[Split], found: Findings, objects_only: bool = F
 
 
 def compare_splits(splits: Sequence[Split], digests: dict[Path, bytes], found: Findings) -> None:
-    """Check that there is something to train on and to evaluate on, and that the two have no image in common."""
+    """Check that the splits contain objects, and that no image for evaluation is also used for training."""
     trained_on = set()
     for split in splits:
         check_contents(split.coco, split.title, found, training=split.name == 'train')
@@ -148,12 +149,12 @@ def compare_splits(splits: Sequence[Split], digests: dict[Path, bytes], found: F
             if split.name == 'train':
                 trained_on.add(digest)
             elif digest and digest in trained_on:
-                kind = f'images for {"validation" if split.name == "val" else "testing"} that are trained on'
+                kind = f'{"validation" if split.name == "val" else "test"} images that also occur in the training split'
                 found.warnings[kind].append(Place(split.title, image['file_name']))
 
 
 def write_split(out: Path, name: str, split: Split) -> None:
-    """Write a split in COCO's layout under a name, the images as hard links where the file system has them."""
+    """Write a split in COCO's layout under a name; images are hard links if the file system supports them."""
     (out / 'annotations').mkdir(parents=True, exist_ok=True)
     for file_name in {image['file_name'] for image in split.coco['images']}:
         source, target = (split.images / file_name).resolve(), out / name / file_name
@@ -166,20 +167,20 @@ def write_split(out: Path, name: str, split: Split) -> None:
 
 
 def draw_for_validation(coco: dict, count: int, seed: int) -> set:
-    """Choose images for validation, at random but for this: every class that two images have is on both sides.
+    """Choose random images for validation so that every class of at least two images is in both splits.
 
-    Classes of few images come first, each with the image that brings most classes that validation still lacks; the
-    rest is drawn from all images. None is taken that has the last object of a class, unless ``count`` asks for them.
+    For each class, the rarest first, we choose the image that adds most missing classes. The rest is drawn from all
+    images. Images with the last object of a class stay in training as long as there are others.
 
     Args:
         coco: a COCO dict.
-        count: how many images.
-        seed: of the choice; the same seed chooses the same images.
+        count: number of images.
+        seed: seed of the choice.
 
     Returns:
         Their ids.
     """
-    classes: dict[object, set] = defaultdict(set)  # of each image
+    classes: dict[object, set] = defaultdict(set)  # classes of each image
     for annotation in coco['annotations']:
         if not annotation.get('iscrowd'):
             classes[annotation['image_id']].add(annotation['category_id'])

@@ -181,7 +181,7 @@ def test_boxes_alone_are_no_data_of_mask_rcnn(monkeypatch, source, configs, tmp_
     boxes_alone(source, tmp_path / 'export')
     args = [configs / 'mask.py', '--data', tmp_path / 'export', '--work-dir', tmp_path / 'work']
     says = error_line(monkeypatch, 'train', *args)
-    assert 'boxes alone, no masks' in says and 'xcit_spec_fasterrcnn' in says
+    assert 'boxes but no masks' in says and 'xcit_spec_fasterrcnn' in says
     assert not (tmp_path / 'work').exists()
 
 

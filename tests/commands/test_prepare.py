@@ -222,13 +222,13 @@ def rle(height: int, width: int, run: int) -> dict:
 
 COMPRESSED = mask_utils.encode(np.asfortranarray(np.ones((SIZE, 2 * SIZE), np.uint8)))['counts'].decode()
 DEFECTS = {
-    'missing image': (lambda root: first_image(root).unlink(), 'images that are not there'),
-    'text for an image': (replace_image(lambda _, path: path.write_text('<html>')), 'cannot be decoded to their end'),
-    'truncated JPEG': (replace_image(truncated), 'cannot be decoded to their end'),
-    'other size': (replace_image(lambda image, path: image.resize((50, 60)).save(path)), 'images of another size'),
-    'labelled unturned': (turned, 'images that their EXIF orientation turns, but their labels do not'),
-    'box too wide': (edit_object(bbox=[10, 10, SIZE - 7, 20]), 'boxes that reach out of their image'),
-    'box too far up': (edit_object(bbox=[10, -3, 20, 20]), 'boxes that reach out of their image'),
+    'missing image': (lambda root: first_image(root).unlink(), 'missing images'),
+    'text for an image': (replace_image(lambda _, path: path.write_text('<html>')), 'corrupt or truncated'),
+    'truncated JPEG': (replace_image(truncated), 'corrupt or truncated'),
+    'other size': (replace_image(lambda image, path: image.resize((50, 60)).save(path)), 'images whose size differs'),
+    'labelled unturned': (turned, 'labels that ignore the EXIF orientation'),
+    'box too wide': (edit_object(bbox=[10, 10, SIZE - 7, 20]), 'boxes that extend beyond'),
+    'box too far up': (edit_object(bbox=[10, -3, 20, 20]), 'boxes that extend beyond'),
     'negative box': (edit_object(bbox=[10, 10, -5, 5]), 'boxes of negative width or height'),
     'NaN in a box': (edit_object(bbox=[10, float('nan'), 5, 5]), 'not four finite numbers'),
     'box of two corners': (edit_object(bbox=[[1, 1], [9, 9]]), 'not four finite numbers'),
@@ -237,19 +237,22 @@ DEFECTS = {
     'two points': (edit_object(segmentation=[[1, 1, 9, 9]]), 'polygons of fewer than 6 coordinates'),
     'odd polygon': (edit_object(segmentation=[[1, 1, 9, 9, 1, 9, 5]]), 'an odd number of them'),
     'polygon of points': (edit_object(segmentation=[[[1, 1], [9, 9], [1, 9]]]), 'polygons that are not lists'),
-    'polygon outside': (edit_object(segmentation=[[1, 1, SIZE + 3, 9, 1, 9]]), 'polygons that reach out'),
+    'polygon outside': (edit_object(segmentation=[[1, 1, SIZE + 3, 9, 1, 9]]), 'polygons that extend beyond'),
     'mask of text': (edit_object(segmentation='none'), 'masks that are neither polygons nor RLE'),
     'RLE of other size': (edit_object(segmentation=rle(SIZE, SIZE + 1, 50)), 'RLE masks whose size'),
-    'RLE too short': (edit_object(segmentation=dict(size=[SIZE, SIZE], counts=[9, 9])), 'whose runs do not make up'),
-    'RLE too long': (edit_object(segmentation=dict(size=[SIZE, SIZE], counts=COMPRESSED)), 'whose runs do not make up'),
-    'unknown category': (edit_object(category_id=1), 'annotations of a category_id that no category has'),
-    'unknown image': (edit_object(image_id=777), 'annotations of an image_id that no image has'),
-    'annotation twice': (edit(lambda coco: coco['annotations'].append(coco['annotations'][0])), 'several annotations'),
-    'image twice': (edit(lambda coco: coco['images'].append(coco['images'][0])), 'ids that several images have'),
-    'way out': (edit(lambda coco: coco['images'][0].update(file_name='../x.png')), 'lead out of the image folder'),
+    'RLE too short': (edit_object(segmentation=dict(size=[SIZE, SIZE], counts=[9, 9])), 'whose runs do not sum up'),
+    'RLE too long': (edit_object(segmentation=dict(size=[SIZE, SIZE], counts=COMPRESSED)), 'whose runs do not sum up'),
+    'unknown category': (edit_object(category_id=1), 'unknown category_id'),
+    'unknown image': (edit_object(image_id=777), 'unknown image_id'),
+    'annotation twice': (
+        edit(lambda coco: coco['annotations'].append(coco['annotations'][0])),
+        'duplicate ids of annotations',
+    ),
+    'image twice': (edit(lambda coco: coco['images'].append(coco['images'][0])), 'duplicate ids of images'),
+    'way out': (edit(lambda coco: coco['images'][0].update(file_name='../x.png')), 'outside of the image folder'),
     'no objects': (
         edit(lambda coco: coco['annotations'].clear(), 'val'),
-        'splits without an object to measure by; first: none of 0 annotations in annotations/instances_val.json',
+        'splits without an object for evaluation; first: 0 of 0 annotations in annotations/instances_val.json',
     ),
 }
 
@@ -264,7 +267,7 @@ def spoilt(good, tmp_path) -> Path:
 def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
     assert 'not ready for training' in error_line(monkeypatch, 'prepare', spoilt)
-    errors = capsys.readouterr().out.partition('errors, to be put right:\n')[2].partition('\n\n')[0].splitlines()
+    errors = capsys.readouterr().out.partition('errors, which you must fix:\n')[2].partition('\n\n')[0].splitlines()
     # The one fault is reported; others are its consequences.
     (line,) = (line for line in errors if says in line)
     assert line.split()[0] == '1' and '; first: ' in line
@@ -313,7 +316,7 @@ def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, c
     # Like OpenCV 4.10: return the decoded part, and grey for the rest.
     monkeypatch.setattr('mmcv.imfrombytes', lambda content, **kwargs: np.full((SIZE, SIZE, 3), 128, np.uint8))
     error_line(monkeypatch, 'prepare', spoilt)
-    assert '1  images that cannot be decoded to their end' in capsys.readouterr().out
+    assert '1  corrupt or truncated images' in capsys.readouterr().out
 
 
 def twin(source: str, target: str):
@@ -329,7 +332,7 @@ def twin(source: str, target: str):
 DOUBTS = {
     'EXIF orientation': (replace_image(with_orientation), 'images with an EXIF orientation'),
     'flat box': (edit_object(bbox=[10, 10, 20, 0.0]), 'boxes narrower or lower than a pixel'),
-    'same image in both': (twin('train', 'val'), 'images for validation that are trained on'),
+    'same image in both': (twin('train', 'val'), 'validation images that also occur in the training split'),
     'class without objects': (
         edit(lambda coco: [annotation.update(category_id=17) for annotation in coco['annotations']]),
         'classes without an object; first: nut in annotations/instances_train.json',
@@ -338,7 +341,7 @@ DOUBTS = {
         edit(lambda coco: coco['images'].append(dict(coco['images'][0], id=99))),
         'images without an object',
     ),
-    'same image twice': (edit(lambda coco: coco['images'].append(dict(coco['images'][0], id=99))), 'there twice'),
+    'same image twice': (edit(lambda coco: coco['images'].append(dict(coco['images'][0], id=99))), 'duplicate images'),
 }
 
 
@@ -380,7 +383,7 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     ):
         assert says in error_line(monkeypatch, 'prepare', *args)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
-    assert 'not the 2 classes trained for (they are in another order)' in error_line(monkeypatch, 'prepare', spoilt)
+    assert 'not the 2 trained classes (their order differs)' in error_line(monkeypatch, 'prepare', spoilt)
     edit(lambda coco: coco['categories'].reverse(), 'val')(spoilt)
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
     assert "has the width '96'" in error_line(monkeypatch, 'prepare', spoilt)

@@ -388,15 +388,15 @@ def val_twice(root):
             spoil_json(lambda coco: coco['annotations'][0].pop('bbox')),
             'number 1 of its "annotations", id 1, has no bbox in instances_train.json',
         ),
-        (spoil_json(lambda coco: coco['images'].clear()), 'lists no images'),
+        (spoil_json(lambda coco: coco['images'].clear()), 'contains no images'),
         (spoil_json(lambda coco: coco['categories'][0].pop('name')), 'number 1 of its "categories", id 1, has no name'),
-        (spoil_json(lambda coco: coco['categories'].clear()), 'lists no categories'),
+        (spoil_json(lambda coco: coco['categories'].clear()), 'contains no categories'),
         (spoil_json(lambda coco: coco['categories'][0].update(name='star')), 'several of its categories have the name'),
-        (spoil_json(lambda coco: coco['categories'].reverse(), 'val'), 'not the 4 classes trained for (they are in an'),
+        (spoil_json(lambda coco: coco['categories'].reverse(), 'val'), 'not the 4 trained classes (their order'),
         (spoil_json(lambda coco: coco['categories'].pop(), 'val'), 'instances_val.json: its categories are not the 4'),
         (
             spoil_json(lambda coco: coco['categories'][0].update(name='ring')),
-            '(it lacks ring and it has circle besides',
+            '(missing: ring and additional: circle',
         ),
         (lambda root: (root / 'train/000003.png').unlink(), 'lacks 1 of the 160 images, first 000003.png'),
     ],
@@ -411,7 +411,7 @@ def test_a_checkpoint_brings_its_classes(monkeypatch, broken_shapes, trained, tm
     spoil_json(lambda coco: coco['categories'].reverse(), 'val')(broken_shapes)
     spoil_json(lambda coco: coco['categories'].reverse())(broken_shapes)
     work = ['--work-dir', tmp_path / 'work', *options(broken_shapes)]
-    says = 'not the 4 classes trained for (they are in another order)'
+    says = 'not the 4 trained classes (their order differs)'
     assert says in error_line(monkeypatch, 'test', CONFIG, trained / 'epoch_1.pth', *work)
     assert says in error_line(monkeypatch, 'train', CONFIG, '--resume', trained / 'epoch_1.pth', *work)
 

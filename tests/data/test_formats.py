@@ -691,7 +691,7 @@ FAULTS = {
     'COCO: image nowhere named': ('fiftyone_coco', add('data/more.png', picture(ITEMS[0])), 'warnings', 'more.png'),
     'Label Studio: image missing': ('label_studio_json', delete('images/007.png'), 'errors', '007.png'),
     'Label Studio: keypoints': ('label_studio_min', rewrite('project.json', 'polygonlabels', 'keypointlabels'),
-                                'warnings', 'neither rectangles'),
+                                'warnings', 'other than rectangles'),
     'Label Studio: no annotation': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0].update(
         annotations=[])), 'warnings', 'photo 1.png'),
     'line twice': ('labelimg', add('photo 1.txt', '0 .5 .5 .1 .1\n' * 2), 'warnings', 'line 2'),

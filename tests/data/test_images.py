@@ -57,7 +57,7 @@ def test_files_are_read_and_decoded_once(folder, monkeypatch):
 
     monkeypatch.setattr(images.fileio, 'get', count('read', read))
     monkeypatch.setattr(mmcv, 'imfrombytes', count('decoded', decode))
-    monkeypatch.setattr(images, 'require_whole', lambda content: pytest.fail('decoded by Pillow'))
+    monkeypatch.setattr(images, 'require_complete', lambda content: pytest.fail('decoded by Pillow'))
     CheckedLoadImageFromFile().transform(dict(img_path=str(folder / 'plain.jpg')))
     assert counts == dict(read=1, decoded=1)
     assert check_image(folder / 'plain.jpg', 80, 120)[:2] == ('', [])
@@ -70,7 +70,7 @@ def test_truncated_and_missing_images(folder, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for size in (path.stat().st_size, 0):
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(InputError, match=f'{name}: cannot be decoded to its end'):
+        with pytest.raises(InputError, match=f'{name}: corrupt or truncated'):
             CheckedLoadImageFromFile().transform(dict(img_path=str(path)))
         assert check_image(path, 80, 120)[0]
     path.unlink()
@@ -80,9 +80,9 @@ def test_truncated_and_missing_images(folder, name):
 
 
 def test_checks_of_size_orientation_and_depth(folder):
-    assert check_image(folder / 'plain.png', 80, 121)[0] == 'images of another size than the annotation file says'
+    assert check_image(folder / 'plain.png', 80, 121)[0] == 'images whose size differs from the annotation file'
     assert 'EXIF' in check_image(folder / 'turned.jpg', 120, 80)[1][0]
-    assert 'labels do not' in check_image(folder / 'turned.jpg', 80, 120)[0]
+    assert 'ignore the EXIF' in check_image(folder / 'turned.jpg', 80, 120)[0]
     for name in ('deep.png', 'deep.tif'):
         assert check_image(folder / name, 80, 120)[1] == [images.DEEP]
 
@@ -103,7 +103,7 @@ def test_pillows_limit_is_lifted_only_where_images_are_decoded(monkeypatch):
     inside.wait(10)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        images.require_whole(buffer.getvalue())
+        images.require_complete(buffer.getvalue())
     assert Image.MAX_IMAGE_PIXELS is None  # the other thread is still decoding
     leave.set()
     thread.join()

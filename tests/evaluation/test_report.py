@@ -146,8 +146,8 @@ def test_figures_are_those_of_pycocotools(data):
     hits, false = counts(least)
     assert scores.f1[scores.best] == scores.f1.max() and 0 < least < 1
     counted = dict(table(page, 'counts'))
-    assert counted == {'objects': str(len(objects)), 'true positives': str(hits), 'false negatives': str(len(objects) - hits),
-                       'false positives': str(false)}  # fmt: skip
+    expected = {'objects': len(objects), 'true positives': hits, 'false negatives': len(objects) - hits}
+    assert counted == {key: str(value) for key, value in (expected | {'false positives': false}).items()}
     assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
     assert f'score threshold <b>{least:.2f}</b>' in page.replace('\n', ' ')
     outcome_of = find_outcomes(boxes, least)

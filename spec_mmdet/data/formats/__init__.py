@@ -1,10 +1,10 @@
-"""Recognising and reading what labelling tools export, as COCO dicts.
+"""Recognise and read the exports of labelling tools as COCO dicts.
 
-Everything in an export is either used, or counted and named as unused; nothing is guessed that its files state.
+Every file of an export is either used, or reported as unused.
 
-Read here and not by a library: labelformat 0.1.17 passes over images without labels and lines that it cannot read, with
-a message in the log, and takes the size of an image before its EXIF orientation; globox 2.9 reads boxes alone;
-datumaro 1.13 brings another OpenCV and Pillow.
+We use no library: labelformat 0.1.17 skips images without labels and unreadable lines with only a log message, and
+ignores the EXIF orientation; globox 2.9 only reads boxes; datumaro 1.13 installs different versions of OpenCV and
+Pillow.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ DATUM = (
     'python -m venv dm && dm/bin/pip install "datumaro[cli]" && '
     'dm/bin/datum convert -i {folder} -if {format} -f coco_instances -o OUT -- --save-media'
 )
-# Tools whose exports are not read: how their files are recognised, by suffix and all of some words, and how datumaro
-# 1.13 calls the format, where it reads it.
+# Formats that we do not read: the tool, the suffix and words (all) that identify a file, and datumaro 1.13's name of
+# the format if it can read it.
 FOREIGN = (
     ('VIA (VGG Image Annotator)', '.json', ('"regions"', '"shape_attributes"'), ''),
     ('VIA (VGG Image Annotator)', '.csv', ('region_shape_attributes',), ''),
@@ -62,15 +62,15 @@ def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool =
 
     Args:
         folder: the data set's folder, one around it, or a .zip of it.
-        found: gets what cannot be read, what is not used, and what was filled in.
+        found: receives what is unreadable, unused, or filled in.
         scratch: a temporary folder, for archives and for images that exist only inside label files.
         zero_based: whether Pascal VOC's coordinates count from 0.
 
     Returns:
-        Its splits of 'train', 'val' and 'test', or 'all' of what is still to be split.
+        Its splits 'train', 'val' and 'test', or 'all' for data without splits.
 
     Raises:
-        InputError: if it is in no known format, or files contradict each other.
+        InputError: if the format is unknown, or files contradict each other.
     """
     given, folder = folder, unpack(folder, scratch)
     splits = read_ready(folder, found)
@@ -83,21 +83,21 @@ def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool =
     for name, read in READERS.items():
         if splits or (splits := read(export)) is None:
             continue
-        print(f'{given}: in the format of {name}')
+        print(f'{given}: format {name}')
         if not splits:
-            raise InputError(f'{given}: none of the images is there that the labels belong to; copy them there')
+            raise InputError(f'{given}: contains labels but not their images. Copy the images there')
     if not splits:
         raise InputError(describe_unknown(export))
     if {WHOLE, 'val'} <= {split.name for split in splits}:
         for split in splits:
             split.name = 'train' if split.name == WHOLE else split.name
-        print('the labels outside of a split named val are used for training')
+        print('labels outside of the split val are used for training')
     export.report_unused()
     return splits
 
 
 def unpack(folder: Path, scratch: Path) -> Path:
-    """The folder inside an archive, or inside folders that contain nothing else.
+    """Return the folder in an archive, or in folders that contain nothing else.
 
     Raises:
         InputError: if an archive cannot be read.
@@ -108,7 +108,7 @@ def unpack(folder: Path, scratch: Path) -> Path:
             with zipfile.ZipFile(folder) as archive:
                 archive.extractall(target)
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise InputError(f'{folder}: cannot be read as a .zip ({error}); unpack it yourself') from error
+            raise InputError(f'{folder}: not a readable .zip ({error}). Unpack it, and pass the folder') from error
         folder = target
     inside = [path for path in folder.iterdir() if not is_junk(path.name)]
     if len(inside) != 1 or parse_split(inside[0].name) or inside[0].name.lower() in NEUTRAL:
@@ -117,7 +117,7 @@ def unpack(folder: Path, scratch: Path) -> Path:
 
 
 def read_ready(folder: Path, found: Findings) -> list[Split]:
-    """The splits of a folder that training reads as it is; [] of another one."""
+    """Return the splits of a folder that training can read unchanged; [] for other folders."""
     pairs = {name: list(list_pairs(folder, name)) for name in SPLITS}
     if not pairs['train'] + pairs['val']:
         return []
@@ -129,7 +129,7 @@ def read_ready(folder: Path, found: Findings) -> list[Split]:
             ann_file, images = find_split(folder, name)
             coco, incomplete = load_coco(ann_file, found) or (read_coco(ann_file, found=found), set())
             if coco['images'] and not any((images / image['file_name']).is_file() for image in coco['images']):
-                return []  # they are named by other paths
+                return []  # the file states other paths
             splits.append(Split(name, coco, '/'.join(ann_file.parts[-2:]), images, ann_file, incomplete=incomplete))
             names = [[category['name'] for category in split.coco['categories']] for split in (splits[-1], splits[0])]
             check_categories(ann_file, *names)
@@ -137,39 +137,39 @@ def read_ready(folder: Path, found: Findings) -> list[Split]:
 
 
 def describe_unknown(export: Export) -> str:
-    """The error message for a folder in none of the formats."""
+    """Return the error message for a folder in an unknown format."""
     supported = f'Supported formats: {", ".join(READERS)}'
     for tool, suffix, words, datumaro in FOREIGN:
         for path in export.list_files(suffix)[:20]:
             text = path.read_bytes().decode('utf-8', 'replace')
             if all(word in text for word in words):
-                how = 'Export it from there as COCO, since datumaro does not read it either'
+                how = 'Export it as COCO from this tool; datumaro cannot convert it, either'
                 if datumaro:
                     how = f'Convert it: {DATUM.format(folder=shlex.quote(str(export.folder)), format=datumaro)}'
-                return f'{export.folder}: in the format of {tool} ({export.format_path(path)}). {how}. {supported}'
+                return f'{export.folder}: unsupported format {tool} ({export.format_path(path)}). {how}. {supported}'
     try:
         for name in SPLITS:
             find_split(export.folder, name)
     except InputError as error:  # a part of COCO's layout is missing
         return f'{error}. {supported}'
-    hint = f' {export.found.first_error()}.' * bool(export.found.errors)
+    hint = f' {export.found.describe_first_error()}.' * bool(export.found.errors)
     stems = {path.stem for path in export.images}
     labels = [path for path in export.list_files('.txt') if path.stem in stems]
     if labels:
-        hint += f' {export.format_path(labels[0])} may be labels of YOLO: add classes.txt with a class name a line.'
+        hint += f' {export.format_path(labels[0])} may be labels of YOLO: add classes.txt with one class name per line.'
     if not export.images:
         hint += ' It contains no images.'
     return (
-        f'{export.folder}: neither annotations/instances_train*.json nor the labels of a known format.{hint} '
+        f'{export.folder}: contains neither annotations/instances_train*.json nor labels in a known format.{hint} '
         f'{supported}'
     )
 
 
 def read_annotations(images: Path, ann_file: Path, found: Findings, scratch: Path) -> Split:
-    """Read one annotation file in COCO's format whose images are in a folder.
+    """Read an annotation file in COCO's format whose images are in a folder.
 
     Raises:
-        InputError: if it cannot be read, or none of its images is there.
+        InputError: if it cannot be read, or all images are missing.
     """
     export = Export(images, found, scratch)
     ann_file = Path(os.path.abspath(ann_file))

@@ -1,4 +1,4 @@
-"""COCO's JSON in any layout: of CVAT, Label Studio, FiftyOne, Roboflow and others."""
+"""Read COCO's JSON in the layouts of CVAT, Label Studio, FiftyOne, Roboflow and others."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .export import MISSING, SPLITS, Export, locate_images, parse_split
 
 
 def read_any_coco(export: Export) -> list[Split] | None:
-    """Read an export of COCO files, None where there is none.
+    """Read an export of COCO files; None if there are none.
 
-    A file is of the split that its name or its folder names; files of several subsets that are none are one. Its images
-    are found by the path that it states, of a server's path by the file name.
+    The name of a file or of its folder defines the split; files without split are merged. Images are found by their
+    stated path, or for paths of a server by their file name.
     """
     contents = {path: found for path in export.list_files('.json') if (found := load_coco(path, export.found))}
-    instances = [path for path in contents if path.stem.startswith('instances_')]  # beside keypoints and captions
+    instances = [path for path in contents if path.stem.startswith('instances_')]  # not keypoints and captions
     if not contents:
         return None
     contents = {path: contents[path] for path in instances or contents}
     splits = {path: parse_split(path.stem.removeprefix('instances_')) or export.infer_split(path) for path in contents}
     if 'train' in splits.values():
         for path in [path for path, split in splits.items() if split is None]:
-            export.add_warning('annotation files of subsets that are neither train, val nor test, not used', path)
+            export.add_warning('annotation files of subsets other than train, val and test, not used', path)
             export.used.add(path)
             del splits[path], contents[path]
     export.used.update(contents)
@@ -43,13 +43,13 @@ def read_any_coco(export: Export) -> list[Split] | None:
 
 
 def load_coco(path: Path, found: Findings) -> tuple[dict, set] | None:
-    """Read a JSON file, if it is in COCO's format.
+    """Read a JSON file in COCO's format.
 
     Returns:
-        Its content, and the ids of images with annotations that cannot be read; None of a file in another format.
+        Its content, and the ids of images with unreadable annotations; None for a file in a different format.
 
     Raises:
-        InputError: if it is damaged.
+        InputError: if it is corrupt.
     """
     content = path.read_bytes()
     if not all(key in content for key in (b'"images"', b'"annotations"', b'"categories"')):
@@ -64,7 +64,7 @@ def load_coco(path: Path, found: Findings) -> tuple[dict, set] | None:
 
 
 def renumber_categories(coco: dict, ids: dict[str, int]) -> None:
-    """Give the categories the ids of their names, in ``coco`` itself."""
+    """Replace the ids of categories by those of their names; changes ``coco``."""
     new = {category['id']: ids[category['name']] for category in coco['categories']}
     coco['categories'] = [dict(id=index, name=name, supercategory='') for name, index in ids.items()]
     for annotation in coco['annotations']:
@@ -73,7 +73,7 @@ def renumber_categories(coco: dict, ids: dict[str, int]) -> None:
 
 
 def join_files(export: Export, split: str, files: dict[Path, tuple[dict, set]]) -> Split:
-    """The split that these files are together; ids are renumbered where there are several."""
+    """Merge files into one split; ids are renumbered if there are several files."""
     first, _ = next(iter(files.values()))
     title = '/'.join(next(iter(files)).parts[-2:]) if len(files) == 1 else f'{export.folder.name}, COCO, {split}'
     images, annotations, paths, incomplete = [], [], {}, set()
@@ -84,7 +84,7 @@ def join_files(export: Export, split: str, files: dict[Path, tuple[dict, set]]) 
         for image in coco['images']:
             found = export.find_image(image['file_name'], path, near, loosely=True, split=split)
             if found is None or found in paths:
-                export.add_error('images that several entries name' if found else MISSING, path, image['file_name'])
+                export.add_error('images with several entries' if found else MISSING, path, image['file_name'])
                 ids.setdefault(image['id'], None)
                 incomplete |= {paths[found]} if found else set()
                 continue
@@ -99,9 +99,8 @@ def join_files(export: Export, split: str, files: dict[Path, tuple[dict, set]]) 
                 annotations.append({**annotation, 'id': number, 'image_id': index})
     if not paths and first['images']:
         raise InputError(
-            f'{export.folder}: lacks the images of {title}, first '
-            f'{first["images"][0]["file_name"]}; copy them there, or '
-            'use "spec-mmdet prepare IMAGES --annotations FILE"'
+            f'{export.folder}: lacks the images of {title}, first {first["images"][0]["file_name"]}. Copy them there, '
+            'or run "spec-mmdet prepare IMAGES --annotations FILE"'
         )
     root, names = locate_images(export, split, list(paths))
     for image, name in zip(images, names, strict=True):

@@ -1,4 +1,4 @@
-"""An exported folder: its files, which of them were used, and COCO dicts built from what they contain."""
+"""List the files of an exported folder, record which are used, and build COCO dicts from them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from ..splits import WHOLE, Split
 
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
 JUNK = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini'}
-MISSING = 'images that are not there'
+MISSING = 'missing images'
 LABELS = {'.txt', '.xml', '.json', '.jsonl', '.ndjson', '.csv'}
-# Folders that separate labels from images, so that they are no part of what both paths have in common.
+# Folders that separate labels from images; ignored when paths of both are compared.
 NEUTRAL = set('images labels annotations jpegimages data img imgs image ann json jsons xml xmls txt'.split())  # noqa: SIM905
 
 
 def parse_split(name: str) -> str | None:
-    """Return the split that a folder, list or subset is named after, as 'Train', 'train2017' or 'valid' are."""
+    """Return the split of a folder, list or subset from its name, for instance 'Train', 'train2017' or 'valid'."""
     word = name.lower().rstrip('0123456789').rstrip('_-')
     return next((split for split, words in SPLITS.items() if word in words), None)
 
 
 def list_spellings(name: str) -> Iterator[str]:
-    """Yield an image's path as written, then without Label Studio's and browsers' escapes and queries."""
+    """Yield an image's path as written, then without URL escapes and queries."""
     name = name.replace('\\', '/')
     yield from dict.fromkeys([name, unquote(name), unquote(name.partition('?d=')[2] or name.partition('?')[0])])
 
 
 def split_path(name: str) -> tuple[str, ...]:
-    """The components of a path in one Unicode form, without leading '.', '..' and drives."""
+    """Return the components of a path in Unicode form NFC, without '.', '..' and drives."""
     parts = unicodedata.normalize('NFC', name).split('/')
     return tuple(part for part in parts if part not in ('', '.', '..') and not part.endswith(':'))
 
@@ -51,9 +51,9 @@ def is_junk(name: str) -> bool:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Read an image's width and height from its header, turned by its EXIF orientation as training turns it."""
+    """Read an image's width and height from its header, after applying its EXIF orientation."""
     with allow_large_images(), Image.open(path) as image:
-        # The base class's method: that of PNG decodes the image.
+        # The base class's method, because that of PNG decodes the image.
         turned = Image.Image.getexif(image).get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
@@ -62,34 +62,34 @@ def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: if it cannot be read as such.
+        InputError: if it cannot.
     """
     try:
         return path.read_text(encoding='utf-8-sig')
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f'{path}: cannot be read as text in UTF-8. Save it in this encoding') from error
+        raise InputError(f'{path}: not readable as UTF-8. Save it in this encoding') from error
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that contain anything, without white space around them."""
+    """Return the non-empty lines of a text file, stripped."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 class Export:
-    """The files of a folder, without hidden ones, and which of them were used.
+    """The files of an exported folder, without hidden ones, and which of them are used.
 
     Args:
-        folder: the export's.
-        found: faults and unused files are added here.
-        scratch: a temporary folder for images that exist only inside label files.
-        zero_based: whether Pascal VOC's coordinates count from 0, not from 1.
+        folder: the folder.
+        found: receives faults and unused files.
+        scratch: a temporary folder for images that label files contain.
+        zero_based: whether Pascal VOC's coordinates start at 0 instead of 1.
     """
 
     def __init__(self, folder: Path, found: Findings, scratch: Path, zero_based: bool = False) -> None:
         self.folder, self.scratch = Path(os.path.abspath(folder)), Path(os.path.abspath(scratch))
         self.found, self.zero_based = found, zero_based
         self.used: set[Path] = set()
-        self.unclear: set[Path] = set()  # images with an error in which label file is theirs
+        self.unclear: set[Path] = set()  # images with several possible label files
         self.files: list[Path] = []
         self.hidden: list[Path] = []
         for root, folders, names in os.walk(self.folder, followlinks=True):
@@ -107,11 +107,11 @@ class Export:
         return [path for path in self.files if path.suffix.lower() in suffixes]
 
     def format_path(self, path: Path) -> str:
-        """A path as messages name it: relative to the export where it lies in it."""
+        """Return a path for messages: relative to the export if it is inside."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
     def infer_split(self, path: Path) -> str | None:
-        """The split that one of the folders above a file is named after."""
+        """Return the split of a file from the names of its folders."""
         inside = path.is_relative_to(self.folder)
         return next(filter(None, map(parse_split, path.relative_to(self.folder).parts[:-1])), None) if inside else None
 
@@ -130,15 +130,15 @@ class Export:
         """Find an image by the path that a label file or list states.
 
         Args:
-            name: the stated path, of any machine.
-            label: the file that states it; images of another split's folder do not fit.
-            near: a folder that the image is in, where the export has one of this name.
-            loosely: whether the file name alone decides where the export lacks the stated folder, as of a server's URL.
+            name: the stated path, from any machine.
+            label: the file that states it; images in a folder of a different split do not match.
+            near: name of a folder that must contain the image, if the export has it.
+            loosely: whether the file name is enough if the stated folder, for instance of a URL, does not exist.
             split: the label file's split; by default that of its folder.
 
         Returns:
-            The image at that place, or the one whose path in the export ends with the stated one, or the reverse; None
-            where there is none or several.
+            The image at that path, or else the only one whose path ends with the stated path or is its end; None if
+            there is no such image or several.
         """
         for spelling in list_spellings(name):
             if os.path.isfile(path := os.path.normpath(label.parent / spelling)):
@@ -158,20 +158,20 @@ class Export:
             if fits and len(best := fits[max(fits)]) == 1:
                 return best[0]
             if loosely and len(same) == 1 and not fits and stated[-2].lower() not in self.folders:
-                self.add_note('images found by their file name, in another folder than stated', label, name)
+                self.add_note('images found by their file name, in a different folder', label, name)
                 return same[0]
         return None
 
     def pair(self, images: Sequence[Path], labels: Sequence[Path], stated: dict[Path, str]) -> dict[Path, Path]:
-        """Pair images with label files of the same name in the same place, or of the only such name.
+        """Pair images with label files of the same name in the same folder, or anywhere if the name is unique.
 
         Args:
-            images: images, of which those in no pair have no label file.
-            labels: label files.
-            stated: the image's file name that a label file contains; it decides between images of one name.
+            images: the images.
+            labels: the label files.
+            stated: the image's file name in each label file; it decides between images of the same name.
 
         Returns:
-            The label file of each image. Several files that could be an image's are errors, unless they are equal.
+            The label file of each image that has one. Several different candidates for an image are errors.
         """
         by_key: dict[tuple, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
         for side, paths in enumerate((images, labels)):
@@ -197,9 +197,9 @@ class Export:
             if len(pictures) == 1 and len(contents) < 2:
                 pairs[pictures[0]] = files[0]
                 continue
-            kind = 'label files of different content for one image: delete all but one'
+            kind = 'images with several different label files: delete all but one'
             if len(pictures) > 1:
-                kind = 'label files of several images of one name: rename an image and its label file'
+                kind = 'label files that fit several images of the same name: rename an image and its label file'
             self.add_error(kind, files[0], ', '.join(map(self.format_path, (*files[1:], *pictures))))
             self.used.update(files, pictures)
             self.unclear.update(pictures)
@@ -207,21 +207,21 @@ class Export:
 
     def make_key(self, path: Path) -> tuple[tuple[str, ...], str]:
         parts = Path(self.format_path(path)).parts[:-1]
-        stem = unicodedata.normalize('NFC', unquote(path.stem))  # Label Studio's label files may have %20 for blanks
+        stem = unicodedata.normalize('NFC', unquote(path.stem))  # Label Studio writes %20 for spaces
         return tuple(part for part in parts if part.lower() not in NEUTRAL), stem
 
     def report_unused(self) -> None:
-        """Add every file that was not used to the findings, by kind."""
+        """Report every unused file, by kind."""
         for path in self.files:
             if path in self.used:
                 continue
             suffix = path.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
-                self.add_warning('images that no label file and no list names, not used', path)
+                self.add_warning('images without a label file or an entry in a list, not used', path)
             elif (mimetypes.guess_type(path.name)[0] or '').startswith('image/'):
                 self.add_warning(f'images in {suffix}, not used: save them as PNG or JPEG', path)
             elif suffix in LABELS and not path.name.lower().startswith('readme'):
-                self.add_warning('label files or lists that belong to no image, not used', path)
+                self.add_warning('label files or lists without an image, not used', path)
             else:
                 self.add_note('other files, not used', path)
         for path in self.hidden:
@@ -229,19 +229,19 @@ class Export:
 
 
 def is_within(short: tuple, long: tuple) -> bool:
-    """Test whether the folders of one path are the first or the last of another's."""
+    """Return whether the folders of one path are the first or the last of the other."""
     return long[: len(short)] == short or long[len(long) - len(short) :] == short
 
 
 class Builder:
-    """A split that grows image by image. Category ids are class names until :func:`build_splits`."""
+    """Builder of a split, image by image. Category ids are class names until :func:`build_splits`."""
 
     def __init__(self, export: Export, name: str) -> None:
         self.export, self.name = export, name
         self.images: list[dict] = []
         self.paths: dict[Path, None] = {}
         self.annotations: list[dict] = []
-        self.incomplete: set[int] = set()  # ids of images with an object that cannot be read
+        self.incomplete: set[int] = set()  # ids of images with an unreadable object
 
     def add_image(self, path: Path, labels: Path | None = None, size: Sequence[float] = ()) -> tuple[int, int] | None:
         """Add an image.
@@ -249,21 +249,21 @@ class Builder:
         Args:
             path: the image.
             labels: its label file.
-            size: its width and height as the label file states them; by default, and where they are 0, the image's.
+            size: width and height in the label file; if missing or 0, those of the image.
 
         Returns:
-            Its width and height in pixels; None, and an error in the findings, where it is not added.
+            Width and height in pixels; None, after reporting an error, if the image cannot be added.
         """
         self.export.used.update(filter(None, (path, labels)))
         if path in self.paths:
-            kind = 'images that several label files or entries name'
+            kind = 'images with several label files or entries'
             self.export.add_error(kind, labels or path, self.export.format_path(path))
             self.incomplete.add(list(self.paths).index(path) + 1)
             return None
         if not (len(size) == 2 and min(size) > 0):
             try:
                 size = read_size(path)
-            except Exception:  # a damaged file can make the decoders raise anything
+            except Exception:  # decoders raise errors of any type for corrupt files
                 self.export.add_error(DAMAGED, path)
                 return None
         width, height = map(int, size)
@@ -279,14 +279,14 @@ class Builder:
         crowd: bool = False,
         masks: Sequence[tuple[int, int, np.ndarray]] = (),
     ) -> None:
-        """Add an object of the last image.
+        """Add an object to the last image.
 
         Args:
-            name: its class.
+            name: the class.
             box: [x, y, width, height] in pixels.
-            polygons: its outlines, each [x, y, x, y, ...] in pixels.
-            crowd: whether it is neither used for training nor counted.
-            masks: parts of its mask, each as x, y and an array (H, W).
+            polygons: outlines, each [x, y, x, y, ...] in pixels.
+            crowd: whether training and evaluation ignore the object.
+            masks: parts of the mask, each as x, y and an array (H, W).
         """
         mask: dict = {}
         if masks:
@@ -318,7 +318,7 @@ class Builder:
         )
 
     def add_fault(self, kind: str, path: Path, detail: str = '') -> None:
-        """Add an error: the last image has an object that cannot be read."""
+        """Report an unreadable object of the last image."""
         self.export.add_error(kind, path, detail)
         self.incomplete.add(len(self.images))
 
@@ -326,13 +326,13 @@ class Builder:
 def build_splits(
     export: Export, kind: str, builders: Iterable[Builder], classes: Sequence[str] | None = None
 ) -> list[Split]:
-    """Finish splits.
+    """Build splits.
 
     Args:
-        export: what they were read from.
-        kind: the name of the format.
-        builders: one a split.
-        classes: all class names in their order; by default those of the objects, sorted.
+        export: their export.
+        kind: name of the format.
+        builders: one for each split.
+        classes: all class names in order; by default those of the objects, sorted.
     """
     builders = list(builders)
     names = classes or sorted({str(a['category_id']) for builder in builders for a in builder.annotations})
@@ -357,9 +357,9 @@ def build_splits(
 
 
 def locate_images(export: Export, name: str, paths: Sequence[Path]) -> tuple[Path, list[str]]:
-    """Return a folder that contains all of these images, and their names relative to it.
+    """Return a folder that contains all images, and their names relative to it.
 
-    Images inside and outside the export get one folder of links.
+    If some images are outside of the export, this is a folder of links.
     """
     if not paths:
         return export.folder, []
@@ -379,9 +379,9 @@ def locate_images(export: Export, name: str, paths: Sequence[Path]) -> tuple[Pat
 
 
 def group_by_split(export: Export, paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group files by the split that their folders are named after; all are one where no folder is.
+    """Group files by the split in the names of their folders; without such folders, all files form one group.
 
-    Where some folders are splits, files outside of them belong to none.
+    If some folders are named after splits, files outside of them are left out.
     """
     groups = defaultdict(list)
     for path in paths:
@@ -392,31 +392,31 @@ def group_by_split(export: Export, paths: Iterable[Path]) -> dict[str, list[Path
 
 
 def compute_box(points: Sequence[float]) -> list[float]:
-    """The box [x, y, width, height] around points [x, y, x, y, ...]."""
+    """Compute the box [x, y, width, height] around points [x, y, x, y, ...]."""
     xs, ys = points[::2], points[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def outline_ellipse(x: float, y: float, rx: float, ry: float) -> list[float]:
-    """A polygon [x, y, x, y, ...] of an axis-aligned ellipse."""
+    """Return a polygon [x, y, x, y, ...] of an axis-aligned ellipse."""
     angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1).ravel().tolist()
 
 
 def clip(points: Sequence[float], width: float, height: float) -> list[float]:
-    """Points [x, y, x, y, ...] moved into the image."""
+    """Clip points [x, y, x, y, ...] to the image."""
     return [min(max(value, 0), (width, height)[i % 2]) for i, value in enumerate(points)]
 
 
 def require_unique(names: Sequence[str], path: Path) -> list[str]:
-    """Check that class names are there and differ from each other.
+    """Check that class names are non-empty and unique.
 
     Raises:
         InputError: if not.
     """
     if not names or not all(names):
-        raise InputError(f'{path}: a class has no name')
+        raise InputError(f'{path}: a class has no name. Add it')
     ((name, count),) = Counter(names).most_common(1)
     if count > 1:
-        raise InputError(f'{path}: {count} classes have the name {name!r}; give each its own name')
+        raise InputError(f'{path}: {count} classes have the name {name!r}. Make the names unique')
     return list(names)

@@ -1,4 +1,4 @@
-"""Label Studio's JSON and JSON-MIN: one file, a list of tasks with their results in percent of the image."""
+"""Read Label Studio's JSON and JSON-MIN: a file with a list of tasks, whose coordinates are percentages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LABELS = dict(rectanglelabels='rectangle', polygonlabels='polygon', ellipselabel
 
 
 def read_label_studio(export: Export) -> list[Split] | None:
-    """Read an export of Label Studio's in JSON or JSON-MIN, None where it is in another format.
+    """Read Label Studio's JSON or JSON-MIN; None for other formats.
 
-    Rectangles, polygons and ellipses are used; results of other kinds are counted. Of several annotations of a task the
-    first is used.
+    Rectangles, polygons and ellipses are used; other results are reported. Only the first of several annotations of a
+    task is used.
     """
     builder, seen = Builder(export, WHOLE), False
     for path in export.list_files('.json'):
@@ -27,12 +27,12 @@ def read_label_studio(export: Export) -> list[Split] | None:
             try:
                 add_task(builder, path, task)
             except (AttributeError, TypeError) as error:
-                export.add_error('tasks that cannot be read', path, f'task {task.get("id")}: {error}')
+                export.add_error('unreadable tasks', path, f'task {task.get("id")}: {error}')
     return build_splits(export, 'Label Studio', [builder]) if seen else None
 
 
 def load_tasks(path: Path) -> list[dict]:
-    """The tasks of a JSON file; [] where it is not Label Studio's."""
+    """Return the tasks of a JSON file; [] if it is not Label Studio's."""
     try:
         content = path.read_bytes()
         content = json.loads(content) if content.lstrip()[:1] == b'[' else None
@@ -44,7 +44,7 @@ def load_tasks(path: Path) -> list[dict]:
 
 
 def list_results(task: dict, annotations: list[dict]) -> Iterator[dict]:
-    """The results of a task's first annotation, each with its value's fields and the image's size."""
+    """Yield the results of a task's first annotation, merged with the fields of their values."""
     for result in annotations[0].get('result', ()) if annotations else ():
         yield {**result, **result.get('value', {})}
     for value in task.values() if 'annotations' not in task else ():  # JSON-MIN: a list for each control
@@ -68,7 +68,7 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
         export.used.add(image)
         return
     if image in builder.paths or len(annotations) > 1:
-        kind = 'tasks with several annotations, of which the first is used'
+        kind = 'tasks with several annotations, only the first is used'
         export.add_warning(kind, path, export.format_path(image))
         if image in builder.paths:
             return
@@ -80,18 +80,18 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
         where = f'task {task.get("id")}, {result.get("type") or result.get("id") or ""}'.strip(' ,')
         if kind is None:
             if any(key.endswith('labels') for key in result):
-                export.add_warning('results that are neither rectangles, polygons nor ellipses, not used', path, where)
+                export.add_warning('results other than rectangles, polygons and ellipses, not used', path, where)
             continue
         try:
             (name,) = result[kind]
             add_result(builder, name, LABELS[kind], result, size)
         except (KeyError, TypeError, ValueError) as error:
             detail = f'{where}: {type(error).__name__}: {error}'
-            builder.add_fault('results of Label Studio that cannot be read', path, detail)
+            builder.add_fault('unreadable results of Label Studio', path, detail)
 
 
 def add_result(builder: Builder, name: str, shape: str, result: dict, size: tuple[int, int]) -> None:
-    """Add an object; its numbers are percents, its rotation turns it about its upper left corner, or centre."""
+    """Add an object given in percent, rotated about a corner (rectangle) or its centre (ellipse)."""
     width, height = size
     if shape == 'polygon':
         points = [float(v) * size[i] / 100 for point in result['points'] for i, v in enumerate(point)]

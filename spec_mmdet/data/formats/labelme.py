@@ -1,4 +1,4 @@
-"""JSON files of LabelMe and X-AnyLabeling, a file an image."""
+"""Read the JSON files of LabelMe and X-AnyLabeling, one for each image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SHAPES = 'polygon', 'rectangle', 'rotation', 'circle', 'mask'
 
 
 def read_labelme(export: Export) -> list[Split] | None:
-    """Read an export in LabelMe's format, None where it is in another one.
+    """Read an export in LabelMe's format; None for other formats.
 
-    Polygons, rectangles, circles and masks are used; shapes of other types are counted. Shapes of one group_id and
-    label are one object. The image is the one that imagePath names, else that of the same name, else imageData.
+    Polygons, rectangles, circles and masks are used; other shapes are reported. Shapes with the same group_id and label
+    are one object. The image is that of imagePath, or else of the same name as the file, or else imageData.
     """
     files = {}
     for path in export.list_files('.json'):
         try:
             content = load_labelme(path)
         except ValueError as error:
-            export.add_error('JSON files that cannot be read', path, str(error))
+            export.add_error('unreadable JSON files', path, str(error))
             export.used.add(path)
             continue
         if content is not None:
@@ -54,10 +54,10 @@ def read_labelme(export: Export) -> list[Split] | None:
 
 
 def load_labelme(path: Path) -> dict | None:
-    """A JSON file's content without its image; None where it is not LabelMe's.
+    """Return a JSON file's content without its image; None if it is not LabelMe's.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is corrupt.
     """
     content = path.read_bytes()
     content = json.loads(content) if b'"shapes"' in content else None
@@ -67,12 +67,12 @@ def load_labelme(path: Path) -> dict | None:
 
 
 def extract_image(export: Export, path: Path) -> Path | None:
-    """Write the image that a label file contains to the temporary folder; None where it contains none."""
+    """Write the image in a label file to the temporary folder; return None if there is none."""
     try:
         content = base64.b64decode(json.loads(path.read_bytes())['imageData'])
         with Image.open(io.BytesIO(content)) as image:
             suffix = f'.{image.format.lower()}'
-    except Exception:  # none, or one that is damaged
+    except Exception:  # missing or corrupt
         return None
     target = (export.scratch / 'extracted' / export.format_path(path)).with_suffix(suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +98,13 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
                 continue
             points = [float(v) for point in shape['points'] for v in point]
             if not name or len(points) % 2 or not all(map(math.isfinite, points)):
-                raise ValueError('no label, or points that are not pairs of numbers')
+                raise ValueError('missing label, or points are not pairs of numbers')
             if len(points) < (6 if kind in ('polygon', 'rotation') else 4):
                 raise ValueError(f'a {kind} of {len(points) // 2} points')
             decode_mask(shape, kind)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             detail = f'shape {number}: {type(error).__name__}: {error}'
-            builder.add_fault('shapes of LabelMe that cannot be read', path, detail)
+            builder.add_fault('unreadable shapes of LabelMe', path, detail)
             continue
         group = number if shape.get('group_id') is None else (name, str(shape['group_id']))
         groups.setdefault(group, []).append((kind, shape, points))
@@ -123,16 +123,16 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
                 polygons.append(points)
             everything += points
         boxes_alone = all(kind == 'rectangle' for kind, *_ in parts)
-        crowd = all(bool(shape.get('difficult')) for _, shape, _ in parts)  # X-AnyLabeling's, as in Pascal VOC
+        crowd = all(bool(shape.get('difficult')) for _, shape, _ in parts)  # a field of X-AnyLabeling, as in Pascal VOC
         name = str(parts[0][1]['label']).strip()
         builder.add_object(name, compute_box(everything), [] if boxes_alone else polygons, crowd, masks)
 
 
 def decode_mask(shape: dict, kind: str) -> np.ndarray | None:
-    """The mask (H, W) of a shape of this type.
+    """Decode the mask, shape (H, W), of a shape of type 'mask'; None for other types.
 
     Raises:
-        ValueError: if it is missing or no image.
+        ValueError: if it is missing, empty or not an image.
     """
     if kind != 'mask':
         return None

@@ -1,4 +1,4 @@
-"""Pascal VOC's XML, a file an image, and "CVAT for images 1.1", one XML file for all images."""
+"""Read Pascal VOC's XML, one file for each image, and "CVAT for images 1.1", one XML file for all images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES = 'box', 'polygon', 'ellipse', 'mask'  # of CVAT
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
-    """Parse an XML file in the encoding that it declares, else in UTF-8 or, as labelImg on Windows, in Windows-1252.
+    """Parse an XML file in its declared encoding, UTF-8 or Windows-1252 (written by labelImg on Windows).
 
     Raises:
         InputError: if it is not XML.
@@ -54,10 +54,10 @@ def parse_xml(path: Path) -> ElementTree.Element:
 
 
 def read_numbers(element: ElementTree.Element, names: Sequence[str]) -> list[float]:
-    """The numbers in an element's attributes, or in its children.
+    """Read numbers from an element's attributes or children.
 
     Raises:
-        ValueError: where one is missing or no finite number.
+        ValueError: if one is missing or not finite.
     """
     values = []
     for name in names:
@@ -76,14 +76,14 @@ def read_numbers(element: ElementTree.Element, names: Sequence[str]) -> list[flo
 
 @dataclass
 class VocFile:
-    """A file of Pascal VOC's."""
+    """A label file of Pascal VOC."""
 
     path: Path
     root: ElementTree.Element
 
     @property
     def size(self) -> list[float]:
-        """The image's width and height as stated; [] where they are not."""
+        """The stated width and height of the image; [] if they are missing."""
         try:
             return read_numbers(self.root.find('size'), ('width', 'height'))
         except (ValueError, AttributeError):
@@ -91,12 +91,12 @@ class VocFile:
 
 
 def read_voc(export: Export) -> list[Split] | None:
-    """Read an export in Pascal VOC's format, None where it is in another one.
+    """Read an export in Pascal VOC's format; None for other formats.
 
-    Objects have boxes; those marked difficult become crowds, which are neither used for training nor counted.
-    Coordinates count from 1, so 1 is subtracted, as MMDetection does, unless ``export.zero_based``. Label files and
-    images have one name, and lie in Annotations/ and JPEGImages/ or side by side. The splits are those of
-    ImageSets/Main, or of folders' names.
+    Only boxes are used. Objects marked difficult become crowds, which training and evaluation ignore. As in
+    MMDetection, coordinates start at 1, and 1 is subtracted, unless ``export.zero_based``. Label files and images have
+    the same name, in Annotations/ and JPEGImages/ or in one folder. ImageSets/Main or the names of folders define the
+    splits.
     """
     files = {}
     for path in export.list_files('.xml'):
@@ -104,7 +104,7 @@ def read_voc(export: Export) -> list[Split] | None:
             root = parse_xml(path)
         except InputError as error:
             export.used.add(path)
-            export.add_error('XML files that cannot be read', path, str(error).partition(': ')[2])
+            export.add_error('unreadable XML files', path, str(error).partition(': ')[2])
             continue
         if root.tag == 'annotation':
             files[path] = VocFile(path, root)
@@ -112,18 +112,18 @@ def read_voc(export: Export) -> list[Split] | None:
         return None
     stated = {path: (file.root.findtext('filename') or '').strip() for path, file in files.items()}
     pairs = export.pair(export.images, list(files), stated)
-    for path in files.keys() - set(pairs.values()) - export.used:  # of another name than its image
+    for path in files.keys() - set(pairs.values()) - export.used:  # its name differs from the image's
         if (image := export.find_image(stated[path], path)) and image not in pairs:
             pairs[image] = path
     for image, path in list(pairs.items()):
         other = export.find_image(stated[path], path) if stated[path] != image.name else None
         if other is not None and other != image:
-            detail = f'<filename> is {stated[path]}, the image of the same name is {image.name}'
-            export.add_error('XML files that name another image than theirs', path, detail)
+            detail = f'<filename> is {stated[path]}, but the image of the same name is {image.name}'
+            export.add_error('XML files whose <filename> is a different image', path, detail)
             export.used.update((path, image))
             del pairs[image]
     for path in pairs.values() if not export.zero_based else ():
-        export.add_note('XML files whose coordinates count from 1, which is subtracted (not with --zero-based)', path)
+        export.add_note('XML files with 1 subtracted from the coordinates (--zero-based turns it off)', path)
     splits = read_image_sets(export, pairs) or group_by_split(export, pairs)
     builders = [Builder(export, split) for split in splits]
     for builder in builders:
@@ -142,38 +142,36 @@ def add_voc(builder: Builder, image: Path, file: VocFile) -> None:
         name, box = (thing.findtext('name') or '').strip(), thing.find('bndbox')
         try:
             if not name or box is None:
-                raise ValueError('an object without <name> or <bndbox>')
+                raise ValueError('<name> or <bndbox> is missing')
             x0, y0, x1, y1 = read_numbers(box, ('xmin', 'ymin', 'xmax', 'ymax'))
         except ValueError as error:
-            builder.add_fault('objects of XML files that cannot be read', file.path, str(error))
+            builder.add_fault('unreadable objects of XML files', file.path, str(error))
             continue
         if first and min(x0, y0) < 1:
-            kind = (
-                'boxes that begin before pixel 1, where coordinates count from 1: if yours count from 0, --zero-based'
-            )
+            kind = 'boxes with coordinates below 1, although they start at 1: pass --zero-based if they start at 0'
             export.add_warning(kind, file.path, f'xmin {x0:g}, ymin {y0:g}')
         if thing.find('polygon') is not None:
-            export.add_warning('objects with a <polygon>, of which the box alone is used', file.path, name)
+            export.add_warning('objects with a <polygon>, only the box is used', file.path, name)
         crowd = (thing.findtext('difficult') or '').strip() == '1'
         builder.add_object(name, [x0 - first, y0 - first, x1 - x0, y1 - y0], crowd=crowd)
 
 
 def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[Path]]:
-    """The images of each split that the lists in ImageSets/Main name; {} where there are none.
+    """Return the images of each split in the lists of ImageSets/Main; {} if there are none.
 
-    trainval.txt, or a list of another name, is what is still to be split. It is redundant beside train.txt and val.txt.
+    trainval.txt and lists of other names form the data without split. Next to train.txt and val.txt they are redundant.
     """
     lists: dict[str, list[Path]] = {}
     for path in export.list_files('.txt'):
         if path.parent.name.lower() != 'main' or re.search(r'_(train|val|trainval|test)$', path.stem):
-            continue  # others are lists of one class
+            continue  # a list of one class
         lists.setdefault(parse_split(path.stem) or WHOLE, []).append(path)
     if 'train' in lists and 'val' in lists:
         export.used.update(lists.pop(WHOLE, ()))
-    elif WHOLE in lists:  # trainval.txt, of which train.txt or val.txt alone would be a part
+    elif WHOLE in lists:  # trainval.txt, which contains train.txt or val.txt
         for split in ('train', 'val'):
             for path in lists.pop(split, ()):
-                export.add_warning('lists beside one of all images, not used', path)
+                export.add_warning('lists of a part of another list, not used', path)
                 export.used.add(path)
     by_name: dict[str, list[Path]] = {}
     for image, path in pairs.items():
@@ -191,7 +189,7 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
             if len(found) == 1:
                 images[found[0]] = None
             else:
-                export.add_error('entries of lists that name no image with an XML file, or several', path, line)
+                export.add_error('entries of lists without a unique image and XML file', path, line)
         splits[split] = list(images)
     return splits
 
@@ -200,10 +198,10 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
 
 
 def read_cvat(export: Export) -> list[Split] | None:
-    """Read an export in "CVAT for images 1.1", None where it is in another format.
+    """Read an export in "CVAT for images 1.1"; None for other formats.
 
-    Boxes, polygons, ellipses and masks are used; objects of other shapes are counted. The classes are those of the
-    task, in its order; the splits are subsets that are named after one.
+    Boxes, polygons, ellipses and masks are used; other shapes are reported. The task defines the order of the classes,
+    and the names of subsets define the splits.
     """
     roots = [(path, root) for path in export.list_files('.xml') if (root := parse_cvat(path)) is not None]
     if not roots:
@@ -215,7 +213,7 @@ def read_cvat(export: Export) -> list[Split] | None:
         export.used.add(path)
         if root.find('track') is not None:
             raise InputError(
-                f'{path}: is in "CVAT for video"; export it from CVAT as "CVAT for images 1.1" or "COCO 1.0"'
+                f'{path}: unsupported format "CVAT for video". Export it as "CVAT for images 1.1" or "COCO 1.0"'
             )
         classes |= {label.findtext('name', '').strip(): None for label in root.findall('./meta//labels/label')}
         for entry in root.findall('image'):
@@ -225,7 +223,7 @@ def read_cvat(export: Export) -> list[Split] | None:
             if image is None:
                 export.add_error(MISSING, path, name)
             elif split == WHOLE and subsets != {None}:
-                export.add_warning('images of subsets that are neither train, val nor test, not used', image, subset)
+                export.add_warning('images of subsets other than train, val and test, not used', image, subset)
                 export.used.add(image)
             else:
                 add_cvat(builders.setdefault(split, Builder(export, split)), image, path, entry)
@@ -257,16 +255,14 @@ def add_cvat(builder: Builder, image: Path, path: Path, entry: ElementTree.Eleme
         try:
             add_cvat_shape(builder, name, shape, size)
         except ValueError as error:
-            builder.add_fault(
-                'objects of CVAT that cannot be read', path, f'{kind} {name} of {entry.get("name")}: {error}'
-            )
+            builder.add_fault('unreadable objects of CVAT', path, f'{kind} {name} of {entry.get("name")}: {error}')
 
 
 def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size: tuple[int, int]) -> None:
     """Add an object.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it is unreadable.
     """
     turn = math.radians(float(shape.get('rotation') or 0))
     if shape.tag == 'box':
@@ -276,7 +272,7 @@ def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size
         x, y, w, h = map(int, read_numbers(shape, ('left', 'top', 'width', 'height')))
         runs = np.array([int(run) for run in shape.get('rle', '').split(',')])
         if runs.min() < 0 or runs.sum() != w * h:
-            raise ValueError(f'its runs do not make up {w} x {h} pixels')
+            raise ValueError(f'the runs of its mask do not sum up to {w} x {h} pixels')
         part = np.repeat(np.arange(len(runs)) % 2, runs).reshape(h, w)
         builder.add_object(name, [], masks=[(x, y, part)])
     else:
@@ -291,7 +287,7 @@ def add_cvat_shape(builder: Builder, name: str, shape: ElementTree.Element, size
 
 
 def rotate(points: list[float], angle: float) -> list[float]:
-    """Points [x, y, x, y, ...] turned about the centre of the box around them, in radians."""
+    """Rotate points [x, y, x, y, ...] about the centre of their bounding box by an angle in radians."""
     if not angle:
         return points
     x, y, w, h = compute_box(points)
