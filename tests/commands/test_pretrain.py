@@ -126,7 +126,7 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
     assert 'an even number' in refused(CONFIG, '--batch-size', '7')
     victim = next((data / 'val').rglob('*.png'))
     victim.write_bytes(victim.read_bytes()[:200])
-    assert f'{victim} (images that corrupt or truncated)' in refused()
+    assert f'{victim} (corrupt or truncated images)' in refused()
     shutil.rmtree(victim.parent)
     assert f'{data}/train and {data}/val have different classes: {victim.parent.name}' in refused()
     shutil.rmtree(data / 'val')
