@@ -1,17 +1,17 @@
-# make demo    the main job, from data to COCO AP, in minutes on a CPU
-# make paper-figures    condition numbers during the demo's training, plain against conditioned, in minutes on a CPU
-# make experiment    does the conditioning help a detector: four hours on two CPU cores, continues where it was stopped
-# make systems    the same question for small relatives of the paper's other systems: half an hour on one core
-# make bench    the backbone's speed and memory against timm's XCiT, on this machine
+# make demo    train, evaluate and report on generated data: from data to COCO AP, in minutes on a CPU
+# make paper-figures    condition numbers during the demo's training, plain and conditioned, in minutes on a CPU
+# make experiment    does the conditioning help a detector: four hours on two CPU cores; continues where it stopped
+# make systems    the same question for ListOps, a ViT and BERT: half an hour on one core
+# make bench    speed and memory of the backbone and of timm's XCiT on this machine
 # make test    all tests;  make test-onedl  the unit tests on the maintained fork of MMDetection;  make lint
 # make test-gpu    training, resuming and prediction on a simulated GPU, part of make test; needs a PyTorch with CUDA
-# make torture    kills, broken writes, forged checkpoints, fuzzing: what is lost; half an hour on a quiet machine
-# make docs-test    every command of the README and of docs/ as written, in a fresh clone and a fresh environment
+# make torture    kill trainings, break writes, forge checkpoints, fuzz readers: half an hour on an idle machine
+# make docs-test    every command of the README and docs/ as written, in a fresh clone and environment
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV ?= .venv
-# Where pip looks for PyTorch besides its own index: by itself, at the wheels for CPUs where there is no GPU of NVIDIA's.
-# TORCH_INDEX= (nothing) keeps to pip's index; another address is taken as it is.
+# An extra index for PyTorch. auto: the index of CPU wheels, if the machine has no NVIDIA GPU. Set TORCH_INDEX= to use
+# only pip's own index, or TORCH_INDEX=URL to use another one.
 TORCH_INDEX ?= auto
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 comma := ,
@@ -41,7 +41,7 @@ test-gpu: $(VENV)/mmdet
 test-onedl: $(VENV)-onedl/onedl
 	$(VENV)-onedl/bin/python -m pytest -m 'not slow'
 
-# atheris, which guides the fuzzers by coverage, has no wheels for every Python; without it they try at random.
+# atheris guides the fuzzers by coverage, but lacks wheels for some Pythons; without it inputs are changed at random.
 torture: $(VENV)/mmdet
 	$(VENV)/bin/pip install --quiet --editable '.[fuzz]' || true
 	$(VENV)/bin/python tests/torture.py
@@ -56,7 +56,7 @@ lint: $(VENV)/mmdet
 	$(VENV)/bin/codespell
 	$(VENV)/bin/python tests/wording.py
 
-# A virtual environment is made again when setup.py changes; its last file says that it is complete.
+# An environment is created again when setup.py changes; the target file is written last, when it is complete.
 $(VENV)/mmdet: setup.py
 	$(call environment,$(VENV),mmdet,test)
 
@@ -64,24 +64,24 @@ $(VENV)-onedl/onedl: setup.py
 	$(call environment,$(VENV)-onedl,onedl,test$(comma)test-onedl)
 
 define environment
-	@echo '$(1): a new environment'
+	@echo '$(1): creating a new environment'
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/pip install $(TORCH) $$($(wheels))
-	@echo '$(1): MMDetection and the rest, a minute or two'
+	@echo '$(1): installing MMDetection and other packages, a minute or two'
 	@$(1)/bin/pip install --quiet --editable '.[$(2),$(3)]'
 	@$(call headless,$(1)/bin/pip)
 	@touch $(1)/$(2)
 endef
 
-# The option of pip that chooses PyTorch's wheels; what it comes to is said.
+# Print pip's option for the index of PyTorch's wheels, and report the choice.
 wheels = case '$(TORCH_INDEX)' in \
-	auto) if command -v nvidia-smi > /dev/null; then echo 'a GPU: PyTorch with CUDA' >&2; \
+	auto) if command -v nvidia-smi > /dev/null; then echo 'NVIDIA GPU found: PyTorch with CUDA' >&2; \
 	elif $(PYTHON) -c "import urllib.request; urllib.request.urlopen('$(CPU_WHEELS)/', timeout=10)" 2> /dev/null; \
-	then echo 'no GPU: PyTorch for CPUs' >&2; echo --extra-index-url $(CPU_WHEELS); \
-	else echo "no GPU, but $(CPU_WHEELS) does not answer: PyTorch of pip's own index, 2.8 GB with CUDA" >&2; fi;; \
+	then echo 'no NVIDIA GPU: PyTorch for CPUs' >&2; echo --extra-index-url $(CPU_WHEELS); \
+	else echo "no NVIDIA GPU, but $(CPU_WHEELS) does not answer: PyTorch with CUDA from pip's own index, 2.8 GB" >&2; fi;; \
 	?*) echo --extra-index-url '$(TORCH_INDEX)';; esac
 
-# mmcv asks for an OpenCV that needs libGL, which servers and containers lack; the same release without windows does not.
+# mmcv requires an OpenCV that needs libGL, which servers and containers lack: replace it by its headless build.
 define headless
 	version=$$($(1) show opencv-python | sed -n 's/^Version: //p'); $(1) uninstall --quiet --yes opencv-python && \
 	$(1) install --quiet --force-reinstall --no-deps opencv-python-headless==$$version

@@ -1,1 +1,1 @@
-"""Measurements of this project itself, run from a checkout. Nothing here is installed."""
+"""Measurements of this project's software, run from a checkout. They are not installed."""

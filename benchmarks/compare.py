@@ -54,7 +54,7 @@ def make_truth(args: argparse.Namespace, rng: np.random.Generator) -> dict:
 
 
 def make_detections(truth: dict, args: argparse.Namespace, rng: np.random.Generator) -> list[dict]:
-    """Make a detector's results: boxes and masks of the objects, moved, and false ones."""
+    """Make a detector's results: boxes and masks of the objects, displaced, and false positives."""
     found = []
     by_image: dict[int, list[dict]] = {}
     for annotation in truth['annotations']:

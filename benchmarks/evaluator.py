@@ -70,7 +70,7 @@ def measure(evaluator, truth: dict, found: list[dict], kind: str) -> tuple[float
     coco.dataset = copy.deepcopy(truth)  # evaluators change it
     with redirect_stdout(io.StringIO()):
         coco.createIndex()
-        other = dict(bbox='segmentation', segm='bbox')[kind]  # without it the areas are those of this kind
+        other = dict(bbox='segmentation', segm='bbox')[kind]  # without this field the areas are those of the kind
         results = coco.loadRes([{k: v for k, v in detection.items() if k != other} for detection in found])
         start = time.perf_counter()
         evaluation = evaluator(coco, results, kind)

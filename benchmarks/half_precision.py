@@ -101,8 +101,8 @@ def measure(arch: dict, gamma: str, dtypes: list[str], device: str, side: int | 
         arch: dim, depth, num_heads and eta.
         gamma: see :func:`build_pair`.
         dtypes: of DTYPES.
-        device: where half precision is computed.
-        side: height and width of the image; by default so large that SpecXCiT takes the Gram form.
+        device: computes the half precision.
+        side: height and width of the image; the default is large enough for SpecXCiT's Gram form.
 
     Returns:
         A row for each backbone and dtype, with ``features`` and ``gradients``.

@@ -1,4 +1,4 @@
-# XCiT on ImageNet, for backbones to start from.
+# Pretraining of XCiT on ImageNet; the backbone then initialises a detector.
 _base_ = '_base_/imagenet_400e.py'
 
 model = dict(backbone=dict(arch='small_24', drop_path_rate=0.1))

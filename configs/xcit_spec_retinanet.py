@@ -1,4 +1,4 @@
-# XCiT-S12/16 + RetinaNet on COCO, 3x, its attention spectrally conditioned.
+# XCiT-S12/16 + RetinaNet on COCO, 3x, with spectrally conditioned attention.
 _base_ = ['_base_/retinanet_xcit.py', '_base_/coco_3x.py']
 
 model = dict(backbone=dict(conditioning=dict(type='identity', lam=10.0)))

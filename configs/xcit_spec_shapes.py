@@ -1,4 +1,4 @@
-# The demo: a small conditioned Mask R-CNN that learns generated shapes from scratch in minutes on two CPU cores.
+# The demo: a small conditioned Mask R-CNN, trained from scratch on generated shapes in minutes on two CPU cores.
 _base_ = '_base_/generated_128.py'
 
 max_epochs = 3

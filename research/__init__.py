@@ -1,1 +1,1 @@
-"""The project's own experiments, run from a checkout: see README.md. Nothing here is installed."""
+"""The project's own experiments, run from a checkout: see README.md. They are not installed."""

@@ -52,7 +52,7 @@ class Figures:
     """Figures of joined parts: four arrangements, each in four textures.
 
     Every arrangement and every texture is in two of the categories to pretrain on and in two of those to detect:
-    neither tells a category by itself.
+    neither predicts a category by itself.
     """
 
     arrangements = {
@@ -79,7 +79,7 @@ class Figures:
         self.detection = [name for place, name in named if place % 2]
 
     def draw(self, rng: np.random.Generator, category: str, split: str) -> np.ndarray:
-        """See :class:`Source`; figures are drawn anew in every split."""
+        """Draw a figure; see :class:`Source`. Figures are drawn anew in every split."""
         texture, arrangement = category.split()
         centres = np.array(self.arrangements[arrangement]) * 0.3 * FIGURE + FIGURE / 2
         centres = np.round(centres + rng.uniform(-3, 3, centres.shape)).astype(int)
@@ -119,14 +119,14 @@ class Figures:
 
 
 class Garments:
-    """The garments of Fashion-MNIST, each in a colour; those of its test set for validation.
+    """The garments of Fashion-MNIST, each in one colour; its test set is used for validation.
 
     Args:
-        folder: of its four files, as Debian's package dataset-fashion-mnist has them in
+        folder: contains its four files, as Debian's package dataset-fashion-mnist installs them in
             /usr/share/datasets/fashion-mnist.
 
     Raises:
-        InputError: if one of them is missing or is another file.
+        InputError: if one of them is missing or has other contents.
     """
 
     names = ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
@@ -159,10 +159,10 @@ class Garments:
         return np.frombuffer(content, np.uint8, offset=header)
 
     def draw(self, rng: np.random.Generator, category: str, split: str) -> np.ndarray:
-        """See :class:`Source`."""
+        """Draw a garment; see :class:`Source`."""
         images = self.images[split, category]
         grey = images[rng.integers(len(images))]
-        # The largest part of what is not the background, which the photographs have as zeros and some specks.
+        # The largest connected part of the foreground; the background is zero with some specks.
         _, parts, sizes, _ = cv2.connectedComponentsWithStats((grey > 10).astype(np.uint8))
         opaque = np.where(parts == 1 + sizes[1:, cv2.CC_STAT_AREA].argmax(), 255, 0)
         coloured = (55 + grey[..., None] * (200 / 255)) * rng.uniform(0.3, 1, 3)
@@ -202,7 +202,7 @@ def make_scene(rng: np.random.Generator, size: int, source: Source, split: str) 
         The scene, and its COCO annotations without ids.
     """
     image = draw_background(rng, size)
-    placed: list[tuple[int, np.ndarray, int]] = []  # category, visible mask, pixels of the whole
+    placed: list[tuple[int, np.ndarray, int]] = []  # category, visible mask, pixels of the complete object
     for _ in range(rng.integers(3, 9)):
         category = int(rng.integers(len(source.detection)))
         figure = source.draw(rng, source.detection[category], split)

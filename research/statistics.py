@@ -81,7 +81,7 @@ def estimate_effects(
 ) -> list[Effect]:
     """Estimate the effect of every arm on every outcome.
 
-    Two arms alone give the paired t-test. With more arms all residuals estimate the error, which three pairs hardly do.
+    Two arms alone give the paired t-test. With more arms all residuals estimate the error, because three pairs are few.
     Seeds without the reference are left out.
 
     Args:
@@ -90,7 +90,7 @@ def estimate_effects(
         reference: the arm from which differences are taken.
 
     Returns:
-        The effects by outcome and arm, their p-values adjusted within each outcome; none where there are too few runs
+        The effects by outcome and arm, with p-values adjusted within each outcome; without those that have too few runs
         to estimate the error.
     """
     effects: list[Effect] = []

@@ -1,7 +1,7 @@
-"""Jacobians of attention, and bounds on their condition numbers (arXiv 2603.07162, Theorems 3.3 and 3.4).
+"""Compute Jacobians of attention, and bounds on their condition numbers (arXiv 2603.07162, Theorems 3.3 and 3.4).
 
-The orientation is that of :mod:`spec_mmdet.conditioning.jacobian`. The Jacobian of softmax attention is derived anew,
-with what holds of Theorem 3.4.
+The orientation is that of :mod:`spec_mmdet.conditioning.jacobian`. The Jacobian of softmax attention is derived
+independently, and Theorem 3.4 is corrected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spec_mmdet.conditioning.jacobian import differentiate_xca_scores, softmax_j
 def attention_jacobian(
     X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Jacobians of softmax(scale X W_Q (X W_K)^T) X W_V with respect to W_Q, W_K and W_V (Theorem 3.3).
+    """Compute the Jacobians of softmax(scale X W_Q (X W_K)^T) X W_V w.r.t. W_Q, W_K and W_V (Theorem 3.3).
 
     With p_n the n-th token's attention, Lam_n = diag(p_n) - p_n p_n^T and S_n = scale X^T Lam_n X (the covariance of
     the tokens under that attention), the n-th token's output changes by
@@ -28,7 +28,7 @@ def attention_jacobian(
         W_Q: shape (D, k).
         W_K: shape (D, k).
         W_V: shape (D, v).
-        scale: what the scores are multiplied by: 1 in the paper, 1 / sqrt(k) in most models.
+        scale: factor of the scores: 1 in the paper, 1 / sqrt(k) in most models.
 
     Returns:
         J_Q and J_K, shape (N v, D k), and J_V, shape (N v, D v).
@@ -45,27 +45,27 @@ def attention_jacobian(
 def theorem_3_4_bounds(
     X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds on the condition numbers of J_Q, J_K and J_V, whose sum is the paper's Theorem 3.4.
+    """Compute bounds on the condition numbers of J_Q, J_K and J_V; their sum is the paper's Theorem 3.4.
 
         kappa(J_Q) <= kappa(X)^3 kappa(Lam) kappa(W_V) kappa(W_K)
         kappa(J_K) <= kappa(X)^3 kappa(Lam) kappa(W_V) kappa(W_Q)
         kappa(J_V) <= kappa(X) kappa(P)
 
     They hold for tokens that are linearly independent (N <= D) and square, regular projections. Each Lam_n sends
-    the constant vector to zero, so kappa(Lam) is the largest eigenvalue of any Lam_n over the smallest of any but
-    that one; and J_Q and J_K have rank N (N - 1), so their sigma_min is the singular value of that number.
+    the constant vector to zero, so kappa(Lam) is the largest eigenvalue of any Lam_n divided by the smallest except
+    that zero. J_Q and J_K have rank N (N - 1), so their sigma_min is the singular value of that index.
 
-    The paper states the sum as a bound on the condition number of the joint Jacobian [J_Q J_K J_V] of full rank. So
-    it does not hold: for X = W_Q = W_K = I (2 x 2) and W_V = c I the sum is 4.2 whatever c is, but the condition
-    number grows with c, 120 at c = 100. The outputs that J_Q and J_K cannot reach are left to J_V, which does not
-    grow with W_V as they do. For what holds of the joint Jacobian see :func:`joint_bound`.
+    The paper states the sum as a bound on the condition number of the joint Jacobian [J_Q J_K J_V] of full rank. This
+    does not hold: for X = W_Q = W_K = I (2 x 2) and W_V = c I the sum is 4.2 for any c, but the condition
+    number grows with c, to 120 at c = 100. Only J_V reaches the outputs that J_Q and J_K cannot reach, and it does not
+    grow with W_V as they do. :func:`joint_bound` bounds the joint Jacobian.
 
     Args:
-        X: tokens, shape (N, D).
+        W_Q: shape (D, D), like W_K and W_V.
         W_Q: shape (D, D); and so are W_K and W_V.
-        W_K: see above.
-        W_V: see above.
-        scale: what the scores are multiplied by.
+        W_K: see W_Q.
+        W_V: see W_Q.
+        scale: factor of the scores.
 
     Returns:
         The three bounds, float64 scalars.
@@ -78,21 +78,21 @@ def theorem_3_4_bounds(
 
 
 def joint_bound(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float = 1.0) -> Tensor:
-    """A bound on the condition number of the joint Jacobian [J_Q J_K J_V], where the paper's Theorem 3.4 fails.
+    """Compute a bound on the condition number of the joint Jacobian [J_Q J_K J_V], where Theorem 3.4 fails.
 
         kappa(J) <= kappa(X) (scale |X|^2 |W_V| (|W_Q| + |W_K|) / 2 + |P|) / sigma_min(P)
 
-    with spectral norms, for linearly independent tokens (N <= D) and a regular P; projections of any width. Above are
-    bounds on the norms of the three blocks, with |Lam_n| <= 1/2; below is sigma_min(J_V) >= sigma_min(P)
-    sigma_min(X), which no further columns can lessen. It speaks of the projections' norms, not of their condition
-    numbers: those are in the bounds on each block, :func:`theorem_3_4_bounds`.
+    with spectral norms, for linearly independent tokens (N <= D) and a regular P; projections of any width. The
+    numerator bounds the norms of the three blocks, with |Lam_n| <= 1/2. sigma_min(J_V) >= sigma_min(P) sigma_min(X),
+    which further columns cannot reduce. The bound contains the projections' norms, not their condition
+    numbers; the bounds on each block, :func:`theorem_3_4_bounds`, contain those.
 
     Args:
         X: tokens, shape (N, D).
         W_Q: shape (D, k).
         W_K: shape (D, k).
         W_V: shape (D, v).
-        scale: what the scores are multiplied by.
+        scale: factor of the scores.
 
     Returns:
         The bound, a float64 scalar.
@@ -106,10 +106,10 @@ def joint_bound(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float =
 def xca_jacobian(
     X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Jacobians of cross-covariance attention with respect to W_Q, W_K and W_V.
+    """Compute the Jacobians of cross-covariance attention with respect to W_Q, W_K and W_V.
 
     Y = V A^T with A = softmax(temperature Q^T K), the columns of Q = X W_Q and K = X W_K scaled to length one. A
-    channel's scores change only across its direction; with Lam_i = diag(a_i) - a_i a_i^T,
+    channel's scores change only perpendicularly to its direction. With Lam_i = diag(a_i) - a_i a_i^T,
 
         dy_i = V Lam_i ds_i,    ds_ij = temperature (k_j - (q_i . k_j) q_i) . X dw_i / |X w_i|    for W_Q,
 
@@ -117,9 +117,9 @@ def xca_jacobian(
 
     Args:
         X: tokens, shape (N, D).
-        W_Q: shape (D, k); and so are W_K and W_V.
-        W_K: see above.
-        W_V: see above.
+        W_Q: shape (D, k), like W_K and W_V.
+        W_K: see W_Q.
+        W_V: see W_Q.
         temperature: the head's.
 
     Returns:

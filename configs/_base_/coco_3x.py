@@ -1,4 +1,4 @@
-# COCO instance segmentation, 36 epochs, with the augmentation and optimiser that XCiT's published detectors used.
+# COCO instance segmentation, 36 epochs, with the augmentation and optimiser of XCiT's published detectors.
 _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py']
 
 scales = [(height, 1333) for height in range(480, 801, 32)]

@@ -1,4 +1,4 @@
-# 100 epochs with large-scale jitter (arXiv 2012.07177), as 25 of four rounds each; steps at 8/9 and 26/27 of them.
+# 100 epochs with large-scale jitter (arXiv 2012.07177), run as 25 epochs of four rounds; steps at 8/9 and 26/27.
 _base_ = 'coco_3x.py'
 
 image_size = (1024, 1024)

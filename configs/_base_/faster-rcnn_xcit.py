@@ -1,4 +1,4 @@
-# Faster R-CNN, which finds boxes alone, on a SpecXCiT backbone.
+# Faster R-CNN (boxes only) on a SpecXCiT backbone.
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', 'runtime.py']
 
 model = dict(backbone=_base_.xcit, neck=dict(in_channels=[384, 384, 384, 384]))

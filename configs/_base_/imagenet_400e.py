@@ -1,4 +1,4 @@
-# A classifier on SpecXCiT's blocks, by XCiT's recipe for ImageNet: 400 epochs at batch 1024 (here 8 processes of 128).
+# A classifier on SpecXCiT's blocks with XCiT's recipe for ImageNet: 400 epochs, total batch size 1024 (8 x 128).
 _base_ = 'runtime.py'
 custom_imports = dict(imports=['spec_mmdet', 'spec_mmdet.data.classification'])
 
@@ -57,7 +57,7 @@ optim_wrapper = dict(
     type='AmpOptimWrapper',
     loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    # The temperature is decayed, as in the recipe.
+    # As in the recipe, weight decay also acts on the temperature.
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
@@ -68,6 +68,6 @@ auto_scale_lr = dict(base_batch_size=1024, enable=False)
 
 default_hooks = dict(
     checkpoint=dict(interval=5, save_best='accuracy/top1'),
-    # The average is evaluated and saved as the checkpoint's weights.
+    # The moving average is evaluated and saved as the checkpoint's weights.
     ema=dict(type='EMAHook', momentum=4e-5, update_buffers=True),
 )

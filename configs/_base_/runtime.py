@@ -1,4 +1,4 @@
-# MMDetection's runtime, with the best checkpoint, guards and condition numbers.
+# MMDetection's runtime, with the best checkpoint, guards and records of condition numbers.
 _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(imports=['spec_mmdet'])
 
@@ -10,11 +10,11 @@ default_hooks = dict(
     finite_guard=dict(type='FiniteGuard'),
     loader_guard=dict(type='LoaderGuard', timeout=600),
 )
-env_cfg = dict(dist_cfg=dict(timeout=600))  # seconds to wait for another process
+env_cfg = dict(dist_cfg=dict(timeout=600))  # timeout in seconds for other processes
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
 visualizer = dict(type='LabelVisualizer', vis_backends=vis_backends)
 
-# What tools/test.py --tta adds to its flipped views.
+# `test --tta` merges the detections of the flipped views by these settings.
 tta_model = dict(type='MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
 
 # The backbone of every detector: small_12, 16-pixel patches, no conditioning.

@@ -1,4 +1,4 @@
-# The experiment's detector, of objects in scenes: see research/experiment.
+# The experiment's detector for objects in scenes: see research/experiment.
 _base_ = '../../configs/_base_/generated_128.py'
 
 max_epochs = 2

@@ -1,4 +1,4 @@
-# The experiment's pretraining, on pictures of single objects: see research/experiment.
+# The experiment's pretraining on pictures of single objects: see research/experiment.
 _base_ = '../../configs/_base_/imagenet_400e.py'
 
 size = 48

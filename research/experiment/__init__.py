@@ -1,1 +1,1 @@
-"""Does the conditioning help a detector? Arms, seeds, controls, and the report of their logs."""
+"""Test whether the conditioning helps a detector: arms, seeds, controls, and the report of their logs."""

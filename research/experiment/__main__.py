@@ -1,12 +1,12 @@
-"""Does the conditioning help a detector? For every arm and seed: pretrain, convert, fine-tune, evaluate.
+"""Test whether the conditioning helps a detector: pretrain, convert, fine-tune and evaluate every arm and seed.
 
     python -m research.experiment
 
 First it screens lambda with one seed; then it trains every final arm with three other seeds, fine-tuned from its own
 pretraining and, for some arms, from scratch with the same budget. All arms of a seed start from the same W0 and see the
-same images in the same order. A finished run leaves a small log in research/experiment/logs and is not repeated: an
+same images in the same order. A finished run leaves a log in research/experiment/logs and is not repeated, so that an
 interrupted experiment continues where it stopped. The report, research/experiment/README.md, is written from the logs
-at the end, or by --report alone.
+at the end; --report only writes the report.
 """
 
 from __future__ import annotations

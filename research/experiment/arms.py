@@ -1,4 +1,4 @@
-"""The arms and runs of the experiment: what each starts from and trains with, and the logs that finished runs leave."""
+"""Arms and runs of the experiment: their initial weights, their configs, and the logs of finished runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Arm:
     Attributes:
         name: shown in the report; finished runs are recognised by it.
         conditioning: of the backbone, in pretraining and in detection.
-        start: what replaces the initial W0: 'W0'; 'W0 + C', once, with the C of ``initial``; 'conditioned' rows.
+        start: the initial weights: 'W0'; 'W0 + C', once, with the C of ``initial``; 'conditioned' rows.
         initial: the conditioning that defines this C.
         rate: factor of the learning rate of the projections' weights.
         group: arms of one group share the estimate of their error: LAMBDA_10 if lambda is 10, at least at the start.
@@ -77,7 +77,7 @@ def make_identity(lam: float, per_head: bool) -> dict:
 
 
 def list_screened_arms(backbone: dict) -> list[Arm]:
-    """List the arms of the screening, for a backbone whose initial weights define sigma_max."""
+    """List the arms of the screening. The initial weights of ``backbone`` define sigma_max."""
     torch.manual_seed(SCREENING_SEED)
     model = SpecXCiT(**backbone)
     arms = [Arm('plain')]
@@ -92,7 +92,7 @@ def list_screened_arms(backbone: dict) -> list[Arm]:
 
 
 def choose_final_arms(backbone: dict, logs: Sequence[dict]) -> list[Arm]:
-    """Choose the arms of the experiment proper, given the logs of the screening: the best of each form and lambda = 10.
+    """Choose the final arms from the logs of the screening: the best of each form, and lambda = 10.
 
     Raises:
         InputError: if the screening is not finished.
@@ -119,7 +119,7 @@ def choose_final_arms(backbone: dict, logs: Sequence[dict]) -> list[Arm]:
 
 
 def select_scratch_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """Select the final arms that are also trained without pretraining: always the same, whatever was chosen."""
+    """Select the final arms that are also trained without pretraining; they do not depend on the screening."""
     return [arm for arm in arms if arm.name in ('plain', 'full, 10', 'svd', 'conditioned initialisation')]
 
 
@@ -139,11 +139,11 @@ class Run:
 
 
 def plan_stages(backbone: dict, get_logs: Callable[[], list[dict]]) -> Iterator[list[Run]]:
-    """Yield the runs of the screening, and, once its logs are there, those of the experiment proper."""
+    """Yield the runs of the screening and then, after its logs exist, the final runs."""
     yield [Run(arm, SCREENING_SEED) for arm in list_screened_arms(backbone)]
     arms = choose_final_arms(backbone, get_logs())
     stages = ((PRETRAINED, arms), (SCRATCH, select_scratch_arms(arms)))
-    # Seed by seed, so that an experiment cut short still compares all arms.
+    # Seed by seed, so that an interrupted experiment still compares all arms.
     yield [Run(arm, seed, start) for seed in SEEDS for start, some in stages for arm in some]
 
 
@@ -156,11 +156,11 @@ def read_logs(folder: Path) -> list[dict]:
     return logs
 
 
-SEEDING = Lock()  # trainings start in threads of one process, which share one generator of random numbers
+SEEDING = Lock()  # trainings start in threads of one process, which share one random number generator
 
 
 def write_start(path: Path, backbone: dict, arm: Arm, seed: int) -> None:
-    """Write the weights that an arm starts from: the same for all arms of a seed, then changed as the arm specifies."""
+    """Write an arm's initial weights: the same for all arms of a seed, then changed as the arm specifies."""
     with SEEDING:
         torch.manual_seed(seed)
         model = SpecXCiT(**backbone, conditioning=arm.conditioning)
@@ -187,7 +187,7 @@ def write_config(path: Path, base: Path, arm: Arm, seed: int, checkpoint: Path, 
             model['neck'] = dict(in_channels=[arch['dim']] * 4)
     lines = [f'_base_ = {str(base)!r}', f'model = {model!r}', f'randomness = dict(seed={seed})']
     if arm.rate != 1:
-        # Of the blocks' projections alone: a classifier's class attention has the same names, and the longer one wins.
+        # Only the blocks' projections: a classifier's class attention has the same names, and the longest key wins.
         keys = {'attn.qkv.weight': dict(lr_mult=arm.rate)}
         keys |= {f'cls_attn_blocks.{i}.attn.qkv.weight': dict(lr_mult=1.0) for i in range(2)}
         lines.append(f'optim_wrapper = dict(paramwise_cfg=dict(custom_keys={keys!r}))')

@@ -1,4 +1,4 @@
-"""The trainings of one run of the experiment, from the initial weights to its log."""
+"""Run the trainings of one run of the experiment, from the initial weights to its log."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Chain:
                          if key not in ('type', 'conditioning', 'init_cfg')}  # fmt: skip
         if size.arch:
             self.backbone['arch'] = size.arch
-        # The server imports once what the commands need, so that each of them starts at once.
+        # The server imports the commands' modules once, so that each command starts quickly.
         os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'  # a process that has initialised CUDA cannot be forked
         self.context = multiprocessing.get_context('forkserver')
         self.context.set_forkserver_preload(

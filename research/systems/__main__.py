@@ -6,8 +6,8 @@ Each system (by default all three) is trained plain and conditioned in several f
 initial weights and for the same number of steps. A table lists for each arm the accuracy on held-out data, its
 difference from plain with the 95 % interval of Student's t over pairs of runs with the same seed, condition numbers
 before and after training, and the effective number of keys at the start. A finished run leaves a log and is not
-repeated; the logs of three seeds are in the repository. Anew, a system takes about ten minutes on one thread, the only
-one that it uses.
+repeated; the logs of three seeds are in the repository. Without logs a system takes about ten minutes on one thread,
+the only one that it uses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOGS = Path(__file__).with_name('logs')
 
 
 def format_row(arm: str, logs: list[Log], plain: list[Log]) -> str:
-    """Format an arm's line of the table: means over the seeds, of accuracies in per cent."""
+    """Format an arm's line of the table: means over the seeds, accuracies in per cent."""
     ours, reference = ([100 * log.accuracy for log in some] for some in (logs, plain))
     spread = f'{stdev(ours):.2f}' if len(ours) > 1 else '-'
     difference, interval = '-', ''
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--out', type=Path, default=LOGS, help='folder with a folder of logs for each system '
                          '(default: research/systems/logs)')  # fmt: skip
     args = options.parse_args(argv)
-    torch.set_num_threads(1)  # for tensors this small more threads do not help, and their rounding would differ
+    torch.set_num_threads(1)  # for tensors this small more threads do not help, and they would change the rounding
     for name in [args.system] if args.system else SYSTEMS:
         system = SYSTEMS[name]()
         if args.steps is not None:

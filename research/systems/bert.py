@@ -1,7 +1,7 @@
-"""Masked characters, predicted by BERT, of the reference manual that every installation of Python contains.
+"""Train BERT to predict masked characters of the reference manual that every Python installation contains.
 
-The text is that of pydoc's topics, in the order of their names, with runs of white space as one space; its last tenth
-is held out. In a line 15 % of the characters are replaced by the mask and have to be predicted.
+The text is that of pydoc's topics, in the order of their names, with white space normalised. Its last tenth is held
+out. In a line 15 % of the characters are replaced by the mask and have to be predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .runs import IGNORED, System
 
-MASK = 0  # NUL, which is in no text
+MASK = 0  # NUL, which no text contains
 CHARACTERS = 128  # ASCII; others are question marks
 
 
@@ -32,7 +32,7 @@ def read_text(held_out: bool) -> bytes:
 
 @dataclass(frozen=True)
 class Bert(System):
-    """The system; see the module."""
+    """The BERT system; see the module."""
 
     steps: int = 1000
     batch: int = 64
@@ -48,7 +48,7 @@ class Bert(System):
     examples = 'lines'
 
     def get_settings(self) -> dict[str, object]:
-        # Another version of Python has another text.
+        # Versions of Python have different texts.
         return dict(
             super().get_settings(), text=zlib.crc32(read_text(held_out=True), zlib.crc32(read_text(held_out=False)))
         )

@@ -1,9 +1,9 @@
-"""ListOps, solved by a Nyströmformer: nested operations on digits, whose result is a digit.
+"""Train a Nyströmformer to evaluate ListOps: nested operations on digits, whose result is a digit.
 
-The grammar is that of Nangia & Bowman (2018) as the Long Range Arena generates it, at a size where the rules that need
-no nesting are weak: an argument is an operation with probability 0.25 as long as it may be nested further, and else a
-digit; expressions that are too short or too long are drawn again. The model is transformers' Nyströmformer at the size
-that its authors took for the Long Range Arena, weight decay 0 included, so that C is an initialisation.
+The grammar is that of Nangia & Bowman (2018) as the Long Range Arena generates it, at a size where rules without
+nesting are weak. An argument is an operation with probability 0.25 if it may be nested further, and otherwise a digit.
+Expressions that are too short or too long are drawn again. The model is transformers' Nyströmformer at its authors'
+size for the Long Range Arena, with their weight decay of 0, so that C is an initialisation.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ def get_root_digits(tree: Tree) -> list[int]:
 
 
 def get_root(tree: Tree) -> Hashable:
-    """Return what a rule sees that reads only the root's operator."""
+    """Return the input of a rule that reads only the root's operator."""
     return tree[0]
 
 
 def get_root_and_digits(tree: Tree) -> Hashable:
-    """Return what a rule sees that reads the root's operator, its result on the root's digits, and their number."""
+    """Return the input of a rule that reads the root's operator, its result on the root's digits, and their number."""
     digits = get_root_digits(tree)
     return tree[0], OPERATORS[tree[0]](digits) if digits else None, len(digits), len(tree[1])
 
 
 def score_rule(key: Callable[[Tree], Hashable], learned: list[Tree], tested: list[Tree]) -> float:
-    """Return the accuracy of answering with the commonest result among the learned expressions of the same key."""
+    """Return the accuracy of answering with the most frequent result among the learned expressions of the same key."""
     answers: dict[Hashable, Counter[int]] = defaultdict(Counter)
     for tree in learned:
         answers[key(tree)][evaluate_tree(tree)] += 1
@@ -80,7 +80,7 @@ def score_rule(key: Callable[[Tree], Hashable], learned: list[Tree], tested: lis
 
 @dataclass(frozen=True)
 class ListOps(System):
-    """The system; see the module. ``shortest`` and ``tokens`` are lengths in tokens, brackets included."""
+    """The ListOps system; see the module. ``shortest`` and ``tokens`` are lengths in tokens, brackets included."""
 
     steps: int = 500
     batch: int = 32
@@ -129,7 +129,7 @@ class ListOps(System):
 
         config = NystromformerConfig(
             vocab_size=len(TOKENS),
-            pad_token_id=None,  # padding is read: transformers 5 takes no mask of it beside landmarks
+            pad_token_id=None,  # padding is not masked: transformers 5 does not support a mask together with landmarks
             num_labels=10,
             hidden_size=self.width,
             num_hidden_layers=self.layers,

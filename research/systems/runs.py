@@ -1,4 +1,4 @@
-"""The arms of the small systems, and one run, from its initial weights to its log."""
+"""The arms of the small systems, and the training of one run, from its initial weights to its log."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Log:
     """The log of a finished run.
 
     Attributes:
-        arm, seed: which run of its system it is.
-        settings: the system's.
-        lam: lambda, where the arm has one.
+        arm, seed: identify the run within its system.
+        settings: of the system.
+        lam: lambda, if the arm has one.
         keys: effective number of keys of a query at the start: median over the layers, independent normalised tokens.
         accuracy, loss: on the held-out data, after the last step; loss is the mean cross-entropy.
         curve: accuracy after half of the steps, and after all.
-        kappa: 'whole' and 'head', of W + C where there is a C, before and after training: medians over the layers.
+        kappa: 'whole' and 'head', of W + C, or of W without C, before and after training: medians over the layers.
         seconds: its duration.
         torch: PyTorch's version.
     """
@@ -136,7 +136,7 @@ def build_initial_model(system: System, arm: str, seed: int) -> tuple[nn.Module,
 
 
 def compute_kappa(model: nn.Module) -> dict[str, float]:
-    """Compute the condition numbers of W + C, medians over the layers: 'whole' projections, and rows of one 'head'."""
+    """Compute condition numbers of W + C, medians over the layers: 'whole' for full projections, 'head' for heads."""
     found = list(find_projections(model))
     reports = dict(whole=Report(found), head=Report(found, by_head=True))
     return {name: median(row.kappa for row in report) for name, report in reports.items()}

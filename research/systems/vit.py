@@ -1,7 +1,7 @@
-"""Images, classified by a Vision Transformer: which two textures are in a picture, and on which side.
+"""Train a Vision Transformer to classify images: which two textures they contain, and on which side.
 
-A picture is split by an upright edge. On either side of it is a grating in one of four directions, of random phase,
-width of stripes and contrast, in noise: sixteen classes. No pixel tells a direction, and no patch tells both.
+A picture is divided by an upright edge. Each side has a grating in one of four directions, of random phase, width of
+stripes and contrast, in noise: sixteen classes. No pixel shows a direction, and no patch shows both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def draw_gratings(direction: Tensor, size: int, generator: torch.Generator) -> T
 
 @dataclass(frozen=True)
 class ViT(System):
-    """The system; see the module. ``noise`` is the standard deviation of the Gaussian noise."""
+    """The ViT system; see the module. ``noise`` is the standard deviation of the Gaussian noise."""
 
     steps: int = 500
     batch: int = 32

@@ -267,7 +267,7 @@ def spoilt(good, tmp_path) -> Path:
 def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
     assert 'not ready for training' in error_line(monkeypatch, 'prepare', spoilt)
-    errors = capsys.readouterr().out.partition('errors, which you must fix:\n')[2].partition('\n\n')[0].splitlines()
+    errors = capsys.readouterr().out.partition('errors, ')[2].partition('\n')[2].partition('\n\n')[0].splitlines()
     # The one fault is reported; others are its consequences.
     (line,) = (line for line in errors if says in line)
     assert line.split()[0] == '1' and '; first: ' in line

@@ -80,7 +80,7 @@ def test_truncated_and_missing_images(folder, name):
 
 
 def test_checks_of_size_orientation_and_depth(folder):
-    assert check_image(folder / 'plain.png', 80, 121)[0] == 'images whose size differs from the annotation file'
+    assert ' size ' in check_image(folder / 'plain.png', 80, 121)[0]
     assert 'EXIF' in check_image(folder / 'turned.jpg', 120, 80)[1][0]
     assert 'ignore the EXIF' in check_image(folder / 'turned.jpg', 80, 120)[0]
     for name in ('deep.png', 'deep.tif'):
