@@ -1,1 +1,1 @@
-"""Trained detectors in use: prediction on files, ONNX, and folders for other users."""
+"""Use trained detectors: predict on files, export to ONNX, analyse and publish."""

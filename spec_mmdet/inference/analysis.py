@@ -1,4 +1,4 @@
-"""Condition numbers of a backbone and of its attention's Jacobians on images, as tables and a plot."""
+"""Tabulate and plot the condition numbers of a backbone and of its attention's Jacobians on images."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ from ..files import write_folder_atomically
 from ..models.jacobians import JacobianSpectrum, jacobian_spectra
 from ..models.xcit import SpecXCiT
 
-Spectra = dict[str, list[JacobianSpectrum]]  # of each layer, one for each image
+Spectra = dict[str, list[JacobianSpectrum]]  # by layer, one for each image
 
 
 def build_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """Build a config's backbone with the weights of a checkpoint, or those that a training would start from.
+    """Build a config's backbone with the weights of a checkpoint, or with the config's initial weights.
 
     Raises:
-        InputError: if the config has no backbone, or the checkpoint cannot be read for it.
+        InputError: if the config has no backbone, or the checkpoint does not fit it.
     """
     if 'backbone' not in cfg.get('model', {}):
-        raise InputError(f'config {cfg.filename}: no model with a backbone in it')
+        raise InputError(f'config {cfg.filename}: has no model with a backbone. Use the config of a detector')
     backbone = MODELS.build(cfg.model.backbone)
     if not checkpoint:
         backbone.init_weights()
     elif isinstance(backbone, SpecXCiT):
         load_backbone(backbone, checkpoint)
     else:
-        raise InputError(f'{checkpoint}: checkpoints are read only for SpecXCiT, not for {cfg.model.backbone.type}')
+        raise InputError(
+            f'{checkpoint}: a checkpoint of {cfg.model.backbone.type} cannot be read, only one of SpecXCiT'
+        )
     return backbone
 
 
 def measure_jacobians(cfg: Config, backbone: nn.Module, images: Sequence[Path], heads: int | None) -> Spectra:
-    """Compute the spectra of the backbone's Jacobians on images, as the config prepares them for the test."""
+    """Compute the spectra of the backbone's Jacobians on images, preprocessed by the config's test pipeline."""
     spectra: Spectra = {}
     if images:
         preprocess = MODELS.build(cfg.model.data_preprocessor)
@@ -58,7 +60,7 @@ def measure_jacobians(cfg: Config, backbone: nn.Module, images: Sequence[Path], 
 
 
 def format_jacobians(spectra: Spectra) -> str:
-    """A table of the layers, with medians over the images."""
+    """Format a table of the layers with medians over the images."""
     width = max(map(len, spectra))
     lines = [f'{"Jacobian of":{width}}{"sigma_min":>10}{"sigma_max":>10}{"kappa":>10}  heads']
     for name, rows in spectra.items():
@@ -94,7 +96,7 @@ def write_analysis(out: Path, report: Report, spectra: Spectra, images: Sequence
 
 
 def draw(report: Report, jacobians: Spectra, path: Path) -> None:
-    """Plot over the layers kappa of the projections, their singular values, and kappa of the Jacobians."""
+    """Plot kappa and singular values of the projections, and kappa of the Jacobians, against the layer."""
     layers = list(dict.fromkeys(row.name for row in report))
     panels = 3 if jacobians else 2
     figure = Figure(figsize=(5.5 * panels, 4), layout='constrained')

@@ -1,4 +1,4 @@
-"""Export to ONNX, compared with PyTorch before the file is written."""
+"""Export to ONNX, and compare with PyTorch before the file is written."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from .inferencer import load_inferencer
 from .media import decode_file
 
 STRIDES = (4, 8, 16, 32)
-MIN_SIZE = 64  # torch.export takes a size of one, as at stride 32 of a smaller image, for a constant
+MIN_SIZE = 64  # torch.export makes a constant of a size of 1, which a smaller image has at stride 32
 ALLOWANCE = 10  # times the rounding error of PyTorch in float32
-# The smaller one has few enough tokens for the plain attention, the larger one more than the MLP takes at a time.
+# The smaller size uses the plain attention; the larger one has more tokens than the MLP processes at a time.
 COMPARED = ((2, 3, 64, 96), (1, 3, 544, 576))
 NOISE_SCORE = 0.001  # score threshold on noise, where all scores are low
-SAME = dict(iou=0.99, score=0.01, share=0.95)  # least IoU, largest difference of scores, least share of results
+SAME = dict(iou=0.99, score=0.01, share=0.95)  # minimum IoU, maximum difference of scores, minimum share of results
 
 
 def require_exporters() -> None:
-    """Check that the packages for exporting are installed, and silence what they report about optimisations."""
+    """Check that the packages for exporting are installed, and silence their log of optimisations."""
     missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
     if missing:
-        raise InputError(f'exporting needs {", ".join(missing)}: pip install {" ".join(missing)}')
+        raise InputError(f'exporting needs {", ".join(missing)}. Run: pip install {" ".join(missing)}')
     logging.getLogger('onnxscript').setLevel('ERROR')
-    warnings.filterwarnings('ignore', message='`create_unbacked_symint`')  # torchvision's use of it
+    warnings.filterwarnings('ignore', message='`create_unbacked_symint`')  # used by torchvision
 
 
 class Features(nn.Module):
-    """A backbone's features, without the comparison of the sides in its own forward, which cannot be traced."""
+    """A backbone without the check of the image size in its forward, which cannot be traced."""
 
     def __init__(self, backbone: SpecXCiT) -> None:
         super().__init__()
@@ -75,16 +75,16 @@ def export(
     """Write a model as ONNX.
 
     Args:
-        model: in evaluation mode. Its SpecXCiT is folded, and uses the Gram form of the attention for any image.
+        model: the model, in evaluation mode. Its corrections are folded, and it uses the Gram form for any image.
         example: its arguments.
         dynamic: their dynamic dimensions.
         path: the file to write.
         inputs: names of the arguments.
-        outputs: names of what it returns.
-        metadata: written into it, each value as JSON.
+        outputs: names of the outputs.
+        metadata: metadata of the file; values are written as JSON.
     """
     fold(model)
-    # Choices by size and cached encodings would be traced for the example's size.
+    # Tracing would fix choices by size and cached encodings to the example's size.
     for module in model.modules():
         if isinstance(module, XCA):
             module.gram_from = 0
@@ -99,14 +99,14 @@ def export(
 
 
 def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object]:
-    """Write a checkpoint's SpecXCiT as ONNX if it computes what PyTorch does; return its metadata.
+    """Write a checkpoint's SpecXCiT as ONNX if its features equal PyTorch's; return its metadata.
 
     Raises:
         InputError: if the checkpoint lacks the feature pyramid, or the features differ.
     """
     missing = recognise(load(checkpoint, mmap=True), f'checkpoint {checkpoint}').missing
     if missing:
-        raise InputError(f'checkpoint {checkpoint}: lacks {", ".join(missing)}. Use the checkpoint of a detector.')
+        raise InputError(f'checkpoint {checkpoint}: lacks {", ".join(missing)}. Use the checkpoint of a detector')
     backbone = MODELS.build(dict(cfg.model.backbone, norm_cfg=dict(type='BN'), compile=None))
     load_backbone(backbone, checkpoint)
     backbone.eval()
@@ -135,13 +135,13 @@ def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object
         print('largest difference from PyTorch in float64, relative to the largest feature: '
               f'{difference:.2g} (PyTorch in float32: {rounding:.2g})')  # fmt: skip
         if difference > ALLOWANCE * rounding:
-            raise InputError(f'{out}: not written, as it does not compute what the backbone does: its features '
-                             f'differ by {difference:.2g}')  # fmt: skip
+            raise InputError(f'{out}: not written, because its features differ from PyTorch by {difference:.2g}. '
+                             'Report this with the config')  # fmt: skip
     return metadata
 
 
 def run_onnx(path: Path, image: Tensor) -> list[Tensor]:
-    """An exported backbone's features in ONNX Runtime, on the CPU."""
+    """Compute an exported backbone's features with ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -149,7 +149,7 @@ def run_onnx(path: Path, image: Tensor) -> list[Tensor]:
 
 
 def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> float:
-    """The largest difference between the feature maps of several images, relative to each map's largest feature."""
+    """Compute the largest difference between feature maps, relative to each map's largest feature."""
     return max(
         ((ours - theirs).abs().max() / theirs.abs().max()).nan_to_num(torch.inf).item()
         for features, others in zip(found, exact, strict=True)
@@ -158,17 +158,17 @@ def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> 
 
 
 def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) -> dict[str, object]:
-    """Write a detector as ONNX if its results are those of PyTorch on noise and on images; return its metadata.
+    """Write a detector as ONNX if its results equal PyTorch's on noise and on images; return its metadata.
 
     Raises:
-        InputError: if the detector is of a kind that is not exported, or the results differ.
+        InputError: if the detector cannot be exported, or the results differ.
     """
     inferencer = load_inferencer(cfg, checkpoint, 'cpu')
     detector = inferencer.model.eval().requires_grad_(False)
     try:
         graph = DetectorGraph(copy.deepcopy(detector))
     except ValueError as error:
-        raise InputError(f'config {cfg.filename}: {error}. --backbone exports only the SpecXCiT.') from error
+        raise InputError(f'config {cfg.filename}: {error}. Pass --backbone to export only the SpecXCiT') from error
     last = detector.roi_head if graph.two_stages else detector.bbox_head
     metadata = dict(
         classes=detector.dataset_meta['classes'],
@@ -177,7 +177,7 @@ def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) 
         conditioning=describe_conditioning(detector.backbone.state_dict()),
         checkpoint=Path(checkpoint).name,
     )
-    # With fewer pixels the coarsest level could have one row or column, which torch.export takes for a constant.
+    # With fewer pixels the coarsest level could have a size of 1, which torch.export makes a constant.
     least = max(MIN_SIZE, max(map(max, graph.dense_head.prior_generator.strides)) + 32)
     metadata['min_size'] = least
     rng = np.random.default_rng(0)
@@ -193,7 +193,7 @@ def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) 
             _, data = next(inferencer.preprocess([image]))
             return [model.test_step(copy.deepcopy(data))[0].pred_instances for model in (detector, exported)]
 
-        print(f'{"what is compared":28} found  in both  largest difference of box (pixels)  score  least IoU of masks')
+        print(f'{"input":28} found  in both  largest difference of box (pixels)  score  lowest IoU of masks')
         for path in paths:
             for _, image in decode_file(path):
                 require_same(path.name, *results(image), out)
@@ -210,10 +210,10 @@ def describe_resize(cfg: Config) -> dict[str, object] | None:
 
 
 def require_same(name: str, expected: InstanceData, found: InstanceData, out: Path) -> None:
-    """Print how the results of two detectors on an image differ.
+    """Print the differences between the results of two detectors on an image.
 
     Raises:
-        InputError: if too few of them are the same.
+        InputError: if too few results agree.
     """
     ious = box_iou(expected.bboxes, found.bboxes) * (expected.labels[:, None] == found.labels)
     near = (expected.scores[:, None] - found.scores).abs() < SAME['score']
@@ -227,8 +227,8 @@ def require_same(name: str, expected: InstanceData, found: InstanceData, out: Pa
         if 'masks' in a:
             union = (a.masks | b.masks).sum(dim=(1, 2)).clamp(min=1)
             masks = f'{((union - (a.masks ^ b.masks).sum(dim=(1, 2))) / union).min():.4f}'
-    print(f'{name[-28:]:28} {len(expected):5}  {len(pairs):7}  {boxes:>34}  {scores:>5}  {masks:>18}')
+    print(f'{name[-28:]:28} {len(expected):5}  {len(pairs):7}  {boxes:>34}  {scores:>5}  {masks:>19}')
     most = max(len(expected), len(found))
     if len(pairs) < SAME['share'] * most:
-        raise InputError(f'{out}: not written, as it does not find what the detector does: of {most} on {name}, '
-                         f'{len(pairs)} are the same')  # fmt: skip
+        raise InputError(f'{out}: not written, because only {len(pairs)} of {most} results on {name} agree with '
+                         'PyTorch. Report this with the config')  # fmt: skip

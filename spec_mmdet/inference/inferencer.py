@@ -1,4 +1,4 @@
-"""MMDetection's inferencer, built from a config and a checkpoint that fit each other, and its results as JSON."""
+"""Build MMDetection's inferencer from a config and a matching checkpoint, and write its results as JSON."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .media import PictureWriter, count_frames, decode_files
 def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: float = 0.0) -> DetInferencer:
     """Build MMDetection's inferencer with all of a checkpoint's weights and its classes; changes ``cfg``.
 
-    Silences MMEngine's log below errors, as it lists every tensor that it loads.
+    Silences MMEngine's log below errors, because it lists every loaded tensor.
 
     Args:
-        cfg: the whole config; of an exported detector, its test pipeline is used.
-        checkpoint: a file or an address of a checkpoint, or an exported detector (.onnx).
+        cfg: the complete config; an exported detector only uses its test pipeline.
+        checkpoint: file or URL of a checkpoint, or an exported detector (.onnx).
         device: for instance 'cpu' or 'cuda:1'; by default a GPU if there is one.
         score: score threshold of an exported detector.
 
@@ -39,23 +39,23 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
         InputError: if the checkpoint cannot be read or does not fit the model.
     """
     MMLogger.get_current_instance().setLevel('ERROR')
-    # About classes that only the config states, a visualiser without a folder, and shapes that cross the edge.
+    # Warnings about classes that only the config defines, a visualiser without folder, and shapes beyond the edge.
     warnings.filterwarnings('ignore', message='dataset_meta or class names')
     warnings.filterwarnings('ignore', module='mmengine.visualization')
     if checkpoint.endswith('.onnx'):
         cfg.model = dict(type='OnnxDetector', path=checkpoint, score=score, device=device)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about absent weights, and so unknown classes
+            warnings.simplefilter('ignore')  # about missing weights and unknown classes
             inferencer = DetInferencer(cfg, None, 'cpu', show_progress=False)
         return set_names(inferencer, inferencer.model.classes)
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
     weights = get_state_dict(content, name)
-    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # a backbone's states none
+    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
     inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
     if faults := describe_mismatches(inferencer.model, weights):
-        raise InputError(f'{name} does not fit the configured model: {faults}')
+        raise InputError(f'{name} does not fit the configured model: {faults}. Pass the config of its training')
     return set_names(inferencer, classes)
 
 
@@ -75,7 +75,7 @@ def require_device(device: str | None) -> None:
 
 @contextmanager
 def write_json_list(path: Path, before: str = '[', after: str = ']') -> Iterator[Callable[[dict], None]]:
-    """Write a JSON file that ends in a list, entry by entry, without keeping them in memory."""
+    """Write a JSON file that ends in a list, one entry at a time."""
     with path.open('w') as file:
         file.write(before)
         separator = '\n'
@@ -110,16 +110,16 @@ def predict_files(
     """Predict on images and videos; write predictions.json, images.json and, if wanted, pictures to a folder.
 
     Args:
-        inferencer: of :func:`load_inferencer`.
+        inferencer: from :func:`load_inferencer`.
         paths: absolute paths of images and videos.
-        out: the folder; pictures get the inputs' names below the folder that all inputs share.
-        info: written to images.json.
+        out: the folder to write; pictures are named after the inputs, relative to their common folder.
+        info: metadata for images.json.
         score: score threshold.
-        batch_size: pictures per forward pass.
-        pictures: whether to draw.
+        batch_size: images per forward pass.
+        pictures: whether to draw pictures.
 
     Returns:
-        The number of pictures, and the files that could not be decoded, by their kind.
+        The number of images, and the files that could not be decoded, by kind of fault.
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
     classes = inferencer.model.dataset_meta['classes']

@@ -25,14 +25,13 @@ def is_video(path: Path) -> bool:
 
 
 def find_inputs(names: list[str]) -> list[Path]:
-    """Find the images and videos that inputs name: files, folders and globs. Hidden files in folders are skipped.
+    """Find the images and videos of inputs (files, folders and globs); hidden files in folders are skipped.
 
     Returns:
-        Absolute paths, each once.
+        Absolute paths without duplicates.
 
     Raises:
-        InputError: if an input is absent or contains nothing, or if a file named itself cannot be read. Of an image
-            only the header is read.
+        InputError: if an input does not exist or contains nothing, or the header of a file cannot be read.
     """
     paths: dict[Path, None] = {}
     for name in names:
@@ -43,14 +42,15 @@ def find_inputs(names: list[str]) -> list[Path]:
             if hidden := [entry.name for entry in images if entry.name.startswith('.')]:
                 print(f'{name}: skipped hidden files: {list_briefly(hidden)}')
             if not found:
-                raise InputError(f'{name}: no images ({", ".join(sorted(IMAGE_SUFFIXES))}) in this folder')
+                raise InputError(f'{name}: the folder contains no images ({", ".join(sorted(IMAGE_SUFFIXES))}). Pass '
+                                 'another folder, or a quoted glob')  # fmt: skip
         elif path.exists():
             found = [path]
             require_readable(path, name)
         elif glob.has_magic(name):
             matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
             if not (found := [entry for entry in matches if is_image(entry) or is_video(entry)]):
-                raise InputError(f'{name}: matches no images and no videos')
+                raise InputError(f'{name}: matches no images or videos. Quote the glob, and check the folder')
         else:
             raise InputError(f'{name}: no such file or folder')
         paths.update(dict.fromkeys(Path(os.path.abspath(entry)) for entry in found))
@@ -58,25 +58,27 @@ def find_inputs(names: list[str]) -> list[Path]:
 
 
 def require_readable(path: Path, name: str) -> None:
-    """Check that a file is an image or a video by its name and by its first bytes."""
+    """Check that a file is an image or a video by its suffix and its header."""
     if not (is_image(path) or is_video(path)):
         suffixes = ', '.join(sorted(IMAGE_SUFFIXES)), ', '.join(VIDEOS)
-        raise InputError('{}: neither an image ({}) nor a video ({})'.format(name, *suffixes))
+        raise InputError('{}: neither an image ({}) nor a video ({}). Convert it'.format(name, *suffixes))
     readable = cv2.VideoCapture(str(path)).isOpened() if is_video(path) else cv2.haveImageReader(str(path))
     if not readable:
-        raise InputError(f'{name}: not {"a video" if is_video(path) else "an image"} that OpenCV can read')
+        raise InputError(f'{name}: OpenCV cannot read this {"video" if is_video(path) else "image"}. Convert it')
 
 
 def count_frames(path: Path) -> int:
-    """Return 1 for an image, and the number of frames that a video's header states."""
+    """Return 1 for an image, and for a video the number of frames in its header."""
     return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)) if is_video(path) else 1
 
 
 def decode_file(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Yield the frames of a video with their numbers, from 0, or the image of a file with None: (H, W, 3), BGR.
+    """Yield (number from 0, frame) for a video, or (None, image); shape (H, W, 3), BGR.
+
+    A truncated video ends without an error.
 
     Raises:
-        InputError: naming the kind of files that it is one of. A video that breaks off ends without an error.
+        InputError: with the kind of fault.
     """
     if not is_video(path):
         yield None, read(path)
@@ -86,11 +88,11 @@ def decode_file(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
         yield frame_id, frame
         frame_id += 1
     if not frame_id:
-        raise InputError('videos without a picture that can be decoded')
+        raise InputError('corrupt videos')
 
 
 def decode_files(paths: list[Path], damaged: dict[str, list[Path]]) -> Iterator[tuple[Path, int | None, np.ndarray]]:
-    """Yield each file's path with what :func:`decode_file` yields; add the others to ``damaged``, by their kind."""
+    """Yield the path, number and image of all files; add corrupt files to ``damaged``, by kind of fault."""
     for path in paths:
         try:
             for frame_id, image in decode_file(path):
@@ -100,7 +102,7 @@ def decode_files(paths: list[Path], damaged: dict[str, list[Path]]) -> Iterator[
 
 
 class PictureWriter:
-    """Writes pictures, (H, W, 3), BGR: of images as files, and of a video's frames, in their order, as a video."""
+    """Writer of pictures, shape (H, W, 3), BGR, as image files or as frames of a video, in order."""
 
     def __init__(self) -> None:
         self.video: cv2.VideoWriter | None = None
@@ -109,7 +111,7 @@ class PictureWriter:
         """Write a picture of an image (``frame_id`` None) or of a frame of the video ``source``."""
         out_file.parent.mkdir(parents=True, exist_ok=True)
         if frame_id is None:
-            out_file.write_bytes(cv2.imencode(out_file.suffix, picture)[1])  # imwrite may not notice a full disk
+            out_file.write_bytes(cv2.imencode(out_file.suffix, picture)[1])  # imwrite may not report a full disk
             return
         if frame_id == 0:
             self.close()
@@ -118,7 +120,7 @@ class PictureWriter:
             self.video = cv2.VideoWriter(str(out_file), codec, rate, picture.shape[1::-1])
             self.video_file = out_file
             if not self.video.isOpened():
-                raise OSError(f'{out_file.name} could not be opened; this OpenCV may have no encoder for it')
+                raise OSError(f'{out_file.name} could not be opened; OpenCV may lack its encoder. Use --no-pictures')
         self.video.write(picture)
         self.frames = frame_id + 1
 
@@ -126,7 +128,7 @@ class PictureWriter:
         """Finish the current video.
 
         Raises:
-            OSError: if it is incomplete, as on a full disk, which OpenCV does not report.
+            OSError: if it is truncated; OpenCV does not report a full disk.
         """
         if self.video is None:
             return

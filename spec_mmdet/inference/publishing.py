@@ -1,4 +1,4 @@
-"""A folder of a trained detector for other users: weights, config, model card and checksums."""
+"""Write a folder of a trained detector for other users: weights, config, model card and checksums."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ..files import write
 from ..training.results import TABLE
 from .inferencer import load_inferencer
 
-UNKNOWN = 'not known'
+UNKNOWN = 'unknown'
 
 
 def read_metrics(checkpoint: Path, epoch: object) -> dict[str, float]:
-    """The metrics of an epoch's validation, from the table in the checkpoint's folder; none if it is not there."""
+    """Read the metrics of an epoch's validation from the table in the checkpoint's folder; {} if it is missing."""
     table = checkpoint.parent / TABLE
     if not table.is_file():
         return {}
@@ -39,7 +39,7 @@ def read_metrics(checkpoint: Path, epoch: object) -> dict[str, float]:
 
 
 def list_annotation_files(dataloader: dict | None) -> str:
-    """The annotation files of a config's data sets."""
+    """List the annotation files of a config's data sets."""
     found = [node['ann_file'] for _, node in walk(dataloader) if isinstance(node.get('ann_file'), str)]
     return list_briefly(found) if found else UNKNOWN
 
@@ -47,7 +47,7 @@ def list_annotation_files(dataloader: dict | None) -> str:
 def write_card(
     name: str, cfg: Config, model: nn.Module, classes: Sequence[str], content: dict, ap: dict, licence: str | None
 ) -> str:
-    """The model card, in Markdown."""
+    """Return the model card in Markdown."""
     run = get_run_info(content)
     meta = content.get('meta', {}) if isinstance(content, dict) else {}
     backbone = getattr(model, 'backbone', None)
@@ -63,10 +63,14 @@ def write_card(
         'command': f'`{run["command"]}`' if run.get('command') else UNKNOWN,
         'commit of spec_mmdet': run.get('commit') or UNKNOWN,
         'versions': ', '.join(f'{key} {value}' for key, value in run.get('versions', {}).items()) or UNKNOWN,
-        'licence': licence or 'not stated',
+        'licence': licence or 'not specified',
     }
     table = ''.join(f'\n| {key.removeprefix("coco/")} | {value:.3f} |' for key, value in ap.items())
-    metrics = f'| metric | value |\n|---|---|{table}' if ap else "Not known: the training's table was not beside it."
+    metrics = (
+        f'| metric | value |\n|---|---|{table}'
+        if ap
+        else 'Unknown, because results.csv was not next to the checkpoint.'
+    )
     rows = '\n'.join(f'| {key} | {" ".join(str(value).split())} |' for key, value in facts.items())
     return f"""# {name}
 
@@ -74,13 +78,13 @@ def write_card(
 |---|---|
 {rows}
 
-## AP on the validation images
+## Results on the validation images
 
 {metrics}
 
-## Using it
+## Usage
 
-In this folder, with spec_mmdet installed:
+Run in this folder, with spec_mmdet installed:
 
 ```shell
 sha256sum --check SHA256SUMS
@@ -93,10 +97,10 @@ spec-mmdet test config.py model.pth --data FOLDER
 
 
 def remove_local_settings(cfg: Config) -> None:
-    """Remove from a config what only the machine of the training has; changes ``cfg``.
+    """Remove local settings from a config; changes ``cfg``.
 
-    These are files of pretrained weights, the work directory and the places of data: folders of data are called
-    ``data``, and files elsewhere have their names alone.
+    These are pretrained weights, the work directory and paths: data folders become ``data``, and other files keep only
+    their names.
     """
     for key in ('work_dir', 'load_from', 'resume'):
         cfg.pop(key, None)
@@ -121,17 +125,17 @@ def remove_local_settings(cfg: Config) -> None:
 def publish(
     checkpoint: Path, config: Path | None, out: Path, name: str | None, licence: str | None
 ) -> tuple[str, dict[str, float]]:
-    """Write the folder of a detector; return the checksums and the AP that the card states.
+    """Write the folder of a detector; return the checksums and the metrics in the model card.
 
     Args:
-        checkpoint: a training's.
-        config: by default the one beside the checkpoint.
-        out: a folder that is empty or new.
-        name: of the model; by default the config's.
-        licence: under which others may use it.
+        checkpoint: a checkpoint of a training.
+        config: its config; by default the one next to the checkpoint.
+        out: a new or empty folder.
+        name: name of the model; by default the config's.
+        licence: licence for other users.
 
     Raises:
-        InputError: if an input cannot be used, or the weights do not fit the config's model.
+        InputError: if an input is invalid, or the weights do not fit the config's model.
     """
     content = load(checkpoint)
     weights = get_state_dict(content, f'checkpoint {checkpoint}')
@@ -139,7 +143,7 @@ def publish(
     if not config.is_file():
         raise InputError(f'--config {config}: no such file')
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f'--out {out}: is there already and not an empty folder')
+        raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     cfg = Config.fromfile(config)
     model = load_inferencer(copy.deepcopy(cfg), str(checkpoint), 'cpu').model
     classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)

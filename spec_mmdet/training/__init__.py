@@ -1,1 +1,1 @@
-"""What MMEngine runs beside the training."""
+"""Training: loops, hooks, checkpoints, processes, the terminal and speed measurements."""

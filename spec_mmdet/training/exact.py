@@ -1,9 +1,8 @@
-"""Training that goes on exactly where it was, whenever it was stopped.
+"""Training loops that resume exactly where they were stopped.
 
-Every random number is a function of the seed and of the place in the training: of the sample's in its epoch, for what
-its pipeline draws, and of the iteration's, for what the model draws. Nothing depends on what was drawn before, and no
-generator's state has to be kept. Places are counted over all processes, so that two of them draw in an iteration what
-one draws in two.
+All random numbers are functions of the seed and of a position: of the sample in its epoch for the data pipeline, of the
+iteration for the model. They do not depend on earlier ones, so no generator state has to be saved. Positions are
+counted over all processes: two processes draw in one iteration what a single one draws in two.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from ..compat import count_accumulated_batches, count_epoch, update_val_interval
 from ..errors import InputError
 from .saving import EVALUATED, count_progress
 
-# The two kinds of places, so that their numbers differ.
-SAMPLE, ITERATION = range(2)
+SAMPLE, ITERATION = range(2)  # the two kinds of positions, so that their seeds differ
 
 
 def seed_all(*place: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch by numbers that say where the training is."""
+    """Seed the generators of Python, NumPy and PyTorch with the numbers of a position in the training."""
     words = np.random.SeedSequence(place).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -37,7 +35,7 @@ def seed_all(*place: int) -> None:
 
 
 class SeededDataset:
-    """A dataset, asked for (index, place): the sample of the index, with the random numbers of the place."""
+    """Data set wrapper: the key (index, place) returns the sample ``index`` with the random numbers of ``place``."""
 
     def __init__(self, dataset: Sized) -> None:
         vars(self)['dataset'] = dataset
@@ -51,21 +49,21 @@ class SeededDataset:
         return self.dataset[index]
 
     def __getattr__(self, name: str) -> object:
-        if name == 'dataset':  # while it is being unpickled
+        if name == 'dataset':  # during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.dataset, name, value)  # as hooks do that change the pipeline
+        setattr(self.dataset, name, value)  # some hooks change the pipeline
 
 
 class SeededBatches:
-    """A batch sampler whose indices come with their places, from batch ``start`` on.
+    """Batch sampler that adds a position to each index, and starts at batch ``start``.
 
     Args:
-        batches: the batch sampler that gives the indices.
-        seed: the run's.
-        endless: whether to begin anew at the end of an epoch.
+        batches: the batch sampler of the indices.
+        seed: the run's seed.
+        endless: whether to start again at the end of an epoch.
     """
 
     def __init__(self, batches: object, seed: int, endless: bool = False) -> None:
@@ -74,12 +72,12 @@ class SeededBatches:
 
     @property
     def sampler(self) -> object:
-        """Where MMEngine tells the epoch."""
+        """The sampler, on which MMEngine sets the epoch."""
         return self.batches.sampler
 
     @property
     def batch_size(self) -> int:
-        """As PyTorch's batch samplers have it."""
+        """The batch size."""
         return self.batches.batch_size
 
     def __len__(self) -> int:
@@ -102,7 +100,7 @@ class SeededBatches:
 
 
 def seed_loader(loader: DataLoader, seed: int, endless: bool = False) -> DataLoader:
-    """A loader like another one, its samples drawn by their places."""
+    """Return a copy of a loader whose random numbers depend on positions."""
     return DataLoader(
         SeededDataset(loader.dataset),
         batch_sampler=SeededBatches(loader.batch_sampler, seed, endless),
@@ -118,39 +116,39 @@ def seed_loader(loader: DataLoader, seed: int, endless: bool = False) -> DataLoa
 
 
 class ExactLoop:
-    """What the loops below add to MMEngine's.
+    """Mixin that makes MMEngine's loops resume exactly.
 
-    Resumed with the same data and steps, a run ends with the weights of one that was never stopped: bit for bit on the
-    same number of processes, where the arithmetic is deterministic, as on a CPU. An evaluation that was killed is made
-    up for.
+    A run that is resumed with the same data and total batch size ends with the weights of an uninterrupted run. They
+    are bit-identical if the number of processes is the same and the arithmetic is deterministic, as on a CPU. An
+    interrupted evaluation is run again.
 
     Attributes:
-        resumed_from: the meta of the checkpoint that the run goes on from.
+        resumed_from: the meta of the checkpoint that is resumed.
     """
 
     resumed_from: dict = {}
 
     @property
     def step_settings(self) -> dict[str, int]:
-        """What makes a step of the optimiser the same one whatever the processes are."""
+        """The settings that define an optimiser step, independent of the number of processes."""
         batch = self.dataloader.batch_sampler.batches.batch_size
         return {
             'images': len(self.dataloader.dataset),
-            'images an iteration': batch * get_world_size(),
+            'images an iteration': batch * get_world_size(),  # these names are stored in checkpoints
             'iterations a step': count_accumulated_batches(self.runner.optim_wrapper),
         }
 
     def _restore_run(self, may_differ: tuple[str, ...] = ()) -> None:
-        """Go on with the seed of the run that is resumed, and with its steps, which an InputError says are others."""
+        """Restore the seed of the resumed run; raise InputError if its ``step_settings`` differ."""
         theirs, ours = self.resumed_from.get('steps', {}), self.step_settings
         if not isinstance(theirs, dict) or any(type(number) is not int for number in theirs.values()):
-            raise InputError('the checkpoint: what it says of its steps are no numbers')
+            raise InputError('the checkpoint: its "steps" are not numbers. Use a checkpoint that train wrote')
         for what in ours.keys() & theirs.keys() - set(may_differ):
             if ours[what] != theirs[what]:
                 raise InputError(
-                    f'the checkpoint is from a training of {theirs[what]} {what}, and this one would have '
-                    f'{ours[what]}: resume with the same data, train_dataloader.batch_size times the number of '
-                    'processes, and optim_wrapper.accumulative_counts; or start a new training from its weights: '
+                    f'the checkpoint is from a training with {theirs[what]} {what} instead of {ours[what]}. Resume '
+                    'with the same data, optim_wrapper.accumulative_counts and total batch size '
+                    '(train_dataloader.batch_size times processes), or start a new training from its weights with '
                     '--cfg-options load_from=FILE'
                 )
         batches = self.dataloader.batch_sampler
@@ -161,7 +159,7 @@ class ExactLoop:
     def _is_evaluated(self) -> bool:
         record = Path(self.runner.work_dir, EVALUATED)
         known = torch.tensor(int(record.is_file() and record.read_text() == str(count_progress(self.runner))))
-        broadcast(known)  # as the first process sees it
+        broadcast(known)  # the first process decides
         return bool(known)
 
     def _evaluate_if_due(self) -> None:
@@ -171,17 +169,17 @@ class ExactLoop:
             self.runner.val_loop.run()
 
     def run_iter(self, *args) -> None:
-        """Train for an iteration, with its own random numbers."""
+        """Train for one iteration with its own random numbers."""
         seed_all(ITERATION, self.runner.seed, self.iter * get_world_size() + get_rank())
         super().run_iter(*args)
 
 
 @LOOPS.register_module()
 class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
-    """MMEngine's loop over epochs, which also resumes within an epoch.
+    """MMEngine's loop over epochs that can also resume within an epoch.
 
     Attributes:
-        epoch_start: the iteration at which the epoch began.
+        epoch_start: the first iteration of the epoch.
     """
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
@@ -190,10 +188,10 @@ class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
         self.epoch_start = 0
 
     def run(self) -> torch.nn.Module:
-        """Train from where a checkpoint says that it was saved, or from the start.
+        """Train from the position of the resumed checkpoint, or from the start.
 
         Raises:
-            InputError: where its steps were others.
+            InputError: if the checkpoint's ``step_settings`` differ.
         """
         within = self.resumed_from.get('iter_in_epoch', 0)
         self._restore_run(may_differ=() if within else ('images',))
@@ -209,7 +207,7 @@ class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
         return self.runner.model
 
     def run_epoch(self) -> None:
-        """Train for an epoch, or for what is left of it."""
+        """Train for the rest of an epoch."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = self.dataloader.batch_sampler
@@ -223,20 +221,20 @@ class ExactEpochTrainLoop(ExactLoop, EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class ExactIterTrainLoop(ExactLoop, IterBasedTrainLoop):
-    """MMEngine's loop over iterations, which skips the samples that were trained on without reading them."""
+    """MMEngine's loop over iterations that, when resuming, skips used samples without reading them."""
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         if isinstance(dataloader, dict):
             dataloader = runner.build_dataloader(dataloader, runner.seed)
-        # MMEngine's starts the workers here, before it is known where to go on.
+        # MMEngine's constructor starts the workers of its loader, before the position is known.
         super().__init__(runner, DataLoader(dataloader.dataset), *args, **kwargs)
         self.dataloader = seed_loader(dataloader, runner.seed, endless=True)
 
     def run(self) -> torch.nn.Module:
-        """Train from where a checkpoint was saved, or from the start.
+        """Train from the position of the resumed checkpoint, or from the start.
 
         Raises:
-            InputError: where its steps were others.
+            InputError: if the checkpoint's ``step_settings`` differ.
         """
         self._restore_run()
         self.runner.call_hook('before_train')

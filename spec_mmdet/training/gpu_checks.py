@@ -1,4 +1,4 @@
-"""Checks of everything that only a GPU shows: correct results, and speed."""
+"""Check on a GPU what a CPU cannot show: correct results and speed."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..models.products import Upsample, compute_gram
 from ..models.xcit import SpecXCiT
 from .speed import AMP, Setting, build_detector, make_objects, measure_models, measure_seconds
 
-LIMIT = 6 * 60  # seconds after which no part begins
-TOLERANCE = 2e-4  # of the largest number, in float32 without TF32
+LIMIT = 6 * 60  # seconds after which no part starts
+TOLERANCE = 2e-4  # relative to the largest number, in float32 without TF32
 
 Row = dict[str, object]
 
 
 @dataclass(frozen=True)
 class GpuCheck:
-    """What is checked, and where.
+    """Settings of the checks.
 
     Attributes:
-        device: for instance 'cuda'; on 'cpu' everything is small, to test the checks.
-        out: the folder of the report.
+        device: for instance 'cuda'; 'cpu' uses small sizes, to test the checks.
+        out: folder of the report.
     """
 
     device: str
@@ -57,7 +57,7 @@ class GpuCheck:
 
 
 def disable_tf32(part: Callable[[GpuCheck], Iterator[Row]]) -> Callable[[GpuCheck], Iterator[Row]]:
-    """Make a part compute float32 products and convolutions in float32: cuDNN rounds operands to 10 bits by default."""
+    """Disable TF32 in a part; by default, cuDNN rounds float32 operands to 10 bits."""
 
     @wraps(part)
     def run(check: GpuCheck) -> Iterator[Row]:
@@ -88,7 +88,7 @@ def make_xca_arguments(tokens: int, heads: int, head_dim: int, lam: float = 0.0)
 
 
 def compute_gradients(function: Callable[..., Tensor], inputs: list[Tensor], by_y: Tensor) -> list[Tensor]:
-    """Return a function's value and the gradients with respect to its inputs, given that of its value."""
+    """Return a function's value, and the gradients with respect to its inputs for the gradient ``by_y``."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, by_y.expand_as(y).to(y))]
@@ -133,7 +133,7 @@ def check_operators(check: GpuCheck) -> Iterator[Row]:
 
 
 def check_half_precision(check: GpuCheck) -> Iterator[Row]:
-    """Compare errors under autocast with float64: those of the Gram form over those of the plain form."""
+    """Compare the errors under autocast, relative to float64, of the Gram form and the plain form."""
     x = torch.randn(2, 4000, 192, device=check.device).bfloat16()
     exact = x.double().mT @ x.double()
     error = ((compute_gram(x) - exact).norm() / exact.norm()).item()
@@ -152,7 +152,7 @@ def check_half_precision(check: GpuCheck) -> Iterator[Row]:
                 relative = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(own, expected)]
                 errors.append([relative[0], np.linalg.norm(relative[1:])])
             value, gradient = (float(gram / plain) for gram, plain in zip(*errors))
-            passed = value <= 1.05 and gradient <= 1.1  # and not where one is not finite
+            passed = value <= 1.05 and gradient <= 1.1  # False for NaN
             yield dict(product=f'XCA, lambda = {lam:g}, {dtype}', value=value, gradient=gradient, passed=passed)
 
 
@@ -165,7 +165,7 @@ def check_training_steps(check: GpuCheck) -> Iterator[Row]:
         model = build_detector(conditioning, check.arch, 16).to(check.device).train()
         for amp, dtype in AMP.items():
             if check.small and amp == 'fp16':
-                continue  # whose convolutions take minutes on a CPU
+                continue  # convolutions in float16 take minutes on a CPU
             optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
             scaler = torch.amp.GradScaler(kind, init_scale=2.0**10, enabled=amp == 'fp16')
             with torch.autocast(kind, dtype, enabled=amp is not None):
@@ -194,13 +194,13 @@ def check_resuming(check: GpuCheck) -> Iterator[Row]:
     logs = [path.read_text() for path in sorted(work.glob('*/vis_data/scalars.json'))]
     losses = [entry['loss'] for entry in map(json.loads, ''.join(logs).splitlines()) if 'loss' in entry]
     falls = check.small or bool(np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20]))
-    passed = falls and len(losses) == 2 * (count // 8)  # the second epoch alone was added by --resume
+    passed = falls and len(losses) == 2 * (count // 8)  # --resume added only the second epoch
     yield dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], passed=passed)
 
 
 @disable_tf32
 def check_compiled(check: GpuCheck) -> Iterator[Row]:
-    """Compare compiled blocks with those that are not, on several sizes, without a graph break."""
+    """Compare compiled with plain blocks at several sizes, without graph breaks."""
     backend = 'aot_eager' if check.small else 'inductor'
     torch.compiler.reset()
     arch = dict(dim=32, depth=4, num_heads=4) if check.small else check.arch
@@ -224,7 +224,7 @@ def check_compiled(check: GpuCheck) -> Iterator[Row]:
 
 @disable_tf32
 def measure_limits(check: GpuCheck) -> Iterator[Row]:
-    """Measure the device's own rates: of large square products, and of copying."""
+    """Measure the device's limits: rates of large matrix products and of copying."""
     n = 256 if check.small else 8192
     cuda = torch.device(check.device).type == 'cuda'
     for name, dtype, tf32 in (
@@ -275,7 +275,7 @@ PARTS: dict[str, Callable[[GpuCheck], Iterator[Row]]] = {
 
 
 def run_part(part: Callable[[GpuCheck], Iterator[Row]], check: GpuCheck) -> tuple[list[Row], str]:
-    """Run a part to its end; return its rows, and which comparisons failed, or the exception that ended it."""
+    """Run a part; return its rows and a description of failed comparisons or of an exception."""
     rows, faults = [], []
     try:
         for row in part(check):
@@ -310,14 +310,14 @@ def format_report(head: str, parts: dict[str, dict]) -> str:
 
 
 def run_checks(check: GpuCheck, head: str) -> Iterator[tuple[str, str]]:
-    """Run all parts, and write gpu_check.md and gpu_check.json after each, so that finished parts are never lost.
+    """Run all parts; write gpu_check.md and gpu_check.json after each.
 
     Args:
-        check: what is checked.
-        head: the first line of the report.
+        check: the settings.
+        head: first line of the report.
 
     Yields:
-        A part's name and how it failed, empty if it passed.
+        A part's name and its failure, empty if it passed.
     """
     start, parts = time.time(), {}
     for name, part in PARTS.items():

@@ -1,4 +1,4 @@
-"""What watches a run: that its schedule fits, and the condition numbers as training goes on."""
+"""Hooks that check a run's schedule and record condition numbers during training."""
 
 from __future__ import annotations
 
@@ -33,40 +33,40 @@ from ..models.jacobians import jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .saving import unwrap_model
 
-LITTLE_DATA = 10_000  # images; detectors have been trained from random weights on that many, hardly on fewer
+LITTLE_DATA = 10_000  # images; with fewer, detectors have rarely been trained from random weights
 
 
 @HOOKS.register_module()
 class ScheduleGuard(Hook):
-    """Say so where a schedule cannot teach much: it does not fit the data's size, or it begins at random weights."""
+    """Hook that warns about a schedule that does not fit the data, and about few images with random weights."""
 
     def before_train(self, runner: Runner) -> None:
-        """Compare the schedule with the number of iterations, and that of the images with the weights.
+        """Compare the schedule with the number of iterations, and the number of images with the initial weights.
 
         Raises:
-            InputError: if the backbone is frozen, all or in part, at random weights.
+            InputError: if a part of the backbone is frozen with random weights.
         """
         for doubt in check_schedule(runner):
-            runner.logger.warning(f'{doubt}; --epochs N fits the whole schedule to N epochs, and train --preset '
-                                  'finetune is for pretrained weights')  # fmt: skip
+            runner.logger.warning(f'{doubt}. Use --epochs N to rescale the schedule, or train --preset finetune for '
+                                  'pretrained weights')  # fmt: skip
         backbone = getattr(unwrap_model(runner), 'backbone', None)
-        to_be_learnt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
-        if to_be_learnt or backbone.init_cfg or get_load_path(runner) or is_resuming(runner):
+        is_exempt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
+        if is_exempt or backbone.init_cfg or get_load_path(runner) or is_resuming(runner):
             return
         if backbone.frozen_stages >= 0:
             raise InputError(
-                f'the backbone is to start from random weights and to keep some of them (frozen_stages '
-                f'{backbone.frozen_stages}): {describe_pretrained_weights(runner.cfg.model.backbone)}. Or add '
+                f'the backbone has random weights, and frozen_stages={backbone.frozen_stages} would freeze some of '
+                f'them. {describe_pretrained_weights(runner.cfg.model.backbone)}. Or train all stages: '
                 '--cfg-options model.backbone.frozen_stages=-1'
             )
         images = len(runner.train_dataloader.dataset)
         if images < LITTLE_DATA:
-            runner.logger.warning(f'the backbone starts from random weights, and {images} images are few to learn it '
-                                  f'from: {describe_pretrained_weights(runner.cfg.model.backbone)}')  # fmt: skip
+            runner.logger.warning(f'the backbone starts from random weights, for which {images} images are few. '
+                                  f'{describe_pretrained_weights(runner.cfg.model.backbone)}')  # fmt: skip
 
 
 def summarise_schedule(runner: Runner) -> tuple[int, list[int]]:
-    """The iterations that a runner's schedule warms up for, and those at which the learning rate drops."""
+    """Return the number of warm-up iterations of a runner, and the iterations at which the learning rate drops."""
     epoch = len(runner.train_dataloader)
     found = runner.param_schedulers or []
     found = [s for group in found.values() for s in group] if isinstance(found, dict) else found
@@ -81,61 +81,60 @@ def summarise_schedule(runner: Runner) -> tuple[int, list[int]]:
 
 
 def check_schedule(runner: Runner) -> list[str]:
-    """What of a runner's schedule does not fit the number of its iterations."""
+    """List the faults of a runner's schedule for its number of iterations."""
     total = runner.train_loop.max_iters
     warm_up, drops = summarise_schedule(runner)
     doubts = []
     if warm_up > total:
-        doubts.append(f'the warm-up takes {warm_up} iterations and the training {total}: the learning rate stays low')
+        doubts.append(f'the warm-up takes {warm_up} iterations and training {total}, so the learning rate stays low')
     elif drops and warm_up > min(drops):
         doubts.append(f'the learning rate drops at iteration {min(drops)}, before its warm-up ends at {warm_up}')
     if drops and max(drops) >= total:
-        doubts.append(f'the learning rate is to drop at iteration {max(drops)}, and the training ends at {total}')
+        doubts.append(f'the learning rate drops at iteration {max(drops)}, but training ends at {total}')
     for hook in runner.hooks:
         momentum = hook.ema_cfg.get('momentum', 0.0002) if isinstance(hook, EMAHook) else 1
         if 2 / momentum > total:
-            doubts.append(f'the moving average of the weights remembers {1 / momentum:.0f} iterations of the {total} '
-                          f'that there are: set its momentum to {min(1, 10 / total):.2g} or so')  # fmt: skip
+            doubts.append(f'the moving average of the weights is over {1 / momentum:.0f} of {total} iterations: set '
+                          f'its momentum to about {min(1, 10 / total):.2g}')  # fmt: skip
     return doubts
 
 
 def describe_pretrained_weights(backbone: dict) -> str:
-    """What to write to start from the published weights of a backbone, by its config; nothing is downloaded."""
+    """Return the advice to use published weights for a backbone, given its config; nothing is downloaded."""
     name = f'xcit_{backbone.get("arch", "small_12")}_p{backbone.get("patch_size", 16)}'
     conditioned = (
-        ', made from it by spec-mmdet convert FILE OUT --condition ...' if backbone.get('conditioning') else ''
+        ', the output of spec-mmdet convert SOURCE FILE --condition ...' if backbone.get('conditioning') else ''
     )
     published = (
-        f" (XCiT's authors publish {name}_224.pth, {name}_224_dist.pth and {name}_384_dist.pth; timm has them as "
-        f'{name}_224.fb_in1k and so on)'
+        f" (published by XCiT's authors as {name}_224.pth, {name}_224_dist.pth and {name}_384_dist.pth, and by timm as "
+        f'{name}_224.fb_in1k etc.)'
         if isinstance(backbone.get('arch', ''), str)
         else ''
     )
     return (
-        'pretrained ones are taken by --cfg-options model.backbone.init_cfg.type=Pretrained '
+        'Use pretrained weights: --cfg-options model.backbone.init_cfg.type=Pretrained '
         f'model.backbone.init_cfg.checkpoint=FILE{conditioned}{published}'
     )
 
 
-CONDITIONING = 'conditioning'  # what its curves begin with, and the name of its table
+CONDITIONING = 'conditioning'  # prefix of the curves, and name of the table
 MEDIANS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J', 'sigma_min')
 
 
 @HOOKS.register_module()
 class ConditioningHook(Hook):
-    """Follow the conditioning in training: singular values and condition numbers, at the first iteration and the last.
+    """Hook that records singular values and condition numbers at the first, the last and every n-th iteration.
 
-    For every projection of the backbone, without and with its correction, and for each layer's Jacobian on the first
-    image of the batch (see :func:`jacobian_spectra`), ``conditioning.csv`` in the work directory gets sigma_min,
-    sigma_max and kappa. MMEngine's visualiser gets their medians over the layers, with the corrections where there are
-    some, under 'conditioning/': kappa_Q, kappa_K, kappa_V, kappa_J, the least singular value of the projections, and
-    how many seconds that took. If several processes train, a further one computes the record while training goes on.
-    An error while recording is logged once as a warning, and training continues.
+    ``conditioning.csv`` in the work directory gets sigma_min, sigma_max and kappa of every projection of the backbone,
+    without and with its correction, and of each layer's Jacobian on the first image of the batch (see
+    :func:`jacobian_spectra`). MMEngine's visualiser gets medians over the layers, with corrections if there are any:
+    'conditioning/' kappa_Q, kappa_K, kappa_V, kappa_J, sigma_min of the projections, and the seconds of the record. In
+    distributed training, an additional process computes the record in the background. An error is logged once as a
+    warning, and training continues.
 
     Args:
-        interval: iterations from one record to the next, between those. The default keeps the cost under 1 % of the
-            training time.
-        heads: how many heads of each layer to take for the Jacobian; by default one.
+        interval: iterations between records. The default costs less than 1 % of the training time.
+        heads: number of heads of each layer to use for the Jacobian.
     """
 
     columns = ('iter', 'layer', 'matrix', 'sigma_min', 'sigma_max', 'kappa')
@@ -189,7 +188,7 @@ class ConditioningHook(Hook):
                 self._write(runner)
 
     def _start(self, iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> None:
-        # In a process of its own, as a large backbone takes longer than the other processes wait for this one.
+        # In a separate process, because for a large backbone the other training processes would time out.
         context = get_context('spawn')
         self.pending, pipe = context.Pipe(duplex=False)
         job = pipe, iteration, copy.deepcopy(backbone).cpu(), image.cpu(), heads
@@ -208,13 +207,13 @@ class ConditioningHook(Hook):
 
 
 def measure_backbone(backbone: nn.Module) -> Report:
-    """Measure a backbone's projections; an unknown attention's rows are found on a random image."""
+    """Measure a backbone's projections; rows of unknown attention are identified on a random image."""
     image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     return measure(backbone, example=image.to(next(backbone.parameters(), image)))
 
 
 def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> tuple[list[tuple], float]:
-    """Compute the rows of ConditioningHook's table on an image, (1, 3, H, W), and the seconds that this takes."""
+    """Compute the rows of ConditioningHook's table on an image, shape (1, 3, H, W), and the time in seconds."""
     start = time.perf_counter()
     rows = [(iteration, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
              row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
@@ -225,16 +224,16 @@ def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int)
 
 
 def send_rows(pipe: Connection, *job: object) -> None:
-    """Run :func:`compute_rows` in a process of its own and send what it returns."""
+    """Run :func:`compute_rows` in a separate process, and send the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
     pipe.send(compute_rows(*job))
 
 
 def compute_medians(rows: Sequence[tuple]) -> dict[str, float]:
-    """Medians over the layers, of the corrected matrices where there are some; of :data:`MEDIANS` those there are.
+    """Compute the existing :data:`MEDIANS` over the layers, of corrected matrices if there are any.
 
     Args:
-        rows: as in ConditioningHook's table.
+        rows: rows of ConditioningHook's table.
     """
     values: dict[str, list[float]] = {}
     for _, _, matrix, sigma_min, _, kappa, conditioned_sigma_min, _, conditioned_kappa in rows:

@@ -1,4 +1,4 @@
-"""The learning rates of a backbone's layers in fine-tuning."""
+"""Layer-wise learning rates for fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from torch import nn
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor, with layer-wise decay of the learning rate (as BEiT, arXiv 2106.08254, fine-tunes).
+    """MMEngine's constructor with layer-wise decay of the learning rate, as in BEiT (arXiv 2106.08254).
 
-    All of ``paramwise_cfg`` holds as it does there. Besides, ``layer_decay`` is how much smaller the rate of each block
-    of a SpecXCiT is than that of the block after it; stem and position encoding come before the first block, and the
-    pyramid after the last one has the full rate, as has everything beside the backbone. (MMDetection's
-    LearningRateDecayOptimizerConstructor knows ConvNeXt alone, and its own rules of weight decay.)
+    ``paramwise_cfg`` has a further key ``layer_decay``: the ratio of the learning rates of a block of SpecXCiT and the
+    next block. Stem and position encoding precede the first block. The pyramid and the rest of the detector have the
+    full learning rate. (MMDetection's LearningRateDecayOptimizerConstructor only supports ConvNeXt.)
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
         """Add the parameters of a module to the groups; see MMEngine."""
         super().add_params(params, module, prefix, **kwargs)
-        if prefix:  # a part, by the recursion
+        if prefix:  # called recursively for a part
             return
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         depth = len(module.backbone.blocks)
-        for group in params:  # MMEngine makes one of each parameter
-            layer = layer_of(names[id(group['params'][0])], depth)
+        for group in params:  # one for each parameter
+            layer = find_layer(names[id(group['params'][0])], depth)
             group['lr'] = group.get('lr', self.base_lr) * self.paramwise_cfg['layer_decay'] ** (depth + 1 - layer)
 
 
-def layer_of(name: str, depth: int) -> int:
-    """The layer of a detector's parameter: 0 before the backbone's blocks, i + 1 in block i, depth + 1 after them."""
+def find_layer(name: str, depth: int) -> int:
+    """Return the layer of a parameter: 0 before the backbone's blocks, i + 1 in block i, depth + 1 elsewhere."""
     if block := re.match(r'backbone\.blocks\.(\d+)\.', name):
         return int(block[1]) + 1
     return 0 if name.startswith(('backbone.patch_embed.', 'backbone.pos_embeder.')) else depth + 1

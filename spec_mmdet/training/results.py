@@ -1,4 +1,4 @@
-"""What a training leaves for people to look at, in its work directory: curves, a table, and pictures."""
+"""Write curves, a table and pictures of a training to its work directory, and read them."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from .saving import unwrap_model
 
 TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
 AP = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
-BATCHES = 3  # whose images are drawn
-IMAGES = 8  # of the validation, and at most of a batch
+BATCHES = 3  # training batches to draw
+IMAGES = 8  # images to draw of the validation, and maximum of a batch
 MIN_SCORE = 0.3
-TILE = 320  # pixels that the longer side of an image takes
+TILE = 320  # longer side of a drawn image in pixels
 
 
 def find_commit(path: Path) -> str | None:
-    """The git commit that is checked out where a file or folder is, with -dirty where files differ from it.
+    """Return the git commit of a file or folder, followed by -dirty if there are changes.
 
-    None where git does not know the file, as one that is installed into an environment within a repository.
+    The result is None if git does not track it, for instance in an environment within a repository.
     """
     git = ['git', '-C', str(path if path.is_dir() else path.parent)]
     try:
@@ -58,7 +58,7 @@ def find_commit(path: Path) -> str | None:
 
 
 def describe_run(runner: Runner) -> dict:
-    """What tells a run from others."""
+    """Return a run's metadata: command, commits, seed, config, conditioning, data and versions."""
     backbone = getattr(unwrap_model(runner), 'backbone', None)
     return dict(
         command=shlex.join(['spec-mmdet', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('spec-mmdet', '__main__.py')
@@ -77,16 +77,16 @@ def describe_run(runner: Runner) -> dict:
     )  # fmt: skip
 
 
-@cache  # reported once, although a training reads the file after each validation
+@cache  # prints once, although a training reads the file after each validation
 def report_truncation(path: Path) -> None:
     print(f'{path}: skipped the last line, which is truncated', file=sys.stderr)
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The records of a file with one JSON object a line; a truncated last one, as a killed run leaves, is skipped.
+    """Read a file with one JSON object per line; skip a truncated last line, which a killed run leaves.
 
     Raises:
-        InputError: if another line is not JSON.
+        InputError: if any other line is not JSON.
     """
     records, lines = [], path.read_text(errors='replace').splitlines()
     for number, line in enumerate(lines, start=1):
@@ -94,18 +94,18 @@ def read_json_lines(path: Path) -> list[dict]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise InputError(f'{path}: line {number} is not JSON ({error}). Remove the line.') from error
+                raise InputError(f'{path}: line {number} is not JSON ({error}). Remove the line') from error
             report_truncation(path)
     return records
 
 
 def read_scalars(work_dir: Path) -> list[dict]:
-    """The records that the visualisers of a training wrote, those before it was resumed included, a dict each."""
+    """Read the scalars that a training logged, including those before it was resumed."""
     records: list[dict] = []
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
         later = read_json_lines(path)
         first = min((entry['iter'] for entry in later if 'loss' in entry), default=float('inf'))
-        # What came after the checkpoint that the later one was resumed from has been trained again.
+        # Iterations after the resumed checkpoint were trained again.
         again = next((i for i, entry in enumerate(records) if entry.get('iter', 0) >= first), len(records))
         records = records[:again] + later
     return records
@@ -149,25 +149,25 @@ def select_metrics(entry: dict) -> dict[str, float]:
 
 
 def group_by_epoch(records: Sequence[dict]) -> Iterator[dict]:
-    """A row for each validation: the means of the losses since the one before it, the last rate, and the metrics."""
+    """Yield a row for each validation: mean losses since the previous one, the learning rate, and metrics."""
     since: list[dict] = []
     for entry in records:
         if 'loss' in entry:
             since.append(entry)
         elif select_metrics(entry) and since:
             losses = {key: float(np.mean([e[key] for e in since if key in e])) for key in since[-1] if 'loss' in key}
-            rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # several optimisers have several
+            rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # absent with several optimisers
             yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **select_metrics(entry))
             since = []
 
 
-def marker(points: Sequence) -> str | None:
-    """Dots where there are few points, of which one alone would be no line."""
+def choose_marker(points: Sequence) -> str | None:
+    """Return the marker of a curve: dots if it has few points, because a single one draws no line."""
     return 'o' if len(points) < 20 else None
 
 
 def draw_curves(records: Sequence[dict], title: str) -> Figure:
-    """Losses, AP, the learning rate and the condition numbers, over the iterations."""
+    """Plot losses, AP, learning rate and condition numbers against the iteration."""
     train = [entry for entry in records if 'loss' in entry]
     conditions = [entry for entry in records if f'{CONDITIONING}/seconds' in entry]
     rows = list(group_by_epoch(records))
@@ -177,7 +177,7 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
     for name in dict.fromkeys(key for entry in train for key in entry if re.match('loss', key)):
         own = [entry for entry in train if name in entry]
         label = name.removeprefix('loss_') if name != 'loss' else 'all'
-        style = dict(linewidth=2 if name == 'loss' else 1, marker=marker(own))
+        style = dict(linewidth=2 if name == 'loss' else 1, marker=choose_marker(own))
         losses.plot([e['iter'] for e in own], [e[name] for e in own], label=label, **style)
     losses.set(title='loss', yscale='log')
     for name in dict.fromkeys(key for row in rows for key in row if re.search('_mAP(_50)?$', key)):
@@ -189,11 +189,11 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
         scores.plot([row['iter'] for row in own], [row[name] for row in own], marker='o', label=label, **style)
     scores.set(title='AP on the validation images', ylim=(0, 1))
     rates = [entry.get('lr', float('nan')) for entry in train]
-    rate.plot([entry['iter'] for entry in train], rates, marker=marker(train))
+    rate.plot([entry['iter'] for entry in train], rates, marker=choose_marker(train))
     rate.set(title='learning rate', ylim=(0, None))
     for name in MEDIANS:
         values = [entry.get(f'{CONDITIONING}/{name}', float('nan')) for entry in conditions]
-        kappa.plot([e['step'] for e in conditions], values, marker=marker(values), label=name.replace('_', ' '))
+        kappa.plot([e['step'] for e in conditions], values, marker=choose_marker(values), label=name.replace('_', ' '))
     kappa.set(title='condition numbers, smallest singular value (medians)', yscale='log')
     for axis in (losses, scores, rate, kappa):
         axis.set_xlabel('iteration')
@@ -205,30 +205,30 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
     return figure
 
 
-def picture(image: np.ndarray, instances: object, classes: Sequence[str], title: str) -> np.ndarray:
-    """An image of a pipeline or a file, RGB, with what is on it."""
+def draw_tile(image: np.ndarray, instances: object, classes: Sequence[str], title: str) -> np.ndarray:
+    """Draw instances on an image, RGB."""
     return draw(image, convert_to_marks(instances, classes, MIN_SCORE), TILE / max(image.shape[:2]), title)
 
 
 @HOOKS.register_module()
 class ResultsHook(Hook):
-    """Leave in the work directory what people look at.
+    """Hook that writes metadata, pictures, tables and curves to the work directory.
 
-    * ``run.json``: the command, the commit, the seed, the conditioning; the checkpoints hold it, too, as meta.run.
-    * ``train_batch_1.jpg`` and so on: the first images with their labels, as the model sees them.
-    * ``val_epoch_1.jpg`` and so on: what is found on the first validation images, beside what is there.
-    * ``results.csv`` and ``results.png`` after each validation: losses, AP, rate and condition numbers.
+    * ``run.json``: command, commit, seed and conditioning; also in checkpoints, as meta.run.
+    * ``train_batch_1.jpg`` etc.: the first training images with their labels, after augmentation.
+    * ``val_epoch_1.jpg`` etc.: the first validation images with truth and predictions.
+    * ``results.csv`` and ``results.png`` after each validation: losses, AP, learning rate and condition numbers.
     """
 
-    priority = 'VERY_LOW'  # after MMEngine's logger has written the figures
+    priority = 'VERY_LOW'  # after MMEngine's logger has written the metrics
 
     def __init__(self) -> None:
         self.facts: dict = {}
         self.tiles: list[np.ndarray] = []
-        self.drawn = -1  # at which iteration
+        self.drawn = -1  # iteration of the last curves
 
     def before_train(self, runner: Runner) -> None:
-        """Write what tells this run from others."""
+        """Write the run's metadata."""
         self.facts = describe_run(runner)
         self._write(runner, RUN, json.dumps(self.facts, indent=1).encode())
         self.started = runner.iter
@@ -239,7 +239,7 @@ class ResultsHook(Hook):
         write(Path(runner.work_dir, name), content)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Have the checkpoint tell of the run."""
+        """Store the run's metadata in the checkpoint."""
         checkpoint['meta']['run'] = self.facts
 
     @master_only
@@ -254,22 +254,22 @@ class ResultsHook(Hook):
             for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:IMAGES]:
                 pixels = torch.as_tensor(image).cpu().numpy().transpose(1, 2, 0)
                 pixels = pixels[..., ::-1] if self.bgr else pixels
-                tiles.append(picture(pixels, sample.gt_instances, classes, Path(sample.img_path).name))
+                tiles.append(draw_tile(pixels, sample.gt_instances, classes, Path(sample.img_path).name))
         self._write_picture(runner, f'train_batch_{number}.jpg', tiles)
 
     @master_only
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[DetDataSample] | None = None
     ) -> None:
-        """Draw what is found on the first images."""
+        """Draw predictions and truth of the first images."""
         classes = runner.val_dataloader.dataset.metainfo['classes']
         wanted = (outputs or ())[: IMAGES - len(self.tiles)]
         with use_font_for(classes if wanted else ()):
             for sample in wanted:
                 image, name = decode(get(sample.img_path))[..., ::-1], Path(sample.img_path).name
-                pair = [picture(image, sample.pred_instances, classes, f'{name}: predictions')]
+                pair = [draw_tile(image, sample.pred_instances, classes, f'{name}: predictions')]
                 if 'gt_instances' in sample:
-                    pair.insert(0, picture(image, sample.gt_instances, classes, f'{name}: truth'))
+                    pair.insert(0, draw_tile(image, sample.gt_instances, classes, f'{name}: truth'))
                 self.tiles.append(tile_pictures(pair, 2, 4))
 
     @master_only
@@ -282,7 +282,7 @@ class ResultsHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Write the curves, of what has been trained since the last validation too."""
+        """Write the curves up to the last iteration."""
         if self.drawn != runner.iter:
             self._write_curves(runner)
 

@@ -1,4 +1,4 @@
-"""MMEngine's runner as the commands run it."""
+"""MMEngine's runner with the commands' logging and atomic writing of the config."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ DEFAULT_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_sched
 
 
 class WholeConfigRunner(Runner):
-    """MMEngine's runner, which writes its config atomically and has a visualiser of its own."""
+    """MMEngine's runner that writes its config atomically and has its own visualiser."""
 
     def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
-        """Build the visualiser under a new name: for a known one MMEngine returns an earlier run's visualiser."""
+        """Build the visualiser with a new name; for a known name MMEngine would return that of an earlier run."""
         if isinstance(visualizer, dict):
             visualizer = dict(visualizer, name=f'{visualizer.get("name", "visualizer")}_{next(_numbers)}')
         return super().build_visualizer(visualizer)
 
     @master_only
     def dump_config(self) -> None:
-        """Leave writing to :meth:`train` and :meth:`test`; MMEngine's writes before either is known."""
+        """Do nothing: :meth:`train` and :meth:`test` write the config."""
 
     @master_only
     def _write_config(self, folder: str) -> None:
@@ -44,12 +44,12 @@ class WholeConfigRunner(Runner):
         return super().train()
 
     def test(self) -> dict[str, float]:
-        """Test, after writing the config beside the log: a training's own config in the work directory stays."""
+        """Test, after writing the config next to the log, so that a training's config is not overwritten."""
         self._write_config(self.log_dir)
         return super().test()
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register the default hooks; any of them, not only one of MMEngine's, may be None, which turns it off."""
+        """Register the default hooks; None turns any of them off."""
         hooks = {name: hook for name, hook in (hooks or {}).items() if hook is not None or name in DEFAULT_HOOKS}
         super().register_default_hooks(hooks)
 
@@ -58,7 +58,7 @@ class QuietRunner(WholeConfigRunner):
     """Runner that shows only important log records in the terminal; the file gets everything."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
-        """Build MMEngine's logger, with another handler for the terminal."""
+        """Build MMEngine's logger, and replace its handler for the terminal."""
         logger = super().build_logger(*args, **kwargs)
         logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
         logger.handlers.append(ImportantLogHandler())

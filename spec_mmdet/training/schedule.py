@@ -16,19 +16,19 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from ..data.fitting import LOOPS, walk
 from ..errors import InputError, list_briefly
 
-WARM_UP = 0.05  # of the training
-SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size')  # in pixels, as transforms call them
-# What of a scheduler's state changes during training.
+WARM_UP = 0.05  # fraction of the training
+SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size')  # arguments of transforms in pixels
+# Entries of a scheduler's state that change during training.
 PROGRESS = {'_global_step', '_last_value', 'base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs'}
 
 
 @PARAM_SCHEDULERS.register_module()
 class WarmUpLR(LinearLR):
-    """MMEngine's LinearLR over a part of an epoch or several, and at least two iterations: over one, it never ends."""
+    """MMEngine's LinearLR for fractions of an epoch, over at least two iterations (over one, it would never end)."""
 
     @classmethod
     def build_iter_from_epoch(cls, *args, begin: float = 0, end: float, epoch_length: int, by_epoch=True, **kwargs):
-        """From a config in epochs, which may be fractions, with convert_to_iter_based=True; see MMEngine."""
+        """Build from a config in epochs or fractions of them with convert_to_iter_based=True; see MMEngine."""
         first = int(begin * epoch_length)
         last = max(first + 2, math.ceil(end * epoch_length))
         return cls(*args, begin=first, end=last, by_epoch=False, **kwargs)
@@ -42,17 +42,17 @@ def list_schedulers(cfg: Config) -> list[dict]:
 def set_schedule(
     cfg: Config, epochs: int | None, batch_size: int | None, lr: float | None, auto_scale_lr: bool = False
 ) -> None:
-    """Set what is given of the schedule, wherever the config has it; changes ``cfg``.
+    """Set the given parts of the schedule in all places of a config; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
+        cfg: the complete config.
         epochs: see :func:`set_epochs`.
-        batch_size: per device.
+        batch_size: batch size per device.
         lr: learning rate.
         auto_scale_lr: whether the learning rate will be scaled by the total batch size.
 
     Raises:
-        InputError: if the config trains by iterations, or lr is given and would be scaled.
+        InputError: if the config trains by iterations, or both lr and auto_scale_lr are given.
     """
     if lr and auto_scale_lr:
         raise InputError('--lr and --auto-scale-lr cannot be combined: --lr is the final learning rate')
@@ -67,7 +67,7 @@ def set_schedule(
 def set_epochs(cfg: Config, epochs: int) -> None:
     """Set the number of epochs and rescale the whole schedule to it; changes ``cfg``.
 
-    A warm-up counted in iterations becomes 5 % of the training.
+    A warm-up in iterations becomes 5 % of the training.
 
     Raises:
         InputError: if the config trains by iterations.
@@ -93,7 +93,7 @@ def set_epochs(cfg: Config, epochs: int) -> None:
                 scheduler[key] = change(scheduler[key])
         if scheduler.get('begin'):
             scheduler.begin = change(scheduler.begin)
-        if 'milestones' in scheduler:  # in whole epochs: MMEngine passes over those between two iterations
+        if 'milestones' in scheduler:  # as integers: MMEngine ignores others
             scheduler.milestones = sorted({rescale(epoch) for epoch in scheduler.milestones} & set(range(1, epochs)))
     for _, node in walk([cfg.train_cfg, cfg.get('default_hooks'), cfg.get('custom_hooks')]):
         for key in ('val_begin', 'begin_epoch', 'switch_epoch', 'num_last_epochs'):
@@ -107,8 +107,8 @@ def set_image_size(cfg: Config, size: int) -> None:
     """Scale all sizes in pixels in a config's pipelines by one factor; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
-        size: the shorter side of a test image in pixels, unless its longer side reaches the limit.
+        cfg: the complete config.
+        size: shorter side of a test image in pixels, unless the longer side reaches its limit.
 
     Raises:
         InputError: if the config's test pipeline has no Resize.
@@ -116,7 +116,7 @@ def set_image_size(cfg: Config, size: int) -> None:
     test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     scales = [node['scale'] for _, node in walk(test) if node.get('type') == 'Resize' and 'scale' in node]
     if not scales:
-        raise InputError('--image-size: the config has no Resize with a scale in its test pipeline')
+        raise InputError('--image-size: the config has no Resize with a scale in its test pipeline. Use --cfg-options')
     scale = scales[0] if isinstance(scales[0], (list, tuple)) else [scales[0]]
     factor = size / min(scale)
     places = [cfg.get(f'{loop}_dataloader') for loop in LOOPS] + [cfg.get('tta_pipeline')]
@@ -129,21 +129,21 @@ def set_image_size(cfg: Config, size: int) -> None:
 
 
 def scale_pixels(value: object, scale: Callable[[float], int]) -> object:
-    """Scale a transform's size, or list of sizes; fractions of an image stay."""
+    """Scale a size or a list of sizes of a transform; fractions of an image are unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(scale_pixels(part, scale) for part in value)
     return max(1, scale(value)) if isinstance(value, (int, float)) and value > 1 else value
 
 
 def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
-    """Make a training that is resumed use its config's optimiser settings and schedule, and log what they change.
+    """Make a resumed training use the optimiser settings and schedule of its config, and log the changes.
 
-    MMEngine restores both from the checkpoint, whatever the config states. If they differ, this function replaces them
-    in ``checkpoint``; the learning rate is then that of a training which had the new schedule from the start.
-    Trainings with several optimisers are left alone.
+    MMEngine would restore both from the checkpoint. If they differ, this function replaces them in ``checkpoint``; the
+    learning rate is then that of a training with the new schedule from the start. Trainings with several optimisers are
+    unchanged.
 
     Raises:
-        InputError: if the checkpoint is another optimiser's, or the schedule depends on earlier evaluations.
+        InputError: if the optimiser differs, or the schedule depends on earlier evaluations.
     """
     optim, schedulers = runner.optim_wrapper, runner.param_schedulers or []
     if isinstance(optim, OptimWrapperDict) or 'optimizer' not in checkpoint:
@@ -160,8 +160,8 @@ def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
                 continue
             if key not in theirs and key in arguments and theirs and not isinstance(value, bool | None):
                 raise InputError(
-                    f'the checkpoint is from a training by another optimiser than {type(optim.optimizer).__name__} '
-                    f'(it has no {key}): start a new training from its weights: --cfg-options load_from=FILE'
+                    f'the checkpoint is not from a training with {type(optim.optimizer).__name__} (it has no {key}). '
+                    'Start a new training from its weights with --cfg-options load_from=FILE'
                 )
             before = theirs.get(key)
             if theirs and _to_tuple(before) != _to_tuple(value):
@@ -178,7 +178,7 @@ def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
     if any(isinstance(scheduler, ReduceOnPlateauParamScheduler) for scheduler in schedulers):
         raise InputError(
             f'the config differs from the checkpoint ({list_briefly(changed)}), and ReduceOnPlateau cannot be moved to '
-            'its iteration: resume with the same settings, or start a new training: --cfg-options load_from=FILE'
+            'its iteration. Resume with the same settings, or start a new training with --cfg-options load_from=FILE'
         )
     _replay(runner, checkpoint['meta'])
     checkpoint['param_schedulers'] = [scheduler.state_dict() for scheduler in schedulers]
@@ -194,11 +194,11 @@ def _to_tuple(value: object) -> tuple:
 
 
 def _replay(runner: Runner, meta: dict) -> None:
-    """Step a runner's new schedulers to the place in the training that a checkpoint's meta states."""
+    """Step a runner's new schedulers to the position of a checkpoint, given its meta."""
     length, by_epoch = len(runner.train_dataloader), isinstance(runner.train_loop, EpochBasedTrainLoop)
     iterations = meta['epoch'] * length + meta.get('iter_in_epoch', 0) if by_epoch else meta['iter']
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # PyTorch's about schedulers that step before the optimiser
+        warnings.simplefilter('ignore')  # PyTorch warns if a scheduler steps before the optimiser
         for iteration in range(1, iterations + 1):
             ends_epoch = by_epoch and iteration % length == 0
             for unit in (False, True) if ends_epoch else (False,):

@@ -1,4 +1,4 @@
-"""Time, memory and operations of backbones and detectors, in inference and in training."""
+"""Measure time, memory and operations of backbones and detectors, in inference and training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COMPILED = '-compiled'
 
 @dataclass(frozen=True)
 class Setting:
-    """What models are timed on."""
+    """Settings of a measurement."""
 
     arch: str = 'small_12'
     patch_size: int = 16
@@ -52,18 +52,18 @@ class Setting:
     size: tuple[int, int] = (640, 640)  # height and width of the images
     amp: str | None = None  # of :data:`AMP`
     device: str = 'cpu'
-    detector: bool = False  # whole Mask R-CNNs instead of backbones
+    detector: bool = False  # Mask R-CNNs instead of backbones
     rounds: int = 7
-    memory: bool = True  # measure peak memory, too, each model in a process of its own
+    memory: bool = True  # also measure peak memory, in a separate process for each model
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """True if the device is a GPU."""
         return torch.device(self.device).type == 'cuda'
 
 
 class LastTokens(nn.Module):
-    """A backbone up to its last block, ours or timm's: images to the tokens after it."""
+    """A backbone, ours or timm's, up to the tokens after its last block."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def build_detector(name: str, arch: str, patch_size: int) -> nn.Module:
 
 
 def describe_processor(device: str) -> str:
-    """Return a device's name; of a CPU also what identifies its generation, and the number of threads."""
+    """Return a device's name, and for a CPU its generation and the number of threads."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
@@ -144,14 +144,14 @@ def describe_processor(device: str) -> str:
 
 
 def count_convolution_gradients(by_y: torch.Size, x: torch.Size, W: torch.Size, *args, **kwargs) -> int:
-    """Operations of aten's convolution_backward; PyTorch counts too many for grouped ones."""
+    """Count the operations of aten's convolution_backward; PyTorch's count is too high for grouped convolutions."""
     transposed, wanted = args[4], args[7]
     places = (x if transposed else by_y)[2:].numel() * x[0]
     return 2 * places * W.numel() * sum(wanted[:2])
 
 
 def count_operations(run: Callable[[], None]) -> int:
-    """The additions and multiplications in a run's matrix products and convolutions."""
+    """Count the additions and multiplications in a run's matrix products and convolutions."""
     mapping = {torch.ops.aten.convolution_backward: count_convolution_gradients}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
@@ -160,17 +160,14 @@ def count_operations(run: Callable[[], None]) -> int:
 
 @torch.no_grad()
 def count_multiply_adds(cfg: Config) -> tuple[int, int, int]:
-    """Count the parameters of a config's detector and of its backbone, and the multiply-adds of the backbone.
-
-    The latter are of an image of 800 x 1216, with the backbone's pyramid.
-    """
+    """Count the parameters of a config's detector and backbone, and the backbone's multiply-adds at 800 x 1216."""
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     detector, backbone = (sum(p.numel() for p in part.parameters()) for part in (model, model.backbone))
     return detector, backbone, count_operations(lambda: model.backbone(torch.randn(1, 3, 800, 1216))) // 2
 
 
 def measure_seconds(run: Callable[[], None], on_gpu: bool) -> float:
-    """The seconds that a run takes."""
+    """Measure the seconds of a run."""
     if not on_gpu:
         clock = time.perf_counter()
         run()
@@ -185,10 +182,9 @@ def measure_seconds(run: Callable[[], None], on_gpu: bool) -> float:
 
 @torch.no_grad()
 def make_rate_meter(setting: Setting) -> Callable[[], float]:
-    """Return a function that measures the device's operations a second.
+    """Return a function that measures the device's operations per second.
 
-    It runs the products of fc1, fc2 and the attention's output, by PyTorch's linear layers or by ours, whichever is
-    faster.
+    It runs the products of fc1, fc2 and the attention's output with the faster of PyTorch's and our linear layers.
     """
     dim, kind = ARCHS[setting.arch]['dim'], dict(device=setting.device, dtype=AMP[setting.amp] or torch.float32)
     tokens = math.prod(setting.size) // setting.patch_size**2
@@ -210,7 +206,7 @@ def make_rate_meter(setting: Setting) -> Callable[[], float]:
 
 
 def make_objects(height: int, width: int, count: int = 8) -> DetDataSample:
-    """An image's annotation: random rectangles with masks."""
+    """Make an image's annotation: random rectangles with masks."""
     low = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6
     boxes = torch.cat([low, low + 16 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.3], dim=1)
     masks = torch.zeros(count, height, width, dtype=torch.uint8)
@@ -224,7 +220,7 @@ def make_objects(height: int, width: int, count: int = 8) -> DetDataSample:
 
 
 def make_jobs(name: str, setting: Setting) -> dict[str, Callable[[], None]]:
-    """Return what is timed of a model: 'inference', and 'training', a forward and backward pass."""
+    """Return a model's jobs to time: 'inference', and 'training' (a forward and backward pass)."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(setting.batch, 3, *setting.size, generator=generator).to(setting.device)
     amp = dict(device_type=torch.device(setting.device).type, dtype=AMP[setting.amp], enabled=setting.amp is not None)
@@ -252,7 +248,7 @@ def make_jobs(name: str, setting: Setting) -> dict[str, Callable[[], None]]:
 
 
 def read_memory(setting: Setting, peak: bool) -> int:
-    """The bytes that this process uses, or the most that it has used."""
+    """Return the memory of this process in bytes, current or peak."""
     if setting.on_gpu:
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     key = 'VmHWM:' if peak else 'VmRSS:'
@@ -261,7 +257,7 @@ def read_memory(setting: Setting, peak: bool) -> int:
 
 
 def send_peak_memory(name: str, setting: Setting, pipe: Connection) -> None:
-    """Send how many bytes more than model and images a training step needs; run in a process of its own."""
+    """Measure the memory of a training step and send it; runs in a separate process."""
     train = make_jobs(name, setting)['training']
     if setting.on_gpu:
         train()
@@ -272,7 +268,7 @@ def send_peak_memory(name: str, setting: Setting, pipe: Connection) -> None:
 
 
 def measure_peak_memory(name: str, setting: Setting) -> int:
-    """The bytes that a training step needs beyond model and images."""
+    """Return the memory of a training step in bytes, without model and images."""
     context = multiprocessing.get_context('spawn')
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=send_peak_memory, args=(name, setting, send))
@@ -287,12 +283,12 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
     """Time models in turns, so that a busy machine slows all of them alike, and measure their peak memory.
 
     Args:
-        names: of :data:`BACKBONES` or :data:`DETECTORS`.
-        setting: what they are timed on.
+        names: names in :data:`BACKBONES` or :data:`DETECTORS`.
+        setting: the settings.
 
     Yields:
-        A dict for each model: seconds, ratios of the first model's seconds to its own, multiply-adds, its share of the
-        rate of the device's matrix products (medians over the rounds), and bytes.
+        A dict for each model: seconds, ratio of the first model's seconds to its own, multiply-adds, their rate as a
+        share of the device's matrix products (all medians over the rounds), and bytes.
 
     Raises:
         InputError: for an unknown name.
@@ -301,7 +297,7 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
     if unknown := sorted({*names} - {*known}):
         raise InputError(f'--models {" ".join(unknown)}: choose from {", ".join(known)}')
     jobs = {(name, job): run for name in names for job, run in make_jobs(name, setting).items()}
-    # Compiled models have the operations of the others, and hide them.
+    # Operations cannot be counted in compiled models; they are those of the others.
     operations = {key: count_operations(run) for key, run in jobs.items() if not key[0].endswith(COMPILED)}
     measure_rate = make_rate_meter(setting)
     seconds, rates = {key: [] for key in jobs}, []
@@ -309,7 +305,7 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
         rate = measure_rate()
         order = sorted(jobs, key=lambda key: (names.index(key[0]) - i) % len(names))
         times = {key: measure_seconds(jobs[key], setting.on_gpu) for key in order}
-        if i:  # the first round is for warming up
+        if i:  # the first round is a warm-up
             rates.append(rate)
             for key, value in times.items():
                 seconds[key].append(value)

@@ -1,4 +1,4 @@
-"""The terminal of train and test: the run, its progress and its results. Everything else is in the log file."""
+"""Show a run, its progress and its results in the terminal; everything else goes to the log file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..training.hooks import summarise_schedule
 from ..training.saving import unwrap_model
 
 PACKAGE = Path(__file__).parents[1]
-# Warnings of libraries that are for developers, or that our own errors replace.
+# Warnings of libraries for developers, and those that our own errors replace.
 UNIMPORTANT = re.compile(r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources', re.I)
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SIZES = dict(AP='', AP50='_50', AP75='_75', small='_s', medium='_m', large='_l')
@@ -44,7 +44,7 @@ def print_lines(*lines: str) -> None:
 
 # Must subclass StreamHandler: an MMEngine backend assumes that every handler has a stream.
 class ImportantLogHandler(logging.StreamHandler):
-    """Forwards errors, warnings and this package's records to the terminal."""
+    """Log handler that shows errors, warnings and this package's records in the terminal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         is_ours = PACKAGE in Path(record.pathname).parents or record.module == 'early_stopping_hook'
@@ -57,7 +57,7 @@ class ImportantLogHandler(logging.StreamHandler):
 
 
 class Bar(Progress):
-    """A progress bar, and below it a line of metrics."""
+    """Progress bar with a line of metrics below."""
 
     metrics = ''
 
@@ -67,9 +67,10 @@ class Bar(Progress):
 
 
 class Terminal(Hook):
-    """Shows a run in the terminal of the main process. Enter it before the runner is built, then call :meth:`attach`.
+    """Hook that shows a run in the terminal of the main process.
 
-    A terminal gets a bar; other outputs get a line as often as MMEngine's logger writes one.
+    Enter this context before the runner is built, then call :meth:`attach`. A terminal shows a progress bar; other
+    outputs get a line whenever MMEngine's logger writes one.
     """
 
     priority = 'LOWEST'
@@ -122,7 +123,7 @@ class Terminal(Hook):
         print_lines('', *describe_model(runner), *describe_device(runner), describe_log(runner), '')
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Begin an epoch's bar."""
+        """Start an epoch's progress bar."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._begin(f'epoch {runner.epoch + 1}/{runner.max_epochs}', len(runner.train_dataloader))
 
@@ -139,11 +140,11 @@ class Terminal(Hook):
             print_lines(f'{where}{done:{len(str(total))}}/{total}  {line}')
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin a bar."""
+        """Start a progress bar."""
         self._begin('validating', len(runner.val_dataloader))
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Begin a bar."""
+        """Start a progress bar."""
         self._begin('testing', len(runner.test_dataloader))
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train') -> None:
@@ -156,7 +157,7 @@ class Terminal(Hook):
             self._end()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Print the metrics in a line."""
+        """Print the metrics in one line."""
         self._end()
         if not is_training(runner) or not isinstance(runner.train_loop, EpochBasedTrainLoop):
             print_lines(', '.join(format_metrics(metrics or {})))
@@ -220,16 +221,16 @@ def describe_model(runner: Runner) -> list[str]:
 def describe_schedule(runner: Runner) -> list[str]:
     loader, loop = runner.train_dataloader, runner.train_loop
     images = len(loader.dataset)
-    of_images = f'{images} images in batches of {loader.batch_sampler.batch_size * get_world_size()}'
-    long = f'{runner.max_iters} iterations'
+    of_images = f'{images} images, total batch size {loader.batch_sampler.batch_size * get_world_size()}'
+    length = f'{runner.max_iters} iterations'
     if isinstance(loop, EpochBasedTrainLoop):
-        long = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
+        length = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
     warm_up, drops = summarise_schedule(runner)
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
     rate = f', {type(optimizer).__name__} at {peak_rate(optimizer):.2g}' if optimizer else ''
     rate += f' after {pluralise(warm_up, "iteration")} of warm-up' * (warm_up > 0)
     rate += f', lower from {", ".join(map(str, sorted(drops)))} on' * bool(drops)
-    return [f'data      {of_images}', f'schedule  {long}{rate}']
+    return [f'data      {of_images}', f'schedule  {length}{rate}']
 
 
 def peak_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -251,7 +252,7 @@ def describe_log(runner: Runner) -> str:
 
 
 def format_progress(runner: Runner, images: int, window: int) -> str:
-    """Losses, learning rate, images per second, memory and remaining time, over the last iterations."""
+    """Format losses, learning rate, images per second, memory and remaining time, averaged over ``window``."""
     hub = runner.message_hub
     means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
              if name.startswith('train/') and re.search('loss|^train/time$', name)}  # fmt: skip
@@ -276,7 +277,7 @@ def measure_peak_memory() -> float:
 
 
 def format_metrics(metrics: dict[str, float]) -> list[str]:
-    """Metrics under their usual names, those of COCO followed by AP50 and AP75."""
+    """Format metrics with their usual names; COCO AP is followed by AP50 and AP75."""
     parts, rest = [], dict(metrics)
     for key, name in METRICS.items():
         if key in rest:

@@ -147,7 +147,7 @@ def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
     (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
     assert any('coco/segm_mAP' in json.loads(line) for line in scalars.read_text().splitlines())
     (log,) = (path.read_text() for path in tmp_path.glob('*/*.log'))
-    assert 'starts from random weights, and 8 images are few' in log
+    assert 'starts from random weights, for which 8 images are few' in log
     says = error_line(monkeypatch, 'train', CONFIG, '--data', shapes, '--lr', 1, '--auto-scale-lr')
     assert 'cannot be combined' in says
     finetune = ['--work-dir', tmp_path / 'other', '--preset', 'finetune', *few]

@@ -227,10 +227,10 @@ def test_checkpoints_by_iteration_and_other_epochs(tmp_path):
     for settings, says in (
         (
             dict(train_dataloader=toy.loader(batch_size=1)),
-            'training of 2 images an iteration, and this one would have 1',
+            'with 2 images an iteration instead of 1',
         ),
-        (dict(train_dataloader=toy.loader(images=6)), 'training of 8 images, and this one would have 6'),
-        (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01))), '3 iterations a step, .* would have 1'),
+        (dict(train_dataloader=toy.loader(images=6)), 'with 8 images instead of 6'),
+        (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01))), '3 iterations a step instead of 1'),
     ):
         with pytest.raises(InputError, match=says):
             toy.runner(tmp_path / 'other', resume_from=tmp_path / 'iter_3.pth', **settings).train()

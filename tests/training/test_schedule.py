@@ -116,7 +116,7 @@ def test_a_schedule_that_does_not_fit_is_told():
     (doubt,) = doubts(36 * 16, 16, warm_up, drops)
     assert 'drops at iteration 432, before its warm-up ends at 500' in doubt
     (doubt, _) = doubts(16, 16, warm_up, drops)
-    assert 'the warm-up takes 500 iterations and the training 16' in doubt
+    assert 'the warm-up takes 500 iterations and training 16' in doubt
     assert not doubts(36 * 7000, 7000, warm_up, drops)
     assert not doubts(36 * 100, 100, warm_up, CosineAnnealingLR(optimizer, T_max=36))
 
@@ -187,5 +187,5 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path, caplog):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
         custom_hooks=[dict(type='CheckpointGuard')],
     )
-    with pytest.raises(InputError, match='another optimiser than SGD .* momentum'):
+    with pytest.raises(InputError, match='SGD .* momentum'):
         resumed.train()

@@ -118,7 +118,7 @@ def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
     toy_runner(tmp_path / 'alone', 1, 2, 3, half, **always).train()
     assert_close(whole / 'iter_16.pth', tmp_path / 'alone' / 'iter_16.pth', rtol=1e-5, atol=1e-6)
     for checkpoint in (half, whole / 'iter_8.pth'):
-        with pytest.raises(InputError, match='of 2 images an iteration, and this one would have 1'):
+        with pytest.raises(InputError, match='with 2 images an iteration instead of 1'):
             toy_runner(tmp_path / 'other', 1, 1, 3, checkpoint, **always).train()
 
 
