@@ -1,4 +1,4 @@
-"""What stops a run that would come to nothing: a checkpoint that does not fit, numbers that are not finite, hangs."""
+"""Stop a run that cannot succeed: its checkpoint does not fit, its numbers are not finite, or it hangs."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class FiniteGuard(Hook):
 
 
 def is_scaled(runner: Runner) -> bool:
-    """Whether a runner trains in mixed precision with a loss scale."""
+    """Return whether a runner trains in mixed precision with a loss scale."""
     optim = runner.optim_wrapper
     return isinstance(optim, AmpOptimWrapper) and optim.loss_scaler.is_enabled()
 
@@ -165,8 +165,8 @@ def end_worker(error: Exception, content: object) -> None:
 
 
 class WorkerStart:
-    """How a loader's worker begins: it leaves signals to the training, and ends with it, however that ends, or where it
-    can hand over nothing.
+    """Function that a loader's worker calls at its start: it ignores SIGINT, ends with its parent process, and exits if
+    it cannot send a batch.
     """
 
     def __init__(self, then: object) -> None:
@@ -184,7 +184,7 @@ class WorkerStart:
 
 @HOOKS.register_module()
 class LoaderGuard(Hook):
-    """Have no worker of a loader outlive its run's process, and none be waited for without end.
+    """End the workers of loaders with their parent process, and time out if one hangs.
 
     Args:
         timeout: seconds to wait for a batch, after which the run ends with an error.

@@ -198,14 +198,14 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
                 runner.logger.info('the gradients accumulated so far were restored, whatever is said below')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Save what is due; where a signal came, save and exit."""
+        """Save what is due; on a signal, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if stop := self._agree_on_signal():
             self._save(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter + 1))
             self._exit(runner, stop)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Where a signal came and this epoch is saved, exit; the evaluation is made up for."""
+        """Exit on a signal if this epoch is saved; a resumed run repeats the evaluation."""
         saved = runner.message_hub.runtime_info.get('last_ckpt')
         is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(count_progress(runner))
         if is_saved and (stop := self._agree_on_signal()):
@@ -245,7 +245,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
 
 
 def count_progress(runner: Runner) -> int:
-    """What evaluations and the checkpoints before them are counted by: epochs, or iterations where there are none."""
+    """Return the number of epochs, or of iterations if there are no epochs: evaluations are counted by it."""
     return runner.epoch or runner.iter
 
 
@@ -267,11 +267,11 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def weights_path(best: Path) -> Path:
-    """The file of a best checkpoint's weights alone."""
+    """Return the path of the file with the weights of a best checkpoint."""
     return best.with_name(f'{best.stem}_weights.pth')
 
 
 def describe_last_checkpoint(runner: Runner) -> str:
-    """What to go back to, in words."""
+    """Return a sentence that names the last good checkpoint."""
     saved = runner.message_hub.runtime_info.get('last_ckpt')
     return f'the last good checkpoint is {saved}' if saved else 'no checkpoint was saved before'

@@ -5,13 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import mmdet
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.optim import LinearLR
 from torch._utils import ExceptionWrapper
 
 from spec_mmdet import InputError, __version__, find_config
@@ -185,3 +189,13 @@ def test_a_notebooks_backend_of_matplotlib_is_left_to_it(monkeypatch):
         monkeypatch.setenv('MPLBACKEND', name)
         with command_line():
             assert ('MPLBACKEND' in os.environ) == stays
+
+
+@pytest.mark.parametrize(('context', 'count'), [(nullcontext, 1), (command_line, 0)])
+def test_accumulation_does_not_warn_of_a_schedule_before_the_first_step(context, count):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        with context():
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+            LinearLR(optimizer, start_factor=0.5, end=4).step()
+    assert len(warned) == count
