@@ -22,6 +22,7 @@ What is not: time, memory, streams, the choice of cuDNN's and cuBLAS's algorithm
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import copy
@@ -960,7 +961,8 @@ def _patch_accelerator() -> None:
     )
     STATE.answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_byte)(lambda this, device: False)
     STATE.table[before + slot] = ctypes.cast(STATE.answer, ctypes.c_void_p).value
-    table.value = ctypes.addressof(STATE.table) + 8 * before
+    original, table.value = table.value, ctypes.addressof(STATE.table) + 8 * before
+    atexit.register(setattr, table, 'value', original)  # the object outlives Python's memory
 
 
 def install() -> None:
