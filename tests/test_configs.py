@@ -80,7 +80,7 @@ def test_optimiser():
         assert decay[id(parameter)] == (0 if free else 0.05), parameter_name
 
 
-def test_twins_differ_in_conditioning_alone():
+def test_plain_and_conditioned_configs_differ_only_in_conditioning():
     assert len(TWINS) == 9
     for spec, plain in TWINS.items():
         spec, plain = load(spec).to_dict(), load(plain).to_dict()
@@ -88,7 +88,7 @@ def test_twins_differ_in_conditioning_alone():
         assert plain == spec
 
 
-def test_other_schedules_are_as_long_as_they_say():
+def test_other_schedules_have_their_stated_length():
     for name, rounds, epochs, milestones in (('1x', 1, 12, [8, 11]), ('lsj_100e', 4, 25, [22, 24])):
         cfg = load(f'xcit_spec_maskrcnn_{name}')
         assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == epochs

@@ -18,14 +18,14 @@ def test_every_picture_is_shown():
     assert shown == {picture.name for picture in (ROOT / 'docs').glob('*.[jp][pn]g')}
 
 
-def test_the_commands_of_the_pages_are_those_that_docs_test_can_run():
+def test_docs_test_can_run_the_commands_of_all_pages():
     listed = subprocess.run([sys.executable, ROOT / 'tests' / 'docs.py', '--list'], capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
     for command in ('spec-mmdet train xcit_maskrcnn --data data/coco', 'spec-mmdet test xcit_maskrcnn'):
         assert re.search(rf'^\S+ +(rm .* && )?{re.escape(command)} ', listed.stdout, re.M)
 
 
-def test_a_notebook_is_run_cell_by_cell_as_it_is():
+def test_a_notebook_is_run_cell_by_cell():
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())['cells'] if cell['cell_type'] == 'code']
     assert len(cells) >= 8 and not any(cell['outputs'] for cell in cells)
     options = ['--list', '--only', f'{NOTEBOOK.name}:']
@@ -39,7 +39,7 @@ def test_a_notebook_is_run_cell_by_cell_as_it_is():
         assert re.fullmatch(rf'docs/guide/{NOTEBOOK.name}:\d+ +{re.escape(code)} *', line), line
 
 
-def test_a_container_is_installed_as_the_page_says_and_with_the_torch_of_make():
+def test_the_container_installs_what_the_page_and_the_makefile_do():
     dockerfile, page = ((ROOT / name).read_text() for name in ('Dockerfile', 'docs/guide/install.md'))
     installed = re.findall(r'pip (?:un)?install .+?(?= \\\n|\n)', dockerfile)
     assert len(installed) == 4
@@ -50,7 +50,7 @@ def test_a_container_is_installed_as_the_page_says_and_with_the_torch_of_make():
     assert f'TORCH ?= {torch}\n' in (ROOT / 'Makefile').read_text()
 
 
-def test_every_module_has_its_place_on_the_page_about_the_structure():
+def test_every_module_is_on_the_architecture_page():
     page = (ROOT / 'docs' / 'contributing' / 'architecture.md').read_text()
     for path in (ROOT / 'spec_mmdet').glob('*/*.py'):
         if path.parent.name != 'commands' and path.name != '__init__.py':

@@ -155,7 +155,7 @@ def test_the_package_gives_its_names_under_every_entry_point(monkeypatch, shapes
         assert ran.returncode == 0 and 'spec_mmdet.models.xcit\n' in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_what_is_not_there_is_an_attribute_error():
+def test_a_missing_name_is_an_attribute_error():
     import spec_mmdet
 
     with pytest.raises(AttributeError, match='no attribute'):

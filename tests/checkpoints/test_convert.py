@@ -115,7 +115,7 @@ def reference_file(weights: dict) -> dict:
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
 @pytest.mark.parametrize('patch_size', [8, 16])
 @pytest.mark.parametrize('layout', ['timm .pth', 'timm .bin', 'timm .safetensors', 'reference'])
-def test_features_are_the_source_models_own(tmp_path, layout, patch_size, conditioning):
+def test_features_equal_those_of_the_source_model(tmp_path, layout, patch_size, conditioning):
     model = timm_model(patch_size)
     if conditioning and layout == 'reference':
         # As in a reference-style model: without the class attention, whose layers are fused there.
@@ -135,7 +135,7 @@ def test_features_are_the_source_models_own(tmp_path, layout, patch_size, condit
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
 @pytest.mark.parametrize('patch_size', [8, 16])
-def test_features_are_mmpretrains_own(tmp_path, patch_size, conditioning):
+def test_features_equal_those_of_mmpretrain(tmp_path, patch_size, conditioning):
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed; its maintained fork is for make test-onedl')
     from mmpretrain.models.backbones import XCiT
 
@@ -234,7 +234,7 @@ def test_conditioning_a_plain_checkpoint_keeps_its_function(tmp_path, conditioni
     assert 'conditioned already' in complaint(tmp_path / 'converted.pth', tmp_path / 'x.pth', '--condition', 'svd')
 
 
-def test_a_conditioning_that_has_to_be_told(tmp_path):
+def test_a_conditioning_that_must_be_given(tmp_path):
     model = timm_model(conditioning=dict(lam=3.0))
     expected = block_outputs(model, model.blocks)
     weights = {
@@ -391,7 +391,7 @@ def test_other_refusals(tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
-def test_pretrained_backbones_in_a_config_are_taken_strictly(tmp_path, caplog):
+def test_pretrained_backbones_in_a_config_are_loaded_strictly(tmp_path, caplog):
     source = tmp_path / 'source.pth'
     torch.save(timm_model(conditioning=dict(lam=3.0)).float().state_dict(), source)
 

@@ -19,7 +19,7 @@ from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.checkpoints.safe_loading import load_weights_only
 
 
-def test_forged_files_are_refused_or_harmless(tmp_path):
+def test_forged_files_are_rejected_or_harmless(tmp_path):
     trace = tmp_path / 'trace'
     forged = write_forged(tmp_path, good_checkpoint(), trace)
     harmless = []
@@ -105,7 +105,7 @@ def server(tmp_path, monkeypatch):
         thread.join()
 
 
-def test_addresses_are_read_by_the_same_rules(server, tmp_path):
+def test_addresses_follow_the_same_rules_as_files(server, tmp_path):
     folder, address = server
     trace = tmp_path / 'trace'
     good = good_checkpoint()
@@ -129,7 +129,7 @@ def test_addresses_are_read_by_the_same_rules(server, tmp_path):
         assert not trace.exists(), name
 
 
-def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path, monkeypatch):
+def test_an_interrupted_download_leaves_no_file(server, tmp_path, monkeypatch):
     folder, address = server
     (folder / 'long.pth').write_bytes(bytes(1000))
     send = http.server.SimpleHTTPRequestHandler.copyfile

@@ -139,7 +139,7 @@ def runner(model, training=False, resume=False):
     return SimpleNamespace(model=model, _load_from='some.pth', _resume=resume, _train_loop=object() if training else {})
 
 
-def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
+def test_the_guard_requires_every_weight_except_new_heads():
     model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2), head=torch.nn.Linear(2, 3)))
     guard, weights = CheckpointGuard(), model.state_dict()
     modes = dict(test=runner(model), resume=runner(model, True, True), fine_tune=runner(model, True))
@@ -167,7 +167,7 @@ def test_guard_wants_every_weight_but_not_a_new_training_s_heads():
                 guard.after_load_checkpoint(modes[mode], loaded), name
 
 
-def test_what_is_quoted_of_a_file_stays_within_the_line():
+def test_quoted_contents_of_a_file_stay_on_one_line():
     with pytest.raises(InputError) as refused:
         get_state_dict({}, 'checkpoint a\nb\x1b[2K\ud800 ü')
     assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: contains no weights')

@@ -38,7 +38,7 @@ def measured(monkeypatch, folder, *arguments):
     return json.loads((folder / 'out' / 'benchmark.json').read_text())['rows']
 
 
-def test_it_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+def test_measurements_are_written(monkeypatch, tmp_path, capsys):
     rows = measured(monkeypatch, tmp_path, '--models', 'timm', 'ours', 'resnet-50', '--sizes', '64x64', '96x64')
     assert [(row['height'], row['training_ratio']) for row in rows[::3]] == [(64, 1.0), (96, 1.0)]
     assert all(row['inference_s'] > 0 and row['training_share'] > 0 for row in rows)

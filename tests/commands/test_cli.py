@@ -28,7 +28,7 @@ from spec_mmdet.training.running import one_line_errors
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 
 
-def test_every_command_tells_its_options(capsys):
+def test_every_command_lists_its_options(capsys):
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([name, '--help'])
@@ -76,7 +76,7 @@ def test_exit_codes_and_one_line_errors(tmp_path):
     assert ended.returncode == 1 and ended.stderr.count('\n') == 1 and 'opencv-python-headless' in ended.stderr
 
 
-def test_help_waits_for_nothing(tmp_path):
+def test_help_is_fast(tmp_path):
     code = 'import sys; from spec_mmdet.commands import main; main(["--help"]); print(*sys.modules)'
     script = tmp_path / 'spec-mmdet'
     script.write_text(code)
@@ -105,7 +105,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize(('name', 'parse'), [('train', training.parse), ('test', testing.parse)])
-def test_every_option_of_mmdetections_script_is_taken(name, parse):
+def test_every_option_of_mmdetections_script_is_accepted(name, parse):
     options = options_of(SCRIPTS / f'{name}.py')
     assert len(options) >= 7
     positional = ['config.py'] + ['checkpoint.pth'] * (name == 'test')
@@ -174,7 +174,7 @@ import mmcv.ops, spec_mmdet
     assert '--cfg-options' in ended.stdout
 
 
-def test_an_error_of_a_process_that_loads_data_is_its_own_line_alone():
+def test_an_error_of_a_loader_worker_is_one_line():
     try:
         raise InputError('image a.png: damaged')
     except InputError:
@@ -184,7 +184,7 @@ def test_an_error_of_a_process_that_loads_data_is_its_own_line_alone():
     assert str(refused.value) == 'image a.png: damaged'
 
 
-def test_a_notebooks_backend_of_matplotlib_is_left_to_it(monkeypatch):
+def test_a_notebooks_matplotlib_backend_is_unchanged(monkeypatch):
     for name, stays in (('module://matplotlib_inline.backend_inline', False), ('agg', True)):
         monkeypatch.setenv('MPLBACKEND', name)
         with command_line():

@@ -59,7 +59,7 @@ def test_a_table_and_a_page(runs, tmp_path, capsys):
     assert 'x: box AP' in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shapes):
+def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shapes):
     other = tmp_path / 'other'
     shutil.copytree(runs / 'b', other)
     config = other / 'xcit_spec_shapes.py'

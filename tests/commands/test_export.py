@@ -66,7 +66,7 @@ def test_exported_backbone_computes_the_same(monkeypatch, config, conditioned, t
     assert 'is there already' in error_line(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
 
 
-def test_other_features_are_not_left_behind(monkeypatch, config, conditioned, tmp_path):
+def test_a_wrong_export_is_rejected_and_not_written(monkeypatch, config, conditioned, tmp_path):
     """An export that computes zeros, as this stand-in does, is rejected."""
     program = SimpleNamespace(
         model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_text('zeros')
@@ -146,7 +146,7 @@ def detector(cfg: Config) -> nn.Module:
     ],
     ids=lambda cfg: cfg.model.type,
 )
-def test_graph_finds_what_the_detector_does(cfg):
+def test_the_graph_predicts_the_same_as_the_detector(cfg):
     model = detector(cfg)
     graph = DetectorGraph(model)
     for height, width, size in ((160, 224, (200, 280)), (97, 131, (97, 131)), (240, 161, (80, 50))):

@@ -177,7 +177,7 @@ def test_early_stopping_as_it_is_documented(monkeypatch, source, configs, tmp_pa
     assert load('work/epoch_3.pth')['meta']['epoch'] == 3 and not Path('work/epoch_4.pth').exists()
 
 
-def test_boxes_alone_are_no_data_of_mask_rcnn(monkeypatch, source, configs, tmp_path):
+def test_boxes_without_masks_are_rejected_for_mask_rcnn(monkeypatch, source, configs, tmp_path):
     boxes_alone(source, tmp_path / 'export')
     args = [configs / 'mask.py', '--data', tmp_path / 'export', '--work-dir', tmp_path / 'work']
     says = error_line(monkeypatch, 'train', *args)
@@ -224,7 +224,7 @@ def test_classes_as_one_name_or_a_file_of_names(monkeypatch, source, configs, tm
     assert len(load('work/epoch_1.pth')['meta']['dataset_meta']['classes']) == number
 
 
-def test_what_is_measured_is_what_is_predicted_on(monkeypatch, source, configs, tmp_path):
+def test_evaluator_and_data_set_must_use_the_same_annotation_file(monkeypatch, source, configs, tmp_path):
     roboflow(source, tmp_path / 'export')
     other = tmp_path / 'export/train/_annotations.coco.json'
     setting = ['--cfg-options', f'val_evaluator.ann_file={other}']
@@ -232,7 +232,7 @@ def test_what_is_measured_is_what_is_predicted_on(monkeypatch, source, configs, 
     assert f'val_evaluator.ann_file is {other} and val_dataloader.dataset.ann_file is ' in says
 
 
-def test_metainfo_in_the_spelling_of_before_is_named(monkeypatch, source, configs, tmp_path):
+def test_metainfo_in_the_old_spelling_is_an_error(monkeypatch, source, configs, tmp_path):
     roboflow(source, tmp_path / 'export')
     lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(metainfo=dict(CLASSES=('circle',))))\n"
     (configs / 'before.py').write_text(lines)
@@ -240,7 +240,7 @@ def test_metainfo_in_the_spelling_of_before_is_named(monkeypatch, source, config
     assert 'train_dataloader.dataset.metainfo.CLASSES' in says
 
 
-def test_an_annotation_file_is_one(monkeypatch, source, configs, tmp_path):
+def test_several_annotation_files_of_a_data_set_are_an_error(monkeypatch, source, configs, tmp_path):
     roboflow(source, tmp_path / 'export')
     lines = "_base_ = 'mask.py'\ntrain_dataloader = dict(dataset=dict(ann_file=['a.json', 'b.json']))\n"
     (configs / 'several.py').write_text(lines)

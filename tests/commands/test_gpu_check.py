@@ -10,7 +10,7 @@ from spec_mmdet.commands import gpu_check
 from spec_mmdet.training import gpu_checks
 
 
-def test_all_parts_run_on_the_cpu_and_what_fails_is_recorded(tmp_path, monkeypatch):
+def test_all_parts_run_on_the_cpu_and_failures_are_recorded(tmp_path, monkeypatch):
     def wrong(check):
         yield dict(operator='first', value=0.5, passed=False)
         yield dict(operator='second', value=0.25, passed=True)
@@ -31,7 +31,7 @@ def test_all_parts_run_on_the_cpu_and_what_fails_is_recorded(tmp_path, monkeypat
     assert '## wrong\n\n**failed**: operator first' in (tmp_path / 'gpu_check.md').read_text()
 
 
-def test_tf32_is_off_in_comparisons_alone(tmp_path):
+def test_tf32_is_off_only_in_comparisons(tmp_path):
     flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [each.allow_tf32 for each in flags]
 

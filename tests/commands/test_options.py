@@ -37,7 +37,7 @@ FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
         ('entirely_unknown', 'nothing reads entirely_unknown in the config'),
     ],
 )
-def test_a_key_that_nothing_reads_is_refused(key, says):
+def test_an_unused_key_is_rejected(key, says):
     cfg = Config.fromfile(CONFIG)
     before = cfg.to_dict()
     with pytest.raises(InputError) as refused:
@@ -68,7 +68,7 @@ def test_a_key_that_nothing_reads_is_refused(key, says):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_a_key_that_is_read_is_taken(settings):
+def test_a_used_key_is_accepted(settings):
     cfg = Config.fromfile(CONFIG)
     merge(cfg, settings)
     for key, value in settings.items():
@@ -92,7 +92,7 @@ def test_cfg_options_may_come_before_the_config(monkeypatch, shapes, tmp_path):
         assert ended.value.code == 2
 
 
-def test_settings_follow_from_those_that_they_depend_on(capsys):
+def test_dependent_settings_are_adjusted(capsys):
     cfg = Config.fromfile(CONFIG)
     merge(cfg, {'train_dataloader.persistent_workers': True, 'model.backbone.arch.dim': 64})
     adjust_dependent_settings(cfg)
@@ -155,7 +155,7 @@ def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
     assert 'frozen_stages' in says and 'model.backbone.init_cfg.checkpoint=FILE' in says
 
 
-def test_a_dict_takes_the_place_of_nothing_and_of_what_is_deleted():
+def test_a_dict_replaces_none_and_deleted_values():
     cfg = Config.fromfile(CONFIG)
     cfg.model.backbone.conditioning = None
     cfg.model.backbone.arch = 'nano_12'

@@ -35,7 +35,7 @@ def results(folder: Path) -> tuple[list[dict], list[dict]]:
     return tuple(json.loads((folder / f'{name}.json').read_text()) for name in ('images', 'predictions'))
 
 
-def test_predictions_are_those_of_the_test_command(monkeypatch, shapes, trained, tmp_path):
+def test_predictions_equal_those_of_the_test_command(monkeypatch, shapes, trained, tmp_path):
     detector, val, truth = trained / 'epoch_1.pth', shapes / 'val', shapes / 'annotations' / 'instances_val.json'
     run_tool(monkeypatch, 'test', CONFIG, detector, '--work-dir', tmp_path / 'test', '--out', tmp_path / 'test.pkl',
              *options(shapes))  # fmt: skip
@@ -104,7 +104,7 @@ def test_images_of_the_same_name_and_a_video(monkeypatch, trained, nothing, shap
     assert difference.mean() > 10
 
 
-def test_damaged_images_do_not_cost_the_others(monkeypatch, trained, shapes, tmp_path, capsys):
+def test_corrupt_images_do_not_affect_the_others(monkeypatch, trained, shapes, tmp_path, capsys):
     folder = tmp_path / 'images'
     folder.mkdir()
     good = shapes / 'val' / '000001.png'

@@ -69,7 +69,7 @@ def assert_part_of(part: Path, whole: Path) -> set[int]:
     return set(ids)
 
 
-def test_a_newcomers_data_is_split_trained_on_and_tested(monkeypatch, labelled, good, tmp_path, capsys):
+def test_a_new_users_data_is_split_trained_on_and_tested(monkeypatch, labelled, good, tmp_path, capsys):
     images, ann_file = labelled
     parts = [assert_part_of(good / f'annotations/instances_{split}.json', ann_file) for split in ('train', 'val')]
     assert [len(part) for part in parts] == [30, 10] and len(parts[0] | parts[1]) == 40
@@ -115,7 +115,7 @@ def test_a_config_may_take_some_of_the_classes(good):
         check_inputs(cfg, ('train', 'val'))
 
 
-def test_labels_go_by_the_order_of_the_file(good):
+def test_labels_follow_the_order_of_the_file(good):
     """The detector's class 0 is the file's first category, whatever its id."""
     cfg = Config.fromfile(CONFIG)
     use_folder(cfg, good, ('train', 'val', 'test'))
@@ -279,7 +279,7 @@ def test_a_defect_is_named_counted_and_located(monkeypatch, spoilt, capsys, spoi
 
 
 @pytest.mark.parametrize('option', ['--drop', '--drop-objects'])
-def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, capsys, option):
+def test_faulty_items_are_listed_and_dropped(monkeypatch, spoilt, tmp_path, capsys, option):
     replace_image(truncated)(spoilt)
     edit(lambda coco: coco['annotations'][-2].update(bbox=[-50, 0, 10, 10]))(spoilt)
     edit(lambda coco: coco['annotations'][-1].pop('bbox'))(spoilt)
@@ -311,7 +311,7 @@ def test_what_is_faulty_is_listed_and_left_out(monkeypatch, spoilt, tmp_path, ca
     assert 'ready for training' in capsys.readouterr().out
 
 
-def test_a_truncated_image_is_found_where_opencv_takes_it(monkeypatch, spoilt, capsys):
+def test_a_truncated_image_is_found_even_if_opencv_reads_it(monkeypatch, spoilt, capsys):
     replace_image(truncated)(spoilt)
     # Like OpenCV 4.10: return the decoded part, and grey for the rest.
     monkeypatch.setattr('mmcv.imfrombytes', lambda content, **kwargs: np.full((SIZE, SIZE, 3), 128, np.uint8))
@@ -346,7 +346,7 @@ DOUBTS = {
 
 
 @pytest.mark.parametrize(('spoil', 'says'), DOUBTS.values(), ids=DOUBTS)
-def test_a_doubt_is_told_and_does_not_stop(monkeypatch, spoilt, capsys, spoil, says):
+def test_a_warning_is_printed_and_does_not_stop(monkeypatch, spoilt, capsys, spoil, says):
     spoil(spoilt)
     run_tool(monkeypatch, 'prepare', spoilt)
     printed = capsys.readouterr().out
@@ -354,7 +354,7 @@ def test_a_doubt_is_told_and_does_not_stop(monkeypatch, spoilt, capsys, spoil, s
 
 
 @pytest.mark.parametrize('margin', [0, 1.5])
-def test_what_touches_the_border_is_in_order(monkeypatch, spoilt, capsys, margin):
+def test_objects_at_the_border_are_valid(monkeypatch, spoilt, capsys, margin):
     far = SIZE + margin
     polygon = [-margin, -margin, far, -margin, far, far]
     edit_object(bbox=[-margin, -margin, far + margin, far + margin], segmentation=[polygon])(spoilt)
@@ -362,7 +362,7 @@ def test_what_touches_the_border_is_in_order(monkeypatch, spoilt, capsys, margin
     assert 'ready for training' in capsys.readouterr().out
 
 
-def test_the_orientation_counted_is_that_of_training(spoilt):
+def test_the_checked_orientation_is_that_of_training(spoilt):
     """Images are rejected as rotated exactly if MMDetection would rotate them."""
     turned(spoilt)
     assert cv2.imread(str(first_image(spoilt))).shape[:2] == (2 * SIZE, SIZE)

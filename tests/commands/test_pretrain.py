@@ -75,7 +75,7 @@ def test_accuracy_is_that_of_the_saved_weights(pretrained, crops, capsys):
 
 
 @given(st.integers(2, 9), st.randoms(use_true_random=False))
-def test_classes_of_the_same_logit_are_ranked_as_argmax_ranks_them(classes, random):
+def test_classes_with_equal_logits_are_ranked_like_argmax(classes, random):
     logits = torch.tensor([[float(random.randint(0, 2)) for _ in range(classes)] for _ in range(8)])
     targets = torch.tensor([random.randrange(classes) for _ in range(8)])
     metric = TopK()
@@ -84,7 +84,7 @@ def test_classes_of_the_same_logit_are_ranked_as_argmax_ranks_them(classes, rand
     assert metric.compute_metrics(metric.results)['top1'] == pytest.approx(right)
 
 
-def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path):
+def test_a_resumed_pretraining_equals_an_uninterrupted_one(monkeypatch, pretrained, crops, tmp_path):
     work = tmp_path / 'work'
     work.mkdir()
     shutil.copy(pretrained / 'epoch_1.pth', work)
@@ -98,7 +98,7 @@ def test_resumed_is_as_if_never_stopped(monkeypatch, pretrained, crops, tmp_path
                for name in theirs['state_dict'])  # fmt: skip
 
 
-def test_detector_takes_the_backbone_over(monkeypatch, pretrained, tmp_path):
+def test_a_detector_loads_the_pretrained_backbone(monkeypatch, pretrained, tmp_path):
     converted = tmp_path / 'backbone.pth'
     run_tool(monkeypatch, 'convert', pretrained / 'epoch_2.pth', converted)
     cfg = Config.fromfile(next(pretrained.glob('*.py')))
@@ -113,7 +113,7 @@ def test_detector_takes_the_backbone_over(monkeypatch, pretrained, tmp_path):
             assert torch.equal(ours, theirs)
 
 
-def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
+def test_unusable_pretraining_data_is_rejected(monkeypatch, crops, tmp_path):
     data = tmp_path / 'data'
 
     def refused(config: str = CONFIG, *more) -> str:
@@ -139,13 +139,13 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch, crops, tmp_path):
     assert not (tmp_path / 'work').exists()
 
 
-def test_timm_is_named_where_it_is_absent(monkeypatch, crops, tmp_path):
+def test_a_missing_timm_is_named(monkeypatch, crops, tmp_path):
     monkeypatch.delitem(sys.modules, 'spec_mmdet.data.classification', raising=False)
     monkeypatch.setitem(sys.modules, 'timm.data', None)
     assert 'pip install timm' in error_line(monkeypatch, 'pretrain', CONFIG, '--data', crops)
 
 
-def test_images_are_as_timm_reads_them(crops):
+def test_images_are_read_as_in_timm(crops):
     from spec_mmdet.data.classification import ClassFolder
 
     transform = dict(input_size=32, interpolation='bicubic', crop_pct=1.0)

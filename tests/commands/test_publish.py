@@ -14,7 +14,7 @@ from spec_mmdet.commands import run
 from spec_mmdet.inference.publishing import remove_local_settings
 
 
-def test_a_published_detector_finds_the_same(monkeypatch, trained, shapes, tmp_path, capsys):
+def test_a_published_detector_predicts_the_same(monkeypatch, trained, shapes, tmp_path, capsys):
     checkpoint, out = trained / 'epoch_1.pth', tmp_path / 'published'
     run('publish', [str(checkpoint), '--out', str(out), '--licence', 'CC-BY-4.0'])
     assert sorted(path.name for path in out.iterdir()) == [
@@ -39,7 +39,7 @@ def test_a_published_detector_finds_the_same(monkeypatch, trained, shapes, tmp_p
     assert expected == found and len(found) > 10
 
 
-def test_what_is_not_published(monkeypatch, trained):
+def test_inputs_that_cannot_be_published(monkeypatch, trained):
     for args, says in (
         (['absent.pth'], 'no such file'),
         ([trained / 'epoch_1.pth', '--config', 'absent.py'], '--config absent.py: no such file'),

@@ -59,7 +59,7 @@ def test_reported_ap_is_pycocotools_own(monkeypatch, shapes, trained, tmp_path, 
     assert_ap_is_that_of_pycocotools(reported, ann_file, bbox=boxes, segm=masks)
 
 
-def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, tmp_path):
+def test_resuming_continues_where_training_stopped(monkeypatch, shapes, trained, tmp_path):
     # When resumed, a better checkpoint would replace the best one in the work directory that tests share.
     two_epochs = [*options(shapes), 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.save_best=None', *FEW]
     run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth', *two_epochs)
@@ -75,7 +75,7 @@ def test_resuming_goes_on_where_training_stopped(monkeypatch, shapes, trained, t
     )
 
 
-def test_training_leaves_what_one_follows_it_by(trained):
+def test_training_writes_its_log_and_records(trained):
     best = 'best_coco_segm_mAP_epoch_1'
     assert {path.name for path in trained.glob('best_*.pth')} == {f'{best}.pth', f'{best}_weights.pth'}
     assert list(trained.glob('*/vis_data/events.out.tfevents.*'))
@@ -84,7 +84,7 @@ def test_training_leaves_what_one_follows_it_by(trained):
     assert 'System environment:' in text and "type='SpecXCiT'" in text and ' eta: ' in text
 
 
-def test_what_training_says(trained):
+def test_terminal_output_of_training(trained):
     """Print fewer than forty lines before the first iteration, without the details that only the log needs."""
     lines = (trained / 'terminal.txt').read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith('epoch 1/1 '))
@@ -119,7 +119,7 @@ def test_a_bar_on_a_terminal_and_all_of_the_log(shapes, tmp_path):
     assert 'System environment' not in shown.stdout and 'images/s' in shown.stdout
 
 
-def test_what_finds_nothing_is_not_the_best(monkeypatch, shapes, tmp_path):
+def test_a_checkpoint_without_detections_is_not_the_best(monkeypatch, shapes, tmp_path):
     blind = [*FEW, 'model.test_cfg.rcnn.score_thr=1.1']
     run_tool(monkeypatch, 'train', CONFIG, '--work-dir', tmp_path, *options(shapes), *blind)
     assert (tmp_path / 'epoch_1.pth').is_file() and not list(tmp_path.glob('best*'))
@@ -202,7 +202,7 @@ def test_training_writes_condition_numbers(trained):
         assert entries[-1][f'conditioning/{name}'] == pytest.approx(value, rel=1e-4)
 
 
-def test_training_leaves_what_people_look_at(trained, shapes):
+def test_training_writes_plots_and_predictions(trained, shapes):
     (epoch,) = csv.DictReader((trained / 'results.csv').read_text().splitlines())
     records = read_scalars(trained)
     losses = [entry['loss'] for entry in records if 'loss' in entry]
@@ -223,7 +223,7 @@ def test_training_leaves_what_people_look_at(trained, shapes):
         assert load(trained / name)['meta']['run'] == run
 
 
-def test_curves_of_a_training_that_was_resumed(tmp_path):
+def test_curves_of_a_resumed_training(tmp_path):
     """Iterations that were trained again count once, with their last values."""
 
     def write(name, *entries):
@@ -271,7 +271,7 @@ def test_analyze_conditioning(monkeypatch, shapes, trained, tmp_path, capsys):
     assert 'kappa(W+C)' in tables[0] and 'Jacobian of' in tables[0] and ' all\n' in tables[0]
 
 
-def test_analyze_conditioning_of_attention_that_is_not_ours(monkeypatch, tmp_path, capsys):
+def test_analyze_conditioning_of_third_party_attention(monkeypatch, tmp_path, capsys):
     config = tmp_path / 'swin.py'
     config.write_text(
         "_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\n"
@@ -310,7 +310,7 @@ def test_tta(monkeypatch, shapes, trained, tmp_path):
     assert reported['coco/segm_mAP_50'] > 0
 
 
-def test_tta_of_mmdetection_is_replaced_where_it_cannot_merge_masks(capsys):
+def test_mmdetections_tta_is_replaced_if_it_cannot_merge_masks(capsys):
     cfg = Config.fromfile(CONFIG)
     cfg.tta_model = dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='soft_nms'), max_per_img=7))
     boxes, masks = copy.deepcopy(cfg), copy.deepcopy(cfg)

@@ -52,7 +52,7 @@ HEAVY = {'prepare'}  # their help is generated from the package's contents
 
 
 @pytest.mark.parametrize('name', sorted({*COMMANDS} - HEAVY))
-def test_help_imports_nothing_that_takes_time(tmp_path, name):
+def test_help_imports_nothing_slow(tmp_path, name):
     code = f'from spec_mmdet.commands import main; main([{name!r}, "--help"])'
     script = tmp_path / 'spec-mmdet'
     script.write_text(f'import sys\ntry:\n    {code}\nfinally:\n    print(*sys.modules)')

@@ -237,7 +237,7 @@ class TestCorrectionsStayAsTheyAre:
             torch.distributed.destroy_process_group()
 
 
-def test_a_lam_that_does_not_help_is_reported_with_the_numbers():
+def test_a_lam_that_increases_kappa_is_reported_with_numbers():
     model = Attention()
     nn.init.normal_(model.qkv.weight, std=1)
     kappa = torch.linalg.cond(model.qkv.weight.double().detach().unflatten(0, (3, 8)))
@@ -264,7 +264,7 @@ def test_the_per_head_form_is_measured_head_by_head():
         torch.testing.assert_close(kappa, sigma[:, 0] / sigma[:, -1], rtol=1e-4, atol=0)  # W is computed from W + C
 
 
-def test_what_cannot_be_conditioned_is_refused_and_left_alone():
+def test_unsupported_models_are_rejected_and_unchanged():
     conditioned, parametrized, headless = Attention(), Attention(), Attention()
     parametrize.register_parametrization(conditioned.qkv, 'weight', Correction(conditioned.qkv.weight))
     nn.utils.parametrizations.weight_norm(parametrized.qkv)
@@ -291,7 +291,7 @@ def test_what_cannot_be_conditioned_is_refused_and_left_alone():
         assert before.keys() == model.state_dict().keys()
 
 
-def test_fold_takes_a_backbones_own_correction_too():
+def test_fold_includes_a_backbones_own_correction():
     for conditioning in (dict(type='identity', lam=3.0, per_head=True), dict(type='svd')):
         model = SpecXCiT(dict(dim=32, depth=6, num_heads=4), conditioning=conditioning).eval()
         before = output(model)

@@ -101,7 +101,7 @@ def test_a_relative_lambda_bounds_every_matrix(W, heads, per_head, sigmas):
 
 
 @pytest.mark.parametrize('conditioning', [dict(type='identity', lam=3.0), dict(type='svd')])
-def test_correction_treats_each_stacked_projection_by_itself(conditioning):
+def test_correction_treats_stacked_projections_separately(conditioning):
     W = torch.randn(3, 8, 8, dtype=torch.float64)
     W[2] *= 100  # its singular values must not affect the others' corrections
     corrected = Correction(W.flatten(0, 1), **conditioning)(W.flatten(0, 1)).unflatten(0, (3, 8))
@@ -144,7 +144,7 @@ def test_a_relative_lambda_of_a_zero_matrix_is_refused():
     assert Correction(torch.zeros(24, 8), lam=1.0)(torch.zeros(24, 8)).sum() == 24
 
 
-def test_a_relative_lambda_of_the_backbone_comes_from_its_initial_weights_and_stays():
+def test_a_relative_lambda_is_set_once_from_the_initial_weights():
     arch = dict(dim=32, depth=4, num_heads=4)
     model = SpecXCiT(arch, conditioning=dict(sigmas=3.0, per_head=True))
     attn = model.blocks[2].attn

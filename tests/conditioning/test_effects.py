@@ -18,7 +18,7 @@ from spec_mmdet.conditioning.effects import count_effective_keys, is_trained
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_trained_weights_are_told_from_new_ones(family):
+def test_trained_weights_are_distinguished_from_initial_ones(family):
     model = FAMILIES[family][0]()
     if 'MultiheadAttention' in family:  # without normalisation
         assert is_trained(model) is None
@@ -45,7 +45,7 @@ def test_trained_weights_are_told_from_new_ones(family):
     assert 'have been trained' in str(report).splitlines()[0]
 
 
-def test_frozen_norms_do_not_tell():
+def test_frozen_norms_do_not_show_whether_a_model_is_trained():
     model = timm.create_model('vit_tiny_patch16_224', depth=1)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -55,7 +55,7 @@ def test_frozen_norms_do_not_tell():
 
 @pytest.mark.filterwarnings('ignore:lam is not above')
 @pytest.mark.parametrize('conditioning', [dict(lam=0.5), dict(lam=2.0), dict(lam=10.0), dict(type='initialisation')])
-def test_keys_that_remain_are_those_of_the_models_own_attention(conditioning):
+def test_effective_keys_equal_those_of_the_models_own_attention(conditioning):
     model = timm.create_model('vit_tiny_patch16_224', depth=1)
     block = model.blocks[0]
     block.attn.fused_attn = False
@@ -79,7 +79,7 @@ def test_keys_that_remain_are_those_of_the_models_own_attention(conditioning):
 
 
 @pytest.mark.filterwarnings('ignore:lam is not above')
-def test_saturated_attention_hands_on_no_gradient():
+def test_saturated_attention_passes_on_no_gradient():
     def gradient(lam):
         torch.manual_seed(0)
         attention = nn.MultiheadAttention(192, 3, batch_first=True)
@@ -92,7 +92,7 @@ def test_saturated_attention_hands_on_no_gradient():
     assert gradient(10.0) < 1e-3 * gradient(0.5)
 
 
-def test_attention_that_normalises_is_left_out():
+def test_attention_with_normalised_queries_has_no_saturation_warning():
     for model in (SpecXCiT(dict(dim=32, depth=6, num_heads=4), conditioning=dict(type='identity')),
                   timm.create_model('swinv2_tiny_window8_256', depths=(1, 1, 1, 1), embed_dim=24)):  # fmt: skip
         report = measure(model) if isinstance(model, SpecXCiT) else condition(model)
@@ -149,7 +149,7 @@ def test_conditioned_initialisation_of_the_backbone():
         SpecXCiT(arch, conditioning=dict(type='initialisation', lam=1.0))
 
 
-def test_the_table_is_computed_when_it_is_asked_for(monkeypatch):
+def test_the_table_is_computed_on_demand(monkeypatch):
     asked = []
     original = torch.linalg.svdvals
     monkeypatch.setattr(torch.linalg, 'svdvals', lambda W: asked.append(W) or original(W))

@@ -68,7 +68,7 @@ def versions() -> str:
 
 
 @pytest.mark.parametrize('name', FEW.split())
-def test_a_family_is_right_or_says_that_it_is_not(name):
+def test_a_family_is_conditioned_correctly_or_listed(name):
     if name in TRANSFORMERS and name.replace('-', '_') not in transformers.models.__dir__():
         pytest.skip(f'transformers {transformers.__version__} has no {name}')
     line = str(examine(name))

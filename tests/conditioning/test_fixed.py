@@ -95,7 +95,7 @@ def test_plain_weights_follow_a_fixed_correction_under_any_optimiser(name, form)
     assert steps(pairs[1], pairs[2]) > 1e-3  # without the call
 
 
-def test_the_call_comes_to_a_pull_towards_C_under_adamw():
+def test_keep_fixed_makes_adamw_decay_towards_C():
     model = Attention().double()
     twin = copy.deepcopy(model)
     report = condition(model, lam=3.0)
@@ -113,7 +113,7 @@ def test_the_call_comes_to_a_pull_towards_C_under_adamw():
     assert steps(*pairs) < 1e-10
 
 
-def test_under_lamb_a_fixed_correction_is_more_than_an_initialisation():
+def test_under_lamb_a_fixed_correction_differs_from_an_initialisation():
     """The norm of W + C scales its steps, not that of W, even without weight decay."""
     model = Attention().double()
     reference = apart(model, lam=3.0)
@@ -146,7 +146,7 @@ def test_a_training_is_resumed(form, tmp_path):
     assert steps((through, optimizer), (resumed, its_optimizer), count=5) == 0
 
 
-def test_what_a_correction_is_kept_from():
+def test_keep_fixed_rejects_optimisers_without_or_with_used_weights():
     model, other = Attention(), Attention()
     corrections = condition(model, lam=3.0).corrections
     frozen = torch.optim.AdamW(model.head.parameters())
@@ -181,7 +181,7 @@ def test_an_optimiser_without_step_hooks_is_refused():
         assert torch.allclose(left, left.mean().expand_as(left), rtol=1e-3) and left.mean() < 0.9
 
 
-def test_a_step_that_fails_does_not_take_C_out_twice():
+def test_a_failed_step_does_not_remove_C_twice():
     model = Attention().double()
     reference = apart(model, lam=3.0)
     report = condition(model, lam=3.0)
@@ -200,7 +200,7 @@ def test_a_step_that_fails_does_not_take_C_out_twice():
     assert steps(*pairs, count=3) < 1e-10
 
 
-def test_weights_left_out_of_a_step_stay_as_they_are():
+def test_weights_without_gradient_are_unchanged_by_a_step():
     model = timm.create_model('vit_tiny_patch16_224', depth=2, img_size=32)
     model.blocks[0].attn.qkv.weight.requires_grad_(False)
     report = condition(model, type='svd')
@@ -213,7 +213,7 @@ def test_weights_left_out_of_a_step_stay_as_they_are():
     assert not torch.equal(model.blocks[1].attn.qkv.weight, before['blocks.1.attn.qkv.weight'])
 
 
-def test_the_identity_form_keeps_nothing_but_lambda():
+def test_the_identity_form_stores_only_lambda():
     report = condition(Attention(), lam=2.0)
     assert {key: value.tolist() for key, value in report.corrections.state_dict().items()} == {'qkv.lam': 2.0}
     assert sum(b.numel() for c in report.corrections.values() for b in c.correction.buffers()) == 1

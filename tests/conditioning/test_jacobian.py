@@ -47,7 +47,7 @@ def test_xca_jacobian_equals_autograds(N, D, k, temperature, seed):
         torch.testing.assert_close(J, expected.flatten(2).flatten(0, 1), rtol=1e-8, atol=1e-9)
 
 
-def test_xca_jacobian_is_that_of_the_module_by_weight_and_bias():
+def test_xca_jacobian_equals_that_of_the_module_for_weight_and_bias():
     """Use a bias as one more row of W, for tokens with a last entry of 1."""
     module = XCA(12, 3, conditioning=dict(type='identity', lam=2.0)).double()
     for parameter in module.parameters():
@@ -74,7 +74,7 @@ def test_xca_jacobian_is_that_of_the_module_by_weight_and_bias():
 
 @given(st.integers(2, 30), st.integers(1, 8), st.integers(1, 5), st.floats(-4, 1), st.booleans(), st.integers(0, 99))
 @settings(max_examples=200)
-def test_xca_singular_values_equal_those_of_the_whole_jacobian(N, D, k, log_scale, centred, seed):
+def test_xca_singular_values_equal_those_of_the_full_jacobian(N, D, k, log_scale, centred, seed):
     generator = torch.Generator().manual_seed(seed)
     X = randn(N, D, generator=generator)
     if centred and D > 1:
@@ -124,7 +124,7 @@ def test_the_joint_bound_holds_for_projections_of_any_width(N, k, v, scale, seed
     assert condition_number(J) <= joint_bound(*arguments, scale) * (1 + 1e-9)
 
 
-def test_theorem_3_4_as_the_paper_states_it_has_a_counterexample():
+def test_theorem_3_4_of_the_paper_has_a_counterexample():
     eye = torch.eye(2, dtype=torch.float64)
     bounds, kappas = [], []
     for c in (1, 100, 10_000):

@@ -86,7 +86,7 @@ def test_the_rows_are_found_whatever_their_order(layout, transposed):
 
 @pytest.mark.parametrize('transposed', [False, True])
 @pytest.mark.parametrize('per_head', [False, True])
-def test_head_first_rows_are_corrected_where_they_are(transposed, per_head):
+def test_head_first_rows_are_corrected_in_place(transposed, per_head):
     """TinyViT's and GPT-NeoX's order, with values of another width as in EfficientFormer, against C added by hand."""
     model = Attention('2(q4 k4 v6)', transposed=transposed)
     W = model.qkv.weight.detach().clone()
@@ -122,7 +122,7 @@ class Gated(nn.Module):
         return self.o_proj((out * gate.sigmoid()).flatten(2))
 
 
-def test_a_gate_among_the_queries_is_left_as_it_is():
+def test_a_gate_among_the_queries_is_unchanged():
     model = Gated()
     gate = model.q_proj.weight.detach().unflatten(0, (4, 2, 4))[:, 1].clone()
     found = {projection.roles: projection for projection in find_projections(model)}
@@ -152,7 +152,7 @@ class Model(nn.Module):
         return x
 
 
-def test_what_cannot_be_told_is_refused_with_what_to_pass():
+def test_an_ambiguous_layout_is_an_error_that_names_the_argument_to_pass():
     layout = '2(q4 k4 v6)'
     model = Model(Attention(layout), OfItsOwnKind(layout), OfItsOwnKind(layout))
     with pytest.raises(InputError, match=r"blocks\.1\.qkv .*28 x 12.*'blocks\.\*\.qkv'.*example=.*partial=True"):
@@ -226,7 +226,7 @@ class Router(nn.Module):
         return self.gate(x).softmax(-1)
 
 
-def test_what_looks_like_attention_and_is_left_out_is_listed():
+def test_skipped_attention_is_listed():
     model = Model(Attention('2q6 2k6 2v6'), HalfAttention(), Mixer(), Router(), nn.MultiheadAttention(12, 2))
     found = find(model)
     assert found.uncovered == {
@@ -242,14 +242,14 @@ def test_what_looks_like_attention_and_is_left_out_is_listed():
     assert report.left_out == found.uncovered
 
 
-def test_projections_without_their_like_are_listed():
+def test_projections_without_counterparts_are_listed():
     attention = Gated()
     attention.query_global = nn.Linear(12, 16)  # of Longformer's three
     assert list(find(attention).uncovered) == ['query_global']
 
 
 @given(layouts(), st.booleans())
-def test_rows_are_put_back_where_they_were_taken(layout, transposed):
+def test_rows_are_written_back_to_their_places(layout, transposed):
     blocks = parse_layout(layout)
     rows = sum(count for _, count in blocks)
     weight = torch.randn((5, rows) if transposed else (rows, 5))
@@ -257,7 +257,7 @@ def test_rows_are_put_back_where_they_were_taken(layout, transposed):
     assert torch.equal(sum(parts), weight)
 
 
-def test_a_layout_in_words():
+def test_a_layout_given_as_text():
     assert parse_layout('2(2q3 k3) 2v4 -5') == 2 * (2 * (('Q', 3),) + (('K', 3),)) + 2 * (('V', 4),) + (('-', 5),)
     assert select_rows(parse_layout('2q3 2k3 2v3')) == [RowSelection('QKV', 2)]
     assert select_rows(parse_layout('2(q1 -1) 2(k1 v1)')) == [RowSelection('QKV', 2, (0, 2, 4, 6, 5, 7))]

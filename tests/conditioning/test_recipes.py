@@ -16,7 +16,7 @@ DISTRIBUTED = RECIPES['DDP and FSDP2']
 
 @pytest.mark.filterwarnings('ignore')  # the tools' own warnings
 @pytest.mark.parametrize('title', RECIPES)
-def test_a_recipe_as_it_is_written(title, tmp_path, monkeypatch):
+def test_a_recipe_runs_as_written(title, tmp_path, monkeypatch):
     needed = re.findall(r'^from (accelerate|peft)\b', RECIPES[title], re.MULTILINE)
     for name in [*needed, *(['accelerate'] if 'Trainer' in RECIPES[title] else [])]:
         if importlib.util.find_spec(name) is None:
@@ -30,7 +30,7 @@ def test_a_recipe_as_it_is_written(title, tmp_path, monkeypatch):
     exec(compile(RECIPES[title], title, 'exec'), {'__name__': '__main__'})
 
 
-def test_the_page_has_no_other_programs():
+def test_the_page_has_only_these_programs():
     assert PAGE.count('```python') == len(RECIPES) == 5
 
 

@@ -110,7 +110,7 @@ class Equalised(nn.Linear):
 
 
 @pytest.mark.parametrize('kind', [Quantised, Equalised])
-def test_layers_that_change_their_weight_before_they_use_it(kind):
+def test_layers_that_change_their_weight_before_using_it(kind):
     model = Model()
     model.attention.qkv = kind(8, 24)
     layout = {f'*{name}': rows for name, rows in LAYOUT.items()}
@@ -120,7 +120,7 @@ def test_layers_that_change_their_weight_before_they_use_it(kind):
     assert {row.name for row in report} == {'1.attention.qkv'} and '0.attention.qkv' in report.left_out
 
 
-def test_torch_ao_attention_is_conditioned_where_it_computes():
+def test_torch_ao_attention_is_conditioned_in_its_own_layers():
     """Inherits in_proj_weight without using it; computes with linear_Q, linear_K and linear_V."""
     attention = torch.ao.nn.quantizable.MultiheadAttention(8, 2, batch_first=True)
     x = EXAMPLES[1]
@@ -296,7 +296,7 @@ def test_sharded_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_a_model_that_passes_changes_as_predicted(dtype):
+def test_a_conditioned_model_changes_as_predicted(dtype):
     """Compare with W + C added by hand in a timm model whose code passes the weight to a function itself."""
     model = timm.create_model('beit_base_patch16_224', depth=1, embed_dim=24, num_heads=2, img_size=32).eval().to(dtype)
     by_hand, images = copy.deepcopy(model), torch.randn(1, 3, 32, 32).to(dtype)

@@ -60,7 +60,7 @@ def entry(key: str, **changes) -> str:
     ],
     ids=range(21),
 )
-def test_what_is_no_coco_json_is_one_line(tmp_path, text, says):
+def test_a_file_that_is_not_coco_json_is_a_one_line_error(tmp_path, text, says):
     path = tmp_path / 'a.json'
     path.write_text(text)
     with pytest.raises(InputError) as refused:
@@ -69,7 +69,7 @@ def test_what_is_no_coco_json_is_one_line(tmp_path, text, says):
     assert len(str(refused.value)) < 400 + len(str(path))
 
 
-def test_what_is_missing_is_filled_in_and_told(tmp_path):
+def test_missing_fields_are_filled_in_and_reported(tmp_path):
     square = [4, 4, 14, 4, 14, 14, 4, 14]
     boxes = [dict(id=i, image_id=1, category_id=1, bbox=[4, 4, 20, 10]) for i in range(3)]
     boxes[1]['segmentation'] = [square]

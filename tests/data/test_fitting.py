@@ -82,13 +82,13 @@ def test_a_subclass_has_its_own_classes(shapes, registered, spelling):
 
 
 @pytest.mark.parametrize('spelling', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset, CheckedCocoDataset])
-def test_cocos_own_classes_give_way_to_those_of_the_file(shapes, spelling):
+def test_classes_of_the_file_replace_cocos(shapes, spelling):
     cfg = config(shapes, spelling)
     assert len(configured_classes(cfg.train_dataloader.dataset)) == 80
     assert fit(cfg) == list(NAMES) and widths(cfg) == {4}
 
 
-def test_a_subclass_with_other_classes_than_the_file(tmp_path, shapes):
+def test_a_subclass_with_classes_that_differ_from_the_file(tmp_path, shapes):
     cfg = config(shapes, 'ShapesDataset')
     content = json.loads((shapes / 'annotations' / 'instances_train.json').read_text())
     content['categories'] = content['categories'][::-1]
@@ -103,7 +103,7 @@ def test_classes_in_the_spelling_of_mmdetection_2(shapes):
         fit(config(shapes, 'OldShapesDataset'))
 
 
-def test_wrappers_other_formats_and_names_that_nothing_defines(registered):
+def test_wrappers_other_formats_and_undefined_names(registered):
     inside = [dict(type='CocoDataset'), dict(type='mmdet.ShapesDataset'), dict(type=CheckedCocoDataset)]
     others = [dict(type=kind) for kind in ('CocoPanopticDataset', 'LVISV1Dataset', 'VOCDataset', 'antigravity', 'a.b')]
     loader = dict(dataset=dict(type='ConcatDataset', datasets=[*others, *inside]))
@@ -156,7 +156,7 @@ def test_metrics_that_hooks_monitor(shapes, settings, rejected):
     ([1.0] * 5, True, r'has 5 numbers .* give 4'),
     (1.0, False, None),
 ])  # fmt: skip
-def test_weights_of_classes_are_as_many_as_the_scores(tmp_path, weights, sigmoid, says):
+def test_class_weights_match_the_number_of_scores(tmp_path, weights, sigmoid, says):
     cfg = config(tmp_path, 'CocoDataset')
     cfg.model.roi_head.bbox_head.loss_cls.update(class_weight=weights, use_sigmoid=sigmoid)
     set_classes(cfg, NAMES)

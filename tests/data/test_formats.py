@@ -569,7 +569,7 @@ def read(folder: Path, scratch: Path, **options):
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_every_export_is_read_as_it_was_written(name, tmp_path):
+def test_every_export_is_read_as_written(name, tmp_path):
     write, expected, masks, options = WRITERS[name]
     write(tmp_path / 'export')
     folder = tmp_path / 'export' / 'export.zip' if name == 'zipped' else tmp_path / 'export'
@@ -702,7 +702,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(('name', 'change', 'level', 'says'), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_told_and_counted(name, change, level, says, tmp_path):
+def test_a_fault_is_reported_and_counted(name, change, level, says, tmp_path):
     write, _, _, options = WRITERS[name]
     write(tmp_path / 'export')
     change(tmp_path / 'export')
@@ -799,7 +799,7 @@ def test_circles_and_rotated_boxes(tmp_path):
     np.testing.assert_allclose(split.coco['annotations'][0]['bbox'], [25, 5, 10, 40], atol=0.01)
 
 
-def test_images_are_as_their_exif_turns_them(tmp_path):
+def test_images_are_rotated_by_their_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ('a.jpg', 'b.png'):
@@ -814,7 +814,7 @@ def test_images_are_as_their_exif_turns_them(tmp_path):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_every_class_is_on_both_sides_where_it_can_be(seed):
+def test_every_class_is_in_both_splits_if_possible(seed):
     rng = np.random.default_rng(seed)
     images = [dict(id=i) for i in range(50)]
     annotations = [dict(image_id=i, category_id=int(c)) for i in range(50) for c in rng.zipf(1.6, 2) if c < 30]

@@ -87,7 +87,7 @@ def test_checks_of_size_orientation_and_depth(folder):
         assert check_image(folder / name, 80, 120)[1] == [images.DEEP]
 
 
-def test_pillows_limit_is_lifted_only_where_images_are_decoded(monkeypatch):
+def test_pillows_limit_is_lifted_only_while_decoding(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
     buffer = io.BytesIO()
     Image.new('RGB', (30, 30)).save(buffer, 'webp')

@@ -26,7 +26,7 @@ SIZE = (60, 40)  # width, height
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_runs_are_those_of_pycocotools(height, width, share, seed):
+def test_runs_equal_those_of_pycocotools(height, width, share, seed):
     mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
     code = mask_utils.encode(np.asfortranarray(mask))
     code['counts'] = code['counts'].decode()
@@ -40,7 +40,7 @@ def test_runs_are_those_of_pycocotools(height, width, share, seed):
     assert find_mask_fault(broken, width, height)
 
 
-def test_no_garbage_passes_for_rle():
+def test_invalid_rle_is_rejected():
     """pycocotools decodes every accepted RLE to a mask of the size that its counts give."""
     draw = random.Random(0)
     for _ in range(5000):
@@ -116,7 +116,7 @@ def test_masks_against_boxes(mask, box, fault, doubt):
             assert fault in found[0] and doubt in found[1] and bool(found[0]) == bool(fault), (found, same)
 
 
-def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
+def test_the_training_objects_equal_those_of_mmdetection(tmp_path):
     """Compare objects of every kind in images of every kind with what the data set passes on to training."""
     draw = random.Random(1)
     images = [dict(id=i, file_name=f'{i}.png', width=60, height=draw.choice((20, 40))) for i in range(40)]
@@ -148,7 +148,7 @@ def test_what_is_learnt_from_is_what_mmdetection_takes(tmp_path):
         assert ours == theirs
 
 
-def test_coco_is_without_fault(coco_mini):
+def test_coco_has_no_fault(coco_mini):
     for split in ('train2017', 'val2017'):
         coco = COCO(str(coco_mini / 'annotations' / f'instances_{split}.json')).dataset
         found = Findings()

@@ -81,7 +81,7 @@ def repeated(entries: list[dict], weights: np.ndarray) -> list[dict]:
 
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from(['bbox', 'segm']))
-def test_resampled_ap_is_that_of_pycocotools(seed, kind):
+def test_resampled_ap_equals_pycocotools(seed, kind):
     truth, found = scenes(seed)
     found = as_masks(found) if kind == 'segm' else found
     if not any(not entry['iscrowd'] for entry in truth):
@@ -126,7 +126,7 @@ def test_ids_classes_and_blocks(tmp_path):
         annotations.number_detections([dict(renamed[0], image_id='id 77')])
 
 
-def test_draws_are_of_all_images_and_the_same_again():
+def test_draws_cover_all_images_and_are_reproducible():
     weights = draw_weights(50, 200, seed=1)
     assert (weights.sum(axis=1) == 50).all() and (weights == draw_weights(50, 200, seed=1)).all()
     assert weights.std() == pytest.approx(1, abs=0.05)

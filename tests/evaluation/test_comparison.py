@@ -35,7 +35,7 @@ def test_verdicts():
 
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.booleans())
-def test_intervals_are_those_of_the_books(seed, paired):
+def test_intervals_follow_the_textbook_formulas(seed, paired):
     """Student's t by its formula, and quantiles of the draws."""
     rng = np.random.default_rng(seed)
     ours = [run('a', i, *rng.random(1), rng) for i in range(4)]

@@ -25,7 +25,7 @@ from spec_mmdet.evaluation.drawing import (
 NAMES = ['US$5_^ or $\\frac{$', '$_$', 'Größe <b>', 'красный', '%', '\\']
 
 
-def test_a_name_is_no_mathematics():
+def test_names_are_not_read_as_mathematics():
     with use_font_for(NAMES):
         plots.draw_confusion(np.eye(len(NAMES) + 1, dtype=int), NAMES).savefig('/dev/null', format='png')
         visualizer = LabelVisualizer()
@@ -67,7 +67,7 @@ def place_all(boxes, text, size) -> list:
     return [(x, y, x + text[0], y + text[1]) for x, y in (placer.place(text, box) for box in boxes)]
 
 
-def test_labels_leave_what_is_small_to_be_seen():
+def test_labels_do_not_cover_small_boxes():
     """In a crowd of small boxes no box is under a label, and labels are inside the picture without overlap."""
     size, text = (400, 300), (50, 14)
     boxes = [[x, y, x + 12, y + 10] for x in range(40, 360, 80) for y in range(20, 300, 60)]

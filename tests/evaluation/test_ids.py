@@ -55,7 +55,7 @@ def renumbered(entries: list[dict], image, annotation, category) -> list[dict]:
 
 
 @pytest.mark.parametrize('name', IDS)
-def test_figures_do_not_depend_on_ids(tmp_path, name):
+def test_metrics_do_not_depend_on_ids(tmp_path, name):
     image, annotation, category = IDS[name]
     truth, found = scene(np.random.default_rng(1), 30)
     expected = {kind: evaluated(Evaluation, truth, found, kind) for kind in ('bbox', 'segm')}

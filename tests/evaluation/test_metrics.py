@@ -163,7 +163,7 @@ def computed(kind: str, path: Path, found: list[dict], names: tuple = NAMES, **s
     ],
     ids=str,
 )
-def test_metrics_are_those_of_mmdetection(tmp_path, settings):
+def test_metrics_equal_mmdetections(tmp_path, settings):
     truth, found = scene(np.random.default_rng(1), 30)
     path = tmp_path / 'truth.json'
     path.write_text(json.dumps(truth))

@@ -117,7 +117,7 @@ def mean(precision: np.ndarray) -> float:
     return precision[precision > -1].mean() if (precision > -1).any() else -1
 
 
-def test_figures_are_those_of_pycocotools(data):
+def test_metrics_equal_those_of_pycocotools(data):
     path = str(data / 'annotations' / 'instances_val.json')
     found = detections(COCO(path), np.random.default_rng(0))
     page = write_report(data, found)
@@ -173,7 +173,7 @@ def test_figures_are_those_of_pycocotools(data):
     assert links and all((data / 'report' / unquote(link)).is_file() for link in links)
 
 
-def test_kinds_of_errors_are_those_of_tide(data):
+def test_kinds_of_errors_equal_tides(data):
     """Compare with the package of TIDE's authors, on data without crowds, which it counts differently."""
     tidecv = pytest.importorskip('tidecv')
     path = data / 'annotations' / 'instances_val.json'
@@ -201,7 +201,7 @@ def test_kinds_of_errors_are_those_of_tide(data):
     assert all(counted.values())
 
 
-def test_confusions_by_hand(tmp_path):
+def test_confusions_of_a_small_example(tmp_path):
     """A circle detected as a square, a square detected twice, a missed circle, a triangle on background."""
     box = dict(a=[0, 0, 10, 10], b=[20, 0, 10, 10], c=[40, 0, 10, 10], nothing=[60, 60, 10, 10])
     objects = ((1, 1, 'a'), (2, 2, 'b'), (3, 1, 'c'))

@@ -84,7 +84,7 @@ def trained(tmp_path_factory, patch, data) -> Path:
     return work
 
 
-def test_losses_in_half_precision_are_those_of_float32(trained, patch, data, tmp_path):
+def test_losses_in_half_precision_equal_those_of_float32(trained, patch, data, tmp_path):
     """The proposals that the heads are trained on change with rounding; the losses of the RPN do not."""
     train(patch, data, tmp_path / 'fp32')
     train(patch, data, tmp_path / 'bf16', 'optim_wrapper.dtype=bfloat16', options=('--amp',))

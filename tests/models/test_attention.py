@@ -51,7 +51,7 @@ def test_gram_form_equals_the_plain_form(**draw):
 @pytest.mark.parametrize('kind', ['random', 'zero', 'constant'])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('onednn', [True, False])
-def test_gradients_are_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
+def test_gradients_equal_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
     monkeypatch.setattr(products, 'uses_onednn', lambda x: onednn)  # a GPU has no such flag
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
@@ -116,7 +116,7 @@ def test_errors_of_gradients_are_no_larger_under_autocast(dtype, lam):
     assert torch.tensor(ratios).mean(dim=0).max() <= 1.05
 
 
-def test_the_module_takes_the_form_that_suits_the_number_of_tokens():
+def test_the_module_chooses_the_form_by_the_number_of_tokens():
     module = XCA(8, 2, dict(type='identity', lam=2.0)).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)

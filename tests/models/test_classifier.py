@@ -18,7 +18,7 @@ def ours_of(name: str) -> str:
 
 
 @pytest.mark.parametrize('arch', ['nano_12', 'tiny_12'])  # acts on one token in the reference
-def test_features_logits_and_gradients_are_timms(arch):
+def test_features_logits_and_gradients_equal_timms(arch):
     theirs = timm.create_model(f'xcit_{arch}_p16_224', pretrained=False, num_classes=CLASSES).double().eval()
     for parameter in theirs.parameters():
         parameter.data += torch.randn_like(parameter) * 0.05

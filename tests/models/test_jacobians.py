@@ -50,7 +50,7 @@ def test_layer_jacobians_equal_autograds(conditioning):
             assert found.kappa == found.sigma_max / found.sigma_min
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model = SpecXCiT(ARCH, 16, dict(type='identity'))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     jacobian_spectra(model, torch.randn(1, 3, 64, 64))
@@ -60,7 +60,7 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(value, before[key]) and value.dtype == before[key].dtype
 
 
-def test_few_tokens_make_attention_nearly_singular_and_no_error():
+def test_few_tokens_make_attention_nearly_singular_without_an_error():
     torch.manual_seed(0)
     model = SpecXCiT(dict(dim=96, depth=4, num_heads=2), 16)
     spectra = jacobian_spectra(model, torch.randn(1, 3, 32, 32), heads=1)  # 4 tokens for 48 channels

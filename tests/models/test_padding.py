@@ -22,7 +22,7 @@ def preprocessor(**changes):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @pytest.mark.parametrize('patch_size', [8, 16])
 @pytest.mark.parametrize('conditioning', [None, dict(type='identity', lam=3.0)])
-def test_features_are_those_of_the_image_alone(form, patch_size, conditioning):
+def test_features_do_not_depend_on_the_batch(form, patch_size, conditioning):
     model = SpecXCiT(ARCH, patch_size, conditioning).double().eval()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not name.endswith('lam'):

@@ -45,7 +45,7 @@ def test_convolution(B, D, h, w, kernel, stride):
     assert_same_gradients(ours, theirs, normal(1)((B, 33, h, w)), lambda shape: normal(2)(shape))
 
 
-def test_gradients_are_as_channels_last_as_what_they_are_of():
+def test_gradients_keep_the_memory_format_of_their_tensor():
     """Otherwise all earlier layers would use the other layout, at a tenth of the speed."""
     for module in Conv2d(32, 16, 3, stride=2, padding=1, bias=False), Upsample(32, 16, 2):
         x = torch.randn(2, 32, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -55,7 +55,7 @@ def test_gradients_are_as_channels_last_as_what_they_are_of():
         assert by_x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_gradient_of_a_weight_is_added_up_over_parts_of_an_image(monkeypatch):
+def test_the_gradient_of_a_weight_is_summed_over_parts_of_an_image(monkeypatch):
     monkeypatch.setattr(products, 'WINDOWS', 1000)
     x, by_y = normal(1)((2, 5, 31, 17)), normal(2)((2, 3, 16, 9))
     expected = torch.nn.grad.conv2d_weight(x, (3, 5, 3, 3), by_y, stride=2, padding=1)

@@ -63,7 +63,7 @@ def test_taps_equal_timm(patch_size, conditioning):
             assert (plain.taps(image)[-1] - taps[-1]).norm() / taps[-1].norm() > 1e-3
 
 
-def test_an_mlp_of_many_tokens_at_a_time_is_that_of_all():
+def test_an_mlp_in_chunks_equals_the_mlp_of_all_tokens():
     mlp, x, gamma = xcit.MLP(8).double(), torch.randn(2, 9000, 8, dtype=torch.float64), torch.randn(8).double()
     with torch.no_grad():
         expected = gamma * mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))
@@ -170,7 +170,7 @@ def is_frozen(name, stages, frozen_blocks):
     return name.startswith('blocks.') and int(name.split('.')[1]) < frozen_blocks
 
 
-def test_correction_is_no_parameter_and_in_the_state_dict():
+def test_correction_is_a_buffer_in_the_state_dict():
     for conditioning, records in (CONDITIONINGS[1], ['lam']), ({}, ['lam', 'sigmas']), (CONDITIONINGS[2], ['C']):
         model = SpecXCiT(TINY, conditioning=conditioning)
         assert not [name for name, _ in model.named_parameters() if 'correction' in name]
@@ -287,7 +287,7 @@ def test_fused_batch_normalisation_changes_nothing(arch):
 
 
 @pytest.mark.parametrize('tokens_per_channel', ['few', 'many'])
-def test_an_adapter_computes_what_its_merged_weights_do(tokens_per_channel):
+def test_an_adapter_equals_its_merged_weights(tokens_per_channel):
     peft = pytest.importorskip('peft')
     model = randomized(SpecXCiT(TINY, conditioning=dict(type='identity', lam=2.0)))
     image = torch.randn(1, 3, *((64, 64) if tokens_per_channel == 'few' else (128, 192)), dtype=torch.float64)

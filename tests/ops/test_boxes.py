@@ -104,7 +104,7 @@ def test_nms_match(rows, threshold):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_scores_and_boxes(dtype):
+def test_suppression_in_half_precision(dtype):
     """Under autocast scores are in half precision and boxes mostly not; the result has the same boxes."""
     boxes = torch.rand(200, 4).mul(100).cumsum(1)[:, [0, 1, 2, 3]]
     scores, classes = torch.rand(200).to(dtype), torch.randint(3, (200,))

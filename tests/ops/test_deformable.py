@@ -59,7 +59,7 @@ def test_multi_scale_deformable_attention(batch, queries, heads, d, sizes, point
     )
 
 
-def test_multi_scale_deformable_attention_is_that_of_mmcv_for_cpus():
+def test_multi_scale_deformable_attention_equals_mmcvs_on_cpu():
     sizes = [(6, 4), (3, 2), (1, 2)]
     assert_same_with_gradients(
         lambda value, *others: attend(value, sizes, *others),
@@ -68,7 +68,7 @@ def test_multi_scale_deformable_attention_is_that_of_mmcv_for_cpus():
     )
 
 
-def test_multi_scale_deformable_attention_of_half_values():
+def test_multi_scale_deformable_attention_in_half_precision():
     """Under autocast mmcv rounds locations and weights to the type of the values."""
     sizes = [(6, 4), (3, 2)]
     inputs = [tensor.detach().bfloat16() for tensor in attention_inputs(2, 5, 2, 4, sizes, 3)]
@@ -147,7 +147,7 @@ def test_deformable_convolutions(kernel, stride, padding, dilation, groups, defo
         )
 
 
-def test_larger_offsets_are_read_as_mmcv_reads_them():
+def test_larger_offsets_are_read_as_in_mmcv():
     """The kernels read offsets and factors in the output's size, image by image, as DyHead passes them."""
     input, weight = torch.randn(2, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
     offset, mask = (torch.randn(2, n, 8, 10, dtype=torch.float64, requires_grad=True) for n in (18, 9))
@@ -167,7 +167,7 @@ def test_larger_offsets_are_read_as_mmcv_reads_them():
     )
 
 
-def test_offsets_begin_with_the_gradient_of_mmcv():
+def test_gradients_at_zero_offsets_equal_mmcvs():
     """At offsets of 0 each sample is at a kink: the gradient is the slope to the right, and 0 outside the map."""
     input, weight = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(3, 2, 2, 3, dtype=torch.float64)
     stride, padding, dilation, step = (1, 2), (1, 2), (1, 2), 1e-3
@@ -186,7 +186,7 @@ def test_offsets_begin_with_the_gradient_of_mmcv():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_deformable_convolutions_of_half_inputs(dtype):
+def test_deformable_convolutions_in_half_precision(dtype):
     """Computed in single precision, with and without autocast."""
 
     def inputs(dtype):

@@ -71,7 +71,7 @@ def test_a_target_above_the_classes_is_an_error():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_logits(dtype):
+def test_losses_of_logits_in_half_precision(dtype):
     logits, target = torch.randn(40, 5).to(dtype), torch.randint(5, (40,))
     for loss in (mmcv.ops.sigmoid_focal_loss, mmcv.ops.softmax_focal_loss):
         half, single = logits.clone().requires_grad_(), logits.float().requires_grad_()

@@ -83,7 +83,7 @@ def test_roi_align_without_regions():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('same', [True, False])
-def test_roi_align_of_half_features(dtype, same):
+def test_roi_align_in_half_precision(dtype, same):
     """Computed in single precision: the values of the same numbers, rounded once."""
     feats = torch.randn(2, 3, 12, 15).to(dtype).requires_grad_()
     rois = torch.tensor(ROIS).to(dtype if same else torch.float32)

@@ -99,7 +99,7 @@ def test_all_arms_start_from_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize('base', [PRETRAINING, DETECTION])
-def test_configs_differ_in_conditioning_and_rate_alone(base, tmp_path):
+def test_configs_differ_only_in_conditioning_and_learning_rate(base, tmp_path):
     cfgs = {}
     for arm in (PLAIN, FASTER):
         path = tmp_path / f'{arm.rate}.py'

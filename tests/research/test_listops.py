@@ -36,7 +36,7 @@ def depth(read: list[str]) -> int:
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 4), st.integers(3, 6), st.integers(5, 10), st.integers(15, 40))
-def test_expressions_are_as_asked_for_and_worth_what_python_makes_of_them(seed, nested, arguments, shortest, longest):
+def test_expressions_have_the_requested_shape_and_pythons_value(seed, nested, arguments, shortest, longest):
     system = ListOps(shortest=shortest, tokens=longest, depth=nested, arguments=arguments)
     inputs, targets = system.draw(4, torch.Generator().manual_seed(seed))
     trees = system.draw_trees(4, torch.Generator().manual_seed(seed))
@@ -49,7 +49,7 @@ def test_expressions_are_as_asked_for_and_worth_what_python_makes_of_them(seed, 
         assert by_python(read) == target.item() == evaluate_tree(tree)
 
 
-def test_every_depth_number_of_arguments_and_operator_comes_up():
+def test_every_depth_number_of_arguments_and_operator_occurs():
     trees = ListOps().draw_trees(300, torch.Generator().manual_seed(0))
     assert {depth(list_tokens(tree)) for tree in trees} == {2, 3}
     assert {len(tree[1]) for tree in trees} == {2, 3, 4, 5} and {tree[0] for tree in trees} == set(NUMPYS)
@@ -57,7 +57,7 @@ def test_every_depth_number_of_arguments_and_operator_comes_up():
     assert {argument for argument in inner if isinstance(argument, int)} == set(range(10))
 
 
-def test_a_rule_is_as_good_as_what_it_sees():
+def test_a_rule_scores_as_its_input_allows():
     trees = ListOps().draw_trees(2000, torch.Generator().manual_seed(0))
     values = np.array([by_python(list_tokens(tree)) for tree in trees])
     own = np.array([list_tokens(tree)[0] for tree in trees])

@@ -30,7 +30,7 @@ class Marked:
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_masks_are_what_is_seen(monkeypatch, seed):
+def test_masks_are_the_visible_pixels(monkeypatch, seed):
     monkeypatch.setattr('research.scenes.draw_background', lambda rng, size: np.zeros((size, size, 3), np.uint8))
     monkeypatch.setattr('research.scenes.add_noise', lambda rng, image: image)
     source = Marked()
@@ -52,7 +52,7 @@ def test_masks_are_what_is_seen(monkeypatch, seed):
             assert annotation['area'] == mask.sum()
 
 
-def test_objects_are_put_where_they_are_said_to_be():
+def test_objects_are_drawn_at_the_given_place():
     figure = Marked().draw(None, 'red', 'train')
     there = put(np.zeros((100, 100, 3), np.uint8), figure, (50, 40), 20, 90)  # 40 x 30 pixels, rotated upright
     rows, columns = ndimage.find_objects(there.astype(int))[0]

@@ -41,7 +41,7 @@ def test_all_arms_start_from_the_same_weights(name):
 
 
 @pytest.mark.parametrize('name', SYSTEMS)
-def test_larger_weights_have_the_size_of_conditioned_ones_and_kappa_of_plain_ones(name):
+def test_larger_weights_have_the_conditioned_norm_and_the_plain_kappa(name):
     system = SYSTEMS[name]()
     (model, none, _), (of_plain, _, _), (_, corrections, _) = (
         build_initial_model(system, arm, 1) for arm in (LARGER, 'plain', 'lambda 2 sigma')

@@ -56,7 +56,7 @@ def train(work: Path, what: str, iterations: list[int], accumulate: int = 1, **s
 
 
 @pytest.mark.parametrize('scale', ['dynamic', 65536.0])
-def test_a_gradient_that_overflows_is_a_step_left_out(amp_on_cpu, tmp_path, scale):
+def test_an_overflowing_gradient_skips_the_step(amp_on_cpu, tmp_path, scale):
     left_out = [3, *range(5, 14)]  # nine in a row
     overflow, scaler = train(tmp_path, 'gradient', left_out, loss_scale=scale)
     moved = [i for i in range(2, 17) if not torch.equal(*overflow.weights[i - 2 : i])]
@@ -87,7 +87,7 @@ def test_ten_in_a_row_stop_the_training(amp_on_cpu, tmp_path, what, accumulate, 
 
 
 @pytest.mark.parametrize('what', ['gradient', 'loss'])
-def test_steps_left_out_are_not_in_the_means_that_are_logged(amp_on_cpu, tmp_path, what):
+def test_skipped_steps_are_not_in_the_logged_means(amp_on_cpu, tmp_path, what):
     """The first step and a later one overflow; every fourth iteration logs means of the steps that were taken."""
     norms, losses, sent = [], [], []
 
@@ -124,7 +124,7 @@ def test_steps_left_out_are_not_in_the_means_that_are_logged(amp_on_cpu, tmp_pat
             assert logged == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_an_overflow_of_float16_is_not_mended_by_a_lower_learning_rate(amp_on_cpu, tmp_path):
+def test_the_error_for_float16_overflow_does_not_advise_a_lower_learning_rate(amp_on_cpu, tmp_path):
     for dtype, helps in (
         (None, 'optim_wrapper.dtype=bfloat16'),
         ('bfloat16', 'learning rate'),

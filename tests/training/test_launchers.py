@@ -85,7 +85,7 @@ def test_one_process_decides_for_all(launcher, tmp_path, scontrol):
     assert (first[0], second[0]) == ('0', '1') and first[1] == second[1]
 
 
-def test_an_error_of_the_main_process_ends_all_with_its_line_alone(tmp_path):
+def test_an_error_of_the_main_process_ends_all_with_one_line(tmp_path):
     def refuse() -> None:
         raise InputError('checkpoint 7 is corrupt')
 
@@ -104,7 +104,7 @@ def test_a_long_decision_outlasts_the_groups_time_out(tmp_path):
 @pytest.mark.parametrize(
     ('launcher', 'missing'), [('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_LOCAL_RANK')]
 )
-def test_a_launcher_that_has_started_nothing(launcher, missing, monkeypatch):
+def test_a_launcher_without_its_variables_is_an_error(launcher, missing, monkeypatch):
     for name in os.environ:
         if name.startswith(('SLURM_', 'OMPI_')) or name in ('RANK', 'WORLD_SIZE'):
             monkeypatch.delenv(name)

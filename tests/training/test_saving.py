@@ -25,7 +25,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob('*.pth')}
 
 
-def test_what_a_training_leaves(tmp_path):
+def test_files_of_a_finished_training(tmp_path):
     toy.runner(tmp_path).train()
     best = 'best_score_epoch_4'
     assert names(tmp_path) == {'epoch_4.pth', f'{best}.pth', f'{best}_weights.pth'}
@@ -95,7 +95,7 @@ def test_a_fault_at_any_write_loses_nothing(monkeypatch, tmp_path, fault, operat
         assert not list(moved.glob('.*.partial'))
 
 
-def test_the_newest_whole_one_is_resumed_from(tmp_path, capsys):
+def test_the_newest_intact_checkpoint_is_resumed(tmp_path, capsys):
     assert find_newest_checkpoint(tmp_path) is None
     toy.runner(tmp_path, default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))).train()
     assert find_newest_checkpoint(tmp_path).name == 'epoch_4.pth'
@@ -175,7 +175,7 @@ class Spoil(Hook):
             runner.model.layer.weight.data[0, 0] = torch.nan
 
 
-def test_what_is_not_finite_stops_and_is_not_saved(tmp_path):
+def test_weights_that_are_not_finite_stop_training_and_are_not_saved(tmp_path):
     for what, iteration, says in (
         ('batch', 6, r'iteration 6: not finite: loss .*the last good checkpoint is .*epoch_1.pth.*The batch is in'),
         ('weight', 8, r'the weights are not finite \(layer.weight\), and not saved; the last good .*epoch_1.pth'),
@@ -198,7 +198,7 @@ class DieInEvaluation(Hook):
             raise Killed
 
 
-def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path):
+def test_a_killed_evaluation_is_run_again(tmp_path):
     with pytest.raises(Killed):
         toy.runner(tmp_path, custom_hooks=[dict(type='DieInEvaluation')]).train()
     assert (tmp_path / 'last_evaluation').read_text() == '1'

@@ -26,7 +26,7 @@ def load(name: str) -> Config:
     return Config.fromfile(ROOT / 'configs' / f'{name}.py')
 
 
-def test_epochs_reach_the_whole_schedule():
+def test_epochs_rescale_the_complete_schedule():
     cfg = load('xcit_maskrcnn')
     set_epochs(cfg, 72)
     warm_up, drops = cfg.param_scheduler
@@ -40,7 +40,7 @@ def test_epochs_reach_the_whole_schedule():
 
 @settings(max_examples=25)
 @given(epochs=st.integers(1, 12), length=st.integers(1, 8), preset=st.booleans())
-def test_the_rate_rises_and_falls_within_any_training(epochs, length, preset):
+def test_the_learning_rate_rises_and_falls_within_any_training(epochs, length, preset):
     """Return the learning rate that the schedulers set, step by step: its peak and its end are within the training."""
     cfg = load('xcit_maskrcnn')
     if preset:
@@ -108,7 +108,7 @@ def doubts(iterations: int, epoch: int, *schedulers, hooks=()) -> list[str]:
     return check_schedule(runner)
 
 
-def test_a_schedule_that_does_not_fit_is_told():
+def test_a_schedule_that_does_not_fit_is_reported():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warm_up = LinearLR(optimizer, start_factor=0.001, by_epoch=False, begin=0, end=500)
     drops = MultiStepLR(optimizer, milestones=[27, 33], by_epoch=True)

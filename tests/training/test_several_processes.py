@@ -64,7 +64,7 @@ def assert_close(one: Path, other: Path, **tolerance) -> None:
     assert steps[0] == steps[1]
 
 
-def test_two_processes_are_one_that_accumulates(tmp_path):
+def test_two_processes_equal_one_that_accumulates(tmp_path):
     """Random samples in a random order, through dropout."""
     in_processes(2, tmp_path / 'two', lambda: toy_runner(tmp_path / 'two', 2, 1, 1).train())
     toy_runner(tmp_path / 'one', 1, 1, 2).train()
@@ -101,7 +101,7 @@ def detector(work: Path, data: Path, processes: int, accumulate: int) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def test_two_processes_train_a_detector_as_one_that_accumulates(shapes, tmp_path):
+def test_two_processes_train_a_detector_like_one_that_accumulates(shapes, tmp_path):
     in_processes(2, tmp_path / 'two', lambda: detector(tmp_path / 'two', shapes, 2, 1).train())
     detector(tmp_path / 'one', shapes, 1, 2).train()
     assert_close(tmp_path / 'two' / 'epoch_1.pth', tmp_path / 'one' / 'epoch_1.pth', rtol=1e-4, atol=1e-6)

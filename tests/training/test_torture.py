@@ -12,7 +12,7 @@ def test_nothing_is_lost(tmp_path):
     assert rows[1].tried >= 2 and all(row.tried > 20 for row in rows[-3:])
 
 
-def test_what_is_lost_is_seen(tmp_path, monkeypatch):
+def test_losses_are_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(torture, 'finish', lambda work, truth: False)
     (row,) = [torture.signals(tmp_path, {}, 1, torture.random.Random(0))]
     assert row.lost == 1

@@ -55,7 +55,7 @@ def troubled(folder: Path, trouble: str, timeout: float):
         ('fills', 'a worker .* has died.*--shm-size', 600),
     ],
 )
-def test_trouble_ends_the_run(tmp_path, capfd, trouble, says, timeout):
+def test_a_failing_or_hanging_worker_ends_the_run(tmp_path, capfd, trouble, says, timeout):
     start = time.time()
     with pytest.raises(InputError, match=says), one_line_errors():
         troubled(tmp_path, trouble, timeout).train()
