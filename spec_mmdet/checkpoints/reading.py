@@ -165,6 +165,8 @@ def find_nonfinite(weights: dict[str, Tensor]) -> list[str]:
 def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of MMEngine or a plain state dict, without the prefix of DDP.
 
+    Counts of batches are integers again where a script that averages checkpoints has made them floats.
+
     Args:
         checkpoint: the result of :func:`load`.
         name: its name in messages.
@@ -177,7 +179,10 @@ def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
         raise InputError(f'{name}: contains no weights of a detector: neither a "state_dict" nor a plain state dict')
     if nonfinite := find_nonfinite(weights):
         raise InputError(f'{name}: weights contain NaN or inf ({list_briefly(nonfinite)}). Use an earlier checkpoint')
-    return {key.removeprefix('module.'): value for key, value in weights.items()}
+    return {
+        key.removeprefix('module.'): value.long() if key.endswith('num_batches_tracked') else value
+        for key, value in weights.items()
+    }
 
 
 def require_training_state(checkpoint: object, name: str) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as loaders
+from safetensors.torch import load_file
 
 from ..compat import known_globals, use_globals
 from ..errors import InputError
@@ -57,10 +58,12 @@ def explain_unpickling_error(error: pickle.UnpicklingError) -> str:
 
 
 def load_weights_only(loader: Callable[..., object]) -> Callable[..., object]:
-    """Wrap one of MMEngine's loaders so that it loads weights only."""
+    """Wrap one of MMEngine's loaders so that it loads weights only, of safetensors, too."""
 
     @functools.wraps(loader)
     def load(filename: str, map_location: str | torch.device | None = None) -> object:
+        if str(filename).endswith('.safetensors') and os.path.isfile(filename):
+            return dict(state_dict=load_file(filename, str(map_location or 'cpu')))
         with weights_only():
             try:
                 return rebuild(loader(filename, map_location), {}, strict=False)

@@ -49,7 +49,7 @@ def parse_amount(text: str) -> float:
     """A number of images from 1 on, or a fraction below 1."""
     value = float(text)
     if not 0 < value < 1 and not (value >= 1 and value.is_integer()):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f'{text}: give a number of images from 1 on, or a fraction below 1')
     return value
 
 

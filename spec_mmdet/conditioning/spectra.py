@@ -46,6 +46,15 @@ class Spectrum:
         return self.conditioned_sigma_max / self.conditioned_sigma_min if self.conditioned_sigma_min else float('inf')
 
 
+def compute_singular_values(M: Tensor) -> Tensor:
+    """Return the singular values of matrices (... x m x n), or NaN where LAPACK's iteration does not converge."""
+    M = M.cpu().double()  # not every accelerator has float64
+    try:
+        return torch.linalg.svdvals(M)
+    except torch.linalg.LinAlgError:
+        return M.new_full((*M.shape[:-2], min(M.shape[-2:])), float('nan'))
+
+
 class Report(Sequence[Spectrum]):
     """Spectra of a model's projections; printed as notes and a table.
 
@@ -87,9 +96,8 @@ class Report(Sequence[Spectrum]):
             heads = projection.heads
             roles = [f'{role}{head}' for role in roles for head in range(heads)]
             W, W_plus_C = (None if M is None else M.unflatten(1, (heads, -1)).flatten(0, 1) for M in (W, W_plus_C))
-        # Not every accelerator has float64.
-        sigma = torch.linalg.svdvals(W.cpu().double())
-        conditioned = [None] * len(sigma) if W_plus_C is None else torch.linalg.svdvals(W_plus_C.cpu().double())
+        sigma = compute_singular_values(W)
+        conditioned = [None] * len(sigma) if W_plus_C is None else compute_singular_values(W_plus_C)
         for role, before, after in zip(roles, sigma, conditioned):
             extremes = (None, None) if after is None else (after[-1].item(), after[0].item())
             yield Spectrum(name, role, tuple(W.shape[1:]), before[-1].item(), before[0].item(), *extremes)

@@ -100,7 +100,17 @@ class SeededBatches:
 
 
 def seed_loader(loader: DataLoader, seed: int, endless: bool = False) -> DataLoader:
-    """Return a copy of a loader whose random numbers depend on positions."""
+    """Return a copy of a loader whose random numbers depend on positions.
+
+    Raises:
+        InputError: if it has no batch.
+    """
+    if not len(loader):
+        raise InputError(
+            f'train_dataloader: {len(loader.dataset)} images are fewer than a batch of '
+            f'{loader.batch_sampler.batch_size} per process, and drop_last=True leaves them out. Use a smaller '
+            '--batch-size, or --cfg-options train_dataloader.drop_last=False'
+        )
     return DataLoader(
         SeededDataset(loader.dataset),
         batch_sampler=SeededBatches(loader.batch_sampler, seed, endless),

@@ -145,10 +145,9 @@ def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
     Raises:
         InputError: if the optimiser differs, or the schedule depends on earlier evaluations.
     """
-    optim, schedulers = runner.optim_wrapper, runner.param_schedulers or []
-    if isinstance(optim, OptimWrapperDict) or 'optimizer' not in checkpoint:
+    if 'optimizer' not in checkpoint or isinstance(runner.optim_wrapper, OptimWrapperDict):
         return
-    state = checkpoint['optimizer']
+    optim, schedulers, state = runner.optim_wrapper, runner.param_schedulers or [], checkpoint['optimizer']
     groups = [*state['param_groups'], state.get('base_param_settings') or {}]
     arguments = {name for kind in type(optim.optimizer).__mro__ for name in inspect.signature(kind.__init__).parameters}
     arguments -= {'params'}

@@ -12,6 +12,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from safetensors.torch import save_file
+from torch import nn
 
 from spec_mmdet import CheckpointGuard, InputError
 from spec_mmdet.checkpoints.reading import describe_mismatches, get_state_dict, load
@@ -178,3 +180,18 @@ def test_integers_are_no_weights():
     assert describe_mismatches(model, model.state_dict()) == ''
     weights = {name: value.long() for name, value in model.state_dict().items()}
     assert describe_mismatches(model, weights).startswith('4 with a wrong dtype (weight, bias, ')
+
+
+def test_mmengine_reads_safetensors(tmp_path):
+    weights = {'layer.weight': torch.randn(3, 4), 'layer.bias': torch.randn(3).half()}
+    save_file(weights, tmp_path / 'model.safetensors')
+    found = CheckpointLoader.load_checkpoint(str(tmp_path / 'model.safetensors'), 'cpu')['state_dict']
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_averaged_counts_of_batches_are_integers_again():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    weights = {name: value / 2 for name, value in model.state_dict().items()}
+    assert weights['1.num_batches_tracked'].is_floating_point()
+    assert describe_mismatches(model, weights)
+    assert not describe_mismatches(model, get_state_dict(weights, 'mean'))

@@ -369,6 +369,13 @@ def test_the_checked_orientation_is_that_of_training(spoilt):
     assert Image.open(first_image(spoilt)).size == (2 * SIZE, SIZE)
 
 
+@pytest.mark.parametrize('value', ['0', '1.5', '-3', 'nan'])
+def test_an_unusable_amount_is_explained(monkeypatch, tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, 'prepare', tmp_path, '--val', value)
+    assert f'{value}: give a number of images' in ' '.join(capsys.readouterr().err.split())
+
+
 def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     images, ann_file = labelled
     for args, says in (

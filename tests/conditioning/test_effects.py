@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from spec_mmdet import SpecXCiT
 from spec_mmdet.conditioning import compute_sigma_max, condition, describe_conditioning, measure
 from spec_mmdet.conditioning.effects import count_effective_keys, is_trained
+from spec_mmdet.conditioning.spectra import compute_singular_values
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -158,3 +160,11 @@ def test_the_table_is_computed_on_demand(monkeypatch):
     assert not asked
     assert len(str(report).splitlines()) == 9 and len(asked) == 4  # W and W + C of two layers
     assert report[0].conditioned_kappa < report[0].kappa and len(asked) == 4
+
+
+def test_a_decomposition_that_does_not_converge_is_nan():
+    M = torch.randn(2, 3, 5)
+    truth = np.linalg.svd(M.double().numpy(), compute_uv=False)
+    assert np.allclose(compute_singular_values(M), truth, rtol=1e-12)
+    M[1, 0, 0] = torch.nan  # LAPACK gives up
+    assert compute_singular_values(M).shape == (2, 3) and compute_singular_values(M).isnan().all()

@@ -139,3 +139,11 @@ def test_without_a_scale_the_first_one_stops(tmp_path):
     optim = dict(optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1))
     with pytest.raises(InputError, match='iteration 3: not finite: the norm of the gradient'):
         toy.runner(tmp_path, optim_wrapper=optim, custom_hooks=hooks).train()
+
+
+@pytest.mark.parametrize('loop', [dict(type='ExactEpochTrainLoop', max_epochs=1),
+                                  dict(type='ExactIterTrainLoop', max_iters=3)])  # fmt: skip
+def test_a_training_without_a_batch_is_refused(tmp_path, loop):
+    few = toy.loader(1, drop_last=True)
+    with pytest.raises(InputError, match='1 images are fewer than a batch of 2 .* drop_last'):
+        toy.runner(tmp_path, train_cfg=loop, train_dataloader=few).train()
