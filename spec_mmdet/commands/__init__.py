@@ -15,23 +15,23 @@ from .. import __version__
 from ..errors import InputError
 
 COMMANDS = {
-    'demo': 'the whole way on generated data, from images to COCO AP, in minutes on a CPU',
-    'prepare': 'check a data set before training on it, split it, or take a part of it',
+    'demo': 'generate data, train, and evaluate, in minutes on a CPU',
+    'prepare': 'check, convert, split or subsample a data set',
     'train': 'train a detector',
-    'pretrain': 'train a classifier, for a backbone to start from',
-    'test': 'evaluate a detector: COCO AP, a page with the results',
-    'predict': 'find objects in images, folders and videos',
-    'convert': 'convert a checkpoint of XCiT from any layout there is, or back',
-    'export': 'write a detector, or its backbone alone, as ONNX',
-    'publish': 'a folder for others: weights alone, config, model card, checksums',
-    'compare': 'several trainings: AP over seeds, differences and their noise, curves',
-    'analyze': "condition numbers of a backbone's projections and of its attention's Jacobians",
-    'benchmark': "time and memory against timm's XCiT and others",
-    'gpu-check': 'check everything that only a GPU shows: correct results, and speed',
-    'flops': 'parameters and multiply-adds of configs',
+    'pretrain': 'train a classifier whose backbone a detector can start from',
+    'test': 'evaluate a detector: COCO AP and an HTML report',
+    'predict': 'detect objects in images, folders and videos',
+    'convert': "convert XCiT checkpoints between this project's layout and others",
+    'export': 'write a detector or its backbone as ONNX',
+    'publish': 'write a folder for other users: weights, config, model card, checksums',
+    'compare': 'compare trainings: AP over seeds, differences with intervals, curves',
+    'analyze': "compute condition numbers of a backbone's projections and attention Jacobians",
+    'benchmark': "measure time and memory, compared with timm's XCiT and others",
+    'gpu-check': 'check on a GPU what a CPU cannot show: correct results and speed',
+    'flops': 'count parameters and multiply-adds of configs',
 }
 
-# Commands of earlier versions, and what to run instead of them.
+# Commands of earlier versions, and their replacements.
 REMOVED = {
     'shapes': 'spec-mmdet demo, or write_shapes of spec_mmdet.data.shapes in Python',
     'scenes': 'python -m research.scenes in a checkout',
@@ -67,19 +67,19 @@ def find_missing() -> list[str]:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Context for every command: prints an InputError, or an error of a config, as one line and exits with status 1.
+    """Context for every command: print an InputError or an error of a config as one line, and exit with status 1.
 
-    No pickle is trusted inside.
+    No code from checkpoints is run in this context.
     """
-    # MMEngine uses pkg_resources, which its user cannot change.
+    # MMEngine uses pkg_resources.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    # With gradient accumulation the learning rate's schedule counts iterations, the first of which are no steps.
+    # With gradient accumulation, the schedule counts iterations, and the first ones are not optimiser steps.
     warnings.filterwarnings('ignore', message=r'Detected call of `scheduler.step\(\)` before')
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
-        # MMEngine's log, for one, could not be written with names outside ASCII.
+        # Otherwise MMEngine could not log names outside ASCII.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
     if os.environ.get('MPLBACKEND', '').startswith('module://'):
-        del os.environ['MPLBACKEND']  # a notebook's, from another environment
+        del os.environ['MPLBACKEND']  # set by a notebook, for its own environment
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     try:
         yield
@@ -100,10 +100,10 @@ def command_line() -> Iterator[None]:
 
 
 def run(command: str, argv: Sequence[str] | None = None) -> None:
-    """Run a command of :data:`COMMANDS`; exit with one line on stderr if its input cannot be used.
+    """Run a command of :data:`COMMANDS`; exit with one line on stderr if its input is invalid.
 
     Args:
-        command: its name.
+        command: name of the command.
         argv: its arguments; by default those of the process.
     """
     with command_line():
@@ -119,7 +119,7 @@ def run(command: str, argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``spec-mmdet [--help | --version | COMMAND ...]``."""
+    """Run ``spec-mmdet [--help | --version | COMMAND ...]``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         run(argv[0], argv[1:])

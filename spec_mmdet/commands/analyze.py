@@ -1,9 +1,9 @@
-"""Condition numbers of a backbone's projections and of its attention's Jacobians: a table, CSV files and a plot.
+"""Compute condition numbers of a backbone's projections and attention Jacobians, as a table, CSV files and a plot.
 
     spec-mmdet analyze xcit_spec_maskrcnn [CHECKPOINT] [--images DIR]
 
-Without a checkpoint the weights are those that training would start from. Jacobians depend on the tokens: they are
-computed on images, for XCA layers only, and a layer's numbers are medians over the images.
+Without a checkpoint, the config's initial weights are used. Jacobians depend on the tokens, so they are computed on
+images, only for XCA layers; each number is the median over the images.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from .common import add_config, load_config, parser
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('analyze', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', nargs='?', help='a file or an http(s) address, in any layout of XCiT')
-    options.add_argument('--images', type=Path, metavar='FOLDER', help='a folder of images, for the Jacobians')
+    options.add_argument('checkpoint', nargs='?', help='file or URL, in any layout of XCiT (default: '
+                         "the config's initial weights)")  # fmt: skip
+    options.add_argument('--images', type=Path, metavar='FOLDER', help='folder of images for the Jacobians (default: '
+                         'no Jacobians)')  # fmt: skip
     options.add_argument('--max-images', type=int, metavar='N', default=4, help='number of images to use '
                          '(default: 4)')  # fmt: skip
-    options.add_argument('--heads', type=int, metavar='N', help='heads per layer whose Jacobian is computed '
-                         '(default: all, or one if they are wider than 32 channels, which takes about a second each)',
+    options.add_argument('--heads', type=int, metavar='N', help='number of heads per layer to use for the Jacobian '
+                         '(default: all, or one if heads are wider than 32 channels, at about a second each)',
                          )  # fmt: skip
     options.add_argument('--out', type=Path, default=Path('work_dirs/conditioning'), help='folder of the files '
                          '(default: work_dirs/conditioning)')  # fmt: skip
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = sorted(path for path in args.images.glob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
         if not (images := images[: args.max_images]):
             raise InputError(
-                f'--images {args.images}: no folder with images in it ({", ".join(sorted(IMAGE_SUFFIXES))})'
+                f'--images {args.images}: no such folder, or contains no images ({", ".join(sorted(IMAGE_SUFFIXES))})'
             )
     MMLogger.get_current_instance().setLevel('ERROR')  # it lists every weight that it initialises
     register_all_modules()
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = build_backbone(cfg, args.checkpoint)
     report = measure_backbone(backbone)
     if not report:
-        raise InputError(f'config {args.config}: no attention was found in its backbone, a {cfg.model.backbone.type}')
+        raise InputError(f'config {args.config}: the backbone {cfg.model.backbone.type} has no attention to analyse')
     print(report)
     if worsened := report.describe_worsened():
         print(f'\nwarning: {worsened}')
@@ -59,5 +61,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if spectra:
         print(f'\n{format_jacobians(spectra)}\non {len(images)} images: {", ".join(path.name for path in images)}')
     elif images:
-        print('\nno Jacobians: they are known for XCA layers alone')
+        print('\nno Jacobians: they are implemented only for XCA layers')
     print('\nwrote', ', '.join(map(str, write_analysis(args.out, report, spectra, images))))

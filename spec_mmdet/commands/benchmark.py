@@ -1,18 +1,24 @@
-"""Time and peak memory of backbones and of whole detectors: ours against timm's, the plain form and MMDetection's.
+"""Measure time and peak memory of backbones and detectors: ours, the plain form, timm's and MMDetection's.
 
     spec-mmdet benchmark [--arch small_12] [--patch-size 16] [--sizes 640x640 ...] [--batch 1] [--amp bf16|fp16]
     spec-mmdet benchmark --detector [...]
 
---models takes timm, timm-compiled (channels_last), ours, ours-compiled, plain-form (of the attention), identity, svd
-(conditioned), levels (ours with the four feature maps of a detector), resnet-50 and swin-t (MMDetection's, with theirs;
-ResNet-50 with one stage frozen, as it is trained). --detector takes the same, except timm's and levels.
+Models for --models:
 
-XCiTs have the same weights, and all models see the same images, detectors with random objects. Except for the last
-three, backbones are timed up to their last block, without a feature pyramid. Models take turns, so that a busy machine
-slows all of them alike; a ratio is the median, over the rounds, of the first model's time over the model's: above 1 is
-faster than the first. "Share" is the model's multiply-adds in its time, over the rate of the matrix products of the
-MLP and of the attention's output in the same precision, which is measured in each round.
-A table is printed, and a JSON file is written.
+    ours, ours-compiled    this project's XCiT
+    plain-form             ours with the plain form of the attention
+    identity, svd          ours with a conditioning
+    levels                 ours with the four feature maps of a detector (not with --detector)
+    timm, timm-compiled    timm's XCiT, channels_last if compiled (not with --detector)
+    resnet-50, swin-t      MMDetection's, with feature maps; ResNet-50 with one frozen stage, as in training
+
+All XCiTs have the same weights, and all models get the same images (detectors with random objects). Unless noted,
+backbones are timed up to their last block, without a feature pyramid. Models take turns, so that other load on the
+machine affects them alike.
+
+"ratio" is the time of the first model divided by that of the model (median over the rounds): above 1 is faster. "share"
+is the model's rate of multiply-adds relative to that of plain matrix products in the same precision, measured in each
+round. The command prints a table and writes a JSON file.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from .common import parser, positive
 
 
 def print_table(rows: list[dict], size: str) -> None:
-    """The rows of one size, as a Markdown table."""
+    """Print the rows of one size as a Markdown table."""
     rate = rows[0]['matrix_rate'] / 1e9
     print(f'\n{size}: matrix products at {rate:.0f} GFLOP/s\n')
     print(
@@ -44,16 +50,18 @@ def print_table(rows: list[dict], size: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('benchmark', __doc__)
     options.add_argument('--arch', default='small_12', help='architecture of XCiT (default: small_12)')
-    options.add_argument('--patch-size', type=int, default=16, choices=[8, 16], help='pixels (default: 16)')
-    options.add_argument('--sizes', nargs='+', default=['640x640'], metavar='HEIGHTxWIDTH', help='of the images, in '
+    options.add_argument(
+        '--patch-size', type=int, default=16, choices=[8, 16], help='patch size in pixels (default: 16)'
+    )
+    options.add_argument('--sizes', nargs='+', default=['640x640'], metavar='HEIGHTxWIDTH', help='image sizes in '
                          'pixels (default: 640x640)')  # fmt: skip
     options.add_argument('--batch', type=positive(int), default=1, help='images per forward pass (default: 1)')
-    options.add_argument('--rounds', type=positive(int), default=7, help='how often each model is timed (default: 7)')
+    options.add_argument('--rounds', type=positive(int), default=7, help='number of timings of each model (default: 7)')
     options.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (default: float32)')
     options.add_argument('--device', help='for instance cpu or cuda:1 (default: a GPU if there is one)')
-    options.add_argument('--models', nargs='+', metavar='MODEL', help='see above (default: timm if it is installed, '
-                         'plain-form, ours, identity, svd; of detectors plain-form, ours)')  # fmt: skip
-    options.add_argument('--detector', action='store_true', help='time whole Mask R-CNNs')
+    options.add_argument('--models', nargs='+', metavar='MODEL', help='see below (default: timm if it is installed, '
+                         'plain-form, ours, identity, svd; with --detector: plain-form, ours)')  # fmt: skip
+    options.add_argument('--detector', action='store_true', help='time Mask R-CNNs instead of backbones')
     options.add_argument('--no-memory', action='store_true', help='do not measure peak memory')
     options.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder of benchmark.json '
                          '(default: work_dirs/benchmark)')  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line that commands share. Nothing is imported here that takes time: --help needs none of it."""
+"""Shared parts of the command lines. Slow imports are inside functions, because --help does not need them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTING = r'[^-=][^=]*='
 
 
 class CfgOptions(argparse.Action):
-    """MMEngine's action for KEY=VALUE; a value that it cannot parse is an error of usage."""
+    """MMEngine's action for KEY=VALUE that reports an invalid value as an error of usage."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         from mmengine.config import DictAction
@@ -33,10 +33,10 @@ class CfgOptions(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, for commands.
+    """Argument parser of a command.
 
-    --cfg-options ends with its last KEY=VALUE, so a config's file may follow. After parsing, this package's modules
-    are registered with MMDetection.
+    --cfg-options ends at the last KEY=VALUE, so that a config file may follow. Parsing also registers this package's
+    modules with MMDetection.
     """
 
     def parse_known_args(self, args=None, namespace=None):
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
-    """Make a command's parser, described by the first line of its module's docstring and the rest of it."""
+    """Make a command's parser, with the docstring of its module as help."""
     first, _, rest = doc.partition('\n')
     return Parser(
         f'{program} {command}',
@@ -80,14 +80,14 @@ def positive(kind: type) -> Callable[[str], float]:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that takes a config."""
     parser.add_argument('config', help='a config file, or the name of a config that spec_mmdet ships')
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='settings of the '
-                        'config to change; lists as KEY="[a,b]" or KEY=a,b')  # fmt: skip
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE', help='settings to change '
+                        'in the config; write lists as KEY="[a,b]" or KEY=a,b')  # fmt: skip
 
 
 def add_keep_types(parser: argparse.ArgumentParser) -> None:
     """Add --keep-types."""
-    parser.add_argument('--keep-types', action='store_true', help="leave the config's types as they are, instead of "
-                        "substituting this package's checked ones for MMDetection's")  # fmt: skip
+    parser.add_argument('--keep-types', action='store_true', help="keep the config's types; by default, MMDetection's "
+                        "are replaced by this package's checked ones")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                         'annotations/instances_train*.json and instances_val*.json, and folders train* and val* of '
                         'images; pretrain needs train/CLASS/ and val/CLASS/ (default: the data that the config '
                         'names)')  # fmt: skip
-    parser.add_argument('--no-check', action='store_true', help='skip the checks of annotations and images one by one')
+    parser.add_argument('--no-check', action='store_true', help='skip the checks of each annotation and image')
     add_keep_types(parser)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--verbose', action='store_true', help='show the whole log in the terminal')
@@ -123,10 +123,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config that a command line names, and merge its --cfg-options.
+    """Read the config of a command line, and merge its --cfg-options.
 
     Raises:
-        InputError: if there is no such file, or an option changes nothing.
+        InputError: if the file does not exist, or an option has no effect.
     """
     from ..configs import find_config, read_config
     from .options import adjust_dependent_settings, merge
@@ -140,12 +140,12 @@ def load_config(args: argparse.Namespace) -> Config:
 def load_run_config(
     args: argparse.Namespace, splits: Sequence[str], change: Callable[[Config], None] | None = None
 ) -> Config:
-    """Read the config of a run, apply the options in MMDetection's precedence, and connect the processes.
+    """Read the config of a run, apply the options in MMDetection's order, and connect the processes.
 
     Args:
         args: the command line, with the options of :func:`add_run_options`.
-        splits: the loops that --data is for, of 'train', 'val' and 'test'; none if ``change`` uses --data.
-        change: applies a command's own options to the config; --cfg-options come after it.
+        splits: loops that use --data, of 'train', 'val' and 'test'; empty if ``change`` uses --data.
+        change: function that applies a command's own options to the config, before --cfg-options.
     """
     from ..configs import find_config, read_config
     from ..data.folders import use_folder
@@ -170,11 +170,11 @@ def load_run_config(
 
 
 def run_command(*command: str | Path) -> None:
-    """Run a command of spec-mmdet in its own process, and print it.
+    """Run a command of spec-mmdet in a separate process, and print it.
 
     Raises:
-        InputError: if it fails; it has printed why.
+        InputError: if it fails; the command prints the reason.
     """
     print('\n$ spec-mmdet', *command, flush=True)
     if subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)]).returncode:
-        raise InputError(f'this step failed: spec-mmdet {" ".join(map(str, command))}')
+        raise InputError(f'this step failed, see above: spec-mmdet {" ".join(map(str, command))}')

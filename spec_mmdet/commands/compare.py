@@ -1,19 +1,18 @@
-"""Compare trainings: a table over seeds, differences with their noise, curves and condition numbers, as a page and CSV.
+"""Compare trainings: AP over seeds, differences with intervals, curves and condition numbers, as a page and CSV.
 
     spec-mmdet compare [NAME=]RUN [NAME=]RUN... [--out DIR]
 
-A RUN is the work directory of a training that contains the report of its evaluation:
+A RUN is the work directory of a training with the report of its evaluation:
 
     spec-mmdet test RUN/CONFIG.py RUN/CHECKPOINT --report RUN/report
 
-Runs of the same NAME are an arm: the same training with different seeds. Without names, runs of the same config and
-conditioning are an arm. All arms are compared with the first run's.
+Runs of the same NAME form an arm: the same training with different seeds. Without names, runs of the same config and
+conditioning form an arm. All arms are compared with that of the first run.
 
-AP is computed by pycocotools' rules from the newest report's detections, on the annotation file that the report was
-made on; it must be the same for all runs. A difference has two 95 % intervals: one over images, resampled a thousand
-times (the same for all runs), and one over seeds (Student's t, paired if the arms have the same seeds; an arm needs
-two runs). It is beyond the noise if neither contains 0. DIR (default: work_dirs/comparison) gets `index.html`,
-`runs.csv` and `differences.csv`.
+AP is computed as in pycocotools from the newest report's detections and its annotation file, which must be the same for
+all runs. Each difference has two 95 % intervals: one over images (1000 resamples, the same for all runs), and one over
+seeds (Student's t, paired if the arms have the same seeds; each arm needs two runs). A difference is beyond the noise
+if neither interval contains 0. DIR gets `index.html`, `runs.csv` and `differences.csv`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from .common import parser
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('compare', __doc__)
     options.add_argument('runs', nargs='+', metavar='[NAME=]RUN', help='work directories of trainings')
-    options.add_argument('--out', type=Path, default=Path('work_dirs/comparison'), help='a folder that is new, empty, '
-                         'or an earlier comparison (default: work_dirs/comparison)')  # fmt: skip
+    options.add_argument('--out', type=Path, default=Path('work_dirs/comparison'), help='folder to write: new, empty, '
+                         'or with an earlier comparison (default: work_dirs/comparison)')  # fmt: skip
     args = options.parse_args(argv)
 
     from ..errors import InputError
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, path = text.split('=', 1) if '=' in text and not Path(text).is_dir() else ('', text)
         folder = Path(path)
         if not folder.is_dir():
-            raise InputError(f'{folder}: no such folder')
+            raise InputError(f'{folder}: no such folder. Pass the work directory of a training')
         runs.append(read_run(folder, name, read_facts(folder), read_curves(folder)))
     require_comparable(runs)
     measure_runs(runs, DRAWS)

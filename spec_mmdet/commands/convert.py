@@ -1,11 +1,11 @@
-"""Convert a checkpoint of XCiT, in any layout there is, into one of SpecXCiT, or back.
+"""Convert a checkpoint of XCiT in any known layout to SpecXCiT's, or back.
 
     spec-mmdet convert SOURCE DESTINATION [--fold | --condition identity|svd] [...]
 
 SOURCE is a classifier or backbone of the reference implementation (facebookresearch/xcit), DINO, timm or mmpretrain, a
-detector of the reference, or a checkpoint of this project, plain or conditioned. DESTINATION (.pth or .safetensors)
-gets a backbone for `init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, or with --detector a whole detector. It
-is written only if every tensor of the source is accounted for.
+detector of the reference, or a checkpoint of this project, plain or conditioned. DESTINATION (.pth or .safetensors) is
+a backbone for `init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, or with --detector a detector. It is written
+only if every tensor of the source is known.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .common import parser
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('convert', __doc__)
-    options.add_argument('source', help='a file, or an http(s) address')
-    options.add_argument('destination', type=Path, help='a .pth or .safetensors file to write')
-    options.add_argument('--key', help='the key of the weights in the file (default: the usual ones, in turn)')
-    options.add_argument('--conditioning', choices=['identity', 'svd'], help='the conditioning of the source, if '
-                        'the file does not state it')  # fmt: skip
+    options.add_argument('source', help='file or URL')
+    options.add_argument('destination', type=Path, help='file to write, .pth or .safetensors')
+    options.add_argument('--key', help='key of the weights in the file (default: the first usual one)')
+    options.add_argument('--conditioning', choices=['identity', 'svd'], help='conditioning of the source, if '
+                        'the file does not contain it')  # fmt: skip
     change = options.add_mutually_exclusive_group()
-    change.add_argument('--fold', action='store_true', help='replace W by W + C: a plain checkpoint')
+    change.add_argument('--fold', action='store_true', help='replace W by W + C, which gives a plain checkpoint')
     change.add_argument('--condition', choices=['identity', 'svd'], help='condition a plain checkpoint, keeping its '
                         'function: W is replaced by W - C')  # fmt: skip
     options.add_argument('--lam', type=float, help='lambda of --conditioning identity or --condition identity')
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                          'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
     to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout')
-    to.add_argument('--detector', metavar='CONFIG', help='write the whole detector, for this config')
-    options.add_argument('--trust-pickle', action='store_true', help='run the code that the source may contain, with '
+    to.add_argument('--detector', metavar='CONFIG', help='write a detector for this config')
+    options.add_argument('--trust-pickle', action='store_true', help='run code that the source may contain, with '
                         'your rights')  # fmt: skip
     args = options.parse_args(argv)
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'{destination}: the name must end in .pth or .safetensors')
     source = local_file(args.source)
     if destination.exists() and destination.samefile(source):
-        raise InputError(f'{destination}: the source would be overwritten')
+        raise InputError(f'{destination}: would overwrite the source. Pass another destination')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):
         raise InputError('--lam belongs to --conditioning identity or --condition identity')
     if args.sigmas is not None and (args.condition != 'identity' or args.lam is not None):
@@ -88,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_classes(cfg, classes)
         faults = describe_mismatches(MODELS.build(cfg.model), weights)
         if faults:
-            raise InputError(f'{name} is not the detector that {args.detector} configures: {faults}')
+            raise InputError(f'{name} does not fit the detector of {args.detector}: {faults}. Pass its own config')
     elif args.to:
         weights = layouts.to_layout(backbone, args.to)
         dropped = dropped + [key for key in backbone if key.startswith('fpn') and key not in weights]
     print(describe_tensors('taken', list(weights)))
     print(describe_tensors('dropped', dropped))
-    print(describe_tensors('missing', found.missing) + (', which are initialised' if found.missing else ''))
+    print(describe_tensors('missing', found.missing) + (', will be initialised' if found.missing else ''))
 
     conditioning = describe_conditioning(backbone)
     record = dict(

@@ -1,7 +1,6 @@
-"""Run the main job on generated data: write the images, train, evaluate, and write a page with the results.
+"""Run the complete workflow on generated data: write images, train, evaluate, and write a report.
 
-Everything is written to data/shapes and work_dirs/demo. Training and evaluation are printed as commands, which can also
-be typed by hand.
+Everything is written to data/shapes and work_dirs/demo. The commands for training and evaluation are printed.
 """
 
 from __future__ import annotations
@@ -31,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
         run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--report', WORK / 'report')
     print(f'\ntook {time.time() - start:.0f} s; pictures, curves and tables are in {WORK}')
-    print(f'the results as a page: {WORK / "report" / PAGE}')
+    print(f'report: {WORK / "report" / PAGE}')

@@ -1,22 +1,27 @@
-"""Export a detector, or its backbone alone, to ONNX, and check it against PyTorch.
+"""Export a detector or only its backbone to ONNX, and compare it with PyTorch.
 
     spec-mmdet export CONFIG CHECKPOINT detector.onnx [--images INPUT...]
     spec-mmdet export xcit_spec_maskrcnn CHECKPOINT backbone.onnx --backbone
 
-A Mask R-CNN, Faster R-CNN or RetinaNet becomes one graph, nms and all. Its inputs are `image`, uint8, (1, 3, height,
-width), RGB, scaled as the config scales images for the test (`resize` in the metadata), no side below `min_size`;
-`size`, int64, (2,), the height and width of the picture in whose pixels the results are wanted; and `score`, float32,
-the least score. Its outputs are, by falling score, `boxes`, x0 y0 x1 y1, (n, 4); `scores`; `labels`, from 0, named by
-`classes`; and `masks`, bool, (n, *size). `spec-mmdet predict CONFIG detector.onnx INPUT...` runs it.
+A Mask R-CNN, Faster R-CNN or RetinaNet becomes one graph that includes NMS:
 
-A SpecXCiT alone takes batches of any number of images of any size from 64 x 64: `image`, float32, (batch, 3, height,
-width), channels in the order `channels`, (pixel - `mean`) / `std`, as its metadata have them in JSON. Its outputs are
-the features at strides 4, 8, 16 and 32. An image that is padded has its padding in the attention, as in training.
+    input   image   uint8, (1, 3, height, width), RGB, scaled as in the config (`resize` in the metadata), with sides
+                    of at least `min_size`
+    input   size    int64, (2,), height and width of the original image; boxes and masks are in its pixels
+    input   score   float32, (), score threshold
+    output  boxes   float32, (n, 4), x0 y0 x1 y1, by falling score
+    output  scores  float32, (n,)
+    output  labels  int64, (n,), indices of `classes` in the metadata
+    output  masks   bool, (n, *size), if the detector has masks
 
-W is replaced by W + C. Before the file is written, ONNX Runtime runs it on the CPU, on noise of two sizes and on the
-images that --images names. A backbone's features may differ from those in float64 by ten times the difference of
-PyTorch in float32; 95 % of a detector's results must be the same (where two boxes overlap by just the threshold of nms,
-rounding decides).
+`spec-mmdet predict CONFIG detector.onnx INPUT...` runs it. With --backbone, the graph accepts batches of any size of
+images from 64 x 64: `image`, float32, (batch, 3, height, width), channels in the order of `channels`, (pixel - `mean`)
+/ `std` (all in the metadata). Its outputs are the features at strides 4, 8, 16 and 32. Padding of an image takes part
+in the attention, as in training.
+
+W is replaced by W + C. Before the file is written, ONNX Runtime runs it on the CPU, on noise of two sizes and on
+--images. The differences of a backbone's features from float64 may be ten times those of PyTorch in float32. For a
+detector, 95 % of the results must agree.
 """
 
 from __future__ import annotations
@@ -30,10 +35,10 @@ from .common import add_config, load_config, parser
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser('export', __doc__)
     add_config(options)
-    options.add_argument('checkpoint', help='a file or an http(s) address')
-    options.add_argument('out', type=Path, help='the .onnx file to write')
-    options.add_argument('--backbone', action='store_true', help='export only the SpecXCiT, of a checkpoint in any '
-                         'layout')  # fmt: skip
+    options.add_argument('checkpoint', help='file or URL of a checkpoint')
+    options.add_argument('out', type=Path, help='.onnx file to write')
+    options.add_argument('--backbone', action='store_true', help='export only the SpecXCiT; the checkpoint may have '
+                         'any layout')  # fmt: skip
     options.add_argument('--images', nargs='+', metavar='INPUT', help='images, folders and quoted globs to compare on '
                          '(default: only noise)')  # fmt: skip
     args = options.parse_args(argv)
@@ -49,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.suffix != '.onnx':
         raise InputError(f'{args.out}: the name must end in .onnx')
     if args.out.exists():
-        raise InputError(f'{args.out}: is there already; name another file, or remove it')
+        raise InputError(f'{args.out}: exists already. Pass another file, or remove it')
     if args.backbone and args.images:
-        raise InputError('--images: results on images are not compared of a --backbone; leave one of them out')
-    MMLogger.get_current_instance().setLevel('ERROR')  # it lists every tensor that it loads
+        raise InputError('--images and --backbone cannot be combined. Leave one of them out')
+    MMLogger.get_current_instance().setLevel('ERROR')  # it lists every loaded tensor
     register_all_modules()
     cfg = load_config(args)
     if args.backbone and cfg.get('model', {}).get('backbone', {}).get('type') != 'SpecXCiT':
-        raise InputError(f'config {args.config}: has no SpecXCiT, the only backbone that --backbone exports')
+        raise InputError(f'config {args.config}: has no SpecXCiT, which --backbone needs. Leave out --backbone')
     if args.backbone:
         metadata = export_backbone(cfg, args.checkpoint, args.out)
     else:

@@ -1,8 +1,8 @@
-"""Parameters of configs' detectors and multiply-adds of their backbones, as a Markdown table.
+"""Print a Markdown table of the parameters of configs' detectors and the multiply-adds of their backbones.
 
     spec-mmdet flops xcit_maskrcnn [CONFIG ...]
 
-Multiply-adds (what papers call FLOPs) are those of one image of 800 x 1216 through the backbone, its pyramid included.
+Multiply-adds (often called FLOPs in papers) are for one image of 800 x 1216 and include the backbone's feature pyramid.
 """
 
 from __future__ import annotations

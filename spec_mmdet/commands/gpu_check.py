@@ -1,10 +1,10 @@
-"""Check everything that only a GPU shows, in one command: correct results, and speed.
+"""Check on a GPU what a CPU cannot show: correct results and speed.
 
     spec-mmdet gpu-check [--out work_dirs/gpu_check]
 
-Nothing is downloaded. No part starts after 6 minutes, so that the command ends after about 8. A failed comparison is
-recorded and the rest goes on; the exit status is then 1. The report is gpu_check.md and gpu_check.json.
---device cpu runs the same checks at a small size, to test this command.
+Nothing is downloaded. No part starts after 6 minutes, so that the command ends after about 8. After a failed comparison
+the other parts run, and the exit status is 1. The report is written to gpu_check.md and gpu_check.json. --device cpu
+runs the same checks at a small size, to test this command.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check = GpuCheck(args.device, args.out)
     if not check.small and not torch.cuda.is_available():
-        raise InputError('PyTorch finds no GPU; --device cpu runs the same checks at a small size')
+        raise InputError('PyTorch finds no GPU. Pass --device cpu to run the same checks at a small size')
     head = f'{describe_processor(args.device)}; torch {torch.__version__}, CUDA {torch.version.cuda}'
     head += f'; {check.arch}, {check.size}'
     print(head)

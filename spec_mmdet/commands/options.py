@@ -1,4 +1,4 @@
-"""--cfg-options: each setting has an effect, or is refused with what to write in its place."""
+"""Merge --cfg-options into a config; a setting without effect is an error that suggests the correct one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..data.fitting import walk
 from ..errors import InputError, list_briefly
 from ..models.xcit import ARCHS
 
-# What MMEngine's runner and the commands read of a config; every other name in it is one that its own lines use.
+# Top-level names that MMEngine's runner and the commands read; others are helper variables of the config file.
 TOP = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg', 'launcher'}
 TOP |= {'activation_checkpointing', 'compile', 'custom_imports', 'default_scope', 'efficient_conv_bn_eval'}
 TOP |= {'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline'}
-# Of dicts without a type, what is read; of those with one, it is the arguments of its class.
+# Keys that are read in dicts without a type; in dicts with a type, they are the arguments of its class.
 LOADER = {*inspect.signature(DataLoader.__init__).parameters} - {'self'} | {'num_batch_per_epoch'}
 UNTYPED = {
     **{f'{loop}_dataloader': LOADER for loop in ('train', 'val', 'test')},
@@ -39,7 +39,7 @@ UNTYPED = {
     },
     'randomness': {*inspect.signature(Runner.set_randomness).parameters} - {'self'},
 }
-# What the builders take beside a class's own arguments.
+# Keys that the builders accept in addition to the arguments of a class.
 OF_BUILDERS = {'type', '_scope_', '_delete_', 'init_cfg', 'priority', 'constructor', 'paramwise_cfg', 'optimizer'}
 OF_BUILDERS |= {'convert_to_iter_based', 'data_preprocessor', 'num_batch_per_epoch'}
 INSTEAD = dict(max_epochs='--epochs', image_size='--image-size', scale='--image-size', scales='--image-size')
@@ -51,7 +51,7 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
     """Merge --cfg-options into a config; changes ``cfg``.
 
     Raises:
-        InputError: at the first key that nothing would read, or that is no place in the config.
+        InputError: naming the first key without effect or place in the config.
     """
     options = options or {}
     for key in options:
@@ -64,7 +64,7 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
 
 
 def remove_none_parents(cfg: Config, key: str) -> None:
-    """Take away what is None in a config where a key of --cfg-options has a dict; changes ``cfg``."""
+    """Remove None from a config where a key of --cfg-options needs a dict; changes ``cfg``."""
     node = get_content(cfg)
     for part in key.split('.')[:-1]:
         if isinstance(node, (list, tuple)):
@@ -78,11 +78,11 @@ def remove_none_parents(cfg: Config, key: str) -> None:
 
 
 def adjust_dependent_settings(cfg: Config) -> None:
-    """Have a config's settings follow from those that they depend on, saying so; changes ``cfg``."""
+    """Adjust dependent settings (neck channels, persistent workers) and report each change; changes ``cfg``."""
     for loop in ('train', 'val', 'test'):
         loader = cfg.get(f'{loop}_dataloader') or {}
         if not loader.get('num_workers', 0) and loader.pop('persistent_workers', False):
-            print(f'{loop}_dataloader: there is no worker to be persistent', file=sys.stderr)
+            print(f'{loop}_dataloader.persistent_workers: removed, because num_workers is 0', file=sys.stderr)
         if not loader.get('num_workers', 0):
             loader.pop('prefetch_factor', None)
     model = cfg.get('model') or {}
@@ -92,12 +92,12 @@ def adjust_dependent_settings(cfg: Config) -> None:
     if backbone.get('type') == 'SpecXCiT' and neck.get('type') == 'FPN' and arch.get('dim'):
         channels = [arch['dim']] * len(neck['in_channels'])
         if list(neck['in_channels']) != channels:
-            print(f"model.neck.in_channels: {channels}, the backbone's", file=sys.stderr)
+            print(f'model.neck.in_channels: set to {channels}, as in the backbone', file=sys.stderr)
             neck['in_channels'] = channels
 
 
 def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
-    """Check that a key of --cfg-options names a setting that is read.
+    """Check that a key of --cfg-options has an effect.
 
     Raises:
         InputError: if not.
@@ -119,18 +119,18 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
             if part not in node and (name in UNTYPED or part in UNTYPED):
                 node = {part: {}}
             if part not in node:
-                return  # what is below it is new, and for the class that it is given to
+                return  # a new dict, whose keys its class checks
             node = node[part]
         else:
-            if node is None or options.get(f'{here}._delete_'):  # a new dict takes its place
+            if node is None or options.get(f'{here}._delete_'):  # replaced by a new dict
                 return
-            hint = f'; to make it a dict, add {here}._delete_=True'
+            hint = f'. Add {here}._delete_=True to replace it by a dict'
             raise InputError(f'--cfg-options {key}: {here} is {node!r:.60} in the config, not a dict{hint}')
         above.append(part)
 
 
 def find_readable_keys(cfg: Config, above: list[str], node: dict, options: dict[str, object]) -> set[str] | None:
-    """What is read of a dict in a config, by name; None where anything may be."""
+    """Return the keys that are read in a dict of a config; None if any key may be."""
     here = '.'.join(above)
     if not above:
         return TOP
@@ -148,7 +148,7 @@ def find_readable_keys(cfg: Config, above: list[str], node: dict, options: dict[
 
 
 def find_classes(kind: object) -> Iterator[type]:
-    """The classes, or functions, that a type in a config may mean, in any of MMDetection's registries."""
+    """Yield the classes and functions of a type in a config, from all of MMDetection's registries."""
     if not isinstance(kind, str):
         yield kind
         return
@@ -158,7 +158,7 @@ def find_classes(kind: object) -> Iterator[type]:
 
 
 def find_arguments(kind: object) -> set[str] | None:
-    """The arguments that a type in a config takes; None where that is not known, or it takes any."""
+    """Return the arguments of a type in a config; None if they are unknown or arbitrary."""
     names: set[str] = set()
     for found in find_classes(kind):
         for cls in inspect.getmro(found) if inspect.isclass(found) else [found]:
@@ -168,14 +168,14 @@ def find_arguments(kind: object) -> set[str] | None:
             parameters = inspect.signature(made_by).parameters
             names |= {*parameters}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                break  # nothing is handed on to the classes that it inherits from
+                break  # passes nothing to its base classes
         else:
             return None
     return names - {'self', 'args', 'kwargs'} | OF_BUILDERS if names else None
 
 
 def collect_model_words(cfg: Config) -> set[str]:
-    """Every word in the sources of a model's parts, to which train_cfg and test_cfg are handed through."""
+    """Return all words in the source code of a model's parts, which receive train_cfg and test_cfg."""
     modules = {mmcv.ops.nms}
     for _, node in walk(cfg.model):
         for found in find_classes(node.get('type')) if 'type' in node else ():
@@ -185,10 +185,10 @@ def collect_model_words(cfg: Config) -> set[str]:
 
 
 def describe_unread_key(cfg: Config, part: str, here: str, known: set[str]) -> str:
-    """What is wrong with a key that nothing reads, and what may be meant."""
+    """Describe a key without effect, and suggest the correct one."""
     where = here or 'the config'
     if not here and part not in cfg and part in INSTEAD:
-        return f'say {INSTEAD[part]}'
+        return f'use {INSTEAD[part]} instead'
     if not here and part in cfg:
         value = cfg[part] if isinstance(cfg[part], (dict, list)) else None
         read = ((name, node) for name, node in walk({**cfg}) if name.split('.')[0] in TOP)
@@ -196,20 +196,20 @@ def describe_unread_key(cfg: Config, part: str, here: str, known: set[str]) -> s
         places += [
             f'{name}.{key}' for name, node in read for key in node if key == part or value and node[key] == value
         ]
-        meant = f'; say {" or ".join(places[:3])}' if places else ''
-        return f'nothing reads it, it is a name that the lines of the config use{meant}'
+        meant = f' Set {" or ".join(places[:3])} instead' if places else ''
+        return f'is only a helper variable of the config file, so changing it has no effect.{meant}'
     near = get_close_matches(part, known, 1, cutoff=0.6) or get_close_matches(part, [*walk_keys(cfg)], 1, cutoff=0.9)
     if near and near[0] in known:
-        meant = f'is {here + "." if here else ""}{near[0]} meant?'
+        meant = f'did you mean {here + "." if here else ""}{near[0]}?'
     else:
         places = [name for name in walk_names(cfg) if name.split('.')[-1] == (near or [part])[0]]
         names = list_briefly(sorted(known - OF_BUILDERS)) if len(known) < 100 else ''
-        meant = f'is {places[0]} meant?' if places else f'it has {names}' if names else 'leave it out'
+        meant = f'did you mean {places[0]}?' if places else f'it has {names}' if names else 'leave it out'
     return f'nothing reads {part} in {where}; {meant}'
 
 
 def walk_names(cfg: Config) -> list[str]:
-    """The names of all settings of a config."""
+    """List the names of all settings in a config."""
     return [f'{name}.{key}' if name else key for name, node in walk({**cfg}) for key in node]
 
 
@@ -218,10 +218,10 @@ def walk_keys(cfg: Config) -> set[str]:
 
 
 def explain_config_error(error: BaseException) -> str | None:
-    """What is wrong with a config, in one line, where an exception comes of building what it names; else None.
+    """Describe the fault of a config that caused an exception; None if the config is not the cause.
 
-    The exception comes of the config if it was raised below MMEngine's build_from_cfg, or by what the runner builds
-    itself. An exception other than a ValueError that this package's own code raised there is a fault of the program.
+    The config is the cause if the exception was raised in MMEngine's build_from_cfg or the runner's builders. However,
+    an exception of this package's own code, other than a ValueError, is a bug.
     """
     if isinstance(error, ImportError) and not (error.name or '').startswith('spec_mmdet'):
         return to_one_line(error)
@@ -244,7 +244,7 @@ def explain_config_error(error: BaseException) -> str | None:
     if isinstance(error, KeyError) and (registry := frames[-1].f_locals.get('registry')):
         near = get_close_matches(str(kind), [*registry.module_dict, *(registry.parent or registry).module_dict], 1)
         if ' is not in the ' in str(error):
-            return f'config: there is no {kind} in the {registry.name} registry{suggest(near)}'
+            return f'config: {kind} is not in the {registry.name} registry{suggest(near)}'
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         near = get_close_matches(unknown[1], find_arguments(kind) or (), 1)
     name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
@@ -252,7 +252,7 @@ def explain_config_error(error: BaseException) -> str | None:
 
 
 def suggest(near: Sequence[str]) -> str:
-    return f'; is {near[0]} meant?' if near else ''
+    return f'; did you mean {near[0]}?' if near else ''
 
 
 def to_one_line(error: BaseException) -> str:

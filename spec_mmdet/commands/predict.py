@@ -1,17 +1,17 @@
-"""Predict on images, folders of images, globs and videos: pictures with masks, boxes, classes and scores, and JSON.
+"""Predict on images, folders and videos; write JSON, and pictures with masks, boxes, classes and scores.
 
     spec-mmdet predict CONFIG CHECKPOINT INPUT... [--score 0.3] [--out DIR]
 
-An INPUT is an image, a folder (the images in it, not those in its folders), a quoted glob ('images/**/*.jpg') or a
-video. In DIR, each picture has the name of its input below the folder that all inputs share, so no two collide.
+An INPUT is an image, a folder (without its subfolders), a quoted glob ('images/**/*.jpg') or a video. Pictures in DIR
+are named after the inputs, relative to their common folder.
 
-`predictions.json` is a list in COCO's results format, masks as RLE; `images.json` has the images, whose ids are 1, 2,
-3, ... in the order of the inputs, with their file names, and the categories, whose ids are 1, 2, 3, ... in the order of
-the classes. A frame of a video also has a `frame_id`, from 0. `COCO('images.json').loadRes('predictions.json')` reads
-both. (pycocotools takes an object's size from `bbox`; delete it from each result to evaluate by the masks' area.)
+`predictions.json` is a list in COCO's results format with RLE masks. `images.json` contains the images (ids 1, 2, 3, ...
+in the order of the inputs) and the categories (ids 1, 2, 3, ... in the order of the classes). Frames of a video also
+have a `frame_id` from 0. `COCO('images.json').loadRes('predictions.json')` reads both files. (pycocotools computes an
+object's size from `bbox`; delete `bbox` to use the area of the masks.)
 
-From Python, with the config that training has written beside the checkpoint (with a config of other classes MMDetection
-skips the weights that do not fit; this command reads the classes from the checkpoint):
+In Python, use the config that training wrote next to the checkpoint; with a config of other classes, MMDetection skips
+weights. (This command reads the classes from the checkpoint.)
 
     import spec_mmdet
     from mmdet.apis import DetInferencer
@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser('predict', __doc__)
     add_config(options)
     add_keep_types(options)
-    options.add_argument('checkpoint', help='a file or an http(s) address of a checkpoint, or an exported .onnx file')
-    options.add_argument('inputs', nargs='+', metavar='INPUT', help='an image, a folder, a quoted glob or a video')
-    options.add_argument('--out', type=Path, help='a folder that is empty or new (default: a new one in '
+    options.add_argument('checkpoint', help='file or URL of a checkpoint, or an exported .onnx file')
+    options.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, quoted glob or video')
+    options.add_argument('--out', type=Path, help='new or empty folder to write (default: a new one in '
                          'work_dirs/predictions)')  # fmt: skip
     options.add_argument('--score', type=float, default=0.3, help='score threshold of the results (default: 0.3)')
-    options.add_argument('--batch-size', type=int, default=1, help='pictures per forward pass (default: 1). With more, '
-                         'pictures of different sizes are padded, which changes results slightly.')  # fmt: skip
+    options.add_argument('--batch-size', type=int, default=1, help='images per forward pass (default: 1); above 1, '
+                         'images of different sizes are padded, which changes results slightly')  # fmt: skip
     options.add_argument('--device', help='for instance cpu or cuda:1 (default: a GPU if there is one)')
     options.add_argument('--no-pictures', action='store_true', help='write only the JSON files')
     args = options.parse_args(argv)
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args)
     protect(cfg, args.keep_types, running=False)
     if not {'model', 'test_dataloader'} <= cfg.keys():
-        raise InputError(f'config {args.config}: has no model and test_dataloader')
+        raise InputError(f'config {args.config}: lacks a model or test_dataloader. Use the config of a detector')
     if not 0 <= args.score <= 1 or args.batch_size < 1:
         raise InputError('--score must be from 0 to 1, and --batch-size at least 1')
     out = args.out or Path('work_dirs/predictions') / datetime.now().strftime('%Y%m%d_%H%M%S')
     if out.exists() and not is_empty(out):
-        raise InputError(f'--out {out}: is there already and not an empty folder')
+        raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     require_device(args.device)
     paths = find_inputs(args.inputs)
     inferencer = load_inferencer(cfg, args.checkpoint, args.device, args.score)
@@ -67,5 +67,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'skipped {len(files)} {kind}:', *files, sep='\n  ')
     if damaged:
         failed, first = sum(map(len, damaged.values())), next(iter(damaged.values()))[0]
-        raise InputError(f'{failed} of {len(paths)} inputs could not be decoded, first {first}; the results of the '
-                         'others are written')  # fmt: skip
+        raise InputError(f'{failed} of {len(paths)} inputs could not be decoded, first {first}. Replace them; the '
+                         'results of the others are written')  # fmt: skip

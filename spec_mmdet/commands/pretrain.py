@@ -1,4 +1,4 @@
-"""Train a classifier on SpecXCiT's blocks, whose weights a detector's backbone can start from.
+"""Train a classifier with SpecXCiT's blocks, whose weights a detector can start from.
 
     spec-mmdet pretrain pretrain_xcit_small_12_p16 --data FOLDER
     spec-mmdet convert work_dirs/pretrain_xcit_small_12_p16/epoch_400.pth backbone.pth
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from ..data.classification import SPLITS, check_class_folders, use_class_folders
     except ImportError as error:
-        raise InputError(f'pretraining needs timm: pip install timm ({error})') from error
+        raise InputError(f'pretraining needs timm. Run: pip install timm ({error})') from error
     from mmengine.dist import get_world_size
 
     from ..training.processes import decide_on_main
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def change(cfg: Config) -> None:
         if cfg.get('model', {}).get('type') != 'ImageClassifier':
-            raise InputError(f'{args.config}: trains no ImageClassifier; detectors are trained by spec-mmdet train')
+            raise InputError(f'{args.config}: has no ImageClassifier. Train detectors with "spec-mmdet train"')
         if args.data:
             use_class_folders(cfg, args.data)
         set_schedule(cfg, args.epochs, args.batch_size, args.lr, args.auto_scale_lr)
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             classes = check_class_folders(cfg, not args.no_check, get_world_size())
             print(f'{len(classes)} classes: {list_briefly(classes)}')
             if known and list(known) != classes:
-                raise InputError(f'the checkpoint is of {len(known)} other classes than the data ({len(classes)})')
+                raise InputError(f'the checkpoint has {len(known)} classes that differ from the {len(classes)} of the '
+                                 'data. Use the same data, or start a new training')  # fmt: skip
             return len(classes)
 
         cfg.model.backbone.num_classes = decide_on_main(check)

@@ -1,8 +1,8 @@
-"""Evaluate a detector with COCO's box and mask AP, after checking all of its inputs.
+"""Evaluate a detector with COCO's box and mask AP, after checking its inputs.
 
     spec-mmdet test xcit_spec_maskrcnn CHECKPOINT --data FOLDER --report DIR
 
-The options are those of MMDetection's script, and --data and --report.
+The command has the options of MMDetection's script, and also --data and --report.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .common import add_run_options, load_run_config, parser
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser('test', __doc__)
     add_run_options(options)
-    options.add_argument('checkpoint', help='a checkpoint of the detector')
-    options.add_argument('--report', type=Path, metavar='DIR', help='write a page with the results to this folder')
+    options.add_argument('checkpoint', help='file or URL of a checkpoint')
+    options.add_argument('--report', type=Path, metavar='DIR', help='write an HTML report to this folder')
     options.add_argument('--out', type=Path, metavar='FILE', help='write the predictions to this .pkl file')
     options.add_argument('--show', action='store_true', help='show the predictions in a window')
     options.add_argument(
         '--show-dir', type=Path, metavar='DIR', help='write pictures of the predictions to this folder'
     )
-    options.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows each picture (default: '
+    options.add_argument('--wait-time', type=float, default=2, help='seconds for each picture of --show (default: '
                          '2)')  # fmt: skip
     options.add_argument('--tta', action='store_true', help='test-time augmentation: merge the predictions on each '
                          'image and its mirror image')  # fmt: skip
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.out and args.out.suffix not in ('.pkl', '.pickle'):
         raise InputError(f'--out {args.out}: the name must end in .pkl or .pickle')
     if args.show_dir:
-        # MMDetection puts a relative one below the work directory, and each batch's below the last one's.
+        # MMDetection resolves a relative folder for each batch anew, relative to that of the previous batch.
         args.show_dir = str(args.show_dir.resolve())
     return args
 
@@ -44,11 +44,12 @@ def require_measured(metrics: dict[str, float]) -> None:
     """Check that there were objects to evaluate on.
 
     Raises:
-        InputError: if an AP is -1, pycocotools' value for no object.
+        InputError: if an AP is -1, pycocotools' value without objects.
     """
     undefined = [name for name, value in metrics.items() if name.endswith('_mAP') and value == -1]
     if undefined:
-        raise InputError(f'{list_briefly(undefined)} is -1: there is no object to evaluate on (crowds do not count)')
+        raise InputError(f'{list_briefly(undefined)} is -1, because there are no objects (crowds do not count). Check '
+                         'the classes and annotations with "spec-mmdet prepare"')  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

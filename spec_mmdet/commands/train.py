@@ -1,11 +1,12 @@
-"""Train a detector, after checking all of its inputs.
+"""Train a detector, after checking its inputs.
 
     spec-mmdet train xcit_spec_maskrcnn --data FOLDER --auto-scale-lr
 
-The options are those of MMDetection's script, and --data, --preset, --epochs, --batch-size, --image-size and --lr,
-which change every place of the config that they concern; --cfg-options come after them.
-SIGTERM and Ctrl-C save after the current iteration and exit with status 143 or 130; a second signal exits at once.
---resume continues exactly there.
+The command has the options of MMDetection's script, and also --data, --preset, --epochs, --batch-size, --image-size and
+--lr, which change all related settings of the config. --cfg-options are applied last.
+
+SIGTERM and Ctrl-C save a checkpoint after the current iteration and exit with status 143 or 130; a second signal exits
+at once. --resume continues exactly there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(options)
     add_training_options(options)
     options.add_argument('--image-size', type=positive(int), metavar='N', help='shorter side of a test image in '
-                         "pixels; training's sizes and crops are scaled with it (default: the config's)")  # fmt: skip
-    options.add_argument('--preset', choices=PRESETS, help="a schedule that replaces the config's: finetune is for "
-                         'pretrained weights')  # fmt: skip
+                         "pixels; sizes and crops for training are scaled with it (default: the config's)")  # fmt: skip
+    options.add_argument('--preset', choices=PRESETS, help="schedule for pretrained weights that replaces the "
+                         "config's (default: none)")  # fmt: skip
     return options.parse_args(argv)
 
 

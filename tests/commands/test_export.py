@@ -63,7 +63,7 @@ def test_exported_backbone_computes_the_same(monkeypatch, config, conditioned, t
     assert metadata['mean'] == [123.675, 116.28, 103.53] and metadata['std'] == [58.395, 57.12, 57.375]
     assert metadata['channels'] == 'RGB' and metadata['strides'] == [4, 8, 16, 32]
     assert metadata['conditioning'] == "dict(type='identity', lam=10)"
-    assert 'is there already' in error_line(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
+    assert 'exists already' in error_line(monkeypatch, 'export', config, checkpoint, out, *LAMBDA)
 
 
 def test_a_wrong_export_is_rejected_and_not_written(monkeypatch, config, conditioned, tmp_path):
@@ -84,7 +84,7 @@ def test_a_wrong_export_is_rejected_and_not_written(monkeypatch, config, conditi
 
     monkeypatch.setattr(onnxruntime, 'InferenceSession', Zeros)
     args = [config, conditioned[1], tmp_path / 'backbone.onnx', *LAMBDA]
-    assert 'it does not compute what the backbone does' in error_line(monkeypatch, 'export', *args)
+    assert 'its features differ' in error_line(monkeypatch, 'export', *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,7 +101,7 @@ def test_unusable_inputs(monkeypatch, config, conditioned, trained, tmp_path):
         ([config, alone, out, *LAMBDA], 'lacks fpn1'),
         ([config, checkpoint, out], 'made with conditioning'),
         ([config, checkpoint, out, '--backbone'], 'made with conditioning'),
-        ([config, checkpoint, out, '--backbone', '--images', out.parent], 'not compared of a --backbone'),
+        ([config, checkpoint, out, '--backbone', '--images', out.parent], 'cannot be combined'),
         ([CONFIG, whole, out, '--images', out.parent], 'no such file or folder'),
         ([CONFIG, whole, out, '--cfg-options', 'model.test_cfg.rcnn.nms.type=soft_nms'], 'soft_nms'),
         ([config, checkpoint, out, *LAMBDA, 'model.backbone.arch.depth=7'], 'does not fit'),

@@ -111,7 +111,7 @@ def test_a_config_may_take_some_of_the_classes(good):
         cfg[f'{loop}_dataloader'].dataset.metainfo = dict(classes=('nut',))
     assert check_inputs(cfg, ('train', 'val')) == ['nut']
     cfg.train_dataloader.dataset.metainfo = dict(classes=('nut', 'washer'))
-    with pytest.raises(InputError, match='it lacks washer'):
+    with pytest.raises(InputError, match='missing: washer'):
         check_inputs(cfg, ('train', 'val'))
 
 
@@ -295,7 +295,7 @@ def test_faulty_items_are_listed_and_dropped(monkeypatch, spoilt, tmp_path, caps
     rows = [row for row in csv.DictReader(listing.open(encoding='utf-8')) if row['level'] == 'left out']
     assert len(rows) == 4
     assert [row['annotation'] for row in rows if 'area' in row['kind']] == [str(val['annotations'][9]['id'])]
-    assert [row['image'] for row in rows if 'decoded' in row['kind']] == [first_image(spoilt).name]
+    assert [row['image'] for row in rows if 'truncated' in row['kind']] == [first_image(spoilt).name]
     gone = [{train['images'][0]['id']}, set()]
     if option == '--drop':  # an omitted object would become background in its image
         gone[0].add(train['annotations'][-2]['image_id'])

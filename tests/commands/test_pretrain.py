@@ -119,7 +119,7 @@ def test_unusable_pretraining_data_is_rejected(monkeypatch, crops, tmp_path):
     def refused(config: str = CONFIG, *more) -> str:
         return error_line(monkeypatch, 'pretrain', config, '--data', data, *options(tmp_path / 'work', *more))
 
-    assert 'detectors are trained by spec-mmdet train' in refused('xcit_maskrcnn')
+    assert '"spec-mmdet train"' in refused('xcit_maskrcnn')
     assert 'lacks the folder train/' in refused()
     shutil.copytree(crops, data)
     assert 'batch size of 64' in refused(CONFIG, '--batch-size', '64')

@@ -43,7 +43,7 @@ def test_inputs_that_cannot_be_published(monkeypatch, trained):
     for args, says in (
         (['absent.pth'], 'no such file'),
         ([trained / 'epoch_1.pth', '--config', 'absent.py'], '--config absent.py: no such file'),
-        ([trained / 'epoch_1.pth', '--out', trained], 'not an empty folder'),
+        ([trained / 'epoch_1.pth', '--out', trained], 'not empty'),
     ):
         assert says in error_line(monkeypatch, 'publish', *args)
 

@@ -282,7 +282,7 @@ def test_analyze_conditioning_of_third_party_attention(monkeypatch, tmp_path, ca
     run_tool(monkeypatch, 'analyze', config, '--images', tmp_path, '--out', tmp_path / 'out')
     printed = capsys.readouterr().out
     assert printed.count('w_msa.qkv') == 3 * 5
-    assert 'known for XCA layers alone' in printed
+    assert 'only for XCA layers' in printed
 
 
 def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
@@ -295,8 +295,8 @@ def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):
             [CONFIG, detector, '--cfg-options', 'model.backbone.arch.depth=7'],
             'does not fit',
         ),
-        ([CONFIG, '--images', tmp_path], 'no folder with images'),
-        ([CONFIG, '--images', tmp_path / 'absent'], 'no folder with images'),
+        ([CONFIG, '--images', tmp_path], 'contains no images'),
+        ([CONFIG, '--images', tmp_path / 'absent'], 'contains no images'),
         ([CONFIG, '--max-images', '0'], 'at least 1'),
         ([ROOT / 'configs' / '_base_' / 'coco_3x.py'], 'no model with a backbone'),
     ):
