@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# By these names attention modules hold what normalises queries and keys, or scales the logits once they are normalised.
+# Names of parts that normalise queries and keys in attention modules, or scale the logits after the normalisation.
 _NORMALISED = {'temperature', 'logit_scale', 'q_norm', 'k_norm', 'norm_q', 'norm_k', 'q_layernorm', 'k_layernorm'}
 
 
 def is_trained(model: nn.Module) -> bool | None:
-    """Whether a model's weights have been trained; None if unknown.
+    """Return whether a model's weights have been trained; None if unknown.
 
     Initialisation gives all channels of a normalisation layer the same weight and the same bias, and training changes
     them. For a model without trainable normalisation layers the answer is unknown.
@@ -29,14 +29,14 @@ def is_trained(model: nn.Module) -> bool | None:
 
 
 def normalises_queries(attention: nn.Module) -> bool:
-    """Whether an attention module normalises queries and keys, as XCA and Swin V2 do; then no C saturates it."""
+    """Return whether an attention module normalises queries and keys (XCA, Swin V2), so that no C saturates it."""
     parts = {name: part for name, part in attention.named_children() if not isinstance(part, nn.Identity)}
     return bool(_NORMALISED & {*parts, *dict(attention.named_parameters(recurse=False))})
 
 
 @torch.no_grad()
 def count_effective_keys(W_Q: Tensor, W_K: Tensor, heads: int, tokens: int = 197) -> float:
-    """Mean number of keys that a query of softmax(Q K^T / sqrt(d)) attends to: exp of the entropy of its row.
+    """Compute the mean number of keys that a query of softmax(Q K^T / sqrt(d)) attends to (exp of its entropy).
 
     Near 1 the softmax is saturated, and passes no gradient to queries and keys.
 

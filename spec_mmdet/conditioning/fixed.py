@@ -66,8 +66,8 @@ class Corrections(dict[str, Corrected]):
                 as its ``optimizer``, as Accelerate's and MMEngine's do.
 
         Raises:
-            InputError: if the optimiser has none of the corrected weights or keeps their corrections fixed already, is
-                none of torch's, or calls no step hooks (timm's Lookahead).
+            InputError: if the optimiser has no corrected weights or keeps their corrections fixed already, is not a
+                torch.optim.Optimizer, or calls no step hooks (timm's Lookahead).
         """
         while hasattr(optimizer, 'optimizer'):
             optimizer = optimizer.optimizer

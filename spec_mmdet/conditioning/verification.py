@@ -181,7 +181,7 @@ def change_and_verify(changes: Changes, runs: list[Run]) -> None:
 
 
 def _are_close(expected: object, actual: object) -> bool:
-    """Whether all floating-point tensors in two outputs are equal, up to rounding."""
+    """Return whether all floating-point tensors in two outputs are equal up to rounding."""
     pairs = zip(tree_leaves(expected), tree_leaves(actual))
     for x, y in ((x, y) for x, y in pairs if isinstance(x, Tensor) and x.is_floating_point()):
         tolerance = _TOLERANCE.get(x.dtype, 1e-3) * max(

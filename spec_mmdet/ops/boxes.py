@@ -11,7 +11,7 @@ from .precision import widen
 
 
 def _single(threshold: float) -> float:
-    """A threshold as mmcv compares with it: boxes that overlap by exactly 0.7 in single precision are at it."""
+    """Round a threshold to single precision, as mmcv does in its comparisons."""
     return float(np.float32(threshold))
 
 
@@ -92,7 +92,7 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """The groups of non-maximum suppression: each box kept, and behind it those that it suppresses, by falling score.
+    """Return the groups of non-maximum suppression: each kept box, then the boxes it suppresses, by falling score.
 
     Args:
         dets: (n, 5), x1 y1 x2 y2 and the score.

@@ -1,6 +1,6 @@
-"""The focal loss (arXiv 1708.02002) of sigmoids and of a softmax, and its derivative.
+"""Focal loss (arXiv 1708.02002) of sigmoids and of a softmax, and its derivative.
 
-Both in closed form: autograd's has no value where a well-classified example's probability rounds to 1 and gamma < 1.
+Both are in closed form: autograd returns NaN if a probability rounds to 1 and gamma < 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .precision import widen
 
 
 def _row_weights(weight: Tensor, target: Tensor) -> Tensor | float:
-    """The weight of each row's class, shape (n, 1); 1 where it has none, for which mmcv's kernels read anywhere."""
+    """Return the weight of each row's class, shape (n, 1); 1 if it has none (mmcv's kernels read out of bounds)."""
     if not weight.numel():
         return 1.0
     is_class = (target >= 0) & (target < len(weight))
@@ -21,9 +21,9 @@ def _row_weights(weight: Tensor, target: Tensor) -> Tensor | float:
 
 
 def _sigmoids(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """For each logit p, log p, 1 - p, log (1 - p) and whether its class is the row's."""
+    """Return p, log p, 1 - p, log (1 - p) of each logit, and whether its class is that of the row."""
     classes = input.shape[1]
-    if target.device.type == 'cpu' and target.numel() and target.max() > classes:  # a GPU would be waited for
+    if target.device.type == 'cpu' and target.numel() and target.max() > classes:  # on a GPU this would synchronise
         raise ValueError(f'a target of the focal loss is {target.max()}, but there are {classes} classes')
     (x,) = widen(input)
     is_target = target[:, None] == torch.arange(classes, device=target.device)
@@ -37,10 +37,8 @@ def sigmoid_focal_loss_forward(
 
     Args:
         input: logits, shape (n, classes).
-        target: the class of each row, shape (n,); the number of classes, or -1, where it is none of them, and each is a
-            negative.
-        weight: of the classes, shape (classes,): each row counts by that of its class, once where it has none; or
-            empty.
+        target: class of each row, shape (n,). For the number of classes or -1, the row is a negative of each class.
+        weight: weights of the classes, shape (classes,), or empty; rows without class have weight 1.
         output: shape (n, classes).
         gamma: exponent that makes well-classified examples count less.
         alpha: weight of the target, 1 - alpha of the other classes.
@@ -57,7 +55,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivative of each loss by its logit into ``grad_input``, shape (n, classes)."""
+    """Write the derivative of each loss with respect to its logit into ``grad_input``, shape (n, classes)."""
     p, log_p, q, log_q, is_target = _sigmoids(input, target)
     positive = -alpha * q**gamma * (q - gamma * p * log_p)
     negative = (alpha - 1) * p**gamma * (gamma * q * log_q - p)
@@ -65,7 +63,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _softmax_of_target(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row p of its class, log p, and whether it has one, each of shape (n, 1)."""
+    """Return p and log p of each row's class, and whether it has one, each of shape (n, 1)."""
     (softmax,) = widen(softmax)
     has_class = target[:, None] >= 0
     p = softmax.gather(1, target[:, None].clamp(min=0))
@@ -79,8 +77,8 @@ def softmax_focal_loss_forward(
 
     Args:
         input: probabilities, the softmax of the logits, shape (n, classes).
-        target: the class of each row, shape (n,); below 0 where it is to be ignored, and its loss is 0.
-        weight: of the classes, shape (classes,), or empty.
+        target: class of each row, shape (n,); rows below 0 are ignored, with a loss of 0.
+        weight: weights of the classes, shape (classes,), or empty.
         output: shape (n,).
         gamma: exponent that makes well-classified examples count less.
         alpha: weight of the loss.
@@ -93,12 +91,12 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivative of each row's loss by its logits into ``grad_input``, shape (n, classes).
+    """Write the derivative of each row's loss with respect to its logits into ``grad_input``, shape (n, classes).
 
-    ``buff``, shape (n,), is mmcv's own scratch, and is left alone.
+    ``buff``, shape (n,), is mmcv's scratch memory and stays unused.
     """
     p, log_p, has_class = _softmax_of_target(input, target)
-    # log p / (1 - p) tends to -1 for p to 1, where it is 0 / 0.
+    # log p / (1 - p) tends to -1 for p -> 1, where it is 0 / 0.
     ratio = torch.where(p < 1, log_p / (1 - p), -1)
     by_log_p = alpha * (1 - p) ** gamma * (gamma * p * ratio - 1) * _row_weights(weight, target)
     is_target = target[:, None] == torch.arange(input.shape[1], device=target.device)

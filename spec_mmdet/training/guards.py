@@ -33,19 +33,19 @@ NORM = 'train/grad_norm'  # where MMEngine logs it
 
 @HOOKS.register_module()
 class CheckpointGuard(Hook):
-    """Stop when a checkpoint does not fit the model, where MMEngine would warn and go on with random weights.
+    """Hook that stops if a checkpoint does not fit the model; MMEngine would only warn and keep random weights.
 
-    A test or a resumed training needs every weight. A new training that starts from a checkpoint (``load_from``)
-    needs the backbone's; its heads may be made for other classes.
+    Tests and resumed trainings need all weights. A new training from a checkpoint (``load_from``) needs only those of
+    the backbone, because its heads may have different classes.
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint with the runner's model.
 
         Raises:
-            InputError: where they do not fit.
+            InputError: if they do not fit.
         """
-        # MMEngine runs it as Python when it resumes.
+        # MMEngine would run the config as Python code when resuming.
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
             checkpoint['meta'].pop('config', None)
         model = unwrap_model(runner)
@@ -56,24 +56,24 @@ class CheckpointGuard(Hook):
         fine_tuning = is_training(runner) and not is_resuming(runner)
         faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
-            raise InputError(f'{name} does not fit the configured model: {faults}')
+            raise InputError(f'{name} does not fit the configured model: {faults}. Use the config of its training')
         if is_training(runner) and is_resuming(runner):
             apply_configured_schedule(runner, checkpoint)
 
 
 @HOOKS.register_module()
 class FiniteGuard(Hook):
-    """Stop a training whose loss or gradient is not finite, before anything of it is saved.
+    """Hook that stops a training with a non-finite loss or gradient before a checkpoint is saved.
 
-    In mixed precision with a loss scale, a step whose gradient overflows is left out, and the scale becomes lower: only
-    ``patience`` such iterations in a row stop the training. Their infinite numbers are left out of the logged means,
-    which JSON could not hold.
+    With a loss scale (mixed precision), a step whose gradient overflows is skipped and the scale is reduced. Only
+    ``patience`` such iterations in a row stop the training. They are excluded from the logged means, because JSON has
+    no infinity.
 
     Args:
-        patience: how many iterations.
+        patience: number of iterations.
     """
 
-    priority = 'HIGHEST'  # before MMEngine takes the figures from the GPU one by one
+    priority = 'HIGHEST'  # before MMEngine copies the losses from the GPU one by one
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
@@ -81,19 +81,18 @@ class FiniteGuard(Hook):
         self.stepped = False
 
     def before_train(self, runner: Runner) -> None:
-        """Take note of the optimiser's steps; of one that is left out nothing else tells."""
+        """Register a hook for the optimiser's steps, which detects skipped ones."""
         if is_scaled(runner):
             runner.optim_wrapper.optimizer.register_step_post_hook(self._note_step)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, *args) -> None:
-        self.stepped = not getattr(optimizer, 'found_inf', False)  # by which a fused one leaves it out itself
+        self.stepped = not getattr(optimizer, 'found_inf', False)  # a fused optimiser skips the step itself
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Look at this iteration's numbers, which ``outputs`` holds as plain ones afterwards.
+        """Check this iteration's losses and gradient; converts ``outputs`` to floats.
 
         Raises:
-            InputError: where one is not finite. It names the images and the last good checkpoint, and where the batch
-                was written.
+            InputError: if a number is not finite, with the images, the last good checkpoint and the file of the batch.
         """
         figures = to_floats(outputs or {})
         if outputs:
@@ -136,17 +135,17 @@ def is_scaled(runner: Runner) -> bool:
 
 
 def advise(runner: Runner) -> str:
-    """Return what may keep a runner's numbers finite."""
+    """Return advice to keep a runner's numbers finite."""
     if not is_scaled(runner) or runner.optim_wrapper.cast_dtype == torch.bfloat16:
-        return 'A lower learning rate or optim_wrapper.clip_grad may help.'
+        return 'Try a lower learning rate or optim_wrapper.clip_grad'
     return (
-        'float16 ends at 65504: --cfg-options optim_wrapper.dtype=bfloat16 has the range of float32, and without --amp '
-        'the training runs in float32; a fixed optim_wrapper.loss_scale may be too high.'
+        'float16 ends at 65504. Try --cfg-options optim_wrapper.dtype=bfloat16, leave out --amp, or reduce a fixed '
+        'optim_wrapper.loss_scale'
     )
 
 
 def to_floats(figures: dict[str, Tensor | float]) -> dict[str, float]:
-    """Figures as plain numbers, taken from the GPU all at once."""
+    """Convert losses to floats with a single copy from the GPU."""
     tensors = {name: value.detach().float().reshape(()) for name, value in figures.items() if torch.is_tensor(value)}
     if not tensors:
         return figures
@@ -156,18 +155,16 @@ def to_floats(figures: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def end_worker(error: Exception, content: object) -> None:
-    """End a loader's worker that cannot hand over what it has loaded, as where shared memory is full.
+    """Exit a data-loader worker that cannot send a batch, for instance because shared memory is full.
 
-    It would go on without it, and the training wait.
+    Otherwise the worker would continue, and training would wait for the batch.
     """
-    os.write(2, f'a worker that loads images ends: {str(error).partition(chr(10))[0]}\n'.encode())
+    os.write(2, f'a data-loader worker exits: {str(error).partition(chr(10))[0]}\n'.encode())
     os._exit(1)
 
 
 class WorkerStart:
-    """Function that a loader's worker calls at its start: it ignores SIGINT, ends with its parent process, and exits if
-    it cannot send a batch.
-    """
+    """Start-up function of a data-loader worker: ignore SIGINT, end with the parent process, exit if sending fails."""
 
     def __init__(self, then: object) -> None:
         self.then = then
@@ -184,10 +181,10 @@ class WorkerStart:
 
 @HOOKS.register_module()
 class LoaderGuard(Hook):
-    """End the workers of loaders with their parent process, and time out if one hangs.
+    """Hook that ends data-loader workers with their parent process, and times out if one hangs.
 
     Args:
-        timeout: seconds to wait for a batch, after which the run ends with an error.
+        timeout: seconds to wait for a batch before the run ends with an error.
     """
 
     def __init__(self, timeout: float = 600) -> None:
@@ -201,15 +198,15 @@ class LoaderGuard(Hook):
 
 
 def find_loaders(runner: Runner) -> list[DataLoader]:
-    """The loaders with workers that a runner has made."""
+    """List a runner's data loaders with workers."""
     loaders = (getattr(loop, 'dataloader', None) for loop in get_built_loops(runner))
     return [loader for loader in loaders if isinstance(loader, DataLoader) and loader.num_workers]
 
 
 def end_workers(runner: Runner) -> None:
-    """End the workers that a runner's loaders have kept.
+    """End the persistent workers of a runner's loaders.
 
-    Those that are collected with it, in a reference cycle, are told so by nobody, and PyTorch waits 5 seconds for each.
+    If they were only garbage-collected with the runner, PyTorch would wait 5 seconds for each.
     """
     for loader in find_loaders(runner):
         end_loader_workers(loader)

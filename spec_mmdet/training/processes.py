@@ -1,4 +1,4 @@
-"""Processes that train together: connect them, let the main one decide for all, and disconnect them."""
+"""Connect the processes of distributed training, make decisions in the main one, and disconnect them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from ..errors import InputError
 
 T = TypeVar('T')
 
-# How long processes wait for the main one, which may verify large files. One that has ended is noticed at once.
-PATIENCE = timedelta(hours=2)
+PATIENCE = timedelta(hours=2)  # timeout of waiting for the main process, which may verify large files
 STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
 _waiting: list[torch.distributed.ProcessGroup] = []
 
 
 def connect_processes(cfg: Config) -> None:
-    """Initialise the process group as ``launcher`` and ``env_cfg`` of a config describe it, if there is one.
+    """Initialise the process group from ``launcher`` and ``env_cfg`` of a config, if there is a launcher.
 
-    From here on :func:`mmengine.dist.is_main_process` holds; MMEngine's runner keeps the group.
+    Afterwards :func:`mmengine.dist.is_main_process` is valid, and MMEngine's runner uses this group.
 
     Raises:
         InputError: if the launcher's environment variables are not set.
@@ -50,7 +49,7 @@ def connect_processes(cfg: Config) -> None:
         name = re.search('[A-Z][A-Z_]+', str(error))[0]
         raise InputError(
             f'--launcher {cfg.launcher}: the environment variable {name} is not set. Set it, or start the processes '
-            f'with {STARTERS[cfg.launcher]}.'
+            f'with {STARTERS[cfg.launcher]}'
         ) from error
     finally:
         torch.cuda.set_device = select_gpu
@@ -58,21 +57,21 @@ def connect_processes(cfg: Config) -> None:
 
 
 def get_waiting_group() -> torch.distributed.ProcessGroup:
-    """Return the group, of all processes, in which they wait for the main one for :data:`PATIENCE`."""
+    """Return the group of all processes whose timeout is :data:`PATIENCE`."""
     if not _waiting:
         _waiting.append(torch.distributed.new_group(timeout=PATIENCE, backend='gloo'))
     return _waiting[0]
 
 
 def start_max(number: torch.Tensor) -> torch.distributed.Work:
-    """Start to replace a tensor on the CPU by the largest one of all processes, and return what can be waited for."""
+    """Start replacing a CPU tensor by its maximum over all processes; return the handle to wait for."""
     return torch.distributed.all_reduce(
         number, torch.distributed.ReduceOp.MAX, group=get_waiting_group(), async_op=True
     )
 
 
 def decide_on_main(decide: Callable[[], T]) -> T:
-    """Run a function in the main process alone, and return its result in all processes.
+    """Run a function only in the main process, and return its result in all processes.
 
     If it raises an exception, the main process raises it and the others exit with status 1 and without a message.
 

@@ -47,13 +47,13 @@ def find_checkpoints(folder: Path, cfg: Config | None = None) -> list[Path]:
         if isinstance(hook, dict) and is_kind_of(hook, HOOKS, CheckpointHook):
             work = os.path.abspath(folder)
             if hook.get('out_dir') and hook['out_dir'] != work:
-                folders.add(Path(hook['out_dir'], os.path.basename(work)))  # as MMEngine does
+                folders.add(Path(hook['out_dir'], os.path.basename(work)))  # MMEngine's convention
             templates.add(hook.get('filename_tmpl') or INTERRUPTED)
     return sorted({path for place in folders for template in templates for path in match_template(place, template)})
 
 
 def match_template(folder: Path, template: str) -> Iterator[Path]:
-    """Yield the files in a folder whose names are a format string's with a number."""
+    """Yield the files in a folder whose names are a format string filled with a number."""
     parts = re.split(r'\{[^}]*\}', template)
     name = re.compile(r'\d+'.join(map(re.escape, parts)))
     for path in folder.glob('*'.join(map(glob.escape, parts))):
@@ -97,7 +97,7 @@ def find_newest_checkpoint(folder: Path, cfg: Config | None = None) -> Path | No
         return newest
     if faults:
         raise InputError(
-            f'{folder}: all {len(faults)} checkpoints are corrupt; training was not started. Use another --work-dir.'
+            f'{folder}: all {len(faults)} checkpoints are corrupt; training was not started. Use another --work-dir'
         )
     print(f'{folder}: no checkpoint to resume from; training starts')
     return None
@@ -114,8 +114,8 @@ def require_no_checkpoints(folder: Path, cfg: Config | None = None) -> None:
     if paths := find_checkpoints(folder, cfg):
         names = list_briefly([path.name for path in paths])
         raise InputError(
-            f'{paths[0].parent}: holds a training already ({names}). Continue it with --resume, or '
-            'use another --work-dir.'
+            f'{paths[0].parent}: contains a training already ({names}). Continue it with --resume, or use another '
+            '--work-dir'
         )
 
 
@@ -123,7 +123,7 @@ def explain_resume_errors(runner: Runner) -> None:
     """Turn every exception that MMEngine raises for a checkpoint's training state into a one-line InputError."""
     load_or_resume = runner.load_or_resume
 
-    def load_or_resume_or_say_why() -> None:
+    def load_or_explain() -> None:
         try:
             load_or_resume()
         except (InputError, OSError):
@@ -131,17 +131,17 @@ def explain_resume_errors(runner: Runner) -> None:
         except Exception as error:
             reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:200]
             raise InputError(
-                f'checkpoint {get_load_path(runner)}: training cannot resume from it ({reason})'
+                f'checkpoint {get_load_path(runner)}: training cannot resume from it ({reason}). Use an earlier one'
             ) from error
 
-    runner.load_or_resume = load_or_resume_or_say_why
+    runner.load_or_resume = load_or_explain
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a work directory, which is created, for one training; remove temporary files that a killed one left.
+    """Create and lock a work directory for one training; remove temporary files of killed trainings.
 
-    On a file system without locks it prints a warning instead.
+    On a file system without locks, print a warning instead.
 
     Raises:
         InputError: if another training holds the lock, or the directory cannot be written.
@@ -150,7 +150,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / '.lock').open('a+')
     except OSError as error:
-        raise InputError(f'{folder}: cannot be written ({error.strerror})') from error
+        raise InputError(f'{folder}: cannot be written ({error.strerror}). Use another --work-dir') from error
     with lock:
         try:
             if fcntl is None:
@@ -161,7 +161,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 lock.seek(0)
                 raise InputError(
                     f'{folder}: another training is writing there ({lock.read() or "unknown"}). Wait for its end, or '
-                    'use another --work-dir.'
+                    'use another --work-dir'
                 ) from error
             print(f'warning: {folder}: cannot be locked ({error.strerror}). Start no other training with this '
                   '--work-dir.', file=sys.stderr)  # fmt: skip

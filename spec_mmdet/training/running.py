@@ -38,17 +38,16 @@ from .runners import QuietRunner, WholeConfigRunner
 from .saving import stop_on_signals
 from .terminal import Terminal
 
-RESUME = 'Fix this, then continue from the last checkpoint with --resume.'
+RESUME = 'Fix this, then continue from the last checkpoint with --resume'
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # Parts of the messages of PyTorch (OutOfMemoryError, AcceleratorError), cuBLAS, cuDNN and NCCL.
 OUT_OF_MEMORY = re.compile('out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator')
 # Parts of PyTorch's messages about faults outside the program, and what they mean.
 TROUBLES = {
-    'DataLoader worker': 'a worker that loads images has died, often from lack of memory or shared memory (df '
-    '/dev/shm; docker run --shm-size=8g gives a container more; --cfg-options train_dataloader.num_workers=0 needs '
-    'none)',
-    'DataLoader timed out': 'no worker has loaded images within the time limit: a disk does not answer, or a process '
-    'is stopped',
+    'DataLoader worker': 'a data-loader worker died, often for lack of memory or shared memory (check df /dev/shm; use '
+    'docker run --shm-size=8g or --cfg-options train_dataloader.num_workers=0)',
+    'DataLoader timed out': 'no data-loader worker has sent a batch within the time limit, because a disk does not '
+    'answer or a process is stopped',
     'Timed out waiting': 'another process has not answered within env_cfg.dist_cfg.timeout: it hangs, or has ended',
     'Connection closed by peer': 'another process has ended',
     'Connection reset by peer': 'another process has ended',
@@ -62,14 +61,14 @@ TROUBLES = {
 
 
 def read_classes(path: str, resume: bool = False) -> list[str] | None:
-    """Verify a detector's checkpoint and return its classes, or None if it does not state them.
+    """Verify a detector's checkpoint and return its classes, or None if it contains none.
 
     Args:
-        path: a file, or an address.
+        path: file or URL.
         resume: whether a training resumes from it.
 
     Raises:
-        InputError: if it cannot be read, is not a detector's, or lacks the state that a training needs.
+        InputError: if it cannot be read, is not a detector's, or lacks the state for resuming.
     """
     content = load(path, mmap=True)
     get_state_dict(content, f'checkpoint {path}')
@@ -82,10 +81,10 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
     """Check in the main process the data that a run reads, and adapt the config to it; changes ``cfg``.
 
     Args:
-        cfg: the whole config.
-        loops: the parts that the run uses, of 'train', 'val' and 'test'; the first one's data set states the classes.
-        classes: what they must be, if that is known.
-        thorough: whether to check annotations and images one by one.
+        cfg: the complete config.
+        loops: loops of the run, of 'train', 'val' and 'test'; the first one's data set defines the classes.
+        classes: the required classes, if known.
+        thorough: whether to check each annotation and image.
     """
 
     def adapt(config: Config, found: Sequence[str] | None, check: bool) -> Sequence[str] | None:
@@ -124,20 +123,20 @@ def scale_learning_rate(cfg: Config) -> None:
     """Make the runner scale the learning rate by the total batch size; changes ``cfg``.
 
     Raises:
-        InputError: if the config does not state the batch size that its learning rate assumes.
+        InputError: if the config does not define the batch size that its learning rate assumes.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise InputError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the total batch size that '
-                         'its learning rate assumes. Set it with --cfg-options.')  # fmt: skip
+                         'its learning rate assumes. Set it with --cfg-options')  # fmt: skip
     cfg.auto_scale_lr.enable = True
 
 
 def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
-    """Build MMEngine's runner, or the one that the config names.
+    """Build MMEngine's runner, or the config's own.
 
     Args:
-        cfg: the whole config.
-        terminal: shows the run, and is entered; by default MMEngine's whole log is shown.
+        cfg: the complete config.
+        terminal: an entered :class:`Terminal` that shows the run; by default the complete log is shown.
     """
     kind = WholeConfigRunner if terminal is None else QuietRunner
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else kind.from_cfg(cfg)
@@ -149,7 +148,7 @@ def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn known runtime errors into one-line InputErrors, and leave the process group at the end."""
-    logging.raiseExceptions = False  # or every record that a full disk cannot take would be a traceback
+    logging.raiseExceptions = False  # on a full disk, every log record would print a traceback
     try:
         yield
     except InputError as error:  # one from a loader's worker contains that process's traceback
@@ -187,11 +186,11 @@ def train(
     verbose: bool = False,
     save_on_signals: bool = True,
 ) -> None:
-    """Train what a config describes, from the start or from a checkpoint; all processes call it.
+    """Train from the start or from a checkpoint; all processes call this function.
 
     Args:
-        cfg: the whole config; changed.
-        adapt: checks the data and sets the classes in the config, given those of the checkpoint or None.
+        cfg: the complete config; changed.
+        adapt: function that checks the data and sets the classes in the config, given those of the checkpoint or None.
         resume: a checkpoint, or 'auto' for the newest intact one in the work directory.
         amp: whether to train in mixed precision.
         auto_scale_lr: whether to scale the learning rate by the total batch size.
@@ -199,7 +198,7 @@ def train(
         save_on_signals: whether the config's checkpoint hook saves and stops on SIGTERM and SIGINT.
 
     Raises:
-        InputError: if an input cannot be used, or the training fails for a known reason.
+        InputError: if an input is invalid, or the training fails for a known reason.
     """
     work = Path(cfg.work_dir)
 

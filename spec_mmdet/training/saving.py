@@ -1,4 +1,4 @@
-"""Saving that cannot lose a training: whole files, before the old ones go, when they are due or on a signal."""
+"""Save checkpoints atomically, before old ones are removed, at the configured steps and on signals."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from ..errors import InputError, list_briefly
 from ..files import write
 from .processes import start_max
 
-INTERRUPTED = 'interrupted.pth'  # what a signal leaves
-PROMPT = timedelta(minutes=10)  # how long processes wait for each other before they agree on a signal
-EVALUATED = 'last_evaluation'  # the last epoch (or iteration, without epochs) whose evaluation has ended
+INTERRUPTED = 'interrupted.pth'  # the checkpoint saved on a signal
+PROMPT = timedelta(minutes=10)  # timeout for agreeing on a signal
+EVALUATED = 'last_evaluation'  # file with the last evaluated epoch (or iteration, without epochs)
 
 _received: list[int] = []
 
 
 def unwrap_model(runner: Runner) -> nn.Module:
-    """The runner's model, without the wrapper of distributed training."""
+    """Return the runner's model without the wrapper of distributed training."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
@@ -53,8 +53,8 @@ def stop_on_signals() -> Iterator[None]:
         if _received:
             os._exit(128 + number)
         _received.append(number)
-        # Not by print, in the midst of which the signal may have come.
-        says = f'{signal.Signals(number).name}: saving after this iteration; once more ends at once\n'
+        # print is not reentrant, and the signal may arrive during a print.
+        says = f'{signal.Signals(number).name}: saving after this iteration; a second signal exits at once\n'
         os.write(2, says.encode())
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -68,7 +68,7 @@ def stop_on_signals() -> Iterator[None]:
 
 @register_backend('atomic')
 class AtomicBackend(LocalBackend):
-    """A file backend of MMEngine that writes local files atomically: to a temporary file, which is then renamed."""
+    """MMEngine file backend that writes local files atomically."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         write(filepath, obj)
@@ -81,22 +81,22 @@ class AtomicBackend(LocalBackend):
 class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     """MMEngine's CheckpointHook that keeps an intact checkpoint at every moment.
 
-    * A file is written atomically (by the file backend "atomic", unless ``backend_args`` says otherwise), and the
-      one that it replaces is removed afterwards; ``last_checkpoint`` likewise. It contains a name without a folder, so
-      that a work directory may be moved or copied.
-    * Weights that are not finite are an error, and nothing is saved.
-    * A checkpoint that finds nothing is never the best one.
-    * Beside the best checkpoint, its weights and classes alone: ``best_..._weights.pth``.
-    * What makes resuming exact beside MMEngine's own: how far within its epoch a checkpoint is, what a step is made of,
-      and the gradients that are being accumulated.
-    * On a signal (:func:`stop_on_signals`), ``interrupted.pth`` is saved and the process exits with 128 + its number.
+    * Files are written atomically (by the file backend "atomic", unless ``backend_args`` is given), and old ones are
+      removed afterwards. ``last_checkpoint`` contains a file name without folder, so a work directory can be moved.
+    * Weights with NaN or inf are an error, and nothing is saved.
+    * A checkpoint with an AP of 0 is never the best one.
+    * ``best_..._weights.pth`` contains only the weights and classes of the best checkpoint.
+    * For exact resuming, checkpoints also contain the iteration within the epoch, the settings of an optimiser step
+      and accumulated gradients.
+    * On a signal (:func:`stop_on_signals`), the hook saves ``interrupted.pth``, and the process exits with status 128 +
+      signal number.
     """
 
     def __init__(self, *args, backend_args: dict | None = None, **kwargs) -> None:
         super().__init__(*args, backend_args=backend_args or dict(backend='atomic'), **kwargs)
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the best checkpoint here, wherever the directory was when it was saved."""
+        """Update the path of the best checkpoint, because the work directory may have been moved."""
         super().before_train(runner)
         self.agreeing = None
         if getattr(self, 'best_ckpt_path', None):
@@ -108,7 +108,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         return os.path.join(self.out_dir, os.path.basename(path))
 
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
-        """Write a whole checkpoint, and that it is the last one."""
+        """Write a checkpoint, then record it as the last one."""
         if not runner.optim_wrapper.should_update():
             average_gradients(unwrap_model(runner))
         runner.save_checkpoint(
@@ -126,7 +126,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
 
     def save_step(self, runner: Runner, step: int, meta: dict) -> None:
-        """Save the checkpoint of a step, then remove what is outdated."""
+        """Save the checkpoint of a step, then remove the outdated one."""
         outdated = None
         if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
@@ -140,16 +140,16 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
             Path(self.out_dir, INTERRUPTED).unlink(missing_ok=True)
 
     def update_best(self, runner: Runner, metrics: dict) -> None:
-        """Save the best checkpoint and its weights, then remove the one before."""
+        """Save the best checkpoint and its weights, then remove the previous one."""
         several = getattr(self, 'best_ckpt_path_dict', {})
         before = dict(several) or {None: getattr(self, 'best_ckpt_path', None)}
-        # MMEngine removes the old one first; what it does not know of, it leaves.
+        # MMEngine would remove the old one first, so its path is hidden.
         self.best_ckpt_path = None
         several.update(dict.fromkeys(several))
         super().update_best(runner, metrics)
         for key, old in before.items():
             new = several[key] if several else self.best_ckpt_path
-            if new is None:  # no better one
+            if new is None:  # not better
                 if several:
                     several[key] = old
                 else:
@@ -165,16 +165,15 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         write(weights_path(best), serialize(dict(meta=meta, state_dict=content['state_dict'])))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse weights that are not finite; add what makes resuming exact.
+        """Check that weights are finite, and add the state for exact resuming.
 
         Raises:
-            InputError: where weights are not finite.
+            InputError: if weights contain NaN or inf.
         """
         for part in ('state_dict', 'ema_state_dict'):
-            spoilt = find_nonfinite(checkpoint.get(part, {}))
-            if spoilt:
+            if nonfinite := find_nonfinite(checkpoint.get(part, {})):
                 raise InputError(
-                    f'the weights are not finite ({list_briefly(spoilt)}), and not saved; '
+                    f'weights contain NaN or inf ({list_briefly(nonfinite)}) and were not saved; '
                     f'{describe_last_checkpoint(runner)}'
                 )
         meta, loop = checkpoint['meta'], runner.train_loop
@@ -187,7 +186,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
             checkpoint['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Tell the loop where it is to go on, with the gradients that were being accumulated."""
+        """Set the loop's position and the accumulated gradients when resuming."""
         if is_resuming(runner) and is_training(runner):
             runner.train_loop.resumed_from = checkpoint['meta']
             gradients = checkpoint.get('gradients', {})
@@ -195,26 +194,26 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter)
             if gradients:
-                runner.logger.info('the gradients accumulated so far were restored, whatever is said below')
+                runner.logger.info("accumulated gradients were restored (ignore MMEngine's warning below)")
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Save what is due; on a signal, save and exit."""
+        """Save a due checkpoint; on a signal, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if stop := self._agree_on_signal():
             self._save(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter + 1))
             self._exit(runner, stop)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
-        """Exit on a signal if this epoch is saved; a resumed run repeats the evaluation."""
+        """Exit on a signal if this epoch is saved; a resumed run evaluates it again."""
         saved = runner.message_hub.runtime_info.get('last_ckpt')
         is_saved = saved and os.path.basename(saved) == self.filename_tmpl.format(count_progress(runner))
         if is_saved and (stop := self._agree_on_signal()):
             self._exit(runner, stop)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
-        """Save the best checkpoint, and note that this epoch is evaluated.
+        """Save the best checkpoint, and record that this epoch is evaluated.
 
-        One of an AP of 0, or of the -1 that says that there is nothing to measure, is not the best one.
+        A checkpoint with an AP of 0, or of -1 (no objects), is never the best one.
         """
         useless = [key for key, value in metrics.items() if key.startswith('coco/') and not value > 0]
         wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
@@ -225,9 +224,9 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
             write(Path(runner.work_dir, EVALUATED), str(count_progress(runner)))
 
     def _agree_on_signal(self) -> int:
-        """Return the signal that a process has received, in all processes after the same iteration; or 0.
+        """Return the signal that any process received, or 0; all processes return it after the same iteration.
 
-        Several processes agree while they compute the next iteration, on CPUs: neither they nor a GPU are waited for.
+        They agree on the CPU while they compute the next iteration, so nothing waits.
         """
         number = torch.tensor(_received[0] if _received else 0)
         if get_world_size() == 1:
@@ -240,20 +239,17 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         return int(agreed)
 
     def _exit(self, runner: Runner, number: int) -> None:
-        runner.logger.info(f'{signal.Signals(number).name}: {self.last_ckpt} is saved; --resume goes on from it')
+        runner.logger.info(f'{signal.Signals(number).name}: saved {self.last_ckpt}; continue with --resume')
         raise SystemExit(128 + number)
 
 
 def count_progress(runner: Runner) -> int:
-    """Return the number of epochs, or of iterations if there are no epochs: evaluations are counted by it."""
+    """Return the number of epochs, or of iterations if there are no epochs."""
     return runner.epoch or runner.iter
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Give every process the mean of the gradients that each is accumulating.
-
-    It is what the step would have been made of, so that one process can save it for all.
-    """
+    """Average the accumulated gradients over all processes, so that one process can save them for all."""
     if get_world_size() == 1:
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -115,7 +115,7 @@ def test_the_newest_intact_checkpoint_is_resumed(tmp_path, capsys):
     with pytest.raises(InputError, match='all 4 checkpoints are corrupt'):
         find_newest_checkpoint(tmp_path)
     assert len(find_checkpoints(tmp_path)) == 4
-    with pytest.raises(InputError, match='holds a training already .epoch_1.pth'):
+    with pytest.raises(InputError, match='contains a training already .epoch_1.pth'):
         require_no_checkpoints(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_checkpoints_are_found_where_the_hook_writes_them(tmp_path, monkeypatch,
     assert len(files) == 4
     assert {path.resolve() for path in find_checkpoints(Path('run'), cfg)} == set(files)
     assert find_newest_checkpoint(Path('run'), cfg).resolve() == max(files)
-    with pytest.raises(InputError, match='holds a training already'):
+    with pytest.raises(InputError, match='contains a training already'):
         require_no_checkpoints(Path('run'), cfg)
 
 
@@ -178,7 +178,7 @@ class Spoil(Hook):
 def test_weights_that_are_not_finite_stop_training_and_are_not_saved(tmp_path):
     for what, iteration, says in (
         ('batch', 6, r'iteration 6: not finite: loss .*the last good checkpoint is .*epoch_1.pth.*The batch is in'),
-        ('weight', 8, r'the weights are not finite \(layer.weight\), and not saved; the last good .*epoch_1.pth'),
+        ('weight', 8, r'weights contain NaN or inf \(layer.weight\), were not saved; the last good .*epoch_1.pth'),
     ):
         work = tmp_path / what
         hooks = [dict(type='FiniteGuard'), dict(type='Spoil', what=what, iteration=iteration)]

@@ -50,9 +50,9 @@ def troubled(folder: Path, trouble: str, timeout: float):
 @pytest.mark.parametrize(
     ('trouble', 'says', 'timeout'),
     [
-        ('hangs', 'no worker has loaded', 2),
-        ('dies', 'a worker .* has died', 600),
-        ('fills', 'a worker .* has died.*--shm-size', 600),
+        ('hangs', 'no data-loader worker has sent', 2),
+        ('dies', 'a data-loader worker died', 600),
+        ('fills', 'a data-loader worker died.*--shm-size', 600),
     ],
 )
 def test_a_failing_or_hanging_worker_ends_the_run(tmp_path, capfd, trouble, says, timeout):
@@ -62,7 +62,7 @@ def test_a_failing_or_hanging_worker_ends_the_run(tmp_path, capfd, trouble, says
     assert time.time() - start < 60
     said = capfd.readouterr().err
     assert 'Traceback' not in said
-    assert trouble != 'fills' or 'a worker that loads images ends: unable to allocate shared memory' in said
+    assert trouble != 'fills' or 'a data-loader worker exits: unable to allocate shared memory' in said
 
 
 def fill_shared_memory() -> bool:

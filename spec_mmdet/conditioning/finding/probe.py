@@ -128,7 +128,7 @@ class Probe:
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
 
     def _depends(self, zero: list[Tensor] | None = None, change: list[Tensor] | None = None) -> Tensor:
-        """Whether the output depends on each row, for the rows of all layers one after the other.
+        """Return whether the output depends on each row, for the concatenated rows of all layers.
 
         Args:
             zero: for each layer, a mask of rows that are set to zero.
@@ -151,7 +151,7 @@ class Probe:
         return torch.cat([grad.abs().amax(1) for grad in gradients]) > _TOLERANCE * self.largest
 
     def confirms(self, layouts: tuple[Layout, ...]) -> bool:
-        """Whether the queries, keys and values are where these layouts have them."""
+        """Return whether these layouts describe the rows of queries, keys and values correctly."""
         role, _ = _spread(layouts)
         whole, split = torch.cat(role), [role_ == 1 for role_ in role]
         Q, K, V, other = (whole == i for i in range(4))
@@ -169,7 +169,7 @@ class Probe:
         return bool(self._depends(change=[x <= 1 for x in role])[V].all())
 
     def confirms_heads(self, layouts: tuple[Layout, ...]) -> bool:
-        """Whether the rows of each head belong together, given that the roles are confirmed."""
+        """Return whether the layouts assign rows to heads correctly, given that the roles are confirmed."""
         role, head = _spread(layouts)
         Q = torch.cat(role) == 0
         counts = [max(int(h[r == i].max()) + 1 for r, h in zip(role, head) if (r == i).any()) for i in range(3)]
@@ -188,7 +188,7 @@ class Probe:
 
 
 def _spread(layouts: tuple[Layout, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """For the rows of each layer: the index of the role in 'QKV-', and the number of the head."""
+    """Return the index of the role in 'QKV-' and the number of the head, for the rows of each layer."""
     role, head, seen = [], [], dict.fromkeys('QKV-', 0)
     for layout in layouts:
         numbers = []
