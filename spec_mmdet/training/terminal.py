@@ -169,13 +169,16 @@ class Terminal(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the metrics as a table."""
         self._end()
-        rest = dict(metrics or {})
+        rest, undefined = dict(metrics or {}), []
         if rows := [(name, key) for key, name in METRICS.items() if key in rest]:
             print_lines('', ' ' * 8 + ''.join(f'{size:>9}' for size in SIZES))
         for name, key in rows:
             values = [rest.pop(f'{key}{suffix}', float('nan')) for suffix in SIZES.values()]
             rest.pop(f'{key}_copypaste', None)
-            print_lines(f'{name:8}' + ''.join(f'{value:9.3f}' for value in values))
+            print_lines(f'{name:8}' + ''.join(f'{value:9.3f}' if value != -1 else f'{"-":>9}' for value in values))
+            undefined += [size for size, value in zip(SIZES, values) if value == -1]
+        if undefined:
+            print_lines(f'{", ".join(dict.fromkeys(undefined))}: undefined (-1), as the data has no such objects')
         print_lines(*format_metrics(rest))
 
     def after_train(self, runner: Runner) -> None:

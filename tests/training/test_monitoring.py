@@ -19,6 +19,7 @@ from spec_mmdet.training.results import read_scalars
 from spec_mmdet.training.resume import lock_folder
 from spec_mmdet.training.runners import WholeConfigRunner
 from spec_mmdet.training.saving import stop_on_signals
+from spec_mmdet.training.terminal import Terminal
 
 
 class Records(logging.Handler):
@@ -121,3 +122,13 @@ def test_a_training_in_a_thread(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / 'epoch_1.pth').exists()
+
+
+def test_undefined_metrics_are_explained(capsys):
+    metrics = {f'coco/bbox_mAP{size}': 0.25 for size in ('', '_50', '_75', '_s', '_m')} | {'coco/bbox_mAP_l': -1.0}
+    Terminal().after_test_epoch(None, metrics)
+    out = capsys.readouterr().out
+    assert out.split('box AP')[1].split()[:6] == ['0.250'] * 5 + ['-']
+    assert '\nlarge: undefined (-1)' in out and '-1.000' not in out
+    Terminal().after_test_epoch(None, metrics | {'coco/bbox_mAP_l': 0.5})
+    assert 'undefined' not in capsys.readouterr().out
