@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     steps = measure_loading(args.folder)
     total = sum(row['ms'] for row in steps)
-    print(f'{1000 / total:.1f} images a second on one thread; {describe_processor("cpu")}\n')
+    print(f'{1000 / total:.1f} images per second on one thread; {describe_processor("cpu")}\n')
     print('| step | ms per image |\n|---|---|')
     for row in steps:
         print(f'| {row["step"]} | {row["ms"]:.1f} |')

@@ -17,11 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # A docstring starts with an imperative verb, or with a noun phrase that names what is returned.
-BAD_STARTS = {*['What', 'Whether', 'How', 'Have', 'Of', 'For', 'As', 'Where', 'Which', 'Who', 'Be', 'That', 'Those']}
+BAD_STARTS = {
+    *['What', 'Whether', 'How', 'Have', 'Of', 'For', 'As', 'Where', 'Which', 'Who', 'Be', 'That', 'Those'],
+    *['By', 'To', 'From', 'When', 'None', 'No', 'Nothing', 'It', 'Tell', 'Say'],
+}
 
 # Words for which the field has a standard term: a pattern and the term.
 GLOSSARY = {
     r'images? a step|images per step': 'total batch size',
+    r'images? a second': 'images per second',
     r'\b(is|are|was|were|it) not whole\b|\bnone of .{0,20}is whole': 'corrupt, truncated',
     r'written aside|\bwrites? aside': 'temporary file; written atomically',
     r'learn(t|ed) from': 'used for training',
@@ -33,6 +37,14 @@ GLOSSARY = {
     r'to be put right|is to be taken|are to be taken': 'fix ...; use ...',
     r'\bis none (that|of|to)\b': 'cannot be ...; is invalid',
     r'another \w+ than\b': 'different from',
+    r'in the place of': 'instead of',
+    r'\bis there (already|twice)|\bare there twice': 'exists; occurs twice, duplicate',
+    r'\bgo(es)? on from': 'resume from',
+    r'\bnone that (is|are|can)\b|\bNone where': 'positive wording; None if',
+    r'\bthe whole config\b': 'the complete config',
+    r'\bpass(es)? over ': 'skip',
+    r'\b(is|are) to be (put|taken|left|made|read|used|started)\b': 'a command: use, fix, start ...',
+    r'\b[Tt]ell whether\b': 'return whether; check whether',
 }
 # Passages that need a word of the glossary: file and line text.
 ALLOWED = {

@@ -53,7 +53,7 @@ def test_whole_detectors(monkeypatch, tmp_path):
 def test_loading_is_timed_by_steps(monkeypatch, tmp_path, capsys, shapes):
     run_tool(monkeypatch, 'benchmarks.loading', shapes)
     shown = capsys.readouterr().out
-    assert float(re.search(r'([\d.]+) images a second', shown)[1]) > 0 and '| CheckedLoadImageFromFile | ' in shown
+    assert float(re.search(r'([\d.]+) images per second', shown)[1]) > 0 and '| CheckedLoadImageFromFile | ' in shown
 
 
 def test_unknown_models_and_sizes(monkeypatch, tmp_path):

@@ -20,8 +20,8 @@ FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
     [
         ('max_epochs', '--epochs or train_cfg.max_epochs'),
         ('train_pipeline', 'Set train_dataloader.dataset.pipeline'),
-        ('data_root', '--data instead'),
-        ('seed', 'use randomness.seed'),
+        ('data_root', 'Set --data'),
+        ('seed', 'randomness.seed'),
         ('train_cfg.max_epoch', 'did you mean train_cfg.max_epochs?'),
         ('model.backbon.arch', 'did you mean model.backbone?'),
         ('model.backbone.with_pc', 'did you mean model.backbone.with_cp?'),

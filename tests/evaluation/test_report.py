@@ -84,7 +84,7 @@ def write_report(root: Path, found: list[dict]) -> str:
             metric.process({}, [dict(img_id=image, ori_shape=(96, 96), pred_instances=pred)])
         metric.compute_metrics(metric.results)
         tested = report.TestResults(
-            'None', [('queries', '12', '345', '–', '–')], '7 images a second', dict(seed=5, commit='abc'),
+            'None', [('queries', '12', '345', '–', '–')], '7 images per second', dict(seed=5, commit='abc'),
             metric.annotations, metric.summaries,
         )  # fmt: skip
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
