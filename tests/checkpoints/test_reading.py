@@ -101,7 +101,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert touched.exists()  # the payload works if code is run
     touched.unlink()
     torch.save(mmengine_checkpoint(payload=Payload(touched)), tmp_path / 'code.pth')
-    with pytest.raises(InputError, match='only running code from the file could read; it was not run'):
+    with pytest.raises(InputError, match='was not run'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'code.pth'))
     assert not touched.exists()
 

@@ -104,7 +104,7 @@ def test_dependent_settings_are_adjusted(capsys):
 @pytest.mark.parametrize(
     ('settings', 'says'),
     [
-        (['model.backbone.arch.depth=3'], 'depth must be at least 4, got 3'),
+        (['model.backbone.arch.depth=3'], 'depth must be at least 4'),
         (['model.backbone.arch.num_heads=5'], 'dim must be a multiple of 8 and of num_heads'),
         (['default_hooks.more.type=Zqxvvw'], 'Zqxvvw is not in the hook registry'),
         (['model.backbone.type=SpecXCit'], 'SpecXCit is not in the model registry; did you mean SpecXCiT?'),
@@ -147,7 +147,7 @@ def test_options_of_the_schedule(monkeypatch, shapes, tmp_path, caplog):
     (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
     assert any('coco/segm_mAP' in json.loads(line) for line in scalars.read_text().splitlines())
     (log,) = (path.read_text() for path in tmp_path.glob('*/*.log'))
-    assert 'starts from random weights, for which 8 images are few' in log
+    assert 'random weights' in log and '8 images' in log
     says = error_line(monkeypatch, 'train', CONFIG, '--data', shapes, '--lr', 1, '--auto-scale-lr')
     assert 'cannot be combined' in says
     finetune = ['--work-dir', tmp_path / 'other', '--preset', 'finetune', *few]

@@ -282,7 +282,7 @@ def test_analyze_conditioning_of_third_party_attention(monkeypatch, tmp_path, ca
     run_tool(monkeypatch, 'analyze', config, '--images', tmp_path, '--out', tmp_path / 'out')
     printed = capsys.readouterr().out
     assert printed.count('w_msa.qkv') == 3 * 5
-    assert 'only for XCA layers' in printed
+    assert 'XCA layers' in printed
 
 
 def test_analyze_conditioning_refuses(monkeypatch, shapes, trained, tmp_path):

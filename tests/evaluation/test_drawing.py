@@ -54,7 +54,7 @@ def test_a_font_is_looked_for(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(drawing, 'findSystemFonts', lambda: [])
     with use_font_for(['红色 a']), pytest.warns(UserWarning, match='Glyph'):
         Figure().text(0, 0, '红色').figure.savefig('/dev/null', format='png')
-    assert '2 letters of the class names' in capsys.readouterr().out
+    assert '2 letters' in capsys.readouterr().out
 
 
 def overlap(a, b) -> float:

@@ -66,7 +66,7 @@ def test_gradients_of_saturated_examples_are_finite(gamma):
 
 
 def test_a_target_above_the_classes_is_an_error():
-    with pytest.raises(ValueError, match='is 6, but there are 5 classes'):
+    with pytest.raises(ValueError, match='6.*5 classes'):
         mmcv.ops.sigmoid_focal_loss(torch.zeros(2, 5), torch.tensor([0, 6]))
 
 

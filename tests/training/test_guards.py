@@ -137,7 +137,7 @@ def test_the_error_for_float16_overflow_does_not_advise_a_lower_learning_rate(am
 def test_without_a_scale_the_first_one_stops(tmp_path):
     hooks = [dict(type='FiniteGuard'), Overflow('gradient', [3])]
     optim = dict(optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1))
-    with pytest.raises(InputError, match='iteration 3: not finite: the norm of the gradient'):
+    with pytest.raises(InputError, match='iteration 3: .*gradient'):
         toy.runner(tmp_path, optim_wrapper=optim, custom_hooks=hooks).train()
 
 

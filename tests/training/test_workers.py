@@ -62,7 +62,7 @@ def test_a_failing_or_hanging_worker_ends_the_run(tmp_path, capfd, trouble, says
     assert time.time() - start < 60
     said = capfd.readouterr().err
     assert 'Traceback' not in said
-    assert trouble != 'fills' or 'a data-loader worker exits: unable to allocate shared memory' in said
+    assert trouble != 'fills' or 'unable to allocate shared memory' in said
 
 
 def fill_shared_memory() -> bool:
