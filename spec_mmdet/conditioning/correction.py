@@ -84,7 +84,7 @@ class Correction(nn.Module):
 
     The state dict records the conditioning. The identity form stores ``lam``: one number, or one per head in the
     per-head form. If lambda is relative to sigma_max, ``lam`` has one entry per corrected matrix, shape (blocks,) or
-    (blocks, heads), and ``sigmas`` is stored beside it. The exact form stores the matrix ``C``. Training changes W, so
+    (blocks, heads), and ``sigmas`` is stored with it. The exact form stores the matrix ``C``. Training changes W, so
     neither C nor a relative lambda can be recomputed later. None of them is a parameter, and none loses precision when
     the model is cast to another dtype.
 

@@ -46,12 +46,12 @@ class Corrections(dict[str, Corrected]):
 
     The gradient with respect to W is the gradient with respect to W + C. So a model whose weights are W + C trains like
     one that stores W and C separately, if the optimiser's step (with weight decay and all else that depends on the
-    weights) sees W: see :meth:`keep_fixed`. To resume a training, save :meth:`state_dict` beside the model's and the
+    weights) sees W: see :meth:`keep_fixed`. To resume a training, save :meth:`state_dict` with the model's and the
     optimiser's.
     """
 
     def keep_fixed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimiser train W alone, so that C gets no weight decay: call it once, after making the optimiser.
+        """Make an optimiser train only W, so that C gets no weight decay; call it once, after making the optimiser.
 
         C is subtracted from the weights before each step and added after it. This is exact for any update rule, also
         for those that scale a step by the norm of the weights (LAMB). Under AdamW it is equivalent to adding
@@ -59,7 +59,7 @@ class Corrections(dict[str, Corrected]):
         C each time and uses no memory between the steps.
 
         A step that an exception ends leaves the weights without C until the next one. Optimisers that exchange the
-        weights outside their step, as schedule-free ones do for evaluation, are not covered.
+        weights outside their step (schedule-free ones, for evaluation) are not supported.
 
         Args:
             optimizer: torch's or one derived from it, whose parameters are the model's; or a wrapper that has that one
@@ -79,7 +79,7 @@ class Corrections(dict[str, Corrected]):
                 'inside it, before wrapping that'
             )
         if not self._find_trained(optimizer):
-            raise InputError('keep_fixed: the optimiser has none of the weights that were corrected')
+            raise InputError('keep_fixed: the optimiser has no corrected weights. Pass the optimiser of this model')
         hooks = get_step_pre_hooks(optimizer)
         if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
             raise InputError('keep_fixed: was called for this optimiser before')

@@ -14,7 +14,7 @@ def conditioned_initialisation(W: Tensor, roles: str, heads: int) -> Tensor:
     :mod:`.effects`.) Nothing else is stored.
 
     Args:
-        W: the projections in torch's layout, shape (len(roles), heads * d, k), of which only the shape counts.
+        W: the projections in torch's layout, shape (len(roles), heads * d, k); only the shape is used.
         roles: what they are, in order: 'QKV' or 'K', for instance.
         heads: how many heads each of them has.
 

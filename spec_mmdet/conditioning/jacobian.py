@@ -52,7 +52,7 @@ def _largest_eigenvalue(operator: Callable[[Tensor], Tensor], like: Tensor) -> f
     n = like.numel()
     if n < 8:  # too few for Lanczos steps
         return float(np.linalg.eigvalsh(np.stack([product(unit) for unit in np.eye(n)]))[-1])
-    start = np.random.default_rng(0).standard_normal(n)  # the same figures every time
+    start = np.random.default_rng(0).standard_normal(n)  # reproducible
     symmetric = LinearOperator((n, n), matvec=product, dtype=np.float64)
     return float(eigsh(symmetric, k=1, which='LA', v0=start, tol=1e-9, return_eigenvectors=False)[0])
 
@@ -114,7 +114,7 @@ def xca_singular_values(
     EET = torch.einsum('ij,jakc,lk->ialc', A_inv, G.view(k, u, k, u), A_inv).reshape(k * u, k * u)
     eye = torch.eye(k * u).to(EET)
     L, failed = torch.linalg.cholesky_ex(eye + EET)
-    if failed:  # by rounding, where A is nearly singular, as with few tokens: no eigenvalue of E E^T is negative
+    if failed:  # rounding for a nearly singular A (few tokens): eigenvalues of E E^T are never negative
         squares, vectors = torch.linalg.eigh((EET + EET.T) / 2)
         shrink = eye - vectors / (1 + squares.clamp_min(0)) @ vectors.T
     else:

@@ -22,7 +22,7 @@ class Spectrum:
     """Extreme singular values of one projection, without and with its correction.
 
     The matrix is a projection of all heads with the role 'Q', 'K' or 'V'; in the per-head form the rows of one head,
-    with a role such as 'Q0'.
+    with a role like 'Q0'.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Report(Sequence[Spectrum]):
         return [row for projection in self._found for row in self._spectra(projection)]
 
     def _pair(self, projection: Projection) -> tuple[Correction | None, Tensor, Tensor | None]:
-        """The correction, W and W + C of a projection, whose module computes W + C or stores it."""
+        """Return the correction, W and W + C of a projection."""
         if projection.name not in self.corrections:
             return projection.correction, projection.W, projection.W_plus_C
         corrected, W_plus_C = self.corrections[projection.name], projection.W
@@ -120,8 +120,8 @@ class Report(Sequence[Spectrum]):
         lines += [f'{"projection":{width}}    {"sigma_min":>10}{"sigma_max":>10}{"kappa(W)":>10}{"kappa(W+C)":>12}']
         for row in self:
             after = '-' if row.conditioned_kappa is None else f'{row.conditioned_kappa:.4g}'
-            figures = f'{row.sigma_min:>10.3g}{row.sigma_max:>10.3g}{row.kappa:>10.4g}{after:>12}'
-            lines.append(f'{row.name:{width}} {row.role:3}{figures}')
+            values = f'{row.sigma_min:>10.3g}{row.sigma_max:>10.3g}{row.kappa:>10.4g}{after:>12}'
+            lines.append(f'{row.name:{width}} {row.role:3}{values}')
         if self.left_out:
             lines += ['left out:', *(f'{name}: {why}' for name, why in self.left_out.items())]
         return '\n'.join(lines)

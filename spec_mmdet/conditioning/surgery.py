@@ -136,7 +136,7 @@ def _warn_if_trained(model: nn.Module) -> list[str]:
 
 
 def _warn_if_small(found: list[Projection], corrections: Corrections) -> list[str]:
-    """Warn of matrices whose sigma_max is not below lambda: Theorem 3.8 guarantees nothing for them."""
+    """Warn of matrices with sigma_max >= lambda, for which Theorem 3.8 gives no guarantee."""
     small, total = [], 0
     for projection in found:
         correction = corrections[projection.name].correction
@@ -156,7 +156,7 @@ def _warn_if_small(found: list[Projection], corrections: Corrections) -> list[st
 
 
 def fold(model: nn.Module) -> None:
-    """Replace every W that is stored beside its correction by W + C and drop the correction, for inference and export.
+    """Replace every W by W + C and drop the corrections, for inference and export.
 
     This applies to SpecXCiT's attention and to weights with a :class:`~.correction.Correction` as parametrization. The
     output stays the same, the cost is that of plain attention, and the state dict that of a plain model. Models that

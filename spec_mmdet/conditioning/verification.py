@@ -58,7 +58,7 @@ def find_obstacle(projection: Projection, keep_function: bool = False) -> str | 
 
 
 def find_shared_memory(model: nn.Module, found: list[Projection]) -> dict[str, str]:
-    """Projections whose weights share memory with other tensors of the model, with the reason."""
+    """Return the projections whose weights share memory with other tensors of the model, with the reason."""
     tensors = []
     for name, module in model.named_modules():
         for key, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -113,7 +113,7 @@ def apply_changes(changes: Changes) -> Changes:
 
 
 def _find_fault_of_layer(module: nn.Module, tensor: str) -> str | None:
-    """Run a linear layer, or an nn.MultiheadAttention, alone with its weight changed for a moment."""
+    """Run a linear layer or an nn.MultiheadAttention with a temporarily changed weight."""
     weight, generator = getattr(module, tensor).detach(), torch.Generator().manual_seed(0)
 
     def make_tokens(*shape: int) -> Tensor:

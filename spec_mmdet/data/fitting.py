@@ -268,7 +268,7 @@ def report_caches(cfg: Config) -> None:
 
 
 def drop_pretrained(model: dict | None) -> None:
-    """Remove the files of pretrained weights from a model's config, as a checkpoint has all weights; changes it."""
+    """Remove pretrained weights from a model's config, because a checkpoint contains all weights; changes it."""
     for _, node in walk(model or {}):
         found = node.get('init_cfg')
         found = found if isinstance(found, list) else [found]

@@ -60,7 +60,7 @@ def ms_deform_attn_forward(
         value_level_start_index: where each begins, shape (levels,).
         sampling_locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1 over each map.
         attention_weights: (B, queries, heads, levels, points).
-        im2col_step: nothing here.
+        im2col_step: unused.
 
     Returns:
         (B, queries, heads * d).
@@ -145,12 +145,12 @@ def deform_conv_forward(
     Args:
         input: (B, C_in, H, W).
         weight: (C_out, C_in / group, kH, kW).
-        offset: (B, deformable_group * kH * kW * 2, H_out, W_out), y and x of each of the kernel's places in pixels.
+        offset: (B, deformable_group * kH * kW * 2, H_out, W_out), y and x of each position of the kernel, in pixels.
         output: (B, C_out, H_out, W_out).
-        columns: nothing here, as ``ones`` and ``im2col_step``.
-        dW: the stride across, as ``dH`` is that down.
+        columns, ones, im2col_step: unused.
+        dW, dH: horizontal and vertical stride.
         group: the convolution's groups.
-        deformable_group: groups of channels with offsets of their own.
+        deformable_group: groups of channels with separate offsets.
     """
     input, weight, offset = widen(input, weight, offset)
     settings = {'stride': (dH, dW), 'padding': (padH, padW), 'dilation': (dilationH, dilationW)}
@@ -254,12 +254,12 @@ def modulated_deform_conv_forward(
         input: (B, C_in, H, W).
         weight: (C_out, C_in / group, kernel_h, kernel_w).
         bias: (C_out,) where ``with_bias``.
-        ones: nothing here, as ``columns``.
+        columns, ones: unused.
         offset: (B, deformable_group * kernel_h * kernel_w * 2, H_out, W_out), y and x of each place in pixels.
         mask: the factors, (B, deformable_group * kernel_h * kernel_w, H_out, W_out).
         output: (B, C_out, H_out, W_out).
         group: the convolution's groups.
-        deformable_group: groups of channels with offsets of their own.
+        deformable_group: groups of channels with separate offsets.
     """
     input, weight, bias, offset, mask = widen(input, weight, bias, _leading(offset, output), _leading(mask, output))
     settings = {'stride': (stride_h, stride_w), 'padding': (pad_h, pad_w), 'dilation': (dilation_h, dilation_w)}

@@ -26,7 +26,7 @@ def compute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Compute the gradients with respect to ``inputs`` of ``compute(function, *inputs)``, whose gradient is given."""
+    """Compute gradients with respect to ``inputs`` of ``compute(function, *inputs)`` for given output gradients."""
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
         output = compute(function, *inputs)

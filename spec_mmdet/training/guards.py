@@ -94,10 +94,10 @@ class FiniteGuard(Hook):
         Raises:
             InputError: if a number is not finite, with the images, the last good checkpoint and the file of the batch.
         """
-        figures = to_floats(outputs or {})
+        numbers = to_floats(outputs or {})
         if outputs:
-            outputs.update(figures)
-        wrong = [f'{name} {value}' for name, value in figures.items() if not isfinite(value)]
+            outputs.update(numbers)
+        wrong = [f'{name} {value}' for name, value in numbers.items() if not isfinite(value)]
         scaled = is_scaled(runner)
         logged = runner.message_hub.log_scalars
         norm = logged.get(NORM)
@@ -112,7 +112,7 @@ class FiniteGuard(Hook):
         elif runner.optim_wrapper.should_update():
             self.in_a_row = 0
         if not wrong or (scaled and self.in_a_row < self.patience):
-            for name in [name for name, value in figures.items() if not isfinite(value)]:
+            for name in [name for name, value in numbers.items() if not isfinite(value)]:
                 del outputs[name]
             if norm is not None and not isfinite(norm.current()):
                 del logged[NORM]
@@ -121,7 +121,7 @@ class FiniteGuard(Hook):
             return
         images = [Path(getattr(sample, 'img_path', '?')).name for sample in data_batch.get('data_samples', [])]
         dump = Path(runner.work_dir, f'not_finite_{runner.iter + 1}_{get_rank()}.pth')
-        write(dump, serialize(dict(iter=runner.iter + 1, figures=figures, images=images, inputs=data_batch['inputs'])))
+        write(dump, serialize(dict(iter=runner.iter + 1, figures=numbers, images=images, inputs=data_batch['inputs'])))
         raise InputError(
             f'iteration {runner.iter + 1}: not finite: {list_briefly(wrong)}; images: {", ".join(images)}. Training '
             f'stopped; {describe_last_checkpoint(runner)}. The batch is in {dump}. {advise(runner)}'
@@ -144,14 +144,14 @@ def advise(runner: Runner) -> str:
     )
 
 
-def to_floats(figures: dict[str, Tensor | float]) -> dict[str, float]:
+def to_floats(numbers: dict[str, Tensor | float]) -> dict[str, float]:
     """Convert losses to floats with a single copy from the GPU."""
-    tensors = {name: value.detach().float().reshape(()) for name, value in figures.items() if torch.is_tensor(value)}
+    tensors = {name: value.detach().float().reshape(()) for name, value in numbers.items() if torch.is_tensor(value)}
     if not tensors:
-        return figures
+        return numbers
     device = next(iter(tensors.values())).device
     values = torch.stack([value.to(device) for value in tensors.values()]).tolist()
-    return {**figures, **dict(zip(tensors, values))}
+    return {**numbers, **dict(zip(tensors, values))}
 
 
 def end_worker(error: Exception, content: object) -> None:

@@ -150,7 +150,7 @@ def test_keep_fixed_rejects_optimisers_without_or_with_used_weights():
     model, other = Attention(), Attention()
     corrections = condition(model, lam=3.0).corrections
     frozen = torch.optim.AdamW(model.head.parameters())
-    with pytest.raises(InputError, match='none of the weights'):
+    with pytest.raises(InputError, match='no corrected weights'):
         corrections.keep_fixed(frozen)
     optimizer = torch.optim.AdamW(model.parameters())
     corrections.keep_fixed(optimizer)

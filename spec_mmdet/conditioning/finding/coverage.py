@@ -29,7 +29,7 @@ def find_uncovered(model: nn.Module, attention: set[nn.Module], runs: list[Run])
 
     Args:
         model: the model.
-        attention: its attention modules whose projections are known.
+        attention: its attention modules with known projections.
         runs: calls that run it.
     """
     modules = dict(model.named_modules())

@@ -22,7 +22,7 @@ _WORDS = re.compile('|'.join(_LETTERS))
 
 @dataclass(frozen=True)
 class NamedLayer:
-    """A layer whose name says that it holds projections.
+    """A layer whose name identifies it as projections.
 
     Attributes:
         path: its name in the attention module; of a parameter of that module itself, without its last part, _weight.
@@ -56,7 +56,7 @@ class NamedLayer:
 
 
 def parse_roles(name: str) -> tuple[str, str] | None:
-    """Split a layer's name into its projections, such as 'QKV', and the rest, which the layers of one group share."""
+    """Split a layer's name into its projections, for instance 'QKV', and the rest, which is common to a group."""
     match = _ROLE.fullmatch(name)
     if match is None:
         return None
@@ -88,7 +88,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _find_own_parameters(attention: nn.Module) -> list[NamedLayer]:
-    """The projections of nn.MultiheadAttention, unless a subclass computes with other weights, as torch.ao's does."""
+    """Return the projections of nn.MultiheadAttention, unless a subclass uses other weights (torch.ao)."""
     if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
         return []
     if has_one_projection(attention):
@@ -97,7 +97,7 @@ def _find_own_parameters(attention: nn.Module) -> list[NamedLayer]:
 
 
 def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
-    """Find the layers of a module whose names are those of projections.
+    """Find the layers of a module that have names of projections.
 
     Returns:
         Groups of layers that together hold one query, key and value projection; and the remaining layers, which are
@@ -108,7 +108,7 @@ def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
     children = dict(attention.named_children())
     groups: dict[str, list[NamedLayer]] = {}
     for child, part in children.items():
-        if child == 'c_attn':  # GPT-2's, whose cross attention has q_attn beside it
+        if child == 'c_attn':  # GPT-2; its cross attention also has q_attn
             parsed = ('KV' if 'q_attn' in children else 'QKV', '*_attn')
         elif child == 'in_proj' and re.search('attention|attn', type(attention).__name__, re.IGNORECASE):
             parsed = ('QKV', 'in_proj')

@@ -106,7 +106,7 @@ class Probe:
         if not self._depends().all():
             self.signs = [1, -1]  # a ReLU behind the attention may have left nothing of some values
         self.matters = self._depends()
-        # With all projections at zero, softmax attention averages the values: the output depends on these alone.
+        # With all projections at zero, softmax attention averages the values: the output depends only on these.
         self.at_zero = self._differ(self._gradients([torch.zeros_like(x) for x in self.rows]))
 
     @torch.enable_grad()
@@ -175,7 +175,7 @@ class Probe:
         counts = [max(int(h[r == i].max()) + 1 for r, h in zip(role, head) if (r == i).any()) for i in range(3)]
         share = counts[0] // counts[1]
         of_query = torch.cat(head)[Q] // share
-        # Keep the heads of keys whose number has this bit: the output must depend on their queries alone.
+        # Keep the heads of keys whose number has this bit: the output must depend only on their queries.
         for bit in range((counts[1] - 1).bit_length()):
             expected = (of_query >> bit & 1) == 1
             of_keys, of_values = (

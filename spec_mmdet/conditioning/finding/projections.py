@@ -109,8 +109,8 @@ class Found:
     """The attention of a model.
 
     Attributes:
-        projections: projections whose rows are known.
-        refused: layers that hold projections whose rows are unknown, with the reason and what to do.
+        projections: projections with known rows.
+        refused: layers with projections of unknown rows, with the reason and the remedy.
         uncovered: modules that look like attention but have no known projections, with the reason.
         runs: calls that run the model or its parts.
     """

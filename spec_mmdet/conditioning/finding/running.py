@@ -33,7 +33,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A call of a model, or of a part of it, that is known to work."""
+    """A successful call of a model or a part of it."""
 
     module: nn.Module
     args: tuple
@@ -130,7 +130,7 @@ def _copy(value: object, name: str = '') -> object:
 
 
 def make_example(model: nn.Module) -> object | None:
-    """Make an input for a model that states its inputs, as those of timm and transformers do; None for others."""
+    """Make an input for a model that defines its inputs (timm, transformers); None for others."""
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.parameters(), torch.zeros(()))
 
