@@ -36,13 +36,60 @@ from spec_mmdet.evaluation.drawing import LabelVisualizer
 collect_ignore = [] if os.environ.get('PRETEND_GPU') else ['gpu']
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / 'tests' / 'bare'
-# Processes that tests start use this checkout, without libraries that take seconds to import.
-os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(BARE), str(ROOT), os.environ.get('PYTHONPATH'))))
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
 gc.freeze()  # MMDetection collects garbage often: exclude what has been imported
+
+# Modules of end-to-end tests: trainings, exports, other libraries. They run on one of the two MMDetection stacks.
+SLOW = {
+    *(
+        'test_launchers',
+        'test_forged',
+        'test_gpu_check',
+        'test_export',
+        'test_prepare',
+        'test_schedule',
+        'test_resuming',
+    ),
+    *('test_several_processes', 'test_torture', 'test_workers', 'test_processes', 'test_predict', 'test_first_contact'),
+    *(
+        'test_train_and_test',
+        'test_benchmark',
+        'test_compare',
+        'test_pretrain',
+        'test_publish',
+        'test_cases',
+        'test_zoo',
+    ),
+    *('test_recipes', 'test_families', 'test_disks', 'test_report', 'test_configs', 'test_experiment', 'test_systems'),
+    *(
+        'test_listops',
+        'test_scenes',
+        'test_monitoring',
+        'test_formats',
+        'test_docs',
+        'test_arrows',
+        'test_verification',
+    ),
+}
+# Both stacks must train, evaluate with pycocotools' AP, and resume.
+ON_BOTH = {'test_reported_ap_is_pycocotools_own', 'test_resuming_goes_on_where_training_stopped'}
+
+
+def pytest_configure(config) -> None:
+    """Make processes that tests start use this checkout, without libraries that take seconds to import."""
+    if getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput'):
+        return  # the tests' own processes need those libraries
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(BARE), str(ROOT), os.environ.get('PYTHONPATH'))))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Mark end-to-end tests as slow."""
+    for item in items:
+        if item.path.stem in SLOW and item.originalname not in ON_BOTH:
+            item.add_marker(pytest.mark.slow)
 
 
 def run_tool(monkeypatch, name: str, *args) -> None:

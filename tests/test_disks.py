@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger
 from research import paper_figures
 from spec_mmdet import InputError
 from spec_mmdet.commands import demo
+from spec_mmdet.data import shapes as generated
 from spec_mmdet.data.findings import Findings, Place
 from spec_mmdet.evaluation.metrics import DumpPredictions
 from spec_mmdet.evaluation.pages import PAGE, make_mark
@@ -123,7 +124,9 @@ WRITERS = {
     'benchmark': lambda p: ['benchmark', *SMALL, '--out', p.new],
     'overfit': lambda p: ['benchmarks.overfit', coco_of(p.shapes, p.elsewhere), '--work-dir', p.old],
 }
-CASES = [(writer, 'full') for writer in WRITERS] + [(writer, 'read-only') for writer in list(WRITERS)[:5]]
+# The benchmark's files fit into what is left of a full disk.
+CASES = [(writer, 'full') for writer in WRITERS if writer != 'benchmark']
+CASES += [(writer, 'read-only') for writer in [*list(WRITERS)[:5], 'benchmark']]
 
 
 @pytest.mark.parametrize(('writer', 'how'), CASES)
@@ -180,7 +183,8 @@ def test_an_earlier_run_comes_back(monkeypatch, tmp_path, command):
             old.write_text('new')
             raise InputError('this step failed')
 
-    monkeypatch.setattr(command, 'write_shapes', lambda folder: None)
+    for module in (command, generated):
+        monkeypatch.setattr(module, 'write_shapes', lambda folder: None, raising=False)
     monkeypatch.setattr(command, 'run_command', fail)
     with pytest.raises(InputError, match='this step failed'):
         command.main([])

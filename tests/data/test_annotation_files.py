@@ -88,6 +88,7 @@ def test_a_locale_that_is_not_utf_8(tmp_path):
     (tmp_path / 'annotations').mkdir()
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
+        (tmp_path / split / 'größe.png').write_bytes(b'no image')
         (tmp_path / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco()))
     env = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     command = [sys.executable, '-m', 'spec_mmdet', 'prepare', str(tmp_path), '--findings', str(tmp_path / 'all.csv')]
