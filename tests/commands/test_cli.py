@@ -144,9 +144,12 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     assert without_scopes(cfg.model) == without_scopes(Config.fromfile(shipped).model)
     own.write_text("_base_ = 'spec_mmdet::_base_/runtime.py'\nmodel = dict(type='MaskRCNN', backbone=_base_.xcit)\n")
     assert Config.fromfile(own).model.backbone.type == 'SpecXCiT'
-    own.write_text("_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'")
-    with pytest.raises(InputError, match='spec_mmdet::xcit/xcit_spec_maskrcnn.py'):
-        read_config(own)
+    arch = "model = dict(backbone=dict(arch='nano_12'))"
+    own.write_text(f"_base_ = ['spec_mmdet::xcit_spec_maskrcnn.py']  # without a folder\n{arch}\n")
+    inheriting = tmp_path / 'inheriting.py'
+    inheriting.write_text("_base_ = 'mine.py'\nmax_epochs = _base_.max_epochs + 1\n")
+    cfg = read_config(inheriting)
+    assert (cfg.model.backbone.arch, cfg.max_epochs, Path(cfg.filename)) == ('nano_12', 37, inheriting)
 
 
 def without_scopes(node: object) -> object:
