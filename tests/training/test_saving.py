@@ -178,7 +178,7 @@ class Spoil(Hook):
 def test_weights_that_are_not_finite_stop_training_and_are_not_saved(tmp_path):
     for what, iteration, says in (
         ('batch', 6, r'iteration 6: not finite: loss .*the last good checkpoint is .*epoch_1.pth.*The batch is in'),
-        ('weight', 8, r'weights contain NaN or inf \(layer.weight\), were not saved; the last good .*epoch_1.pth'),
+        ('weight', 8, r'weights contain NaN or inf \(layer.weight\) and were not saved; the last good .*epoch_1.pth'),
     ):
         work = tmp_path / what
         hooks = [dict(type='FiniteGuard'), dict(type='Spoil', what=what, iteration=iteration)]
