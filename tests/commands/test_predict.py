@@ -158,7 +158,7 @@ def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):
             [CONFIG, detector, image, '--cfg-options', 'model.rpn_head.anchor_generator.scales=[4,8]'],
             'does not fit the configured model',
         ),
-        ([ROOT / 'configs' / '_base_' / 'coco_3x.py', detector, image], 'has no model'),
+        ([ROOT / 'configs' / '_base_' / 'coco_3x.py', detector, image], 'lacks a model'),
     ):
         assert says in error_line(monkeypatch, 'predict', '--out', out, *args)
     assert not out.exists()
