@@ -66,7 +66,10 @@ def find_run_config(work_dir: Path) -> Path:
 
 
 def read_config(path: Path) -> Config:
-    """Read a config file as a :class:`CachedTextConfig`; its bases may be ``spec_mmdet::NAME.py`` without a folder."""
+    """Read a config file as a :class:`CachedTextConfig`.
+
+    Entries of ``_base_`` may be ``spec_mmdet::NAME.py``, without the subfolder that MMEngine demands before NAME.
+    """
     with TemporaryDirectory() as folder:
         cfg = Config.fromfile(add_folders(path, Path(folder)))
     set_filename(cfg, path)

@@ -157,7 +157,7 @@ PLACEHOLDERS = {
     'IMAGENET': 'data/scenes/pretraining',
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
-    '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_spec_maskrcnn/epoch_36.pth --images data/coco/val2017',
+    '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_maskrcnn/epoch_36.pth --images data/coco/val2017',
 }
 
 # Creates the other inputs of the commands in the clone: a Python program, run in the environment.
@@ -178,7 +178,6 @@ NEEDS = {
     'xcit_spec_maskrcnn': 'mkdir -p data',
     'data/coco': 'mkdir -p data',
     'work_dirs/xcit_maskrcnn/': 'spec-mmdet train xcit_maskrcnn --data data/coco',
-    'work_dirs/xcit_spec_maskrcnn/': 'tools/dist_train.sh xcit_spec_maskrcnn',
     'work_dirs/demo/': 'make demo',
     'data/scenes': 'python -m research.scenes',
     'work_dirs/experiment_pretraining/': 'spec-mmdet pretrain research/configs/experiment_pretraining.py',

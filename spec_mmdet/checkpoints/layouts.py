@@ -235,7 +235,9 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
         'contains NaN or inf': [n for n, v in weights.items() if not v.isfinite().all()],
     }.items():
         if faults:
-            raise InputError(f'{what}: {_some(faults)} ({len(faults)} in all; read as {layout} {arch} p{patch_size})')
+            raise InputError(
+                f'{what}: {_some(faults)} ({len(faults)} tensors; read as {arch} with patch size {patch_size} in the layout of {layout})'
+            )
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
     if ' and ' in describe_conditioning(taken):
         raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')

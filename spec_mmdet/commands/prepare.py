@@ -105,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.folder.is_dir() and not (args.folder.is_file() and args.folder.suffix.lower() == '.zip'):
         raise InputError(f'{args.folder}: no such folder or .zip file')
     if args.subset is not None and args.annotations is not None:
-        raise InputError('--subset and --annotations cannot be combined. Run the command twice')
+        raise InputError('--subset and --annotations cannot be combined. Run the command once with each')
     if (args.drop or args.subset or args.annotations or args.val or args.masks) and not args.out:
         raise InputError('--subset, --annotations, --val, --masks and --drop need --out DIR, a new folder')
     if args.out and args.out.exists() and not is_empty(args.out):

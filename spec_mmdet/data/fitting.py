@@ -221,8 +221,8 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         source: their origin, for messages.
 
     Raises:
-        InputError: if ``num_classes`` of a head was set by hand. (It is then neither this number, nor COCO's, nor that
-            of the data sets so far.)
+        InputError: if ``num_classes`` of a head was set by hand: it equals neither ``len(classes)``, nor COCO's 80, nor
+            the number of classes of the data sets so far.
     """
     inherited = {len(configured_classes(dataset)) for dataset in coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}

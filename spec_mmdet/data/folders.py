@@ -52,7 +52,7 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
         return found[0]
     if pairs:
         ann_file, images = pairs[0]
-        raise InputError(f'{folder}: annotations/{ann_file.name} lacks its images; copy them to {images[0]}')
+        raise InputError(f'{folder}: the images of annotations/{ann_file.name} are missing; copy them to {images[0]}')
     for images in sorted(folder.glob(f'{split}*')):
         if images.is_dir():
             ann_file = folder / 'annotations' / f'instances_{images.name}.json'

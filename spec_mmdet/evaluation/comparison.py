@@ -227,7 +227,7 @@ def _set_truth(*values: object) -> None:
 
 
 def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
-    """Compute AP of a file of detections, and AP of each resample, shape (draws,)."""
+    """Compute AP of a file of detections, and AP on each bootstrap sample of the images, shape (draws,)."""
     truth, categories, draws = _shared
     results = read_detections(path, kind)
     if not results:
@@ -241,7 +241,7 @@ def measure_detections(path: Path, kind: str) -> tuple[float, np.ndarray]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs by arm, in the given order, and sort each arm by seed."""
+    """Group runs by arm, arms in the order of their first run, the runs of an arm by seed."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)

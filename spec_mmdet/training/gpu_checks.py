@@ -275,7 +275,7 @@ PARTS: dict[str, Callable[[GpuCheck], Iterator[Row]]] = {
 
 
 def run_part(part: Callable[[GpuCheck], Iterator[Row]], check: GpuCheck) -> tuple[list[Row], str]:
-    """Run a part; return its rows and a description of failed comparisons or of an exception."""
+    """Run a part of the GPU check; return its table rows and a description of failed comparisons or an exception."""
     rows, faults = [], []
     try:
         for row in part(check):

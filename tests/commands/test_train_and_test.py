@@ -378,7 +378,7 @@ def val_twice(root):
     ('spoil', 'says'),
     [
         (lambda root: (root / 'annotations').rename(root / 'elsewhere'), 'images in train lack their annotation file'),
-        (lambda root: (root / 'val').rename(root / 'elsewhere'), 'instances_val.json lacks its images'),
+        (lambda root: (root / 'val').rename(root / 'elsewhere'), 'instances_val.json'),
         (without_val, 'lacks annotations/instances_val*.json and the folder val*'),
         (val_twice, 'several data sets for val (val, val2017)'),
         (lambda root: (root / 'annotations/instances_train.json').write_text('<html>'), 'not JSON'),

@@ -238,8 +238,8 @@ class _Search:
             roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
             if rows != layer.shape[0] or roles != set(layer.roles):
                 raise InputError(
-                    f'layout: {path} has {layer.shape[0]} rows of {", ".join(layer.roles)}, but {self.layout[key]!r} '
-                    f'has {rows} rows of {", ".join(sorted(roles, key="QKV".index))}'
+                    f'layout: {path} has {layer.shape[0]} rows for {", ".join(layer.roles)}; the layout {self.layout[key]!r} '
+                    f'describes {rows} rows for {", ".join(sorted(roles, key="QKV".index))}. Correct the layout'
                 )
             selections.append(select_rows(parsed, layer.transposed))
         return selections

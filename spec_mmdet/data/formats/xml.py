@@ -31,7 +31,7 @@ SHAPES = 'box', 'polygon', 'ellipse', 'mask'  # of CVAT
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
-    """Parse an XML file in its declared encoding, UTF-8 or Windows-1252 (written by labelImg on Windows).
+    """Parse an XML file in its declared encoding, else in UTF-8, else in Windows-1252, as labelImg writes on Windows.
 
     Raises:
         InputError: if it is not XML.
