@@ -236,7 +236,8 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     }.items():
         if faults:
             raise InputError(
-                f'{what}: {_some(faults)} ({len(faults)} tensors; read as {arch} with patch size {patch_size} in the layout of {layout})'
+                f'{what}: {_some(faults)} ({len(faults)} tensors; read as {arch} with patch size {patch_size} in '
+                f'the layout of {layout})'
             )
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
     if ' and ' in describe_conditioning(taken):

@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             classes = check_class_folders(cfg, not args.no_check, get_world_size())
             print(f'{len(classes)} classes: {list_briefly(classes)}')
             if known and list(known) != classes:
-                raise InputError(f'the classes of the checkpoint ({len(known)}) and of the data ({len(classes)}) are not the '
-                                 'same. Use the same data, or start a new training')  # fmt: skip
+                raise InputError(
+                    f'the classes of the checkpoint ({len(known)}) and of the data ({len(classes)}) are not the same. '
+                    'Use the same data, or start a new training'
+                )
             return len(classes)
 
         cfg.model.backbone.num_classes = decide_on_main(check)

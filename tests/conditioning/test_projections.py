@@ -177,7 +177,7 @@ def test_an_ambiguous_layout_is_an_error_that_names_the_argument_to_pass():
         ({'*.qkv': '2(q4 k4 v6'}, 'parenthesis'),
         ({'*.qkv': 'q4 x4'}, 'cannot be read'),
         ({'*.qkv': '2q4 2k4 2v4'}, '28 rows'),
-        ({'*.qkv': '2(q4 k10)'}, '28 rows of Q, K, V'),
+        ({'*.qkv': '2(q4 k10)'}, '28 rows for Q, K, V'),
         ({'*.qkv': 'q4 q6 k9 v9'}, 'different numbers'),
         ({'*.kqv': '2q4 2k4 2v6'}, 'no layer is named .*kqv'),
     ],

@@ -238,8 +238,9 @@ class _Search:
             roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
             if rows != layer.shape[0] or roles != set(layer.roles):
                 raise InputError(
-                    f'layout: {path} has {layer.shape[0]} rows for {", ".join(layer.roles)}; the layout {self.layout[key]!r} '
-                    f'describes {rows} rows for {", ".join(sorted(roles, key="QKV".index))}. Correct the layout'
+                    f'layout: {path} has {layer.shape[0]} rows for {", ".join(layer.roles)}; the layout '
+                    f'{self.layout[key]!r} describes {rows} rows for {", ".join(sorted(roles, key="QKV".index))}. '
+                    'Correct the layout'
                 )
             selections.append(select_rows(parsed, layer.transposed))
         return selections
