@@ -14,6 +14,7 @@ from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 from .data.fitting import walk
+from .errors import InputError
 
 # Registry, name there, and our type: a subclass, which accepts the same arguments.
 TABLE = (
@@ -111,9 +112,15 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
 
     Returns:
         Names of the added hooks, and of those that ``default_hooks.NAME=None`` turns off.
+
+    Raises:
+        InputError: if ``custom_hooks`` is not a list of dicts.
     """
     hooks = cfg.setdefault('default_hooks', ConfigDict())
-    present = {hook.get('type') for hook in [*hooks.values(), *(cfg.get('custom_hooks') or [])] if hook}
+    custom = cfg.get('custom_hooks') or []
+    if not isinstance(custom, list) or not all(isinstance(hook, dict) for hook in custom):
+        raise InputError(f'config: custom_hooks must be a list of dicts, not {custom!r:.60}')
+    present = {hook.get('type') for hook in [*hooks.values(), *custom] if hook}
     done = []
     for name, kind in GUARDS.items():
         if name in hooks and hooks[name] is None:

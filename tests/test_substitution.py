@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from spec_mmdet.configs import read_config
+from spec_mmdet.errors import InputError
 from spec_mmdet.substitution import GUARDS, TABLE, add_guards, protect, substitute_types
 from spec_mmdet.training.runners import WholeConfigRunner
 
@@ -133,3 +134,9 @@ def test_hooks_of_ones_own_do_not_remove_the_guards(monkeypatch, shapes, tmp_pat
     text = (tmp_path / 'work' / 'own.py').read_text()
     assert all(f"type='{kind}'" in text for kind in [*GUARDS.values(), 'AtomicCheckpointHook'])
     assert (tmp_path / 'work' / 'last_checkpoint').read_text() == 'epoch_1.pth'
+
+
+def test_custom_hooks_that_are_no_list_of_hooks_are_rejected():
+    for hooks in ('[{type:EMAHook}]', [None], dict(type='EMAHook')):
+        with pytest.raises(InputError, match='custom_hooks'):
+            add_guards(Config(dict(custom_hooks=hooks)))
