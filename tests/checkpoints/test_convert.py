@@ -275,7 +275,7 @@ def test_detectors(tmp_path):
     with torch.no_grad():
         for a, b in zip(kept.backbone(IMAGE.float()), detector.eval().backbone(IMAGE.float()), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert 'is not the detector' in complaint(
+    assert 'does not fit the detector' in complaint(
         source, tmp_path / 'x.pth', '--detector', ROOT / 'configs/xcit_maskrcnn.py'
     )
     weights = detector.state_dict()
@@ -340,7 +340,7 @@ def test_truncated_files_are_refused(tmp_path, ending):
     source, rng = tmp_path / f'source.{ending}', random.Random(0)
     for _ in range(50):
         source.write_bytes(content[: rng.randrange(len(content))])
-        assert 'damaged' in complaint(source, tmp_path / 'out.pth')
+        assert 'corrupt' in complaint(source, tmp_path / 'out.pth')
     assert not (tmp_path / 'out.pth').exists()
 
 
@@ -376,7 +376,7 @@ def test_other_refusals(tmp_path):
     for args, says in (
         ((tmp_path / 'absent.pth', 'out.pth'), 'no such file'),
         ((source, tmp_path / 'out.bin'), 'must end in .pth or .safetensors'),
-        ((source, source), 'the source would be overwritten'),
+        ((source, source), 'overwrite the source'),
         ((source, tmp_path / 'out.pth', '--lam', '3'), '--lam belongs to'),
     ):
         assert says in complaint(*args)

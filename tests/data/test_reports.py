@@ -23,7 +23,7 @@ CASES = {
     'label_studio_percent': [dict(train=8, val=2)],
     'labelme_circle': [dict(train=8, val=2)] * 2,
     'labelme_macos': [dict(train=8, val=2)],
-    'mixed_masks': ['5 of 20 objects have a box but no mask: --masks from-boxes'],
+    'mixed_masks': ['5 of 20 objects have a box but no mask. Pass --masks from-boxes'],
     'xanylabeling': [dict(train=8, val=2)],
     'yolo_damaged_drop': ['003.png', dict(train=9, val=4)],
     'yolo_half_beside': [dict(train=8, val=2)],
