@@ -73,9 +73,17 @@ SLOW = {
         'test_arrows',
         'test_verification',
     ),
+    *('test_options', 'test_convert', 'test_saving', 'test_inert'),
 }
-# Both stacks must train, evaluate with pycocotools' AP, and resume.
-ON_BOTH = {'test_reported_ap_is_pycocotools_own', 'test_resuming_goes_on_where_training_stopped'}
+# Both stacks must add names only, train, evaluate with pycocotools' AP, and resume.
+ON_BOTH = {
+    *(
+        'test_an_import_only_adds_names',
+        'test_reported_ap_is_pycocotools_own',
+        'test_features_equal_those_of_mmpretrain',
+    ),
+    *('test_resuming_goes_on_where_training_stopped', 'test_a_missing_name_is_an_attribute_error'),
+}
 
 
 def pytest_configure(config) -> None:
