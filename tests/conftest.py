@@ -136,6 +136,16 @@ def error_line(monkeypatch, name: str, *args) -> str:
     return message
 
 
+def as_prediction(detections: list[dict]) -> dict:
+    """Convert an image's detections in COCO's results format to a detector's; labels are category ids less 1."""
+    boxes = torch.tensor([d['bbox'] for d in detections], dtype=torch.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    pred = dict(bboxes=boxes, scores=torch.tensor([d['score'] for d in detections], dtype=torch.float64))
+    pred['labels'] = torch.tensor([d['category_id'] - 1 for d in detections], dtype=torch.long)
+    pred['masks'] = [dict(d['segmentation']) for d in detections]
+    return pred
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..conditioning import Correction, describe_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
 from ..models.xcit import ARCHS, SpecXCiT
-from .reading import is_state_dict
+from .reading import find_nonfinite, is_state_dict
 
 # Keys under which training scripts store weights. Averaged weights and teachers come first: the scripts evaluate these.
 WRAPPERS = ('model_ema', 'state_dict_ema', 'teacher', 'state_dict', 'model', 'student')
@@ -232,7 +232,7 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
             for n, shape in expected.items()
             if n in tensors and tuple(tensors[n].shape) != shape
         ],
-        'contains NaN or inf': [n for n, v in weights.items() if not v.isfinite().all()],
+        'contains NaN or inf': find_nonfinite(weights),
     }.items():
         if faults:
             raise InputError(

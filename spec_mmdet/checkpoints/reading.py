@@ -209,6 +209,23 @@ def require_training_state(checkpoint: object, name: str) -> None:
                          'training from its weights with --cfg-options load_from=FILE')  # fmt: skip
 
 
+def verify_checkpoint(path: str | Path, resume: bool = False) -> dict:
+    """Read a detector's checkpoint and check its weights.
+
+    Args:
+        path: file or URL.
+        resume: whether a training resumes from it.
+
+    Raises:
+        InputError: if it cannot be read, is not a detector's, or lacks the state for resuming.
+    """
+    content = load(path, mmap=True)
+    get_state_dict(content, f'checkpoint {path}')
+    if resume:
+        require_training_state(content, f'checkpoint {path}')
+    return content
+
+
 def get_classes(checkpoint: object) -> list[str] | None:
     """Return the class names that MMEngine stored in a checkpoint, or None."""
     found = checkpoint

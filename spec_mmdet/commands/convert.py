@@ -45,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..checkpoints import layouts
     from ..checkpoints.reading import describe_mismatches, get_classes, load, local_file
-    from ..checkpoints.writing import compute_sha256, describe_tensors, save_weights
+    from ..checkpoints.writing import describe_tensors, save_weights
     from ..conditioning import describe_conditioning
     from ..configs import find_config, read_config
     from ..data.fitting import set_classes
     from ..errors import InputError, prefix_errors
+    from ..files import compute_digest
 
     MMLogger.get_current_instance().setLevel('ERROR')
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     conditioning = describe_conditioning(backbone)
     record = dict(
         source=args.source if '://' in args.source else source.name,
-        sha256=compute_sha256(source),
+        sha256=compute_digest(source),
         layout=found.layout,
         key=found.wrapper,
         arch=json.dumps(found.arch),

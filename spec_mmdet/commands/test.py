@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.dist import is_main_process
 
-    from ..checkpoints.reading import fetch, get_run_info, load
+    from ..checkpoints.reading import fetch, get_classes, get_run_info, load, verify_checkpoint
     from ..data.fitting import coco_datasets, configured_classes, has_masks
     from ..evaluation import report
     from ..evaluation.drawing import use_font_for
@@ -69,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..models.tta import use_augmentation
     from ..training.guards import end_workers
     from ..training.processes import decide_on_main
-    from ..training.running import adapt_to_data, build_runner, one_line_errors, read_classes
+    from ..training.running import adapt_to_data, build_runner, one_line_errors
     from ..training.terminal import Terminal
 
     cfg = load_run_config(args, splits=('test',))
-    classes = decide_on_main(lambda: read_classes(args.checkpoint))
+    classes = decide_on_main(lambda: get_classes(verify_checkpoint(args.checkpoint)))
     adapt_to_data(cfg, ('test',), classes, not args.no_check)
     cfg.load_from = fetch(args.checkpoint)
     reported = args.report if is_main_process() else None

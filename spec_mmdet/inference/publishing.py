@@ -38,8 +38,8 @@ def read_metrics(checkpoint: Path, epoch: object) -> dict[str, float]:
     return {key: float(value) for key, value in rows[-1].items() if '/' in key and value} if rows else {}
 
 
-def list_annotation_files(dataloader: dict | None) -> str:
-    """List the annotation files of a config's data sets."""
+def describe_annotation_files(dataloader: dict | None) -> str:
+    """Return the annotation files of a config's data sets, as text."""
     found = [node['ann_file'] for _, node in walk(dataloader) if isinstance(node.get('ann_file'), str)]
     return list_briefly(found) if found else UNKNOWN
 
@@ -56,8 +56,8 @@ def write_card(
         f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters',
         'conditioning': describe_conditioning(backbone.state_dict()) if backbone else UNKNOWN,
         'classes': f'{len(classes)}: {", ".join(classes)}',
-        'trained on': list_annotation_files(cfg.get('train_dataloader')),
-        'validated on': list_annotation_files(cfg.get('val_dataloader')),
+        'trained on': describe_annotation_files(cfg.get('train_dataloader')),
+        'validated on': describe_annotation_files(cfg.get('val_dataloader')),
         'epochs': meta.get('epoch', UNKNOWN),
         'seed': run.get('seed', UNKNOWN),
         'command': f'`{run["command"]}`' if run.get('command') else UNKNOWN,

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import get_state_dict, load, require_training_state
+from ..checkpoints.reading import verify_checkpoint
 from ..compat import get_load_path
 from ..data.fitting import is_kind_of
 from ..errors import InputError, list_briefly
@@ -67,9 +67,7 @@ def read_iteration(path: Path) -> int:
     Raises:
         InputError: if it is corrupt, or a training cannot resume from it.
     """
-    content = load(path, mmap=True)
-    get_state_dict(content, f'checkpoint {path}')
-    require_training_state(content, f'checkpoint {path}')
+    content = verify_checkpoint(path, resume=True)
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
         raise InputError(f'checkpoint {path}: corrupt in {damaged}')
     return content['meta']['iter']

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import fetch, get_classes, get_state_dict, load, require_training_state
+from ..checkpoints.reading import fetch, get_classes, verify_checkpoint
 from ..data.checks import check_inputs
 from ..data.fitting import (
     drop_pretrained,
@@ -58,23 +58,6 @@ TROUBLES = {
     'remote process exited': 'another process has ended, or the network to it has failed',
     'NCCL error': 'the GPUs cannot exchange data (NCCL_DEBUG=INFO shows why)',
 }
-
-
-def read_classes(path: str, resume: bool = False) -> list[str] | None:
-    """Verify a detector's checkpoint and return its classes, or None if it contains none.
-
-    Args:
-        path: file or URL.
-        resume: whether a training resumes from it.
-
-    Raises:
-        InputError: if it cannot be read, is not a detector's, or lacks the state for resuming.
-    """
-    content = load(path, mmap=True)
-    get_state_dict(content, f'checkpoint {path}')
-    if resume:
-        require_training_state(content, f'checkpoint {path}')
-    return get_classes(content)
 
 
 def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, thorough: bool = True) -> None:
@@ -208,8 +191,8 @@ def train(
             require_no_checkpoints(work, cfg)
         chosen = find_newest_checkpoint(work, cfg) if resume == 'auto' else resume
         if not chosen and cfg.get('load_from'):
-            read_classes(cfg.load_from)  # only verified: a new training may have other classes
-        return chosen and str(chosen), read_classes(str(chosen), resume=True) if chosen else None
+            verify_checkpoint(cfg.load_from)  # a new training may have other classes
+        return chosen and str(chosen), get_classes(verify_checkpoint(str(chosen), resume=True)) if chosen else None
 
     chosen, classes = decide_on_main(choose)
     if chosen:

@@ -238,12 +238,17 @@ def ultralytics_pose(root):
     put_yaml(root / 'data.yaml', path='.', kpt_shape=[4, 2], **{split: f'images/{split}' for split in SPLITS})
 
 
-@writer(SPLITS)
-def yolo_lists(root):
+def put_lists(root, prefix):
+    """Write Ultralytics' layout with a list of images for each split, whose paths start with ``prefix``."""
     put_ultralytics(root)
     put_yaml(root / 'data.yaml', path='.', **{split: f'{split}.txt' for split in SPLITS})
     for split, items in SPLITS.items():
-        put(root / f'{split}.txt', '\n'.join(f'./images/{split}/{item.name}' for item in items))
+        put(root / f'{split}.txt', '\n'.join(f'{prefix}/images/{split}/{item.name}' for item in items))
+
+
+@writer(SPLITS)
+def yolo_lists(root):
+    put_lists(root, '.')
 
 
 @writer(SPLITS)
@@ -274,10 +279,7 @@ def ultralytics_moved(root):
 
 @writer(SPLITS)
 def cvat_ultralytics(root):
-    put_ultralytics(root)
-    put_yaml(root / 'data.yaml', path='.', **{split: f'{split}.txt' for split in SPLITS})
-    for split, items in SPLITS.items():
-        put(root / f'{split}.txt', '\n'.join(f'data/images/{split}/{item.name}' for item in items))
+    put_lists(root, 'data')
 
 
 @writer(SPLITS)

@@ -78,7 +78,7 @@ def test_labels_do_not_cover_small_boxes():
 
 
 def test_labels_cover_as_little_as_by_exact_areas():
-    """The labels of random scenes cover little more than each label's best position, measured by exact areas."""
+    """The labels of random scenes cover little more than each label's best position, computed from exact areas."""
     rng = np.random.default_rng(0)
     text, size = (50.0, 14.0), (640, 480)
 

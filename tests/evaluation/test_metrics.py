@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import as_prediction
 from mmdet.registry import METRICS
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -135,11 +135,7 @@ def computed(kind: str, path: Path, found: list[dict], names: tuple = NAMES, **s
     images = sorted({d['image_id'] for d in found} | set(range(1, 7)))
     for image_id in images:
         own = [d for d in found if d['image_id'] == image_id]
-        boxes = torch.tensor([d['bbox'] for d in own], dtype=torch.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        pred = dict(bboxes=boxes, scores=torch.tensor([d['score'] for d in own], dtype=torch.float64))
-        pred['labels'] = torch.tensor([d['category_id'] - 1 for d in own], dtype=torch.long)
-        pred['masks'] = [dict(d['segmentation']) for d in own]
+        pred = as_prediction(own)
         instances = [
             dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0),
             dict(bbox=[9, 9, 30, 40], bbox_label=2, ignore_flag=1),

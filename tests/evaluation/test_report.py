@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, run_tool
+from conftest import ROOT, as_prediction, error_line, run_tool
 from mmdet.registry import METRICS
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
@@ -76,11 +76,7 @@ def write_report(root: Path, found: list[dict]) -> str:
         metric.dataset_meta = dict(classes=NAMES)
         for image in metric.annotations.imgs:
             own = [d for d in found if d['image_id'] == image]
-            boxes = torch.tensor([d['bbox'] for d in own], dtype=torch.float64).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            pred = dict(bboxes=boxes, scores=torch.tensor([d['score'] for d in own], dtype=torch.float64))
-            pred['labels'] = torch.tensor([d['category_id'] - 1 for d in own], dtype=torch.long)
-            pred['masks'] = [dict(d['segmentation']) for d in own]
+            pred = as_prediction(own)
             metric.process({}, [dict(img_id=image, ori_shape=(96, 96), pred_instances=pred)])
         metric.compute_metrics(metric.results)
         tested = report.TestResults(
@@ -248,7 +244,6 @@ def test_in_a_browser(data, tmp_path):
 
 def test_the_command(monkeypatch, data, tmp_path):
     """Write the report of an untrained detector without detections."""
-    import torch
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(CONFIG)
