@@ -22,10 +22,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.data.reading import read_coco
 from spec_mmdet.errors import InputError
-from spec_mmdet.evaluation.metrics import fast_evaluation
+from spec_mmdet.evaluation.metrics import make_fast_evaluation
 
 PER_IMAGE = 100
 
@@ -81,7 +81,7 @@ def measure(evaluator, truth: dict, found: list[dict], kind: str) -> tuple[float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('benchmarks.evaluator', __doc__, 'python -m')
+    options = make_parser('benchmarks.evaluator', __doc__, 'python -m')
     options.add_argument('ann_file', type=Path, help="an annotation file in COCO's format")
     options.add_argument('--images', type=int, default=5000)
     args = options.parse_args(argv)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'{"":6}{"pycocotools":>14}{"faster-coco-eval":>18}{"ratio":>8}{"AP":>8}   largest difference of any metric')
     for kind, name in (('bbox', 'boxes'), ('segm', 'masks')):
         slow, theirs = measure(COCOeval, coco, found, kind)
-        fast, ours = measure(fast_evaluation, coco, found, kind)
+        fast, ours = measure(make_fast_evaluation, coco, found, kind)
         pairs = [(theirs.eval[key], ours.eval[key]) for key in ('precision', 'recall', 'scores')]
         difference = max(np.abs(a - b).max() for a, b in [*pairs, (theirs.stats, ours.stats)])
         print(f'{name:6}{slow:>12.1f} s{fast:>16.1f} s{slow / fast:>8.1f}{ours.stats[0]:>8.3f}   {difference:.2g}')

@@ -53,7 +53,7 @@ class OurTokens(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.taps(images)[-1].flatten(2).mT
+        return self.model.compute_tokens(images)[-1].flatten(2).mT
 
 
 def build_pair(arch: dict, gamma: str) -> dict[str, nn.Module]:

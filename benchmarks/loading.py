@@ -15,7 +15,7 @@ from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.configs import find_config, read_config
 from spec_mmdet.data.folders import use_folder
 from spec_mmdet.training.running import adapt_to_data
@@ -52,7 +52,7 @@ def measure_loading(folder: Path, count: int = 64) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('loading', __doc__, 'python -m benchmarks.')
+    options = make_parser('loading', __doc__, 'python -m benchmarks.')
     options.add_argument('folder', type=Path, help="a data set in COCO's layout")
     args = options.parse_args(argv)
     steps = measure_loading(args.folder)

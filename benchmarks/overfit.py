@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser, run_command
+from spec_mmdet.commands.common import make_parser, run_command
 from spec_mmdet.files import write
 from spec_mmdet.training.resume import require_no_checkpoints
 
@@ -21,7 +21,7 @@ CONFIG = Path(__file__).with_name('xcit_spec_overfit.py')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('benchmarks.overfit', __doc__, 'python -m')
+    options = make_parser('benchmarks.overfit', __doc__, 'python -m')
     options.add_argument('coco', type=Path, help='a folder in the layout of COCO 2017')
     options.add_argument('--images', type=int, default=16)
     options.add_argument('--work-dir', type=Path, default=Path('work_dirs/overfit'))

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser, run_command
+from spec_mmdet.commands.common import make_parser, run_command
 from spec_mmdet.data.shapes import write_shapes
 from spec_mmdet.files import replace_folder, write_atomically
 from spec_mmdet.training.results import read_scalars
@@ -45,7 +45,7 @@ def read_series(name: str, matrix: str, quantity: str) -> tuple[list[int], list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser('research.paper_figures', __doc__, 'python -m').parse_args(argv)
+    make_parser('research.paper_figures', __doc__, 'python -m').parse_args(argv)
     start = time.time()
     with replace_folder(WORK):
         write_shapes(DATA)

@@ -24,7 +24,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.data.shapes import add_noise, draw_background, make_annotation, write_png, write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import write_folder_atomically
@@ -260,7 +260,7 @@ def write_scenes(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('research.scenes', __doc__, 'python -m')
+    options = make_parser('research.scenes', __doc__, 'python -m')
     options.add_argument('root', type=Path, metavar='OUT', help='folder to write')
     options.add_argument('--fashion-mnist', type=Path, metavar='FOLDER', help='paste the garments of Fashion-MNIST, '
                          'whose four files are in this folder (default: drawn figures)')  # fmt: skip

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spec_mmdet.conditioning import condition_number
-from spec_mmdet.conditioning.jacobian import differentiate_xca_scores, softmax_jacobian
+from spec_mmdet.conditioning import compute_condition_number
+from spec_mmdet.conditioning.jacobian import compute_softmax_jacobian, differentiate_xca_scores
 
 
 def attention_jacobian(
@@ -35,7 +35,7 @@ def attention_jacobian(
     """
     Q, K, V = X @ W_Q, X @ W_K, X @ W_V
     P = (scale * Q @ K.T).softmax(dim=-1)
-    B = scale * V.T @ softmax_jacobian(P) @ X  # B_n = W_V^T S_n
+    B = scale * V.T @ compute_softmax_jacobian(P) @ X  # B_n = W_V^T S_n
     J_Q = torch.einsum('na,nvb->nvab', X, B @ W_K)
     J_K = torch.einsum('nva,nb->nvab', B, Q)
     J_V = torch.einsum('na,vb->nvab', P @ X, torch.eye(V.shape[1]).to(V))
@@ -71,10 +71,14 @@ def theorem_3_4_bounds(
         The three bounds, float64 scalars.
     """
     P = (scale * (X @ W_Q) @ (X @ W_K).T).softmax(dim=-1)
-    lam = torch.linalg.eigvalsh(softmax_jacobian(P.double()))
+    lam = torch.linalg.eigvalsh(compute_softmax_jacobian(P.double()))
     kappa_lam = lam[:, -1].max() / lam[:, 1].min() if len(X) > 1 else torch.ones(())
-    shared = condition_number(X) ** 3 * kappa_lam * condition_number(W_V)
-    return shared * condition_number(W_K), shared * condition_number(W_Q), condition_number(X) * condition_number(P)
+    shared = compute_condition_number(X) ** 3 * kappa_lam * compute_condition_number(W_V)
+    return (
+        shared * compute_condition_number(W_K),
+        shared * compute_condition_number(W_Q),
+        compute_condition_number(X) * compute_condition_number(P),
+    )
 
 
 def joint_bound(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float = 1.0) -> Tensor:
@@ -100,7 +104,7 @@ def joint_bound(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, scale: float =
     P = (scale * (X @ W_Q) @ (X @ W_K).T).softmax(dim=-1)
     norm = [torch.linalg.matrix_norm(M.double(), 2) for M in (X, W_Q, W_K, W_V, P)]
     scores = scale * norm[0] ** 2 * norm[3] * (norm[1] + norm[2]) / 2
-    return condition_number(X) * (scores + norm[4]) / torch.linalg.svdvals(P.double())[-1]
+    return compute_condition_number(X) * (scores + norm[4]) / torch.linalg.svdvals(P.double())[-1]
 
 
 def xca_jacobian(
@@ -126,7 +130,7 @@ def xca_jacobian(
         J_Q, J_K and J_V, shape (N k, D k) each.
     """
     A, by_q, by_k = differentiate_xca_scores(X, W_Q, W_K, temperature)
-    V_Lam = X @ W_V @ softmax_jacobian(A)
+    V_Lam = X @ W_V @ compute_softmax_jacobian(A)
     J_Q = torch.einsum('ina,ib->niab', V_Lam @ by_q, torch.eye(len(A)).to(A))
     J_K = torch.einsum('inb,iba->niab', V_Lam, by_k)
     J_V = torch.einsum('na,ib->niab', X, A)

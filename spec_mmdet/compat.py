@@ -31,7 +31,7 @@ def has_hooks(module: nn.Module) -> bool:
 _LOADING = threading.RLock()  # only one thread at a time can replace the globals
 
 
-def known_globals() -> dict[str, object]:
+def list_known_globals() -> dict[str, object]:
     """Return the objects that PyTorch's weights-only loading allows, by name."""
     return _weights_only_unpickler._get_allowed_globals()
 

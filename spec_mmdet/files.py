@@ -17,7 +17,7 @@ PARTIAL = '.partial'  # temporary folder within the folder that is written
 LEFTOVERS = '.*.partial'  # pattern of the temporary files that a killed run leaves
 
 
-def temporary_path(path: Path) -> Path:
+def make_temporary_path(path: Path) -> Path:
     """Return the name of a file's temporary file, which is different for each process."""
     return path.with_name(f'.{path.name}.{os.getpid()}.partial')
 
@@ -73,7 +73,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         InputError: if the file cannot be written, for instance on a full disk; the temporary file is removed.
     """
     path = Path(path)
-    temporary = temporary_path(path)
+    temporary = make_temporary_path(path)
     with one_line_write_errors(path, path.parent), create_folder(path.parent):
         try:
             yield temporary

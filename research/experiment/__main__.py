@@ -21,7 +21,7 @@ import torch
 
 from research.scenes import Figures, Garments, write_scenes
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.files import write
 
 from .arms import SIZES, Run, plan_stages, read_logs
@@ -33,7 +33,7 @@ REPORT = Path(__file__).with_name('README.md')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('research.experiment', __doc__, 'python -m')
+    options = make_parser('research.experiment', __doc__, 'python -m')
     options.add_argument('--size', choices=list(SIZES), default='cpu', help='of the data and the model: for two cores '
                          '(default), or for one GPU')  # fmt: skip
     options.add_argument('--jobs', type=int, help='trainings at a time (default: one a core, or one on a GPU)')

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 
 from spec_mmdet.checkpoints.writing import serialize
-from spec_mmdet.conditioning import Correction, Report, conditioned_initialisation, find_projections
+from spec_mmdet.conditioning import Correction, Report, find_projections, initialise_conditioned
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import write
 from spec_mmdet.models.xcit import SpecXCiT
@@ -170,7 +170,7 @@ def write_start(path: Path, backbone: dict, arm: Arm, seed: int) -> None:
             if arm.start == 'W0 + C':
                 weights[name] = Correction(W, **arm.initial, heads=heads)(W)
             elif arm.start == 'conditioned':
-                weights[name] = conditioned_initialisation(W.unflatten(0, (3, -1)), 'QKV', heads).flatten(0, 1)
+                weights[name] = initialise_conditioned(W.unflatten(0, (3, -1)), 'QKV', heads).flatten(0, 1)
     write(path, serialize(dict(state_dict=weights)))
 
 

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 import torch
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.comparison import compute_seed_interval
 from spec_mmdet.files import create_folder, display_path, one_line_write_errors
@@ -90,7 +90,7 @@ def complete(name: str, system: System, seeds: int, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('research.systems', __doc__, 'python -m')
+    options = make_parser('research.systems', __doc__, 'python -m')
     options.add_argument('system', nargs='?', choices=list(SYSTEMS), help='by default all of them')
     options.add_argument('--seeds', type=int, default=3, help='number of runs of each arm, from seed 0 (default: 3)')
     options.add_argument('--steps', type=int, help='of each training (default: those of the system, for ten minutes)')

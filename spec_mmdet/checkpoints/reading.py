@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, list_briefly, prefix_errors
 from .records import rebuild
-from .safe_loading import explain_unpickling_error, weights_only
+from .safe_loading import explain_unpickling_error, force_weights_only
 
 PATIENCE = 60  # timeout of a download, in seconds
 SHARED = 16  # maximum size of the tensors relative to the file: names may share a tensor
@@ -28,7 +28,7 @@ SHARED = 16  # maximum size of the tensors relative to the file: names may share
 NO_CONFIG = 'raise ValueError("the config in a checkpoint is code and is not run: pass a config file")'
 
 
-def as_data(content: object, size: int | None = None) -> object:
+def convert_to_data(content: object, size: int | None = None) -> object:
     """Return the result of torch.load with its records as plain data and without the configs that MMEngine would run.
 
     Args:
@@ -54,7 +54,7 @@ def as_data(content: object, size: int | None = None) -> object:
     return content
 
 
-def local_file(path: str | Path) -> Path:
+def fetch_file(path: str | Path) -> Path:
     """Return the path of a file; download an http(s) URL once into PyTorch's cache of checkpoints.
 
     Raises:
@@ -91,8 +91,8 @@ def local_file(path: str | Path) -> Path:
 
 
 def fetch(path: str) -> str:
-    """Return the local copy of an http(s) URL (:func:`local_file`); any other path is unchanged."""
-    return str(local_file(path)) if path.startswith(('http://', 'https://')) else path
+    """Return the local copy of an http(s) URL (:func:`fetch_file`); any other path is unchanged."""
+    return str(fetch_file(path)) if path.startswith(('http://', 'https://')) else path
 
 
 def load(
@@ -116,8 +116,8 @@ def load(
     """
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
         with prefix_errors(f'checkpoint {path}'):
-            return as_data(CheckpointLoader.load_checkpoint(str(path), map_location))
-    file = local_file(path)
+            return convert_to_data(CheckpointLoader.load_checkpoint(str(path), map_location))
+    file = fetch_file(path)
     with prefix_errors(f'checkpoint {path}'):
         return _load(file, map_location, mmap, trust_pickle)
 
@@ -135,9 +135,9 @@ def _load(path: Path, map_location: str | torch.device | None, mmap: bool, trust
                 raise InputError('not a checkpoint written by torch.save: it is compressed')
         if trust_pickle:
             return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap and is_zip)
-        with weights_only(strict=True):
+        with force_weights_only(strict=True):
             content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
-            return as_data(content, size)
+            return convert_to_data(content, size)
     except InputError:
         raise
     except SafetensorError as error:

@@ -65,13 +65,13 @@ class Array:
         _, shape, dtype, is_fortran, content = state
         self.array = dtype.read(content, shape).reshape(shape, order='F' if is_fortran is True else 'C')
 
-    def rebuilt(self) -> np.ndarray:
+    def rebuild(self) -> np.ndarray:
         if self.array is None:
             raise InputError('contains a NumPy array without content')
         return self.array
 
 
-def scalar(dtype: object = None, content: object = None, *_) -> np.generic:
+def rebuild_scalar(dtype: object = None, content: object = None, *_) -> np.generic:
     """Stand in for the function that makes NumPy's scalars."""
     if not isinstance(dtype, Dtype):
         raise InputError('contains a corrupt NumPy scalar')
@@ -84,11 +84,11 @@ class History:
     def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, dict) else {}
 
-    def rebuilt(self) -> HistoryBuffer:
+    def rebuild(self) -> HistoryBuffer:
         state = getattr(self, 'state', {})
         values, counts = (state.get(name) for name in ('_log_history', '_count_history'))
         for array in (values, counts):
-            if not isinstance(array, Array) or array.rebuilt().ndim != 1:
+            if not isinstance(array, Array) or array.rebuild().ndim != 1:
                 raise InputError('contains a corrupt history of logged values')
         length = state.get('max_length')
         if len(values.array) != len(counts.array) or type(length) is not int or length < 1:
@@ -96,7 +96,7 @@ class History:
         return HistoryBuffer(values.array, counts.array, length)
 
 
-def method_of_history(owner: object = None, name: object = None, *_) -> None:
+def stand_in_for_getattr(owner: object = None, name: object = None, *_) -> None:
     """Stand in for getattr, which a pickled HistoryBuffer uses to name its own four statistics."""
     if owner is not History or name not in ('min', 'max', 'mean', 'current'):
         raise InputError(f'contains getattr({owner!r:.40}, {name!r:.40}), which is not a statistic of a history')
@@ -108,7 +108,7 @@ NUMBERS = {
 }
 
 
-def tensor(storage: object, offset: object, size: object, stride: object, *rest) -> Tensor:
+def rebuild_tensor(storage: object, offset: object, size: object, stride: object, *rest) -> Tensor:
     """Stand in for the function that makes a tensor of a storage; requires_grad and hooks are left out."""
     if not isinstance(storage, TypedStorage) or storage.dtype not in NUMBERS or any(rest[2:]):
         kind = getattr(storage, 'dtype', 'no type')
@@ -125,14 +125,14 @@ def require_plain(found: Tensor) -> Tensor:
     return found
 
 
-def parameter(data: object = None, *_) -> Tensor:
+def rebuild_parameter(data: object = None, *_) -> Tensor:
     """Stand in for the function that makes a parameter of a tensor; it stays a tensor."""
     if type(data) is not Tensor:
         raise InputError('contains a corrupt parameter')
     return data
 
 
-def filled(kind: type, *contents: type) -> Callable[..., object]:
+def make_container_stand_in(kind: type, *contents: type) -> Callable[..., object]:
     """Stand in for a container that is built from a container of the given types."""
 
     def container(content: object = (), *rest) -> object:
@@ -143,7 +143,7 @@ def filled(kind: type, *contents: type) -> Callable[..., object]:
     return container
 
 
-def encoded(text: object = None, coding: object = None) -> bytes:
+def encode_bytes(text: object = None, coding: object = None) -> bytes:
     """Stand in for the function that pickles use for bytes; decoding with other codecs can take hours."""
     if not isinstance(text, str) or coding != 'latin1':
         raise InputError('contains corrupt bytes')
@@ -154,21 +154,21 @@ def encoded(text: object = None, coding: object = None) -> bytes:
 STAND_INS = {
     'argparse.Namespace': argparse.Namespace,
     'mmengine.logging.history_buffer.HistoryBuffer': History,
-    'builtins.getattr': method_of_history,
+    'builtins.getattr': stand_in_for_getattr,
     'numpy.ndarray': Array,
     'numpy.dtype': Dtype,
-    'collections.OrderedDict': filled(OrderedDict, list, tuple),
-    'collections.Counter': filled(Counter, dict, tuple),
-    'builtins.set': filled(set, list, tuple),
-    'torch.Size': filled(tuple, list, tuple),
+    'collections.OrderedDict': make_container_stand_in(OrderedDict, list, tuple),
+    'collections.Counter': make_container_stand_in(Counter, dict, tuple),
+    'builtins.set': make_container_stand_in(set, list, tuple),
+    'torch.Size': make_container_stand_in(tuple, list, tuple),
     'torch.device': torch.device,
-    '_codecs.encode': encoded,
-    'torch._utils._rebuild_tensor_v2': tensor,
-    'torch._utils._rebuild_parameter': parameter,
-    'torch._utils._rebuild_parameter_with_state': parameter,
+    '_codecs.encode': encode_bytes,
+    'torch._utils._rebuild_tensor_v2': rebuild_tensor,
+    'torch._utils._rebuild_parameter': rebuild_parameter,
+    'torch._utils._rebuild_parameter_with_state': rebuild_parameter,
 }
 for _module in ('numpy.core', 'numpy._core'):  # as NumPy 1 and NumPy 2 write it
-    STAND_INS |= {f'{_module}.multiarray._reconstruct': Array, f'{_module}.multiarray.scalar': scalar}
+    STAND_INS |= {f'{_module}.multiarray._reconstruct': Array, f'{_module}.multiarray.scalar': rebuild_scalar}
 STAND_INS |= {str(dtype): dtype for dtype in NUMBERS}
 STAND_INS |= {
     f'torch.{name}Storage': torch.serialization.StorageType(f'{name}Storage')
@@ -192,7 +192,7 @@ def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> obj
         return done[id(content)][1]
     new = content
     if isinstance(content, Array | History):
-        new = content.rebuilt()
+        new = content.rebuild()
     elif isinstance(content, Tensor) and strict:
         require_plain(content)
     # Keeps the content alive, so that its id stays unique.

@@ -19,7 +19,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as loaders
 from safetensors.torch import load_file
 
-from ..compat import known_globals, use_globals
+from ..compat import list_known_globals, use_globals
 from ..errors import InputError
 from .records import STAND_INS, rebuild
 
@@ -31,7 +31,7 @@ PLAIN |= {f'{module}.PosixPath': pathlib.PosixPath for module in ('pathlib', 'pa
 
 
 @contextmanager
-def weights_only(strict: bool = False) -> Iterator[None]:
+def force_weights_only(strict: bool = False) -> Iterator[None]:
     """Force weights-only loading for every torch.load in this context, whatever its arguments.
 
     Args:
@@ -40,7 +40,7 @@ def weights_only(strict: bool = False) -> Iterator[None]:
     before = os.environ.get(FORCE)
     os.environ[FORCE] = '1'
     try:
-        with use_globals(STAND_INS if strict else STAND_INS | PLAIN | known_globals()):
+        with use_globals(STAND_INS if strict else STAND_INS | PLAIN | list_known_globals()):
             yield
     finally:
         os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
@@ -64,7 +64,7 @@ def load_weights_only(loader: Callable[..., object]) -> Callable[..., object]:
     def load(filename: str, map_location: str | torch.device | None = None) -> object:
         if str(filename).endswith('.safetensors') and os.path.isfile(filename):
             return dict(state_dict=load_file(filename, str(map_location or 'cpu')))
-        with weights_only():
+        with force_weights_only():
             try:
                 return rebuild(loader(filename, map_location), {}, strict=False)
             except pickle.UnpicklingError as error:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import add_config, load_config, parser
+from .common import add_config, load_config, make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('analyze', __doc__)
+    options = make_parser('analyze', __doc__)
     add_config(options)
     options.add_argument('checkpoint', nargs='?', help='file or URL, in any layout of XCiT (default: '
                          "the config's initial weights)")  # fmt: skip

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from .common import parser, positive
+from .common import make_parser, require_positive
 
 
 def print_table(rows: list[dict], size: str) -> None:
@@ -48,15 +48,17 @@ def print_table(rows: list[dict], size: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('benchmark', __doc__)
+    options = make_parser('benchmark', __doc__)
     options.add_argument('--arch', default='small_12', help='architecture of XCiT (default: small_12)')
     options.add_argument(
         '--patch-size', type=int, default=16, choices=[8, 16], help='patch size in pixels (default: 16)'
     )
     options.add_argument('--sizes', nargs='+', default=['640x640'], metavar='HEIGHTxWIDTH', help='image sizes in '
                          'pixels (default: 640x640)')  # fmt: skip
-    options.add_argument('--batch', type=positive(int), default=1, help='images per forward pass (default: 1)')
-    options.add_argument('--rounds', type=positive(int), default=7, help='number of timings of each model (default: 7)')
+    options.add_argument('--batch', type=require_positive(int), default=1, help='images per forward pass (default: 1)')
+    options.add_argument(
+        '--rounds', type=require_positive(int), default=7, help='number of timings of each model (default: 7)'
+    )
     options.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (default: float32)')
     options.add_argument('--device', help='for instance cpu or cuda:1 (default: a GPU if there is one)')
     options.add_argument('--models', nargs='+', metavar='MODEL', help='see below (default: timm if it is installed, '

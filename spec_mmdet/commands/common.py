@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
+def make_parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
     """Make a command's parser, with the docstring of its module as help."""
     first, _, rest = doc.partition('\n')
     return Parser(
@@ -66,7 +66,7 @@ def parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
     )
 
 
-def positive(kind: type) -> Callable[[str], float]:
+def require_positive(kind: type) -> Callable[[str], float]:
     """Return a type for argparse: a finite number above 0."""
 
     def number(text: str) -> float:
@@ -110,11 +110,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that train and pretrain share."""
-    parser.add_argument('--epochs', type=positive(int), metavar='N', help='number of epochs; warm-up and '
+    parser.add_argument('--epochs', type=require_positive(int), metavar='N', help='number of epochs; warm-up and '
                         "learning-rate steps are rescaled (default: the config's)")  # fmt: skip
-    parser.add_argument('--batch-size', type=positive(int), metavar='N', help="batch size per device (default: the "
-                        "config's)")  # fmt: skip
-    parser.add_argument('--lr', type=positive(float), metavar='RATE', help="learning rate (default: the config's)")
+    parser.add_argument('--batch-size', type=require_positive(int), metavar='N', help='batch size per device (default: '
+                        "the config's)")  # fmt: skip
+    parser.add_argument(
+        '--lr', type=require_positive(float), metavar='RATE', help="learning rate (default: the config's)"
+    )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help='resume from a checkpoint '

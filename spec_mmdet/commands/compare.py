@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import parser
+from .common import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('compare', __doc__)
+    options = make_parser('compare', __doc__)
     options.add_argument('runs', nargs='+', metavar='[NAME=]RUN', help='work directories of trainings')
     options.add_argument('--out', type=Path, default=Path('work_dirs/comparison'), help='folder to write: new, empty, '
                          'or with an earlier comparison (default: work_dirs/comparison)')  # fmt: skip

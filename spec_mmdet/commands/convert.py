@@ -15,11 +15,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import parser
+from .common import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('convert', __doc__)
+    options = make_parser('convert', __doc__)
     options.add_argument('source', help='file or URL')
     options.add_argument('destination', type=Path, help='file to write, .pth or .safetensors')
     options.add_argument('--key', help='key of the weights in the file (default: the first usual one)')
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmengine.logging import MMLogger
 
     from ..checkpoints import layouts
-    from ..checkpoints.reading import describe_mismatches, get_classes, load, local_file
+    from ..checkpoints.reading import describe_mismatches, fetch_file, get_classes, load
     from ..checkpoints.writing import describe_tensors, save_weights
     from ..conditioning import describe_conditioning
     from ..configs import find_config, read_config
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     destination, name = args.destination, f'checkpoint {args.source}'
     if destination.suffix not in ('.pth', '.safetensors'):
         raise InputError(f'{destination}: the name must end in .pth or .safetensors')
-    source = local_file(args.source)
+    source = fetch_file(args.source)
     if destination.exists() and destination.samefile(source):
         raise InputError(f'{destination}: would overwrite the source. Pass another destination')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import parser, run_command
+from .common import make_parser, run_command
 
 CONFIG = 'xcit_spec_shapes'
 DATA = Path('data/shapes')
@@ -17,7 +17,7 @@ WORK = Path('work_dirs/demo')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser('demo', __doc__).parse_args(argv)
+    make_parser('demo', __doc__).parse_args(argv)
 
     from ..data.shapes import write_shapes
     from ..evaluation.pages import PAGE

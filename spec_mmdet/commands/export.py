@@ -29,11 +29,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import add_config, load_config, parser
+from .common import add_config, load_config, make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('export', __doc__)
+    options = make_parser('export', __doc__)
     add_config(options)
     options.add_argument('checkpoint', help='file or URL of a checkpoint')
     options.add_argument('out', type=Path, help='.onnx file to write')

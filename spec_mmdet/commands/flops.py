@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .common import parser
+from .common import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('flops', __doc__)
+    options = make_parser('flops', __doc__)
     options.add_argument('configs', nargs='+', metavar='CONFIG', help='a config file, or the name of a shipped config')
     args = options.parse_args(argv)
 

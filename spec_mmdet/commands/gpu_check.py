@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import parser
+from .common import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('gpu-check', __doc__)
+    options = make_parser('gpu-check', __doc__)
     options.add_argument('--device', default='cuda', help='cpu runs the same code at a small size (default: cuda)')
     options.add_argument('--out', type=Path, default=Path('work_dirs/gpu_check'), help='folder for results (default: '
                          'work_dirs/gpu_check)')  # fmt: skip

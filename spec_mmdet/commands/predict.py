@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from .common import add_config, add_keep_types, load_config, parser
+from .common import add_config, add_keep_types, load_config, make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('predict', __doc__)
+    options = make_parser('predict', __doc__)
     add_config(options)
     add_keep_types(options)
     options.add_argument('checkpoint', help='file or URL of a checkpoint, or an exported .onnx file')

@@ -29,7 +29,7 @@ from ..data.formats import READERS, find_splits, read_annotations
 from ..data.splits import MASKS, WHOLE, Split
 from ..errors import InputError, prefix_errors
 from ..files import is_empty, write_folder_atomically
-from .common import parser
+from .common import make_parser
 
 
 def print_counts(splits: Sequence[Split]) -> None:
@@ -57,7 +57,7 @@ def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path
     """Print the findings, write them to a file, and raise InputError if there are errors."""
     print_counts(splits)
     found.print()
-    if any(found.rows()):
+    if any(found.list_rows()):
         found.write(listing)
         print(f'\nfull list: {listing}')
     print()
@@ -74,7 +74,7 @@ def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formats = textwrap.fill(', '.join(READERS) + '.', 118, initial_indent='    ', subsequent_indent='    ')
-    options = parser('prepare', __doc__.format(formats=formats))
+    options = make_parser('prepare', __doc__.format(formats=formats))
     options.add_argument('folder', type=Path, help='folder or .zip of the data set; with --annotations, the folder of '
                          'the images')  # fmt: skip
     options.add_argument(

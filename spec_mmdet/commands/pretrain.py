@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, list_briefly
-from .common import add_run_options, add_training_options, load_run_config, parser, positive
+from .common import add_run_options, add_training_options, load_run_config, make_parser, require_positive
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('pretrain', __doc__)
+    options = make_parser('pretrain', __doc__)
     add_run_options(options)
     add_training_options(options)
-    options.add_argument('--image-size', type=positive(int), metavar='N', help="height and width of the classifier's "
-                         "images in pixels (default: the config's)")  # fmt: skip
+    options.add_argument('--image-size', type=require_positive(int), metavar='N', help='height and width of the '
+                         "classifier's images in pixels (default: the config's)")  # fmt: skip
     args = options.parse_args(argv)
 
     try:

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import parser
+from .common import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('publish', __doc__)
+    options = make_parser('publish', __doc__)
     options.add_argument('checkpoint', type=Path, help='checkpoint of the detector')
     options.add_argument('--config', type=Path, help='its config (default: the one next to the checkpoint)')
     options.add_argument('--out', type=Path, help='new or empty folder (default: published, next to the checkpoint)')

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import InputError, list_briefly
-from .common import add_run_options, load_run_config, parser
+from .common import add_run_options, load_run_config, make_parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser('test', __doc__)
+    options = make_parser('test', __doc__)
     add_run_options(options)
     options.add_argument('checkpoint', help='file or URL of a checkpoint')
     options.add_argument('--report', type=Path, metavar='DIR', help='write an HTML report to this folder')
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmengine.dist import is_main_process
 
     from ..checkpoints.reading import fetch, get_classes, get_run_info, load, verify_checkpoint
-    from ..data.fitting import coco_datasets, configured_classes, has_masks
+    from ..data.fitting import has_masks, list_coco_datasets, list_configured_classes
     from ..evaluation import report
     from ..evaluation.drawing import use_font_for
     from ..evaluation.metrics import DumpPredictions
@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_augmentation(cfg, has_masks(cfg.model))
 
     setup_cache_size_limit_of_dynamo()
-    datasets = coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
+    datasets = list_coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
     terminal = None if args.verbose else Terminal()
-    names = [name for dataset in datasets for name in configured_classes(dataset)]
+    names = [name for dataset in datasets for name in list_configured_classes(dataset)]
     with write_folder_atomically(reported) if reported else nullcontext() as temporary:
         with one_line_errors(), use_font_for(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)

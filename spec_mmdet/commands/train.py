@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .common import add_run_options, add_training_options, load_run_config, parser, positive
+from .common import add_run_options, add_training_options, load_run_config, make_parser, require_positive
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -24,11 +24,12 @@ PRESETS = ('finetune',)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser('train', __doc__)
+    options = make_parser('train', __doc__)
     add_run_options(options)
     add_training_options(options)
-    options.add_argument('--image-size', type=positive(int), metavar='N', help='shorter side of a test image in '
-                         "pixels; sizes and crops for training are scaled with it (default: the config's)")  # fmt: skip
+    options.add_argument('--image-size', type=require_positive(int), metavar='N', help='shorter side of a test image '
+                         'in pixels; sizes and crops for training are scaled with it (default: the '
+                         "config's)")  # fmt: skip
     options.add_argument('--preset', choices=PRESETS, help="schedule for pretrained weights that replaces the "
                          "config's (default: none)")  # fmt: skip
     return options.parse_args(argv)

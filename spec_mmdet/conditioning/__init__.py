@@ -16,16 +16,16 @@ XCiT's checkpoints; :func:`fold` merges them for inference. :func:`measure` meas
 
 from .correction import (
     Correction,
+    compute_condition_number,
+    compute_identity_correction,
     compute_sigma_max,
-    condition_number,
+    compute_svd_correction,
     describe_conditioning,
-    identity_correction,
     require_same_conditioning,
-    svd_correction,
 )
 from .finding.projections import Projection, find_projections
 from .fixed import Corrections
-from .initialisation import conditioned_initialisation
+from .initialisation import initialise_conditioned
 from .spectra import Report, Spectrum, measure
 from .surgery import condition, fold
 
@@ -37,13 +37,13 @@ __all__ = [
     'Spectrum',
     'compute_sigma_max',
     'condition',
-    'condition_number',
-    'conditioned_initialisation',
+    'compute_condition_number',
+    'initialise_conditioned',
     'describe_conditioning',
     'find_projections',
     'fold',
-    'identity_correction',
+    'compute_identity_correction',
     'measure',
     'require_same_conditioning',
-    'svd_correction',
+    'compute_svd_correction',
 ]

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .finding.rows import RowSelection
 
 
-def condition_number(W: Tensor, rank: int | None = None) -> Tensor:
+def compute_condition_number(W: Tensor, rank: int | None = None) -> Tensor:
     """Condition number kappa(W) = sigma_max / sigma_min, computed in float64.
 
     Args:
@@ -40,7 +40,7 @@ def compute_sigma_max(W: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(W @ W.mT)[..., -1].clamp_min(0).sqrt()
 
 
-def svd_correction(W: Tensor) -> Tensor:
+def compute_svd_correction(W: Tensor) -> Tensor:
     """Exact correction C = sigma_max U V^T for W = U S V^T (Theorem 3.5), so that kappa(W + C) <= 2.
 
     W + C = U (S + sigma_max I) V^T, hence kappa(W + C) = 2 sigma_max / (sigma_min + sigma_max). U V^T is the thin
@@ -56,7 +56,7 @@ def svd_correction(W: Tensor) -> Tensor:
     return (S[..., :1, None] * (U @ Vh)).to(W)
 
 
-def identity_correction(W: Tensor, lam: float | Tensor) -> Tensor:
+def compute_identity_correction(W: Tensor, lam: float | Tensor) -> Tensor:
     """Identity correction C = lam I_{D x k} (Theorem 3.8): no SVD, nothing to store.
 
     For lam > sigma_max(W), kappa(W + C) <= (lam + sigma_max) / (lam - sigma_max). A lam at or below sigma_max can
@@ -135,7 +135,7 @@ class Correction(nn.Module):
                 raise ValueError(f'conditioning: {name} must be positive and finite, got {value}')
         matrices = weight.detach().unflatten(0, self.split)
         if type == 'svd':
-            self.register_buffer('C', svd_correction(matrices).reshape(weight.shape))
+            self.register_buffer('C', compute_svd_correction(matrices).reshape(weight.shape))
         elif lam is not None:
             if sigmas is not None:
                 raise ValueError(f'conditioning: use lam={lam:g} or sigmas={sigmas:g}, not both')
@@ -174,7 +174,7 @@ class Correction(nn.Module):
     def _make_blocks(self, W: Tensor) -> Tensor:
         if 'C' in self._buffers:
             return self.C.to(W.dtype).unflatten(0, self.split)
-        return identity_correction(W.detach().unflatten(0, self.split), self.lam)
+        return compute_identity_correction(W.detach().unflatten(0, self.split), self.lam)
 
     def _apply(self, fn, recurse: bool = True) -> Correction:
         # A cast to float16 and back would change lam = 0.1, and C.

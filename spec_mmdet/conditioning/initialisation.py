@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def conditioned_initialisation(W: Tensor, roles: str, heads: int) -> Tensor:
+def initialise_conditioned(W: Tensor, roles: str, heads: int) -> Tensor:
     """Initial projections in which the matrix of each head has condition number 1.
 
     Each head's Q and K are independent random semi-orthogonal matrices, each head's V is the rectangular identity.

@@ -19,10 +19,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from .correction import condition_number
+from .correction import compute_condition_number
 
 
-def softmax_jacobian(P: Tensor) -> Tensor:
+def compute_softmax_jacobian(P: Tensor) -> Tensor:
     """Lam(p) = diag(p) - p p^T for each row p of P: shape (..., n) -> (..., n, n)."""
     return torch.diag_embed(P) - P[..., :, None] * P[..., None, :]
 
@@ -57,7 +57,7 @@ def _largest_eigenvalue(operator: Callable[[Tensor], Tensor], like: Tensor) -> f
     return float(eigsh(symmetric, k=1, which='LA', v0=start, tol=1e-9, return_eigenvectors=False)[0])
 
 
-def xca_singular_values(
+def compute_xca_singular_values(
     X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, temperature: float | Tensor = 1.0
 ) -> tuple[float, float]:
     """The extreme singular values of XCA's joint Jacobian J = [J_Q J_K J_V], exact, without building it.
@@ -92,7 +92,7 @@ def xca_singular_values(
 
     A, by_q, by_k = differentiate_xca_scores(X, W_Q, W_K, temperature)
     U, V = torch.linalg.qr(Vh[: len(s)] @ W_V)
-    V_Lam = V @ softmax_jacobian(A)
+    V_Lam = V @ compute_softmax_jacobian(A)
     # [J_Q J_K] = (s U (x) I) L, and G = L L^T, as a matrix over pairs of a channel and a column of U.
     k, u = len(A), U.shape[1]
     J_Q = V_Lam @ by_q
@@ -108,7 +108,7 @@ def xca_singular_values(
         return s**2 * Y @ A @ A.T + s * U @ on_pairs(G, U.T @ (s * Y))
 
     sigma_max = _largest_eigenvalue(gram, X.new_empty(len(s), k)) ** 0.5
-    if condition_number(A) * torch.finfo(A.dtype).eps > 1:
+    if compute_condition_number(A) * torch.finfo(A.dtype).eps > 1:
         return 0.0, sigma_max
     A_inv = torch.linalg.inv(A)
     EET = torch.einsum('ij,jakc,lk->ialc', A_inv, G.view(k, u, k, u), A_inv).reshape(k * u, k * u)

@@ -12,7 +12,7 @@ from .correction import compute_sigma_max
 from .effects import is_trained
 from .finding.projections import Projection, find, find_projections
 from .fixed import Corrected, Corrections
-from .initialisation import conditioned_initialisation
+from .initialisation import initialise_conditioned
 from .spectra import Report
 from .verification import Changes, change_and_verify, find_obstacle, find_shared_memory, reject_wrapped_model
 
@@ -44,7 +44,7 @@ def condition(
         model: changed in place.
         type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5), fixed corrections; or 'initialisation', their authors'
             later method (arXiv 2609.07086), which replaces W and has no C: see
-            :func:`~.initialisation.conditioned_initialisation`.
+            :func:`~.initialisation.initialise_conditioned`.
         lam: lambda of the identity form, the same for all matrices; the paper's experiments use 10.
         sigmas: lambda of the identity form as a multiple of sigma_max of each matrix that is corrected, of its weights
             as they are now. The default, if ``lam`` is not given, is 2, so that kappa(W + C) <= 3.
@@ -99,7 +99,7 @@ def condition(
         owner = projection.module, projection.tensor
         weight = changes.get(owner, projection.weight.detach())
         if type == 'initialisation':
-            W = conditioned_initialisation(projection.W, projection.roles, projection.heads)
+            W = initialise_conditioned(projection.W, projection.roles, projection.heads)
             changes[owner] = projection.insert(W, weight)
         else:
             correction = projection.make_correction(type, lam, sigmas, per_head)

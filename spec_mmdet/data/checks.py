@@ -13,7 +13,7 @@ from mmengine.config import Config
 from ..errors import InputError, list_briefly
 from . import rules
 from .findings import Findings, Place
-from .fitting import coco_datasets, evaluators, has_masks, is_kind_of, stated_classes
+from .fitting import has_masks, is_kind_of, list_coco_datasets, list_evaluators, list_stated_classes
 from .images import check_images
 from .reading import CheckedCocoDataset, forget_coco, share_coco
 
@@ -248,7 +248,7 @@ def check_dataset(
         )
 
     categories = [category['name'] for category in coco['categories']]
-    named = stated_classes(dataset)
+    named = list_stated_classes(dataset)
     if named:  # the config uses some of the file's classes
         categories = [name for name in categories if name in named]
     check_categories(ann_file, categories, classes or named or categories)
@@ -305,12 +305,12 @@ def check_inputs(
     """
     checked = []
     for loop in loops:
-        for evaluator in evaluators(cfg, loop):
+        for evaluator in list_evaluators(cfg, loop):
             ann_file = evaluator.get('ann_file')
             if ann_file and '://' not in ann_file and not Path(ann_file).is_file():
                 raise InputError(f'annotation file {ann_file}: no such file ({loop}_evaluator.ann_file in the config)')
-        annotated = not any(evaluator.get('format_only') for evaluator in evaluators(cfg, loop))
-        for dataset in coco_datasets(cfg.get(f'{loop}_dataloader')):
+        annotated = not any(evaluator.get('format_only') for evaluator in list_evaluators(cfg, loop))
+        for dataset in list_coco_datasets(cfg.get(f'{loop}_dataloader')):
             source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix')}
             if source not in checked:
                 masks = has_masks(cfg.get('model'))

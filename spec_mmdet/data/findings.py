@@ -55,7 +55,7 @@ class Findings:
     faulty_images: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     faulty_annotations: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
-    def levels(self) -> dict[str, dict[str, list[Place]]]:
+    def list_levels(self) -> dict[str, dict[str, list[Place]]]:
         """Return the findings of each level by its title."""
         levels = {'errors, which you must fix': self.errors, 'left out, because of errors': self.dropped}
         return levels | {'warnings': self.warnings, 'notes': self.notes}
@@ -72,15 +72,15 @@ class Findings:
 
     def print(self) -> None:
         """Print a line for each kind: the number of cases and the first place."""
-        for title, kinds in self.levels().items():
+        for title, kinds in self.list_levels().items():
             if kinds:
                 print(f'\n{title}:')
             for kind, places in kinds.items():
                 print(f'{len(places):>8}  {kind}; first: {places[0]}')
 
-    def rows(self) -> Iterator[tuple]:
+    def list_rows(self) -> Iterator[tuple]:
         """Yield each case: level, kind, and the fields of its place."""
-        for title, kinds in self.levels().items():
+        for title, kinds in self.list_levels().items():
             for kind, places in kinds.items():
                 for place in places:
                     yield title.partition(',')[0], kind, place.file, place.image, place.annotation, place.detail
@@ -90,7 +90,7 @@ class Findings:
         with write_atomically(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(('level', 'kind', 'file', 'image', 'annotation', 'detail'))
-            writer.writerows(self.rows())
+            writer.writerows(self.list_rows())
 
     def describe_first_error(self) -> str:
         """Return the first error and the number of errors as one line; '' without errors."""

@@ -44,7 +44,7 @@ def is_coco_dataset(node: dict) -> bool:
     return is_kind_of(node, DATASETS, CocoDataset) and not is_kind_of(node, DATASETS, OTHER_FORMATS)
 
 
-def coco_datasets(node: object) -> Iterator[dict]:
+def list_coco_datasets(node: object) -> Iterator[dict]:
     """Yield the data sets in COCO's format in (a part of) a config, including those in wrappers."""
     for _, found in walk(node):
         if is_coco_dataset(found):
@@ -53,18 +53,18 @@ def coco_datasets(node: object) -> Iterator[dict]:
 
 def list_annotation_files(cfg: Config, loop: str) -> list[Path]:
     """List the local annotation files of a loop's data sets in COCO's format."""
-    datasets = coco_datasets(cfg.get(f'{loop}_dataloader'))
+    datasets = list_coco_datasets(cfg.get(f'{loop}_dataloader'))
     paths = [Path(dataset.get('data_root') or '', str(dataset.get('ann_file', ''))) for dataset in datasets]
     return [path for path in paths if path.is_file()]
 
 
-def coco_metrics(cfg: Config, loop: str) -> list[dict]:
+def list_coco_metrics(cfg: Config, loop: str) -> list[dict]:
     """List the configs of a loop's evaluators for COCO metrics."""
-    found = evaluators(cfg, loop)
+    found = list_evaluators(cfg, loop)
     return [e for e in found if is_kind_of(e, METRICS, CocoMetric) and not is_kind_of(e, METRICS, LVISMetric)]
 
 
-def evaluators(cfg: Config, loop: str) -> list[dict]:
+def list_evaluators(cfg: Config, loop: str) -> list[dict]:
     """List the configs of a loop's evaluators."""
     found = cfg.get(f'{loop}_evaluator') or []
     return found if isinstance(found, list) else [found]
@@ -89,14 +89,14 @@ def list_classes(metainfo: dict | None) -> list[str]:
     return list(classes)
 
 
-def configured_classes(dataset: dict) -> list[str]:
+def list_configured_classes(dataset: dict) -> list[str]:
     """List the classes of a data set in COCO's format: those of its metainfo, or else of its type."""
     return list_classes(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
 
 
-def stated_classes(dataset: dict) -> list[str]:
+def list_stated_classes(dataset: dict) -> list[str]:
     """List the classes that a config defines for a data set, in its metainfo or by a type with its own classes."""
-    classes = configured_classes(dataset)
+    classes = list_configured_classes(dataset)
     inherited = not list_classes(dataset.get('metainfo')) and classes == list(CocoDataset.METAINFO['classes'])
     return [] if inherited else classes
 
@@ -121,7 +121,7 @@ def state_classes_once(cfg: Config) -> list[str]:
             ):
                 if 'CLASSES' in metainfo:
                     raise InputError(f'{place}.CLASSES in the config: rename it to "classes", as MMDetection 3 expects')
-            if classes := stated_classes(dataset):
+            if classes := list_stated_classes(dataset):
                 stated[f'{name}.metainfo.classes'] = classes
     if not stated:
         return []
@@ -132,7 +132,7 @@ def state_classes_once(cfg: Config) -> list[str]:
                 f'{name} is ({list_briefly(other)}) and {first} is ({list_briefly(classes)}) in the config. Use '
                 'the same classes in both'
             )
-    for dataset in coco_datasets({**cfg}):
+    for dataset in list_coco_datasets({**cfg}):
         dataset['metainfo'] = dict(dataset.get('metainfo') or {}, classes=tuple(classes))
     return classes
 
@@ -144,8 +144,8 @@ def require_one_annotation_file(cfg: Config, loops: Sequence[str]) -> None:
         InputError: if an evaluator reads a different existing file, or COCO metrics would mix several data sets.
     """
     for loop in loops:
-        datasets = list(coco_datasets(cfg.get(f'{loop}_dataloader')))
-        metrics = coco_metrics(cfg, loop)
+        datasets = list(list_coco_datasets(cfg.get(f'{loop}_dataloader')))
+        metrics = list_coco_metrics(cfg, loop)
         if metrics and len(datasets) > 1:
             files = list_briefly([str(dataset.get('ann_file')) for dataset in datasets])
             raise InputError(
@@ -171,8 +171,8 @@ def require_monitored_metrics(cfg: Config) -> None:
     Raises:
         InputError: naming the hook.
     """
-    metrics = coco_metrics(cfg, 'val')
-    if not metrics or len(metrics) < len(evaluators(cfg, 'val')):
+    metrics = list_coco_metrics(cfg, 'val')
+    if not metrics or len(metrics) < len(list_evaluators(cfg, 'val')):
         return
     names, unlisted = [], []  # names of metrics; parts of other names, which depend on classes or limits of detections
     for evaluator in metrics:
@@ -181,7 +181,7 @@ def require_monitored_metrics(cfg: Config) -> None:
         names += [f'{prefix}/{kind}_{i}' for kind in list_kinds(evaluator) for i in items if kind in ('bbox', 'segm')]
         unlisted += ['_precision'] * bool(evaluator.get('classwise'))
         unlisted += ['/AR'] * any(kind.startswith('proposal') for kind in list_kinds(evaluator))
-    for hook, key in monitoring_hooks(cfg):
+    for hook, key in list_monitoring_hooks(cfg):
         for wanted in [hook[key]] if isinstance(hook[key], str) else hook[key]:
             if wanted not in ('auto', *names) and not any(part in wanted for part in unlisted):
                 raise InputError(
@@ -196,7 +196,7 @@ def list_kinds(evaluator: dict) -> list[str]:
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
-def monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
+def list_monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
     """Yield the configs of hooks that monitor a metric, with the key of its name."""
     for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]:
         for key in ('save_best', 'monitor'):  # of checkpoints, of early stopping
@@ -224,7 +224,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         InputError: if ``num_classes`` of a head was set by hand: it equals neither ``len(classes)``, nor COCO's 80, nor
             the number of classes of the data sets so far.
     """
-    inherited = {len(configured_classes(dataset)) for dataset in coco_datasets({**cfg})}
+    inherited = {len(list_configured_classes(dataset)) for dataset in list_coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
     for name, head in find_class_heads(cfg.get('model')):
         if head['num_classes'] not in inherited:
@@ -236,7 +236,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
     metainfo = dict(classes=tuple(classes))
     if len(classes) > 80:
         metainfo['palette'] = None  # COCO's palette has 80 colours; None generates one
-    for dataset in coco_datasets({**cfg}):
+    for dataset in list_coco_datasets({**cfg}):
         dataset['metainfo'] = {**(dataset.get('metainfo') or {}), **metainfo}
 
 
@@ -302,12 +302,12 @@ def use_masks_as_the_model(cfg: Config) -> bool:
         for _, transform in walk(cfg.get(f'{loop}_dataloader')):
             if is_kind_of(transform, TRANSFORMS, LoadAnnotations) and (loop == 'train' or not masks):
                 transform['with_mask'] = masks
-        for evaluator in coco_metrics(cfg, loop) if not masks else ():
+        for evaluator in list_coco_metrics(cfg, loop) if not masks else ():
             if 'segm' in list_kinds(evaluator):
                 evaluator['metric'] = [kind for kind in list_kinds(evaluator) if kind != 'segm'] or ['bbox']
-    metrics = coco_metrics(cfg, 'val')
+    metrics = list_coco_metrics(cfg, 'val')
     if metrics and not any('segm' in list_kinds(evaluator) for evaluator in metrics):
-        for hook, key in monitoring_hooks(cfg):
+        for hook, key in list_monitoring_hooks(cfg):
             if isinstance(hook[key], str):
                 hook[key] = hook[key].replace('segm_', 'bbox_')
     return cfg.to_dict() != before

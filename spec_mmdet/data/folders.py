@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import InputError
-from .fitting import coco_datasets, evaluators
+from .fitting import list_coco_datasets, list_evaluators
 
 ROBOFLOW = '_annotations.coco.json'
 
@@ -78,7 +78,7 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         loader = cfg.get(f'{loop}_dataloader')
         if loader is None:
             continue
-        datasets = list(coco_datasets(loader))
+        datasets = list(list_coco_datasets(loader))
         if len(datasets) != 1:
             raise InputError(
                 f'--data: {loop}_dataloader in the config has {len(datasets)} data sets of type CocoDataset instead of '
@@ -96,6 +96,6 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         dataset['data_root'] = f'{folder}/'
         dataset['ann_file'] = ann_file.relative_to(folder).as_posix()
         dataset['data_prefix'] = dict(dataset.get('data_prefix') or {}, img=f'{images.relative_to(folder).as_posix()}/')
-        for evaluator in evaluators(cfg, loop):
+        for evaluator in list_evaluators(cfg, loop):
             if 'ann_file' in evaluator:
                 evaluator['ann_file'] = str(ann_file)

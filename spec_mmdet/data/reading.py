@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 
 from ..errors import InputError
 from .findings import Findings, Place
-from .rules import find_mask_fault, find_size_fault, rasterised
+from .rules import find_mask_fault, find_size_fault, rasterise
 
 LARGE = 30e6  # bytes from which reading takes seconds and is announced
 REQUIRED = dict(
@@ -178,18 +178,18 @@ def fill_in(coco: dict, name: str, found: Findings) -> None:
     filled('iscrowd', lambda annotation: 0, 'objects without "iscrowd", set to 0')
     filled(
         'area',
-        lambda annotation: area(annotation, images.get(annotation['image_id'])),
+        lambda annotation: compute_object_area(annotation, images.get(annotation['image_id'])),
         'objects without "area", set to that of the mask, or of the box if there is no mask',
     )
 
 
-def area(annotation: dict, image: dict | None) -> float:
+def compute_object_area(annotation: dict, image: dict | None) -> float:
     """Compute an object's area in square pixels, from its mask or, if that is missing or faulty, from its box."""
     mask = annotation.get('segmentation')
     if image and not find_size_fault(image['width'], image['height']):
         size = image['width'], image['height']
         if not find_mask_fault(mask, *size):
-            return float(mask_utils.area(rasterised(mask, *size)))
+            return float(mask_utils.area(rasterise(mask, *size)))
     box = annotation['bbox']
     try:
         return float(box[2] * box[3])
@@ -247,8 +247,8 @@ class AnnotationFile(COCO):
     """pycocotools' ``COCO`` of a file that :func:`share_coco` reads, with ids that its evaluators accept.
 
     Other ids (text, above 2**53, negative, an annotation's 0) are replaced here, and only here, by numbers in the order
-    of the file that differ from all its ids. :meth:`loadRes` accepts detections with the file's ids. :meth:`original`
-    returns the file's id of a number, for written results.
+    of the file that differ from all its ids. :meth:`loadRes` accepts detections with the file's ids.
+    :meth:`get_original` returns the file's id of a number, for written results.
 
     Attributes:
         numbers: for each of 'images', 'annotations' and 'categories', numbers by the file's ids; {} if unchanged.
@@ -283,7 +283,7 @@ class AnnotationFile(COCO):
         """Return the number of the file's id ``index`` of 'images', 'annotations' or 'categories' (``key``)."""
         return self.numbers.get(key, {}).get(index, index)
 
-    def original(self, key: str, number: int) -> int | str:
+    def get_original(self, key: str, number: int) -> int | str:
         """Return the file's id of a number; the inverse of :meth:`number`."""
         return self._originals[key].get(number, number) if self.numbers else number
 

@@ -195,12 +195,12 @@ def compute_extent(polygons: list[list[float]]) -> Corners:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def area_of_polygon(polygon: list[float]) -> float:
+def compute_polygon_area(polygon: list[float]) -> float:
     xs, ys = polygon[::2], polygon[1::2]
     return abs(sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, ys, xs[1:] + xs[:1]))) / 2
 
 
-def rasterised(mask: list | dict, width: int, height: int) -> dict:
+def rasterise(mask: list | dict, width: int, height: int) -> dict:
     """Return pycocotools' compressed RLE of a valid mask."""
     if isinstance(mask, list):
         return mask_utils.merge(mask_utils.frPyObjects(mask, height, width))
@@ -230,9 +230,9 @@ def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, he
     """
     if isinstance(mask, list):
         extent = compute_extent(mask)
-        empty = sum(map(area_of_polygon, mask)) < 4 and not mask_utils.area(rasterised(mask, width, height))
+        empty = sum(map(compute_polygon_area, mask)) < 4 and not mask_utils.area(rasterise(mask, width, height))
     else:
-        x0, y0, w0, h0 = mask_utils.toBbox(rasterised(mask, width, height)).tolist()
+        x0, y0, w0, h0 = mask_utils.toBbox(rasterise(mask, width, height)).tolist()
         extent, empty = (x0, y0, x0 + w0, y0 + h0), False
     x, y, w, h = box
     if empty:

@@ -20,7 +20,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from ..configs import find_run_config
-from ..data.fitting import coco_datasets, configured_classes, evaluators
+from ..data.fitting import list_coco_datasets, list_configured_classes, list_evaluators
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import compute_digest, display_path, format_csv
@@ -138,15 +138,15 @@ def find_data(folder: Path, report: Path) -> tuple[Path, list[str]]:
         return path, record['classes']
     name = find_run_config(folder)
     config = Config.fromfile(name)
-    files = [Path(evaluator.ann_file) for evaluator in evaluators(config, 'test') if 'ann_file' in evaluator]
+    files = [Path(evaluator.ann_file) for evaluator in list_evaluators(config, 'test') if 'ann_file' in evaluator]
     if not files:
         raise InputError(f'{name}: test_evaluator has no ann_file. Set it, or evaluate again with --report')
     if not files[0].is_file():
         raise InputError(
             f'{files[0]}: no such file; {name} uses it for evaluation. Run the command where the run started'
         )
-    dataset = next(coco_datasets(config.get('test_dataloader')), None)
-    return files[0], configured_classes(dataset) if dataset else []
+    dataset = next(list_coco_datasets(config.get('test_dataloader')), None)
+    return files[0], list_configured_classes(dataset) if dataset else []
 
 
 def require_comparable(runs: Sequence[Run]) -> None:

@@ -52,7 +52,7 @@ def require_measurable(truth: COCO, kind: str) -> None:
             sound = rules.is_finite(annotation['bbox']) and len(annotation['bbox']) == 4
         if not sound:
             index = annotation['id']
-            index = truth.original('annotations', index) if isinstance(truth, AnnotationFile) else index
+            index = truth.get_original('annotations', index) if isinstance(truth, AnnotationFile) else index
             raise InputError(
                 f'annotation {index!r:.40}: its {"mask" if kind == "segm" else "box"} cannot be evaluated. Run '
                 '"spec-mmdet prepare" on the data to list all faults'
@@ -83,7 +83,7 @@ class Evaluation(COCOeval):
         super().__init__(prepare_truth(truth, kind), found, kind)
 
 
-def fast_evaluation(truth: COCO, found: COCO, kind: str) -> COCOeval:
+def make_fast_evaluation(truth: COCO, found: COCO, kind: str) -> COCOeval:
     """Return a faster replacement for ``Evaluation``, for 'bbox' and 'segm'; ``evalImgs`` stays empty.
 
     Recalls and scores are bit-identical to pycocotools. A precision of 1 is 1 / (1 + 2**-52) in pycocotools, so AP can
@@ -117,7 +117,7 @@ def summarise(evaluation: COCOeval, limits: Sequence[int]) -> COCOeval:
     return summary
 
 
-def average_precision(
+def get_average_precision(
     summary: COCOeval, category: int, iou: float | None = None, area: int = 0, limit: int = -1
 ) -> float:
     """Return the AP of a category, by its place in ``params.catIds``; -1 where it has no objects.
@@ -179,12 +179,12 @@ class CheckedCocoMetric(CocoMetric):
     def find_categories(self, names: Sequence[str]) -> list[int]:
         """Return the categories of the labels, in MMDetection's order, as numbers of the annotation file's index."""
         categories = self._coco_api.get_cat_ids(cat_names=names)
-        key = (lambda c: self._coco_api.original('categories', c)) if self.sort_categories else categories.index
+        key = (lambda c: self._coco_api.get_original('categories', c)) if self.sort_categories else categories.index
         return sorted(categories, key=key)
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
         """Write the detections with the annotation file's own ids; see MMDetection's CocoMetric."""
-        original = self._coco_api.original
+        original = self._coco_api.get_original
         self.cat_ids = [original('categories', c) for c in self.find_categories(self.dataset_meta['classes'])]
         results = [{**result, 'img_id': original('images', result['img_id'])} for result in results]
         return super().results2json(results, outfile_prefix)
@@ -258,8 +258,8 @@ class CheckedCocoMetric(CocoMetric):
         rows, metrics = [['category', *AP_ITEMS]], {}
         for category in self.find_categories(self.dataset_meta['classes']):
             place = summary.params.catIds.index(category)
-            values = [average_precision(summary, place, iou) for iou in (None, 0.5, 0.75)]
-            values += [average_precision(summary, place, area=area) for area in (1, 2, 3)]
+            values = [get_average_precision(summary, place, iou) for iou in (None, 0.5, 0.75)]
+            values += [get_average_precision(summary, place, area=area) for area in (1, 2, 3)]
             values = [float(np.round(value, 3)) if value > -1 else float('nan') for value in values]
             name = self._coco_api.cats[category]['name']
             rows.append([name, *map(str, values)])
@@ -270,13 +270,13 @@ class CheckedCocoMetric(CocoMetric):
 
 @METRICS.register_module()
 class FastCocoMetric(CheckedCocoMetric):
-    """CheckedCocoMetric that uses :func:`fast_evaluation`.
+    """CheckedCocoMetric that uses :func:`make_fast_evaluation`.
 
     Raises:
         InputError: if faster-coco-eval is not installed.
     """
 
-    evaluate_detections = staticmethod(fast_evaluation)
+    evaluate_detections = staticmethod(make_fast_evaluation)
 
     def __init__(self, *args, **kwargs) -> None:
         if find_spec('faster_coco_eval') is None:
@@ -301,6 +301,6 @@ class DumpPredictions(DumpDetResults):
     def compute_metrics(self, results: list[dict]) -> dict:
         """Write the predictions atomically."""
         for result in results if self.annotations is not None else ():
-            result['img_id'] = self.annotations.original('images', result['img_id'])
+            result['img_id'] = self.annotations.get_original('images', result['img_id'])
         write(self.out_file_path, pickle.dumps(results))
         return {}

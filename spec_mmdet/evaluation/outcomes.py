@@ -31,10 +31,10 @@ ERRORS = {
 class Outcome:
     """Ids of an image's true and false positives above a score threshold, and of its false negatives."""
 
-    found: list[tuple[int, int]] = field(default_factory=list)  # true positives: detection and object
-    false: list[int] = field(default_factory=list)  # false positives: detections
+    true_positives: list[tuple[int, int]] = field(default_factory=list)  # detection and object
+    false_positives: list[int] = field(default_factory=list)  # detections
     crowd: list[int] = field(default_factory=list)  # ignored detections on crowd regions
-    missed: list[int] = field(default_factory=list)  # false negatives: objects
+    false_negatives: list[int] = field(default_factory=list)  # objects
     errors: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in ERRORS})
 
 
@@ -113,11 +113,11 @@ def find_outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
             if entry['ignored'][i]:
                 outcome.crowd.append(entry['ids'][i])
             elif entry['matched'][i]:
-                outcome.found.append((entry['ids'][i], int(entry['matched'][i])))
+                outcome.true_positives.append((entry['ids'][i], int(entry['matched'][i])))
             else:
-                outcome.false.append(entry['ids'][i])
+                outcome.false_positives.append(entry['ids'][i])
         found = {int(entry['matched'][i]) for i in sure}
-        outcome.missed += [truth for truth in entry['objects'] if truth not in found]
+        outcome.false_negatives += [truth for truth in entry['objects'] if truth not in found]
     for outcome in result.values():
         classify_errors(evaluation, outcome)
     return result
@@ -130,11 +130,11 @@ def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
     detections on crowd regions as errors. Without crowds, its counts are the same (tests/evaluation).
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
-    objects = [*(o for _, o in outcome.found), *outcome.missed]
+    objects = [*(o for _, o in outcome.true_positives), *outcome.false_negatives]
     classes = np.array([truth[o]['category_id'] for o in objects])
-    used = np.arange(len(objects)) < len(outcome.found)
+    used = np.arange(len(objects)) < len(outcome.true_positives)
     reached = set()  # objects with a localisation or class error
-    for detection in outcome.false:
+    for detection in outcome.false_positives:
         if not objects:
             outcome.errors['background'].append(detection)
             continue
@@ -153,7 +153,7 @@ def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
         else:
             kind = 'background' if iou.max() <= BACKGROUND_IOU else 'both'
         outcome.errors[kind].append(detection)
-    outcome.errors['missed'] = [o for o in outcome.missed if o not in reached]
+    outcome.errors['missed'] = [o for o in outcome.false_negatives if o not in reached]
 
 
 def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
@@ -169,10 +169,10 @@ def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     matrix = np.zeros((len(place) + 1, len(place) + 1), int)
     for outcome in outcome_of.values():
-        for _, object_id in outcome.found:
+        for _, object_id in outcome.true_positives:
             matrix[(place[truth[object_id]['category_id']],) * 2] += 1
-        missed = list(outcome.missed)
-        for detection in sorted(outcome.false, key=lambda d: -found[d]['score']):
+        missed = list(outcome.false_negatives)
+        for detection in sorted(outcome.false_positives, key=lambda d: -found[d]['score']):
             row = -1
             if missed:
                 boxes = [truth[object_id]['bbox'] for object_id in missed]

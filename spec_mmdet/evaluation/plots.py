@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from .drawing import Mark, draw, format_label, tile_pictures
 from .outcomes import ERRORS, Outcome, Scores
 
-COLOURS = dict(found='#2563eb', missed='#f59e0b', false='#dc2626', crowd='#6b7280')
+COLOURS = dict(true_positives='#2563eb', false_negatives='#f59e0b', false_positives='#dc2626', crowd='#6b7280')
 CLASSES = 30  # maximum of classes in the plot of the confusion matrix
 WORST = 3  # images drawn for each type of error
 DPI = 150  # of the plots; an inch is 100 pixels of the page
@@ -144,9 +144,10 @@ def draw_sides(
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     crowds = [a['id'] for a in evaluation.cocoGt.imgToAnns[image_id] if a['iscrowd']]
-    kinds = dict(crowd=crowds, found=[o for _, o in outcome.found], missed=outcome.missed)
+    hits = [[pair[i] for pair in outcome.true_positives] for i in (1, 0)]
+    kinds = dict(crowd=crowds, true_positives=hits[0], false_negatives=outcome.false_negatives)
     left = [(truth[index], kind) for kind, ids in kinds.items() for index in ids]
-    kinds = dict(crowd=outcome.crowd, found=[d for d, _ in outcome.found], false=outcome.false)
+    kinds = dict(crowd=outcome.crowd, true_positives=hits[1], false_positives=outcome.false_positives)
     right = [(found[index], kind) for kind, ids in kinds.items() for index in ids]
 
     def mark(thing: dict, kind: str) -> Mark:
@@ -158,7 +159,7 @@ def draw_sides(
         name = 'crowd' if kind == 'crowd' else evaluation.cocoGt.cats[thing['category_id']]['name']
         colour = tuple(round(255 * part) for part in to_rgb(COLOURS[kind]))
         label = format_label(name, thing.get('score'))
-        return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'missed')
+        return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'false_negatives')
 
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # makes the colours of the marks stand out
     scale = longer / max(image.shape[:2])
@@ -218,4 +219,4 @@ def draw_worst(
 def describe_outcome(outcome: Outcome) -> str:
     """Return an image's numbers of true positives and of errors as text."""
     errors = [f'{len(ids)} {kind}' for kind, ids in outcome.errors.items() if ids]
-    return ', '.join([f'{len(outcome.found)} true positives', *errors])
+    return ', '.join([f'{len(outcome.true_positives)} true positives', *errors])

@@ -23,13 +23,13 @@ from torch import nn
 
 from ..conditioning import measure
 from ..conditioning.correction import describe_conditioning
-from ..data.fitting import coco_datasets, coco_metrics, configured_classes, is_kind_of
+from ..data.fitting import is_kind_of, list_coco_datasets, list_coco_metrics, list_configured_classes
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
 from .drawing import use_font_for
-from .metrics import CheckedCocoMetric, average_precision, read_detections
+from .metrics import CheckedCocoMetric, get_average_precision, read_detections
 from .outcomes import ERRORS, MIN_IOU, Outcome, count_confusions, find_outcomes, match_boxes, measure_scores
 from .pages import PAGE, record_data, render_page, require_free
 from .plots import (
@@ -129,23 +129,23 @@ def prepare(folder: Path, cfg: Config) -> None:
         InputError: if the folder contains other files, or the config has no COCO evaluation.
     """
     require_free('--report', folder, 'report')
-    evaluator = coco_evaluator(cfg)
+    evaluator = find_coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
         raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
     if evaluator.get('iou_thrs') is not None:
         raise InputError("--report: needs COCO's own IoU thresholds; remove iou_thrs from test_evaluator")
-    if not any(coco_datasets(cfg.test_dataloader)):
+    if not any(list_coco_datasets(cfg.test_dataloader)):
         raise InputError('--report: needs a CheckedCocoDataset in test_dataloader')
     evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / PARTIAL / 'detections')
 
 
-def coco_evaluator(cfg: Config) -> dict:
+def find_coco_evaluator(cfg: Config) -> dict:
     """Return the config of the test evaluator that a report shows.
 
     Raises:
         InputError: if there is none.
     """
-    for evaluator in coco_metrics(cfg, 'test'):
+    for evaluator in list_coco_metrics(cfg, 'test'):
         if is_kind_of(evaluator, METRICS, CheckedCocoMetric):
             return evaluator
         raise InputError(f'--report: test_evaluator.type is {evaluator["type"]}. Set it to FastCocoMetric')
@@ -167,11 +167,11 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         command: words of the command line.
         tested: results of the test.
     """
-    evaluator = coco_evaluator(cfg)
-    dataset = next(coco_datasets(cfg.test_dataloader))
+    evaluator = find_coco_evaluator(cfg)
+    dataset = next(list_coco_datasets(cfg.test_dataloader))
     summaries = {name: tested.summaries[kind] for name, kind in KINDS.items() if kind in tested.summaries}
     with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
-        record_data(folder, Path(path), configured_classes(dataset))
+        record_data(folder, Path(path), list_configured_classes(dataset))
     boxes = match_boxes(tested.annotations, Path(f'{evaluator.outfile_prefix}.bbox.json'), summaries['Boxes'])
     scores = measure_scores(boxes)
     least = float(scores.thresholds[scores.best])
@@ -221,8 +221,8 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         classes=[
             (
                 name,
-                *(format_metric(average_precision(summary, i)) for summary in summaries.values()),
-                format_metric(average_precision(summaries['Boxes'], i, MIN_IOU)),
+                *(format_metric(get_average_precision(summary, i)) for summary in summaries.values()),
+                format_metric(get_average_precision(summaries['Boxes'], i, MIN_IOU)),
                 matrix[i].sum(),
                 matrix[i, i],
                 matrix[:, i].sum() - matrix[i, i],
@@ -245,9 +245,10 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
 
 def count_outcomes(outcome_of: dict[int, Outcome]) -> dict[str, object]:
     """Sum the outcomes of all images."""
-    found, missed, false = (sum(len(getattr(o, k)) for o in outcome_of.values()) for k in ('found', 'missed', 'false'))
+    kinds = ('true_positives', 'false_negatives', 'false_positives')
+    hits, misses, false = (sum(len(getattr(o, kind)) for o in outcome_of.values()) for kind in kinds)
     errors = {kind: sum(len(o.errors[kind]) for o in outcome_of.values()) for kind in ERRORS}
-    return dict(found=found, objects=found + missed, false_positives=false, errors=errors)
+    return dict(true_positives=hits, objects=hits + misses, false_positives=false, errors=errors)
 
 
 def quote_word(word: str) -> str:

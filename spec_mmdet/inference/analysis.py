@@ -20,7 +20,7 @@ from ..checkpoints.pretrained import load_backbone
 from ..conditioning import Report
 from ..errors import InputError
 from ..files import write_folder_atomically
-from ..models.jacobians import JacobianSpectrum, jacobian_spectra
+from ..models.jacobians import JacobianSpectrum, compute_jacobian_spectra
 from ..models.xcit import SpecXCiT
 
 Spectra = dict[str, list[JacobianSpectrum]]  # by layer, one for each image
@@ -54,7 +54,7 @@ def measure_jacobians(cfg: Config, backbone: nn.Module, images: Sequence[Path], 
         pipeline = Compose([step for step in get_test_pipeline_cfg(cfg) if step['type'] != 'LoadAnnotations'])
     for i, path in enumerate(images):
         batch = preprocess(dict(inputs=[pipeline(dict(img_path=str(path), img_id=i))['inputs']], data_samples=None))
-        for row in jacobian_spectra(backbone, batch['inputs'], heads):
+        for row in compute_jacobian_spectra(backbone, batch['inputs'], heads):
             spectra.setdefault(row.name, []).append(row)
     return spectra
 

@@ -60,7 +60,7 @@ class Features(nn.Module):
         self.fpn = nn.ModuleList((backbone.fpn1, backbone.fpn2, backbone.fpn3, backbone.fpn4))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(fpn(tap) for fpn, tap in zip(self.fpn, self.backbone.taps(image)))
+        return tuple(fpn(tap) for fpn, tap in zip(self.fpn, self.backbone.compute_tokens(image)))
 
 
 def export(
@@ -88,11 +88,11 @@ def export(
     for module in model.modules():
         if isinstance(module, XCA):
             module.gram_from = 0
-    kept, xcit.fourier_features = xcit.fourier_features, inspect.unwrap(xcit.fourier_features)
+    kept, xcit.compute_fourier_features = xcit.compute_fourier_features, inspect.unwrap(xcit.compute_fourier_features)
     try:
         program = torch.export.export(model.eval().requires_grad_(False), example, dynamic_shapes=dynamic, strict=False)
     finally:
-        xcit.fourier_features = kept
+        xcit.compute_fourier_features = kept
     program = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
     program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     program.save(path)
@@ -124,14 +124,14 @@ def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object
     images = [torch.randn(shape) for shape in COMPARED]
     with torch.no_grad():
         exact = [copy.deepcopy(backbone).double()(x.double()) for x in images]
-        rounding = largest_difference([backbone(x) for x in images], exact)
+        rounding = compute_largest_difference([backbone(x) for x in images], exact)
 
     sides = {0: Dim('batch'), 2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
     outputs = [f'stride{stride}' for stride in STRIDES]
     with write_atomically(out) as temporary:
         example = (torch.zeros(2, 3, 128, 192),)
         export(Features(backbone), example, (sides,), temporary, ['image'], outputs, metadata)
-        difference = largest_difference([run_onnx(temporary, x) for x in images], exact)
+        difference = compute_largest_difference([run_onnx(temporary, x) for x in images], exact)
         print('largest difference from PyTorch in float64, relative to the largest feature: '
               f'{difference:.2g} (PyTorch in float32: {rounding:.2g})')  # fmt: skip
         if difference > ALLOWANCE * rounding:
@@ -148,7 +148,7 @@ def run_onnx(path: Path, image: Tensor) -> list[Tensor]:
     return [torch.from_numpy(features) for features in session.run(None, {'image': image.numpy()})]
 
 
-def largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> float:
+def compute_largest_difference(found: list[list[Tensor]], exact: list[list[Tensor]]) -> float:
     """Compute the largest difference between feature maps, relative to each map's largest feature."""
     return max(
         ((ours - theirs).abs().max() / theirs.abs().max()).nan_to_num(torch.inf).item()

@@ -17,7 +17,7 @@ from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
-from ..data.fitting import configured_classes, set_classes
+from ..data.fitting import list_configured_classes, set_classes
 from ..errors import InputError
 from ..evaluation.drawing import use_font_for
 from ..files import write_folder_atomically
@@ -51,7 +51,7 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
     weights = get_state_dict(content, name)
-    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
+    classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
     inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
     if faults := describe_mismatches(inferencer.model, weights):

@@ -19,7 +19,7 @@ from ..checkpoints.writing import serialize
 from ..compat import get_content
 from ..conditioning import describe_conditioning
 from ..configs import find_run_config
-from ..data.fitting import configured_classes, drop_pretrained, set_classes, walk
+from ..data.fitting import drop_pretrained, list_configured_classes, set_classes, walk
 from ..errors import InputError, list_briefly
 from ..files import write
 from ..training.results import TABLE
@@ -146,7 +146,7 @@ def publish(
         raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     cfg = Config.fromfile(config)
     model = load_inferencer(copy.deepcopy(cfg), str(checkpoint), 'cpu').model
-    classes = get_classes(content) or configured_classes(cfg.test_dataloader.dataset)
+    classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
     remove_local_settings(cfg)
     ap = read_metrics(checkpoint, content.get('meta', {}).get('epoch'))

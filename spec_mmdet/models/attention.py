@@ -1,7 +1,7 @@
 """Cross-covariance attention (XCA): attention over channels, so its cost is linear in the number of tokens.
 
-Two forms compute the same function: :func:`xca_plain` is the definition, and :func:`xca_gram` is faster for images,
-which have many more tokens than channels.
+Two forms compute the same function: :func:`compute_xca` is the definition, and :func:`compute_xca_by_gram` is faster
+for images, which have many more tokens than channels.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conditioning import Correction, conditioned_initialisation
+from ..conditioning import Correction, initialise_conditioned
 from .products import compute_gram, get_product_dtype, is_plain, linear, scale_output
 
 EPS = 1e-12  # lower bound of a channel's length over the tokens, as in F.normalize
 
 
-def xca_plain(
+def compute_xca(
     x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """Compute XCA as XCiT defines it (arXiv 2106.09681, section 3.2).
@@ -92,10 +92,10 @@ class _Centred(torch.autograd.Function):
         return (by_x if mask is None else by_x * mask).to(ctx.dtype), None, None
 
 
-def xca_gram(
+def compute_xca_by_gram(
     x: Tensor, W: Tensor, b: Tensor, W_out: Tensor, b_out: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """Compute the same as :func:`xca_plain` without the queries, keys and values of single tokens.
+    """Compute the same as :func:`compute_xca` without the queries, keys and values of single tokens.
 
     The inner products and lengths of channels over the tokens follow from the Gram matrix G of the centred tokens and
     from the mean query and key: q^T k = W_q G W_k^T + N (W_q mean + b_q) (W_k mean + b_k)^T. (Without centring, the
@@ -107,8 +107,8 @@ def xca_gram(
 
     Args:
         x: tokens, shape (B, N, C).
-        W, b, W_out, b_out, temperature: as for :func:`xca_plain`.
-        mask: as for :func:`xca_plain`; padding is excluded from G, the mean and N.
+        W, b, W_out, b_out, temperature: as for :func:`compute_xca`.
+        mask: as for :func:`compute_xca`; padding is excluded from G, the mean and N.
 
     Returns:
         Tensor of shape (B, N, C).
@@ -161,7 +161,7 @@ class XCA(nn.Module):
         if conditioning is not None and conditioning.get('type') == 'initialisation':
             if len(conditioning) > 1:
                 raise ValueError(f"conditioning: 'initialisation' accepts no other arguments, got {conditioning}")
-            made = conditioned_initialisation(self.qkv.weight.unflatten(0, (3, dim)), 'QKV', num_heads)
+            made = initialise_conditioned(self.qkv.weight.unflatten(0, (3, dim)), 'QKV', num_heads)
             self.qkv.weight.data = made.flatten(0, 1)
             conditioning = None
         # After the initialisation, because the exact correction depends on the weights.
@@ -190,5 +190,5 @@ class XCA(nn.Module):
             return y if gamma is None else y * gamma
         W = self.qkv.weight if self.correction is None else self.correction(self.qkv.weight)
         W_out, b_out = (self.proj.weight, self.proj.bias) if gamma is None else scale_output(self.proj, gamma)
-        xca = xca_gram if x.shape[1] >= self.gram_from * x.shape[2] else xca_plain
+        xca = compute_xca_by_gram if x.shape[1] >= self.gram_from * x.shape[2] else compute_xca
         return xca(x, W, self.qkv.bias, W_out, b_out, self.temperature, mask)

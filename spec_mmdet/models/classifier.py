@@ -104,9 +104,9 @@ class SpecXCiTClassifier(SpecXCiT):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, x: Tensor) -> Tensor:
+    def compute_features(self, x: Tensor) -> Tensor:
         """Return the features before the head, shape (B, dim), of images of shape (B, 3, H, W)."""
-        x = self.taps(x)[-1].flatten(2).transpose(1, 2)
+        x = self.compute_tokens(x)[-1].flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
         for block in self.cls_attn_blocks:
             x = block(x)
@@ -114,7 +114,7 @@ class SpecXCiTClassifier(SpecXCiT):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (B, num_classes), of images of shape (B, 3, H, W)."""
-        return self.head(self.features(x))
+        return self.head(self.compute_features(x))
 
 
 @MODELS.register_module()

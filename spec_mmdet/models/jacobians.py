@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import find_projections
-from ..conditioning.jacobian import xca_singular_values
+from ..conditioning.jacobian import compute_xca_singular_values
 from .attention import XCA
 
 
@@ -41,7 +41,7 @@ def _choose_heads(num_heads: int, head_dim: int, wanted: int | None) -> tuple[in
 
 
 @torch.no_grad()
-def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) -> list[JacobianSpectrum]:
+def compute_jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) -> list[JacobianSpectrum]:
     """Compute the Jacobian spectrum of every XCA layer in a model, its correction included, on one image.
 
     Args:
@@ -69,7 +69,9 @@ def jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) 
         W = torch.cat([W, attention.qkv.bias.view(3, -1, 1)], dim=2).unflatten(1, (attention.num_heads, -1))
         X = torch.cat([X, X.new_ones(len(X), 1)], dim=1)
         chosen = _choose_heads(attention.num_heads, W.shape[2], heads)
-        sigma = [xca_singular_values(X, *W[:, head].mT, attention.temperature[head].squeeze()) for head in chosen]
+        sigma = [
+            compute_xca_singular_values(X, *W[:, head].mT, attention.temperature[head].squeeze()) for head in chosen
+        ]
         extremes = min(low for low, _ in sigma), max(high for _, high in sigma)
         spectra.append(JacobianSpectrum(name, chosen, attention.num_heads, *extremes))
     return spectra

@@ -121,7 +121,7 @@ def encode_grid(h: int, w: int, hidden: int, temperature: float, rows: Tensor, c
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in a later training
-def fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
+def compute_fourier_features(h: int, w: int, hidden: int, temperature: float, device: torch.device) -> Tensor:
     """Return the encoding of a grid of h x w tokens: float32, shape (1, 2 * hidden, h, w)."""
     # Converting h and w to Python floats would fix the image size of an exported graph.
     last = (torch.full((1, 1), n, dtype=torch.float32, device=device) for n in (h, w))
@@ -136,7 +136,7 @@ class PositionEncoding(nn.Module):
         self.hidden, self.temperature = hidden, temperature
         self.token_projection = nn.Conv2d(2 * hidden, dim, 1)
 
-    def masked(self, mask: Tensor) -> Tensor:
+    def encode_masked(self, mask: Tensor) -> Tensor:
         """Encode each image's own grid for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
         rows, columns = mask[:, 0, :, 0].float().sum(dim=1), mask[:, 0, 0].float().sum(dim=1)
         features = encode_grid(*mask.shape[-2:], self.hidden, self.temperature, rows[:, None], columns[:, None])
@@ -145,7 +145,9 @@ class PositionEncoding(nn.Module):
     def forward(self, h: int, w: int) -> Tensor:
         """Return the encoding of a grid, shape (1, dim, h, w)."""
         weight = self.token_projection.weight
-        return self.token_projection(fourier_features(h, w, self.hidden, self.temperature, weight.device).to(weight))
+        return self.token_projection(
+            compute_fourier_features(h, w, self.hidden, self.temperature, weight.device).to(weight)
+        )
 
 
 class LPI(nn.Module):
@@ -221,7 +223,7 @@ class Block(nn.Module):
         self.gamma3 = nn.Parameter(torch.full((dim,), eta))
         self.drop_path = drop_path
 
-    def residual(self, x: Tensor, gamma: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def add_residual(self, x: Tensor, gamma: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """Add a branch's output, scaled by gamma, to ``x``; in training with stochastic depth."""
         factor = None  # of the branch's output
         if self.training and self.drop_path:
@@ -239,9 +241,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
         """Apply the block to tokens, shape (B, h * w, C); the mask is 0 in the padding, shape (B, h * w, 1)."""
         # The reference's parameter names number the branches 1, 3, 2.
-        x = self.residual(x, self.gamma1, lambda gamma: self.attn(self.norm1(x), gamma, mask))
-        x = self.residual(x, self.gamma3, lambda gamma: self.local_mp(self.norm3(x), h, w, gamma, mask))
-        return self.residual(x, self.gamma2, lambda gamma: self.mlp(self.norm2(x), gamma))
+        x = self.add_residual(x, self.gamma1, lambda gamma: self.attn(self.norm1(x), gamma, mask))
+        x = self.add_residual(x, self.gamma3, lambda gamma: self.local_mp(self.norm3(x), h, w, gamma, mask))
+        return self.add_residual(x, self.gamma2, lambda gamma: self.mlp(self.norm2(x), gamma))
 
 
 @contextmanager
@@ -383,9 +385,9 @@ class SpecXCiT(BaseModule):
             raise ValueError(
                 f'SpecXCiT: images must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {tuple(x.shape)}'
             )
-        return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.taps(x)))
+        return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.compute_tokens(x)))
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def compute_tokens(self, x: Tensor) -> list[Tensor]:
         """Return the tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before rescaling."""
         x, mask = (x[:, :3], x[:, 3:]) if x.shape[1] == 4 else (x, None)
         # channels_last from the start, so that viewing pixels as tokens does not copy.
@@ -393,7 +395,7 @@ class SpecXCiT(BaseModule):
         h, w = x.shape[-2:]
         # As in the reference, under autocast the residual stream is in float32 and the branches in half precision.
         x = x.to(self.blocks[0].gamma1.dtype)
-        x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.masked(mask))
+        x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.encode_masked(mask))
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         if mask is not None:
             mask = mask.flatten(2).transpose(1, 2)

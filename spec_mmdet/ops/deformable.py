@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor
 
-from .precision import compute, gradients, widen
+from .precision import compute, compute_gradients, widen
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, size: list[int]) -> Tensor:
@@ -85,7 +85,7 @@ def ms_deform_attn_backward(
     levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
     outputs = _levels(grad_value, value_spatial_shapes, grad_sampling_loc, grad_attn_weight)
     for (size, inputs), (_, parts) in zip(levels, outputs):
-        for part, gradient in zip(parts, gradients(partial(_attend, size=size), inputs, grad_output)):
+        for part, gradient in zip(parts, compute_gradients(partial(_attend, size=size), inputs, grad_output)):
             part.copy_(gradient)
 
 

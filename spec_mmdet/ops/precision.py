@@ -25,7 +25,9 @@ def compute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*widen(*inputs))
 
 
-def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
+def compute_gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor
+) -> tuple[Tensor, ...]:
     """Compute gradients with respect to ``inputs`` of ``compute(function, *inputs)`` for given output gradients."""
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)

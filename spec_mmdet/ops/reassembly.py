@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import compute, gradients
+from .precision import compute, compute_gradients
 
 
 def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -61,7 +61,7 @@ def carafe_naive_backward(
     for top, *inputs, by_features, by_masks in zip(
         *(tensor.split(1) for tensor in (top_grad, features, masks, bottom_grad, mask_grad))
     ):
-        computed = gradients(partial(_reassemble, **arguments), tuple(inputs), top)
+        computed = compute_gradients(partial(_reassemble, **arguments), tuple(inputs), top)
         by_features.copy_(computed[0])
         by_masks.copy_(computed[1])
 

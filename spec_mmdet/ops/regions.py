@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor
 
-from .precision import compute, gradients, widen
+from .precision import compute, compute_gradients, widen
 
 
 def _check_mode(pool_mode: int) -> None:
@@ -157,7 +157,7 @@ def deform_roi_pool_backward(
     if offset.numel():
         size = (pooled_height, pooled_width)
         pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)
-        by_input, by_offset = gradients(pool, (input, offset), grad_output)
+        by_input, by_offset = compute_gradients(pool, (input, offset), grad_output)
         grad_input.copy_(by_input)
         grad_offset.copy_(by_offset)
     else:

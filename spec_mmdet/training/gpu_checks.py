@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.shapes import write_split
 from ..files import write
-from ..models.attention import xca_gram, xca_plain
+from ..models.attention import compute_xca, compute_xca_by_gram
 from ..models.products import Upsample, compute_gram
 from ..models.xcit import SpecXCiT
 from .speed import AMP, Setting, build_detector, make_objects, measure_models, measure_seconds
@@ -115,8 +115,8 @@ def check_operators(check: GpuCheck) -> Iterator[Row]:
             ),
             [torch.randn(2, 64, 24, 40), upsample.weight.detach(), upsample.bias.detach()],
         ),
-        'XCA, Gram form': (xca_gram, [t.float() for t in make_xca_arguments(1000, 4, 48)]),
-        'XCA, lambda = 10': (xca_gram, [t.float() for t in make_xca_arguments(1000, 4, 48, lam=10.0)]),
+        'XCA, Gram form': (compute_xca_by_gram, [t.float() for t in make_xca_arguments(1000, 4, 48)]),
+        'XCA, lambda = 10': (compute_xca_by_gram, [t.float() for t in make_xca_arguments(1000, 4, 48, lam=10.0)]),
     }  # fmt: skip
     for name, (function, inputs) in operators.items():
         last = function(*inputs).shape[-1]
@@ -142,11 +142,11 @@ def check_half_precision(check: GpuCheck) -> Iterator[Row]:
     for lam in (0.0, 10.0):
         inputs = make_xca_arguments(2000, 4, 48, lam)
         by_y = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        expected = compute_gradients(xca_plain, inputs, by_y)
+        expected = compute_gradients(compute_xca, inputs, by_y)
         on_device = [tensor.float().to(check.device) for tensor in inputs]
         for dtype in (torch.bfloat16, torch.float16):
             errors = []
-            for form in (xca_gram, xca_plain):
+            for form in (compute_xca_by_gram, compute_xca):
                 with torch.autocast(torch.device(check.device).type, dtype):
                     own = compute_gradients(form, on_device, by_y)
                 relative = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(own, expected)]

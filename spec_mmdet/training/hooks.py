@@ -29,7 +29,7 @@ from ..compat import get_load_path, is_resuming
 from ..conditioning import Report, measure
 from ..errors import InputError
 from ..models.classifier import SpecXCiTClassifier
-from ..models.jacobians import jacobian_spectra
+from ..models.jacobians import compute_jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .saving import unwrap_model
 
@@ -127,10 +127,10 @@ class ConditioningHook(Hook):
 
     ``conditioning.csv`` in the work directory gets sigma_min, sigma_max and kappa of every projection of the backbone,
     without and with its correction, and of each layer's Jacobian on the first image of the batch (see
-    :func:`jacobian_spectra`). MMEngine's visualiser gets medians over the layers, with corrections if there are any:
-    'conditioning/' kappa_Q, kappa_K, kappa_V, kappa_J, sigma_min of the projections, and the seconds of the record. In
-    distributed training, an additional process computes the record in the background. An error is logged once as a
-    warning, and training continues.
+    :func:`compute_jacobian_spectra`). MMEngine's visualiser gets medians over the layers, with corrections if there
+    are any: 'conditioning/' kappa_Q, kappa_K, kappa_V, kappa_J, sigma_min of the projections, and the seconds of the
+    record. In distributed training, an additional process computes the record in the background. An error is logged
+    once as a warning, and training continues.
 
     Args:
         interval: iterations between records. The default costs less than 1 % of the training time.
@@ -219,7 +219,7 @@ def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int)
              row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
             for row in measure_backbone(backbone)]  # fmt: skip
     rows += [(iteration, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
-             for row in jacobian_spectra(backbone, image, heads)]  # fmt: skip
+             for row in compute_jacobian_spectra(backbone, image, heads)]  # fmt: skip
     return rows, time.perf_counter() - start
 
 

@@ -156,13 +156,13 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
                     self.best_ckpt_path = old
             elif is_main_process():
                 self._write_weights(Path(new))
-                for path in (Path(old), weights_path(Path(old))) if old and old != new else ():
+                for path in (Path(old), get_weights_path(Path(old))) if old and old != new else ():
                     path.unlink(missing_ok=True)
 
     def _write_weights(self, best: Path) -> None:
         content = load(best)
         meta = {key: content['meta'][key] for key in ('epoch', 'iter', 'dataset_meta', 'run') if key in content['meta']}
-        write(weights_path(best), serialize(dict(meta=meta, state_dict=content['state_dict'])))
+        write(get_weights_path(best), serialize(dict(meta=meta, state_dict=content['state_dict'])))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check that weights are finite, and add the state for exact resuming.
@@ -262,7 +262,7 @@ def average_gradients(model: nn.Module) -> None:
             all_reduce(parameter.grad, 'mean')
 
 
-def weights_path(best: Path) -> Path:
+def get_weights_path(best: Path) -> Path:
     """Return the path of the file with the weights of a best checkpoint."""
     return best.with_name(f'{best.stem}_weights.pth')
 

@@ -71,7 +71,7 @@ class LastTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.model, SpecXCiT):
-            return self.model.taps(images)[-1]
+            return self.model.compute_tokens(images)[-1]
         x, (h, w) = self.model.patch_embed(images)
         x = x + self.model.pos_embed(len(x), h, w).flatten(2).transpose(1, 2)
         for block in self.model.blocks:

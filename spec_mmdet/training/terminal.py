@@ -230,13 +230,13 @@ def describe_schedule(runner: Runner) -> list[str]:
         length = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
     warm_up, drops = summarise_schedule(runner)
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-    rate = f', {type(optimizer).__name__} at {peak_rate(optimizer):.2g}' if optimizer else ''
+    rate = f', {type(optimizer).__name__} at {get_peak_rate(optimizer):.2g}' if optimizer else ''
     rate += f' after {pluralise(warm_up, "iteration")} of warm-up' * (warm_up > 0)
     rate += f', lower from {", ".join(map(str, sorted(drops)))} on' * bool(drops)
     return [f'data      {of_images}', f'schedule  {length}{rate}']
 
 
-def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+def get_peak_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group.get('initial_lr', group['lr']) for group in optimizer.param_groups)
 
 

@@ -89,7 +89,7 @@ def assert_features(path, expected, patch_size=16, conditioning=None, arch=SMALL
     model = SpecXCiT(arch, patch_size, conditioning).double().eval()
     load_backbone(model, path)
     with torch.no_grad():
-        for ours, theirs in zip(model.taps(IMAGE), expected, strict=True):
+        for ours, theirs in zip(model.compute_tokens(IMAGE), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 

@@ -109,7 +109,9 @@ def test_a_detector_loads_the_pretrained_backbone(monkeypatch, pretrained, tmp_p
     backbone.init_weights()
     image = torch.randn(1, 3, 40, 64)
     with torch.no_grad():
-        for ours, theirs in zip(backbone.eval().taps(image), classifier.backbone.eval().taps(image), strict=True):
+        for ours, theirs in zip(
+            backbone.eval().compute_tokens(image), classifier.backbone.eval().compute_tokens(image), strict=True
+        ):
             assert torch.equal(ours, theirs)
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from spec_mmdet import InputError, SpecXCiT
 from spec_mmdet.conditioning import (
     Correction,
-    condition_number,
+    compute_condition_number,
+    compute_identity_correction,
+    compute_svd_correction,
     describe_conditioning,
-    identity_correction,
-    svd_correction,
 )
 
 
@@ -32,9 +32,9 @@ def matrices(draw, dtype=torch.float64):
 def test_exact_form_bounds_the_condition_number_by_two(W):
     sigma = torch.linalg.svdvals(W)
     if sigma[0] == 0:
-        assert not svd_correction(W).any()
+        assert not compute_svd_correction(W).any()
         return
-    kappa = condition_number(W + svd_correction(W)).item()
+    kappa = compute_condition_number(W + compute_svd_correction(W)).item()
     assert kappa <= 2 * (1 + 1e-9)
     assert kappa == pytest.approx((2 * sigma[0] / (sigma[-1] + sigma[0])).item(), rel=1e-6)
 
@@ -43,13 +43,13 @@ def test_exact_form_bounds_the_condition_number_by_two(W):
 @given(data=st.data())
 def test_exact_form_bounds_the_condition_number_in_any_dtype(dtype, data):
     W = data.draw(matrices(dtype))
-    C = svd_correction(W)
+    C = compute_svd_correction(W)
     assert C.dtype == dtype
     if not W.any():
         return
     # C, and W + C, are each rounded by half a unit in the last place of entries up to 2 sigma_max.
     rounding = 2 * torch.finfo(dtype).eps * max(W.shape)
-    assert condition_number(W + C).item() <= 2 * (1 + 2 * rounding) / max(1 - 2 * rounding, 1e-3)
+    assert compute_condition_number(W + C).item() <= 2 * (1 + 2 * rounding) / max(1 - 2 * rounding, 1e-3)
 
 
 @given(matrices(), st.floats(1.01, 100))
@@ -58,7 +58,7 @@ def test_identity_form_keeps_the_bound_of_theorem_3_8(W, ratio):
     lam = ratio * sigma_max
     if lam == 0:
         return
-    kappa = condition_number(W + identity_correction(W, lam)).item()
+    kappa = compute_condition_number(W + compute_identity_correction(W, lam)).item()
     assert kappa <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-9)
 
 
@@ -73,13 +73,15 @@ def test_per_head_form_keeps_the_bound_in_each_head(W, heads, ratio):
     by_hand = (lam * torch.eye(len(W) // heads, W.shape[1]).double()).repeat(heads, 1)
     torch.testing.assert_close(C, by_hand, rtol=1e-7, atol=0)  # lam is stored in single precision
     for W_head, C_head in zip(W.chunk(heads), C.chunk(heads)):
-        assert condition_number(W_head + C_head).item() <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-4)
+        assert compute_condition_number(W_head + C_head).item() <= (lam + sigma_max) / (lam - sigma_max) * (1 + 1e-4)
 
 
 def test_condition_number_of_known_matrices():
-    assert condition_number(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == 4
-    assert condition_number(torch.zeros(3, 2)) == torch.inf
-    assert condition_number(torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 0.5]))])).tolist() == [1, 2]
+    assert compute_condition_number(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == 4
+    assert compute_condition_number(torch.zeros(3, 2)) == torch.inf
+    assert compute_condition_number(
+        torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 0.5]))])
+    ).tolist() == [1, 2]
 
 
 @given(matrices(), st.integers(1, 3), st.booleans(), st.sampled_from([None, 1.5, 2.0, 8.0]))
@@ -95,7 +97,7 @@ def test_a_relative_lambda_bounds_every_matrix(W, heads, per_head, sigmas):
     for before, after in zip(stacked.unflatten(0, split), correction(stacked).unflatten(0, split)):
         expected = before + sigmas * torch.linalg.svdvals(before)[0] * torch.eye(*before.shape)
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
-        assert condition_number(after).item() <= (sigmas + 1) / (sigmas - 1) * (1 + 1e-5)
+        assert compute_condition_number(after).item() <= (sigmas + 1) / (sigmas - 1) * (1 + 1e-5)
     restored = Correction.from_state(stacked, correction.state_dict(), blocks=2)
     assert torch.equal(restored(stacked), correction(stacked))
 

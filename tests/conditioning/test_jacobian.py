@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.func import jacrev
 
 from research.theorems import attention_jacobian, joint_bound, theorem_3_4_bounds, xca_jacobian
-from spec_mmdet.conditioning import condition_number
-from spec_mmdet.conditioning.jacobian import xca_singular_values
+from spec_mmdet.conditioning import compute_condition_number
+from spec_mmdet.conditioning.jacobian import compute_xca_singular_values
 from spec_mmdet.models.attention import XCA
 
 SMALL = st.integers(1, 5)
@@ -83,11 +83,11 @@ def test_xca_singular_values_equal_those_of_the_full_jacobian(N, D, k, log_scale
     W[0] = W[0] + torch.eye(D, k)
     rank = int(torch.linalg.matrix_rank(X))
     sigma = torch.linalg.svdvals(torch.cat(xca_jacobian(X, *W, 1.5), 1))
-    sigma_min, sigma_max = xca_singular_values(X, *W, 1.5)
+    sigma_min, sigma_max = compute_xca_singular_values(X, *W, 1.5)
     assert sigma_max == pytest.approx(sigma[0].item(), rel=1e-6)
     # Its inverse is squared in the computation.
     Q, K = (torch.nn.functional.normalize(X @ M, dim=0) for M in W[:2])
-    kappa = condition_number((1.5 * Q.T @ K).softmax(dim=1)).item()
+    kappa = compute_condition_number((1.5 * Q.T @ K).softmax(dim=1)).item()
     rel = max(1e-5, torch.finfo(torch.float64).eps * kappa**2)
     assert sigma_min == pytest.approx(sigma[rank * k - 1].item(), rel=rel, abs=1e-13 * sigma_max)
 
@@ -112,8 +112,8 @@ def test_the_bounds_hold_on_a_thousand_draws():
         blocks = attention_jacobian(X, *W)
         ranks = (N * (N - 1), N * (N - 1), N * D)
         for J, bound, rank in zip(blocks, theorem_3_4_bounds(X, *W), ranks, strict=True):
-            assert condition_number(J, rank) <= bound * (1 + 1e-6)
-        assert condition_number(torch.cat(blocks, 1)) <= joint_bound(X, *W) * (1 + 1e-9)
+            assert compute_condition_number(J, rank) <= bound * (1 + 1e-6)
+        assert compute_condition_number(torch.cat(blocks, 1)) <= joint_bound(X, *W) * (1 + 1e-9)
 
 
 @given(SMALL, SMALL, SMALL, st.floats(0.1, 2), st.integers(0, 99))
@@ -121,7 +121,7 @@ def test_the_joint_bound_holds_for_projections_of_any_width(N, k, v, scale, seed
     generator = torch.Generator().manual_seed(seed)
     arguments = [randn(*shape, generator=generator) for shape in ((N, 5), (5, k), (5, k), (5, v))]
     J = torch.cat(attention_jacobian(*arguments, scale), 1)
-    assert condition_number(J) <= joint_bound(*arguments, scale) * (1 + 1e-9)
+    assert compute_condition_number(J) <= joint_bound(*arguments, scale) * (1 + 1e-9)
 
 
 def test_theorem_3_4_of_the_paper_has_a_counterexample():
@@ -130,6 +130,6 @@ def test_theorem_3_4_of_the_paper_has_a_counterexample():
     for c in (1, 100, 10_000):
         arguments = (eye, eye, eye, c * eye)
         bounds.append(sum(theorem_3_4_bounds(*arguments)).item())
-        kappas.append(condition_number(torch.cat(attention_jacobian(*arguments), 1)).item())
+        kappas.append(compute_condition_number(torch.cat(attention_jacobian(*arguments), 1)).item())
     assert bounds == pytest.approx([4.164] * 3, rel=1e-3)
     assert kappas == pytest.approx([2.476, 120.36, 12033.8], rel=1e-3)

@@ -14,16 +14,16 @@ from mmengine.config import Config
 from spec_mmdet import InputError
 from spec_mmdet.data.checks import check_inputs
 from spec_mmdet.data.fitting import (
-    coco_datasets,
-    coco_metrics,
-    configured_classes,
+    list_coco_datasets,
+    list_coco_metrics,
+    list_configured_classes,
+    list_stated_classes,
     report_caches,
     require_class_weights,
     require_monitored_metrics,
     require_one_annotation_file,
     set_classes,
     state_classes_once,
-    stated_classes,
     use_masks_as_the_model,
 )
 from spec_mmdet.data.reading import CheckedCocoDataset
@@ -76,15 +76,15 @@ def widths(cfg: Config) -> set[int]:
 @pytest.mark.parametrize('spelling', ['ShapesDataset', 'mmdet.ShapesDataset', 'class'])
 def test_a_subclass_has_its_own_classes(shapes, registered, spelling):
     cfg = config(shapes, registered[0] if spelling == 'class' else spelling)
-    assert stated_classes(cfg.train_dataloader.dataset) == list(NAMES)
+    assert list_stated_classes(cfg.train_dataloader.dataset) == list(NAMES)
     assert fit(cfg) == list(NAMES) and widths(cfg) == {4}
-    assert configured_classes(cfg.test_dataloader.dataset) == list(NAMES)
+    assert list_configured_classes(cfg.test_dataloader.dataset) == list(NAMES)
 
 
 @pytest.mark.parametrize('spelling', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset, CheckedCocoDataset])
 def test_classes_of_the_file_replace_cocos(shapes, spelling):
     cfg = config(shapes, spelling)
-    assert len(configured_classes(cfg.train_dataloader.dataset)) == 80
+    assert len(list_configured_classes(cfg.train_dataloader.dataset)) == 80
     assert fit(cfg) == list(NAMES) and widths(cfg) == {4}
 
 
@@ -107,13 +107,13 @@ def test_wrappers_other_formats_and_undefined_names(registered):
     inside = [dict(type='CocoDataset'), dict(type='mmdet.ShapesDataset'), dict(type=CheckedCocoDataset)]
     others = [dict(type=kind) for kind in ('CocoPanopticDataset', 'LVISV1Dataset', 'VOCDataset', 'antigravity', 'a.b')]
     loader = dict(dataset=dict(type='ConcatDataset', datasets=[*others, *inside]))
-    assert list(coco_datasets(loader)) == inside
+    assert list(list_coco_datasets(loader)) == inside
 
 
 @pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.ShapesMetric', 'FastCocoMetric', CocoMetric])
 def test_metrics(kind):
     cfg = Config(dict(test_evaluator=[dict(type='LVISMetric'), dict(type='DumpDetResults'), dict(type=kind)]))
-    assert coco_metrics(cfg, 'test') == [cfg.test_evaluator[2]]
+    assert list_coco_metrics(cfg, 'test') == [cfg.test_evaluator[2]]
 
 
 def test_several_data_sets_under_one_metric(shapes):

@@ -19,7 +19,7 @@ from spec_mmdet.data.rules import (
     explain_exclusion,
     explain_image_exclusion,
     find_mask_fault,
-    rasterised,
+    rasterise,
 )
 
 SIZE = (60, 40)  # width, height
@@ -110,8 +110,8 @@ def square(x: float, y: float, w: float, h: float) -> list[list[float]]:
     ids=range(10),
 )
 def test_masks_against_boxes(mask, box, fault, doubt):
-    for same in (mask, rasterised(mask, *SIZE)):
-        if not (mask_utils.area(rasterised(mask, *SIZE)) == 0 and same is not mask):  # rejected as an empty RLE
+    for same in (mask, rasterise(mask, *SIZE)):
+        if not (mask_utils.area(rasterise(mask, *SIZE)) == 0 and same is not mask):  # rejected as an empty RLE
             found = compare_mask_and_box(same, box, *SIZE)
             assert fault in found[0] and doubt in found[1] and bool(found[0]) == bool(fault), (found, same)
 

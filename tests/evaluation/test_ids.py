@@ -14,7 +14,7 @@ from test_metrics import evaluated, scene
 
 from spec_mmdet import InputError
 from spec_mmdet.data.reading import AnnotationFile
-from spec_mmdet.evaluation.metrics import DumpPredictions, Evaluation, average_precision
+from spec_mmdet.evaluation.metrics import DumpPredictions, Evaluation, get_average_precision
 from spec_mmdet.evaluation.outcomes import count_confusions, find_outcomes, match_boxes
 
 CLASSES = ('1', '2', '3', '4')
@@ -87,7 +87,7 @@ def test_metrics_do_not_depend_on_ids(tmp_path, name):
             for i, item in enumerate(('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')):
                 assert figures[kind][f'{box_or_mask}_{item}'] == round(float(evaluation.stats[i]), 3)
         for i, label in enumerate(CLASSES):  # those of masks come last
-            ap = average_precision(expected['segm'], i)
+            ap = get_average_precision(expected['segm'], i)
             assert round(figures[kind][f'{label}_precision'], 3) == pytest.approx(round(ap, 3) if ap > -1 else np.nan,
                                                                                   nan_ok=True)  # fmt: skip
         # Written results have the ids of the file.
@@ -96,14 +96,16 @@ def test_metrics_do_not_depend_on_ids(tmp_path, name):
         assert {d['category_id'] for d in written} <= {entry['id'] for entry in other['categories']}
 
     annotations = AnnotationFile(str(path))
-    assert [annotations.original('images', i) for i in annotations.imgs] == [e['id'] for e in other['images']]
-    assert [annotations.original('annotations', i) for i in annotations.anns] == [e['id'] for e in other['annotations']]
+    assert [annotations.get_original('images', i) for i in annotations.imgs] == [e['id'] for e in other['images']]
+    assert [annotations.get_original('annotations', i) for i in annotations.anns] == [
+        e['id'] for e in other['annotations']
+    ]
     summary = metric.summaries['bbox']
     assert np.abs(summary.stats - expected['bbox'].stats).max() < 1e-15
     evaluation = match_boxes(annotations, tmp_path / 'FastCocoMetric.bbox.json', summary)
     outcome = find_outcomes(evaluation, 0.3)
     known = find_outcomes(expected['bbox'], 0.3)
-    for part in ('found', 'false', 'missed', 'crowd'):
+    for part in ('true_positives', 'false_positives', 'false_negatives', 'crowd'):
         counts = [sum(len(getattr(o, part)) for o in each.values()) for each in (outcome, known)]
         assert counts[0] == counts[1]
     matrix = count_confusions(evaluation, outcome)

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 import spec_mmdet.evaluation.metrics
 from spec_mmdet import InputError
 from spec_mmdet.data.reading import share_coco
-from spec_mmdet.evaluation.metrics import Evaluation, fast_evaluation
+from spec_mmdet.evaluation.metrics import Evaluation, make_fast_evaluation
 
 ALONE = 1 / (1 + np.spacing(1))  # pycocotools' precision of a class with a single correct detection
 
@@ -37,7 +37,7 @@ def evaluated(evaluator, truth: dict, found: list[dict], kind: str, **params):
 
 def require_equal(truth: dict, found: list[dict], kind: str, **params) -> np.ndarray:
     """Compare all metrics of the two evaluators and return the 12 numbers."""
-    theirs, ours = (evaluated(e, truth, found, kind, **params) for e in (COCOeval, fast_evaluation))
+    theirs, ours = (evaluated(e, truth, found, kind, **params) for e in (COCOeval, make_fast_evaluation))
     assert np.array_equal(theirs.eval['recall'], ours.eval['recall'])
     assert np.array_equal(theirs.eval['scores'], ours.eval['scores'])
     precision = theirs.eval['precision']
@@ -257,7 +257,7 @@ ABSURD = dict(
 
 
 @pytest.mark.parametrize('kind', ABSURD)
-@pytest.mark.parametrize('evaluator', [Evaluation, fast_evaluation])
+@pytest.mark.parametrize('evaluator', [Evaluation, make_fast_evaluation])
 def test_an_evaluation_of_absurd_objects_ends(kind, evaluator):
     truth, found = scene(np.random.default_rng(0), 4)
     for absurd in ABSURD[kind]:

@@ -147,7 +147,7 @@ def test_metrics_equal_those_of_pycocotools(data):
     assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
     assert f'score threshold <b>{least:.2f}</b>' in page.replace('\n', ' ')
     outcome_of = find_outcomes(boxes, least)
-    assert sum(len(o.missed) for o in outcome_of.values()) == len(objects) - hits
+    assert sum(len(o.false_negatives) for o in outcome_of.values()) == len(objects) - hits
     matrix = count_confusions(boxes, outcome_of)
     assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
 

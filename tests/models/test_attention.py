@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec_mmdet.models import products
-from spec_mmdet.models.attention import XCA, xca_gram, xca_plain
+from spec_mmdet.models.attention import XCA, compute_xca, compute_xca_by_gram
 from spec_mmdet.models.products import linear
 
 
@@ -44,7 +44,7 @@ def test_linear_is_the_matrix_product(B, N, C, D, own):
 @settings(max_examples=200)
 def test_gram_form_equals_the_plain_form(**draw):
     given = arguments(**draw)
-    plain, gram = xca_plain(*given), xca_gram(*given)
+    plain, gram = compute_xca(*given), compute_xca_by_gram(*given)
     torch.testing.assert_close(gram, plain, rtol=0, atol=1e-10 * max(1, plain.abs().max().item()))
 
 
@@ -58,7 +58,7 @@ def test_gradients_equal_those_of_the_plain_form(monkeypatch, kind, bias, onednn
         given[2] = torch.zeros_like(given[2])
     direction = torch.randn(2, 50, 12, dtype=torch.float64)
     gradients = []
-    for form in xca_plain, xca_gram:
+    for form in compute_xca, compute_xca_by_gram:
         leaves = [tensor.clone().requires_grad_() for tensor in given]
         gradients.append(torch.autograd.grad(form(*leaves), leaves, direction))
     if kind == 'zero' and not bias:  # q and k are zero and have no direction
@@ -71,7 +71,7 @@ def test_gradients_equal_those_of_the_plain_form(monkeypatch, kind, bias, onednn
 
 def test_gradients_pass_gradcheck():
     given = [tensor.requires_grad_() for tensor in arguments(2, 9, 2, 2, lam=1.0)]
-    assert torch.autograd.gradcheck(xca_gram, given)
+    assert torch.autograd.gradcheck(compute_xca_by_gram, given)
 
 
 @pytest.mark.parametrize('lam', [0.0, 10.0])
@@ -89,9 +89,11 @@ def test_errors_are_no_larger_than_the_plain_forms(N, lam, scale, precision):
         given = [tensor.to(dtype if 'throughout' in precision else torch.float32) for tensor in exact]
         if 'throughout' in precision:
             exact = [tensor.double() for tensor in given]
-        expected = xca_plain(*exact)
+        expected = compute_xca(*exact)
         with torch.autocast('cpu', dtype, enabled=precision in ('bfloat16', 'float16')):
-            plain, gram = ((form(*given).double() - expected).norm().item() for form in (xca_plain, xca_gram))
+            plain, gram = (
+                (form(*given).double() - expected).norm().item() for form in (compute_xca, compute_xca_by_gram)
+            )
         ratios.append(gram / plain)
     assert sum(ratios) / len(ratios) <= (1.1 if N == 100 else 1.05)
 
@@ -103,9 +105,9 @@ def test_errors_of_gradients_are_no_larger_under_autocast(dtype, lam):
     for seed in range(4):
         exact = [tensor.requires_grad_() for tensor in arguments(1, 1600, 4, 12, seed=seed, lam=lam)]
         direction = torch.randn(1, 1600, 48, dtype=torch.float64)
-        expected = torch.autograd.grad(xca_plain(*exact), exact, direction)
+        expected = torch.autograd.grad(compute_xca(*exact), exact, direction)
         errors = []
-        for form in xca_plain, xca_gram:
+        for form in compute_xca, compute_xca_by_gram:
             leaves = [tensor.detach().float().requires_grad_() for tensor in exact]
             with torch.autocast('cpu', dtype):
                 y = form(*leaves)
@@ -125,4 +127,4 @@ def test_the_module_chooses_the_form_by_the_number_of_tokens():
         x = torch.randn(2, N, 8, dtype=torch.float64)
         W = module.qkv.weight + 2 * torch.eye(8).repeat(3, 1)
         parameters = (W, module.qkv.bias, module.proj.weight, module.proj.bias, module.temperature)
-        torch.testing.assert_close(module(x, gamma), gamma * xca_plain(x, *parameters), rtol=0, atol=1e-10)
+        torch.testing.assert_close(module(x, gamma), gamma * compute_xca(x, *parameters), rtol=0, atol=1e-10)

@@ -32,7 +32,7 @@ def test_features_logits_and_gradients_equal_timms(arch):
 
     images, targets = torch.randn(4, 3, 64, 96, dtype=torch.float64), torch.tensor([0, 3, 6, 3])
     features = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
-    torch.testing.assert_close(ours.backbone.features(images), features, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours.backbone.compute_features(images), features, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours(images, targets), theirs(images), rtol=1e-10, atol=1e-10)
 
     mixing = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)

@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call, jacrev
 
 from spec_mmdet import SpecXCiT
-from spec_mmdet.models.jacobians import jacobian_spectra
+from spec_mmdet.models.jacobians import compute_jacobian_spectra
 
 ARCH = dict(dim=16, depth=6, num_heads=2)
 
@@ -17,9 +17,9 @@ def test_layer_jacobians_equal_autograds(conditioning):
         if 'attn' in name:
             torch.nn.init.normal_(parameter, std=0.5)
     image = torch.randn(1, 3, 80, 96)  # 30 tokens
-    spectra = jacobian_spectra(model, image)
+    spectra = compute_jacobian_spectra(model, image)
     assert [s.name for s in spectra] == [f'blocks.{i}.attn' for i in range(6)]
-    one_head = jacobian_spectra(model, image, heads=1)
+    one_head = compute_jacobian_spectra(model, image, heads=1)
 
     model = model.double().eval()
     for block, spectrum, sample in zip(model.blocks, spectra, one_head, strict=True):
@@ -53,7 +53,7 @@ def test_layer_jacobians_equal_autograds(conditioning):
 def test_the_model_is_unchanged():
     model = SpecXCiT(ARCH, 16, dict(type='identity'))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    jacobian_spectra(model, torch.randn(1, 3, 64, 64))
+    compute_jacobian_spectra(model, torch.randn(1, 3, 64, 64))
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     for key, value in model.state_dict().items():
@@ -63,5 +63,5 @@ def test_the_model_is_unchanged():
 def test_few_tokens_make_attention_nearly_singular_without_an_error():
     torch.manual_seed(0)
     model = SpecXCiT(dict(dim=96, depth=4, num_heads=2), 16)
-    spectra = jacobian_spectra(model, torch.randn(1, 3, 32, 32), heads=1)  # 4 tokens for 48 channels
+    spectra = compute_jacobian_spectra(model, torch.randn(1, 3, 32, 32), heads=1)  # 4 tokens for 48 channels
     assert all(0 <= spectrum.sigma_min < 1e-2 < spectrum.sigma_max < 1e3 for spectrum in spectra)

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
 from spec_mmdet import SpecXCiT
-from spec_mmdet.models.attention import xca_gram, xca_plain
+from spec_mmdet.models.attention import compute_xca, compute_xca_by_gram
 
 ARCH = dict(dim=32, depth=6, num_heads=4)
 SIZES = [(70, 101), (96, 64), (41, 130)]
@@ -33,16 +33,16 @@ def test_features_do_not_depend_on_the_batch(form, patch_size, conditioning):
     inputs = preprocessor()(dict(inputs=images, data_samples=None))['inputs'].double()
     assert inputs.shape == (3, 4, 96, 160)
     with torch.no_grad():
-        masked, unmasked = model.taps(inputs), model.taps(inputs[:, :3])
+        masked, unmasked = model.compute_tokens(inputs), model.compute_tokens(inputs[:, :3])
         for i, image in enumerate(images):
-            for tap, told, untold in zip(model.taps(image[None].double()), masked, unmasked, strict=True):
+            for tap, told, untold in zip(model.compute_tokens(image[None].double()), masked, unmasked, strict=True):
                 h, w = tap.shape[-2:]
                 torch.testing.assert_close(told[i, :, :h, :w], tap[0], rtol=0, atol=1e-10)
                 assert not told[i, :, h:].any() and not told[i, :, :, w:].any()
                 assert (untold[i, :, :h, :w] - tap[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('form', [xca_plain, xca_gram])
+@pytest.mark.parametrize('form', [compute_xca, compute_xca_by_gram])
 def test_padding_gets_no_gradient_through_the_attention(form):
     x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 9, 1, dtype=torch.float64)

@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_di
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from spec_mmdet import InputError, SpecXCiT
-from spec_mmdet.conditioning import identity_correction, svd_correction
+from spec_mmdet.conditioning import compute_identity_correction, compute_svd_correction
 from spec_mmdet.models import xcit
 
 TINY = dict(dim=32, depth=6, num_heads=4)
@@ -46,7 +46,11 @@ def test_taps_equal_timm(patch_size, conditioning):
         conditioned = SpecXCiT('nano_12', patch_size, conditioning).double().eval()
         for i, block in enumerate(theirs.blocks):
             W = block.attn.qkv.weight.data.unflatten(0, (3, -1))
-            C = identity_correction(W, 10.0) if conditioning['type'] == 'identity' else svd_correction(W)
+            C = (
+                compute_identity_correction(W, 10.0)
+                if conditioning['type'] == 'identity'
+                else compute_svd_correction(W)
+            )
             W += C
             weights[f'blocks.{i}.attn.correction.' + ('lam' if conditioning['type'] == 'identity' else 'C')] = (
                 torch.tensor(10.0) if conditioning['type'] == 'identity' else C.flatten(0, 1)
@@ -55,12 +59,12 @@ def test_taps_equal_timm(patch_size, conditioning):
         plain, ours = ours, conditioned
     image = torch.randn(2, 3, 72, 100, dtype=torch.float64)
     with torch.no_grad():
-        taps = ours.taps(image)
+        taps = ours.compute_tokens(image)
         expected = theirs.forward_intermediates(image, indices=[3, 5, 7, 11], intermediates_only=True)
         for ours_i, theirs_i in zip(taps, expected):
             assert (ours_i - theirs_i).norm() / theirs_i.norm() < 1e-10
         if conditioning:
-            assert (plain.taps(image)[-1] - taps[-1]).norm() / taps[-1].norm() > 1e-3
+            assert (plain.compute_tokens(image)[-1] - taps[-1]).norm() / taps[-1].norm() > 1e-3
 
 
 def test_an_mlp_in_chunks_equals_the_mlp_of_all_tokens():
@@ -74,7 +78,7 @@ def test_an_mlp_in_chunks_equals_the_mlp_of_all_tokens():
 def test_levels_are_the_rescaled_taps(patch_size):
     model = randomized(SpecXCiT(TINY, patch_size))
     image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    taps, levels = model.taps(image), model(image)
+    taps, levels = model.compute_tokens(image), model(image)
     for level, stride in zip(levels, (4, 8, 16, 32)):
         assert level.shape == (1, 32, 64 // stride, 96 // stride)
     pool = torch.nn.functional.max_pool2d
@@ -115,10 +119,10 @@ def test_default_taps_end_the_stages(arch):
 
 def test_position_features_are_computed_once_per_shape(monkeypatch):
     model = SpecXCiT(TINY).eval()
-    xcit.fourier_features.cache_clear()
+    xcit.compute_fourier_features.cache_clear()
     for _ in range(3):
         model(torch.randn(2, 3, 64, 64))
-    assert xcit.fourier_features.cache_info().misses == 1
+    assert xcit.compute_fourier_features.cache_info().misses == 1
 
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
@@ -142,12 +146,12 @@ def test_drop_path_leaves_out_branches_of_images(batch):
     block = xcit.Block(8, 2, 1.0, None, 0.25, dict(type='BN'))
     x, added = torch.zeros(batch, 3, 8), []
     for _ in range(4096 // batch):
-        y = block.residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x))
+        y = block.add_residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x))
         assert torch.equal(y, y[:, :1, :1].expand_as(y))
         added += y[:, 0, 0].tolist()
     assert set(added) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(sum(added) / len(added) - 1) < 0.05  # five standard deviations
-    assert torch.equal(block.eval().residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x)), x + 1)
+    assert torch.equal(block.eval().add_residual(x, torch.ones(8), lambda gamma: gamma.expand_as(x)), x + 1)
 
 
 @pytest.mark.parametrize('stages', [-1, 0, 2, 4])
@@ -247,7 +251,7 @@ def test_compiled_blocks_compute_the_same_with_few_compilations():
 
 def test_training_after_inference_mode():
     """Autograd accepts the cached position encoding, whoever computed it."""
-    xcit.fourier_features.cache_clear()
+    xcit.compute_fourier_features.cache_clear()
     model, image = SpecXCiT(TINY), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         model(image)

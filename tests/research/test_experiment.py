@@ -39,7 +39,7 @@ from research.experiment.chain import WORK, Chain
 from research.experiment.report import KAPPAS, compare_arms, rank, write_report
 from research.statistics import adjust_p_values
 from spec_mmdet import InputError
-from spec_mmdet.conditioning import condition_number, svd_correction
+from spec_mmdet.conditioning import compute_condition_number, compute_svd_correction
 from spec_mmdet.models.xcit import SpecXCiT
 
 ARCH = dict(dim=16, depth=4, num_heads=2)
@@ -90,11 +90,11 @@ def test_all_arms_start_from_the_same_weights(tmp_path):
         W = W0[f'blocks.{i}.attn.qkv.weight']
         assert starts['full'][f'blocks.{i}.attn.correction.lam'] == 10
         assert starts['head'][f'blocks.{i}.attn.correction.lam'].tolist() == [10, 10]
-        C = svd_correction(W.unflatten(0, (3, -1))).flatten(0, 1)
+        C = compute_svd_correction(W.unflatten(0, (3, -1))).flatten(0, 1)
         torch.testing.assert_close(starts['svd'][f'blocks.{i}.attn.correction.C'], C)
         decayed = starts['decayed'][f'blocks.{i}.attn.qkv.weight']
         torch.testing.assert_close(decayed - W, 10 * torch.eye(16).repeat(3, 1), atol=1e-5, rtol=0)
-        kappa = condition_number(starts['conditioned'][f'blocks.{i}.attn.qkv.weight'].unflatten(0, (3, 2, -1)))
+        kappa = compute_condition_number(starts['conditioned'][f'blocks.{i}.attn.qkv.weight'].unflatten(0, (3, 2, -1)))
         torch.testing.assert_close(kappa, torch.ones(3, 2, dtype=torch.float64), atol=1e-5, rtol=0)
 
 

@@ -18,7 +18,7 @@ from .layouts import count_heads, find_template, fit_separate_layers, fit_templa
 from .names import NamedLayer, find_named_layers
 from .probe import probe_layouts
 from .rows import Layout, RowSelection, parse_layout, select_rows
-from .running import Call, Run, evaluation, find_runs, make_example, record_calls
+from .running import Call, Run, find_runs, make_example, record_calls, use_evaluation_mode
 from .weights import find_fault
 
 
@@ -172,7 +172,7 @@ def find(
         InputError: if a layout cannot be parsed, does not fit its layer or matches none, or if the model does not run
             on the example.
     """
-    with evaluation(model):  # spectral_norm changes its state when a weight is read in training mode
+    with use_evaluation_mode(model):  # spectral_norm changes its state when a weight is read in training mode
         return _Search(model, dict(layout or {}), example).run(coverage)
 
 

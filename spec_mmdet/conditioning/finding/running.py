@@ -20,7 +20,7 @@ Call = tuple[tuple, dict]
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
+def use_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules back into its own mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -42,7 +42,7 @@ class Run:
     def __call__(self) -> object:
         """Call the module in evaluation mode, without gradients; restore its mode and the random state."""
         cuda = {p.device.index for p in self.module.parameters() if p.is_cuda}
-        with evaluation(self.module), torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with use_evaluation_mode(self.module), torch.no_grad(), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(0)
             return self.module(*self.args, **self.kwargs)
 

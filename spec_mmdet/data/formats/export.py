@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from ...errors import InputError
 from ..findings import Findings, Place
 from ..images import DAMAGED, EXIF_ORIENTATION, IMAGE_SUFFIXES, allow_large_images
-from ..rules import area_of_polygon, rasterised
+from ..rules import compute_polygon_area, rasterise
 from ..splits import WHOLE, Split
 
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
@@ -297,11 +297,11 @@ class Builder:
                 place |= part[max(-y, 0) :, max(-x, 0) :][: place.shape[0], : place.shape[1]].astype(np.uint8)
             rle = mask_utils.encode(np.asfortranarray(whole))
             if polygons:
-                rle = mask_utils.merge([rle, rasterised([clip(p, width, height) for p in polygons], width, height)])
+                rle = mask_utils.merge([rle, rasterise([clip(p, width, height) for p in polygons], width, height)])
             box, area = mask_utils.toBbox(rle).tolist(), float(mask_utils.area(rle))
             mask = dict(segmentation=dict(size=[height, width], counts=rle['counts'].decode()))
         elif polygons:
-            area = sum(map(area_of_polygon, polygons))
+            area = sum(map(compute_polygon_area, polygons))
             mask = dict(segmentation=[[round(value, 3) for value in polygon] for polygon in polygons])
         else:
             area = box[2] * box[3]
