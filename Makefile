@@ -2,6 +2,7 @@
 # make paper-figures    condition numbers during the demo's training, plain and conditioned, in minutes on a CPU
 # make experiment    does the conditioning help a detector: four hours on two CPU cores; continues where it stopped
 # make systems    the same question for ListOps, a ViT and BERT: half an hour on one core
+# make followup    size or conditioning: a pre-registered experiment, eight hours on one core; continues where it stopped
 # make bench    speed and memory of the backbone and of timm's XCiT on this machine
 # make test    all tests;  make test-onedl  the unit tests on the maintained fork of MMDetection;  make lint
 # make test-gpu    training, resuming and prediction on a simulated GPU, part of make test; needs a PyTorch with CUDA
@@ -27,6 +28,9 @@ experiment: $(VENV)/mmdet
 
 systems: $(VENV)/mmdet
 	$(VENV)/bin/python -m research.systems
+
+followup: $(VENV)/mmdet
+	$(VENV)/bin/python -m research.followup
 
 bench: $(VENV)/mmdet
 	$(VENV)/bin/spec-mmdet benchmark --rounds 3
@@ -90,4 +94,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures experiment systems bench torture test test-gpu test-onedl docs-test lint clean
+.PHONY: demo paper-figures experiment systems followup bench torture test test-gpu test-onedl docs-test lint clean

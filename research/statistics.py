@@ -43,9 +43,41 @@ def adjust_p_values(p: Sequence[float]) -> list[float]:
     return [float(min(1, adjusted[list(order).index(i)])) for i in range(len(p))]
 
 
-def fit_block_design(
-    values: dict[tuple[str, int], float], arms: Sequence[str], reference: str
-) -> dict[str, tuple[float, float, float]]:
+@dataclass(frozen=True)
+class Contrast:
+    """An arm's mean minus a reference's, estimated in a block design.
+
+    Attributes:
+        value: the difference.
+        error: its standard error.
+        freedom: degrees of freedom of the residuals.
+        residual: their standard deviation.
+    """
+
+    value: float
+    error: float
+    freedom: int
+    residual: float
+
+    def compute_margin(self, level: float = LEVEL) -> float:
+        """Return the half-width of the confidence interval of 1 - level."""
+        return float(stats.t.isf(level / 2, self.freedom)) * self.error
+
+    @property
+    def p(self) -> float:
+        """The p-value of no difference."""
+        return (
+            2 * float(stats.t.sf(abs(self.value) / self.error, self.freedom)) if self.error else float(not self.value)
+        )
+
+    def test_equivalence(self, bound: float) -> float:
+        """Return the p-value of a difference of at least ``bound``, up or down: two one-sided t-tests (TOST)."""
+        if not self.error:
+            return float(abs(self.value) >= bound)
+        return float(stats.t.sf((bound - abs(self.value)) / self.error, self.freedom))
+
+
+def fit_block_design(values: dict[tuple[str, int], float], arms: Sequence[str], reference: str) -> dict[str, Contrast]:
     """Fit arms and seeds by least squares (a randomised block design, the seeds being the blocks).
 
     Args:
@@ -54,8 +86,7 @@ def fit_block_design(
         reference: the arm from which differences are taken.
 
     Returns:
-        By arm: the difference, the half-width of its 95 % confidence interval, and p. Empty if there are too few
-        values to estimate the error.
+        The contrasts by arm. Empty if there are too few values to estimate the error.
     """
     runs = [run for run in values if run[0] in (reference, *arms)]
     seeds = sorted({seed for _, seed in runs})
@@ -68,12 +99,10 @@ def fit_block_design(
     means = np.linalg.lstsq(design, ys, rcond=None)[0]
     noise = np.square(ys - design @ means).sum() / freedom
     errors = np.sqrt(noise * np.diag(np.linalg.inv(design.T @ design)))
-    quantile = float(stats.t.isf(LEVEL / 2, freedom))
-    fitted = {}
-    for arm, value, error in zip(arms, means.tolist(), errors.tolist()):
-        p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(not value)
-        fitted[arm] = value, quantile * error, p
-    return fitted
+    return {
+        arm: Contrast(value, error, freedom, float(np.sqrt(noise)))
+        for arm, value, error in zip(arms, means.tolist(), errors.tolist())
+    }
 
 
 def estimate_effects(
@@ -101,9 +130,10 @@ def estimate_effects(
         of_outcome: list[Effect] = []
         for group in dict.fromkeys(groups[arm] for arm in arms):
             together = [arm for arm in arms if groups[arm] == group]
-            for arm, (value, margin, p) in fit_block_design(values, together, reference).items():
+            for arm, contrast in fit_block_design(values, together, reference).items():
                 pairs = [values[arm, seed] - values[reference, seed] for seed in seeds if (arm, seed) in values]
-                of_outcome.append(Effect(arm, outcome, value, (value - margin, value + margin), p, pairs))
+                value, margin = contrast.value, contrast.compute_margin()
+                of_outcome.append(Effect(arm, outcome, value, (value - margin, value + margin), contrast.p, pairs))
         for effect, p in zip(of_outcome, adjust_p_values([effect.p for effect in of_outcome])):
             effect.p = p
         effects += of_outcome

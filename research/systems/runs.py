@@ -6,6 +6,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -97,6 +98,9 @@ class System(ABC):
     def draw(self, count: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Draw examples: inputs, shape (count, ...), and targets, shape (count,) or (count, tokens)."""
 
+    def clip_gradients(self, model: nn.Module) -> None:  # noqa: B027 - most systems do not clip
+        """Clip the gradients before a step; by default they stay as they are."""
+
     @abstractmethod
     def score_rules(self) -> dict[str, float]:
         """Return the accuracy of simple rules on the held-out data, by their names: baselines for a model."""
@@ -152,14 +156,19 @@ def evaluate(system: System, model: nn.Module, inputs: Tensor, targets: Tensor) 
     return (logits.argmax(-1) == targets).double().mean().item(), cross_entropy(logits, targets).item()
 
 
-def train(system: System, arm: str, seed: int) -> Log:
+def train(system: System, arm: str, seed: int, build: Callable[..., tuple] = build_initial_model) -> Log:
     """Train a system's model once and evaluate it.
+
+    Args:
+        system: the model and the task.
+        arm, seed: of the run.
+        build: builds the initial model, as :func:`build_initial_model` does.
 
     Raises:
         InputError: if the loss is not finite.
     """
     start = time.time()
-    model, corrections, lam = build_initial_model(system, arm, seed)
+    model, corrections, lam = build(system, arm, seed)
     kappa = compute_kappa(model)
     keys = median(left for left, _ in measure(model).count_effective_keys(system.tokens))
     optimizer = torch.optim.AdamW(model.parameters(), system.lr, weight_decay=system.weight_decay)
@@ -181,6 +190,7 @@ def train(system: System, arm: str, seed: int) -> Log:
             raise InputError(f'{arm}, seed {seed}: the loss is {error.item()} at step {step}')
         optimizer.zero_grad()
         error.backward()
+        system.clip_gradients(model)
         optimizer.step()
         schedule.step()
         if 2 * step % system.steps < 2:

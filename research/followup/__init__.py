@@ -1,0 +1,1 @@
+"""The follow-up experiment: is the effect of the corrections one of size, or of conditioning?"""

@@ -1,0 +1,66 @@
+"""Separate the effect of the corrections' size from that of conditioning: a pre-registered experiment.
+
+    python -m research.followup
+
+About eight hours on one core (four on two); --jobs trainings run at a time, on one thread each. A finished run leaves a
+log in research/followup/logs and is not repeated, so that an interrupted experiment continues where it stopped. The
+report, research/followup/README.md, is written from the logs; --report only writes the report.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from research.systems.runs import Log, write_log
+from spec_mmdet.commands import command_line
+from spec_mmdet.commands.common import parser
+
+from .plan import Protocol, Run
+from .report import write_report
+
+LOGS = Path(__file__).with_name('logs')
+REPORT = Path(__file__).with_name('README.md')
+
+
+def run(planned: Run) -> Log:
+    """Run one training, on one thread: more do not help tensors this small, and would change the rounding."""
+    torch.set_num_threads(1)
+    return planned.train()
+
+
+def complete(runs: Sequence[Run], jobs: int) -> None:
+    """Run the runs that have no log yet, and write their logs."""
+    remaining = [planned for planned in runs if not planned.read(LOGS)]
+    print(f'{runs[0].stage}: {len(runs)} runs, {len(runs) - len(remaining)} of them finished', flush=True)
+    if not remaining:
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
+        waiting = {pool.submit(run, planned): planned for planned in remaining}
+        for result in as_completed(waiting):
+            planned, log = waiting[result], result.result()
+            write_log(LOGS / planned.stage, log)
+            print(f'{planned.stage}, {log.arm}, seed {log.seed}: loss {log.loss:.4f}, '
+                  f'{100 * log.accuracy:.2f} % right, {log.seconds:.0f} s', flush=True)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser('research.followup', __doc__, 'python -m')
+    options.add_argument('--jobs', type=int, default=os.cpu_count() or 1,
+                         help='trainings at a time (default: one a core)')  # fmt: skip
+    options.add_argument('--report', action='store_true', help='write the report of the finished runs, and stop')
+    args = options.parse_args(argv)
+    protocol = Protocol(LOGS)
+    for runs in protocol.plan() if not args.report else ():
+        complete(runs, args.jobs)
+    print(f'wrote {write_report(protocol, REPORT)}')
+
+
+if __name__ == '__main__':
+    with command_line():
+        main()

@@ -1,0 +1,151 @@
+"""Write the report of the follow-up from the logs of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from jinja2 import Template
+from scipy import stats
+
+from research.statistics import LEVEL, Contrast, adjust_p_values, fit_block_design
+from spec_mmdet.files import write
+
+from .arms import PLAIN, WIDE
+from .plan import BOUND, SYSTEMS, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
+
+CHANCE_LEVEL = 0.01  # a run is at chance if guessing reaches its accuracy with a greater probability
+
+
+def write_report(protocol: Protocol, path: Path) -> Path:
+    """Write the report as Markdown; returns ``path``."""
+    template = Path(__file__).with_name('template.md').read_text('utf-8')
+    sections = [*report_scale(protocol), *report_xcit(protocol), *report_bert(protocol)]
+    write(path, Template(template, keep_trailing_newline=True).render(sections='\n'.join(sections)))
+    return path
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Format a table as lines of Markdown, with an empty line after it."""
+    return [*('| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)), '']
+
+
+def tabulate(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """Tabulate the arms of a stage: means over the runs that have finished."""
+    rows = []
+    for name in dict.fromkeys(run.arm.name for run in runs):
+        logs = [log for run in runs if run.arm.name == name and (log := protocol.read(run))]
+        if logs:
+            losses = [log.loss for log in logs]
+            kappas = [mean(log.kappa['head'][when] for log in logs) for when in (0, 1)]
+            rows.append([name, len(logs), f'{mean(losses):.4f}', f'{min(losses):.3f} to {max(losses):.3f}',
+                         f'{100 * mean(log.accuracy for log in logs):.2f}', '{:.3g} / {:.3g}'.format(*kappas),
+                         f'{logs[0].settings["lr"]:g}'])  # fmt: skip
+    columns = ['arm', 'runs', 'cross-entropy', 'range', 'accuracy, %', 'kappa of a head, before / after', 'rate']
+    return format_table(columns, rows)
+
+
+def format_contrast(contrast: Contrast) -> str:
+    """Format a contrast with its 95 % confidence interval, in nats."""
+    margin = contrast.compute_margin()
+    return f'{contrast.value:+.4f} [{contrast.value - margin:+.4f}, {contrast.value + margin:+.4f}]'
+
+
+def judge(contrast: Contrast) -> str:
+    """Put the result of the primary contrast in words."""
+    equivalent = contrast.test_equivalence(BOUND)
+    if contrast.p < LEVEL:
+        verdict = 'lower' if contrast.value < 0 else 'higher'
+        size = f', but by less than {BOUND} nats (TOST, p {equivalent:.2g})' if equivalent < LEVEL else ''
+        return f'{verdict} (p {contrast.p:.2g}){size}'
+    if equivalent < LEVEL:
+        return f'equal within {BOUND} nats (TOST, p {equivalent:.2g})'
+    return f'undecided (p {contrast.p:.2g}; TOST for {BOUND} nats, p {equivalent:.2g})'
+
+
+def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequence[tuple[str, str, list[str]]],
+                     together: Sequence[str]) -> list[str]:  # fmt: skip
+    """Report the contrasts of a stage.
+
+    Args:
+        losses: of its runs.
+        primary: the arm and its reference.
+        secondary: arms, references, and the arms that are fitted with each of these pairs.
+        together: the arms that are fitted for the primary contrast.
+    """
+    arm, reference = primary
+    fitted = fit_block_design(losses, [name for name in together if name != reference], reference)
+    if arm not in fitted:
+        return ['Too few runs for a contrast.', '']
+    contrast = fitted[arm]
+    lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: the cross-entropy of '
+             f'{arm} is {judge(contrast)}.** Residual standard deviation {contrast.residual:.4f}, '
+             f'{contrast.freedom} degrees of freedom.', '']  # fmt: skip
+    others = []
+    for arm, reference, fitted_with in secondary:
+        names = [name for name in fitted_with if name != reference]
+        if contrast := fit_block_design(losses, names, reference).get(arm):
+            others.append((f'{arm} - {reference}', contrast))
+    adjusted = adjust_p_values([contrast.p for _, contrast in others])
+    return lines + format_table(
+        ['secondary contrast', 'difference, nats', 'p after Holm'],
+        [[name, format_contrast(contrast), f'{p:.2g}'] for (name, contrast), p in zip(others, adjusted)],
+    )
+
+
+def report_scale(protocol: Protocol) -> list[str]:
+    """Report F0."""
+    lines = ['## F0: the scale of plain', '']
+    for name in SYSTEMS:
+        runs = plan_scale(name)
+        base, losses = protocol.choose_base(name), protocol.collect(runs)
+        chosen = {True: f'*{WIDE.name}*', False: f'*{PLAIN.name}*'}
+        decision = 'not decided: runs are missing' if base is None else chosen[base(PLAIN).wide]
+        lines += [f'{name}, {len(losses)} of {len(runs)} runs. Baseline of the main experiment: {decision}.', '']
+        lines += tabulate(protocol, runs) if losses else []
+    return lines
+
+
+def report_xcit(protocol: Protocol) -> list[str]:
+    """Report F1."""
+    lines, runs = ['## F1: XCiT', ''], protocol.list_xcit_runs()
+    if not runs:
+        return [*lines, 'Not started.', '']
+    losses = protocol.collect(runs)
+    plain, conditioned, larger, dosed = (arm.name for arm in protocol.list_arms('xcit'))
+    seeds = dict.fromkeys(run.seed for run in runs)
+    whole = {
+        key: loss for key, loss in losses.items() if all((a, key[1]) in losses for a in (plain, conditioned, larger))
+    }
+    three = [plain, conditioned, larger]
+    secondary = [(conditioned, plain, three), (larger, plain, three), (dosed, plain, [plain, dosed])]
+    system = SYSTEMS['xcit']
+    chance = stats.binom.isf(CHANCE_LEVEL, system.tests, system.score_rules()['chance']) / system.tests
+    logs = [log for run in runs if (log := protocol.read(run))]
+    at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '
+                 f'{sum(log.arm == name for log in logs)}' for name in (*three, dosed)]  # fmt: skip
+    return [*lines, f'{len(losses)} of {len(runs)} runs; {len(seeds)} seeds.', '', *tabulate(protocol, runs),
+            *report_contrasts(whole, (conditioned, larger), secondary, three),
+            f'Runs at chance (accuracy of at most {100 * chance:.1f} %): {", ".join(at_chance)}.', '']  # fmt: skip
+
+
+def report_bert(protocol: Protocol) -> list[str]:
+    """Report F2."""
+    lines, arms = ['## F2: BERT', ''], protocol.list_arms('bert')
+    if not arms:
+        return [*lines, 'Not started.', '']
+    tuning, rates = plan_tuning(arms), protocol.choose_rates()
+    lines += [
+        f'Tuning of the learning rate: {sum(bool(protocol.read(run)) for run in tuning)} of {len(tuning)} runs.',
+        '',
+    ]
+    if not rates:
+        return lines
+    runs = plan_bert(arms, rates)
+    losses = protocol.collect(runs)
+    names = [arm.name for arm in arms]
+    plain, larger, conditioned, rescaled, random = names
+    secondary = [(random, larger, names), (conditioned, random, names), (rescaled, plain, names)]
+    return [*lines, f'{len(losses)} of {len(runs)} runs.', '', *tabulate(protocol, runs),
+            *report_contrasts(losses, (conditioned, larger), secondary, names)]  # fmt: skip
