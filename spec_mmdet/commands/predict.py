@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = find_inputs(args.inputs)
     inferencer = load_inferencer(cfg, args.checkpoint, args.device, args.score)
     info = dict(config=args.config, checkpoint=args.checkpoint, score=args.score)
-    count, damaged = predict_files(inferencer, paths, out, info, args.score, args.batch_size, not args.no_pictures)
+    pictures = not args.no_pictures
+    count, damaged, doubts = predict_files(inferencer, paths, out, info, args.score, args.batch_size, pictures)
+    for kind, files in doubts.items():
+        print(f'warning: {len(files)} {kind}; first: {files[0]}')
     print(f'{count} pictures; wrote {out}')
     for kind, files in damaged.items():
         print(f'skipped {len(files)} {kind}:', *files, sep='\n  ')

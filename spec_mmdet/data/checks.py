@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +14,21 @@ from mmengine.config import Config
 from ..errors import InputError, list_briefly
 from . import rules
 from .findings import Findings, Place
-from .fitting import has_masks, is_kind_of, list_coco_datasets, list_evaluators, list_stated_classes
+from .fitting import (
+    has_masks,
+    is_kind_of,
+    list_coco_datasets,
+    list_coco_metrics,
+    list_evaluators,
+    list_stated_classes,
+    walk,
+)
 from .images import check_images
 from .reading import CheckedCocoDataset, forget_coco, share_coco
 
 FILTER = MappingProxyType(dict(filter_empty_gt=True, min_size=32))  # COCO's configs
+# Detections that MMDetection's configs keep per image, and that COCO's AP counts per image and class.
+LIMITS = MappingProxyType({'model.test_cfg.rcnn.max_per_img': 100, 'test_evaluator.proposal_nums': 100})
 LOOKED_AT = 500  # maximum number of images that train and test decode before they start
 ADVICE = (
     'Run "spec-mmdet prepare" for the full list, "spec-mmdet prepare --drop" to write a copy without faulty items, or '
@@ -108,6 +119,7 @@ def check_contents(
     training: bool,
     classes: Sequence[str] | None = None,
     filter_cfg: Mapping = FILTER,
+    limits: Mapping[str, int] = LIMITS,
 ) -> None:
     """Check that a split has objects for training, or for evaluation, in each of its classes and images.
 
@@ -118,6 +130,7 @@ def check_contents(
         training: whether it is used for training or for evaluation.
         classes: classes in use; by default all.
         filter_cfg: CocoDataset's setting of images to leave out of training; by default that of COCO's configs.
+        limits: see :func:`find_limits`; by default those of COCO's configs.
     """
     names = {category['id']: category['name'] for category in coco['categories']}
     taken = [a for a in coco['annotations'] if classes is None or names[a['category_id']] in classes]
@@ -137,6 +150,7 @@ def check_contents(
             Place(name, detail=f'0 of {len(taken)} annotations')
         )
 
+    check_numbers(coco, taken, name, found, limits)
     categories, images = ({annotation[key] for annotation in used} for key in ('category_id', 'image_id'))
     for category in coco['categories']:
         if category['id'] not in categories and (classes is None or category['name'] in classes):
@@ -144,6 +158,53 @@ def check_contents(
     for image in coco['images']:
         if image['id'] not in images and image['id'] not in left_out:
             found.warnings['images without an object'].append(Place(name, image['file_name']))
+
+
+def check_numbers(coco: dict, objects: list[dict], name: str, found: Findings, limits: Mapping[str, int]) -> None:
+    """Warn about images with more objects than are detected per image, or evaluated per image and class."""
+    per_image = Counter(annotation['image_id'] for annotation in objects)
+    per_class: dict[object, int] = {}  # the number of objects of an image's most frequent class
+    for (image, _), number in Counter((a['image_id'], a['category_id']) for a in objects).items():
+        per_class[image] = max(number, per_class.get(image, 0))
+    exceeded, places = set(), []
+    for image in coco['images']:
+        number = per_image[image['id']]
+        over = {
+            setting
+            for setting, limit in limits.items()
+            if (number if setting.startswith('model') else per_class.get(image['id'], 0)) > limit
+        }
+        if over:
+            exceeded |= over
+            places.append(Place(name, image['file_name'], detail=f'{number} objects'))
+    if places:
+        least = min(limits[setting] for setting in exceeded)
+        options = ' '.join(f'{s}={"N" if s.startswith("model") else "1,10,N"}' for s in limits if s in exceeded)
+        found.warnings[
+            f'images with more than {least} objects, of which the rest is never detected or counted in AP. Raise the '
+            f'limit: --cfg-options {options}'
+        ] += places
+
+
+def find_limits(cfg: Config, loop: str) -> dict[str, int]:
+    """Return the limits of detections, of the model per image and of AP per image and class, by their settings.
+
+    AP is evaluated at 100 detections unless ``proposal_nums`` leaves out 100 (see ``CheckedCocoMetric``).
+    """
+    limits = {
+        f'model.test_cfg.{name}.{key}'.replace('..', '.'): node[key]
+        for name, node in walk(((cfg.get('model') or {}).get('test_cfg')) or {})
+        for key in ('max_per_img', 'max_per_image')
+        if isinstance(node.get(key), int) and node[key] > 0
+    }
+    # Of several stages, those that keep the fewest.
+    found = {setting: limit for setting, limit in limits.items() if limit == min(limits.values())}
+    for metric in list_coco_metrics(cfg, 'test' if loop == 'test' else 'val'):
+        numbers = metric.get('proposal_nums') or (100,)
+        found[f'{"test" if loop == "test" else "val"}_evaluator.proposal_nums'] = (
+            100 if 100 in numbers else max(numbers)
+        )
+    return found
 
 
 def remove_faults(coco: dict, name: str, found: Findings) -> dict:
@@ -208,6 +269,7 @@ def check_dataset(
     classes: Sequence[str] | None = None,
     masks: bool = False,
     thorough: bool = True,
+    limits: Mapping[str, int] = LIMITS,
 ) -> list[str] | None:
     """Check that the annotations, images and classes of a data set in COCO's format exist, agree, and are valid.
 
@@ -218,6 +280,7 @@ def check_dataset(
         classes: the required categories, if known.
         masks: whether masks are needed.
         thorough: whether to check each annotation and decode images.
+        limits: see :func:`find_limits`.
 
     Returns:
         The classes in the file's order: all categories, or those that the config lists; None for remote data.
@@ -259,9 +322,8 @@ def check_dataset(
     check_files(coco, folder)
     if thorough:
         if annotated:
-            check_contents(
-                coco, ann_file.name, found, loop == 'train', categories, dict(dataset.get('filter_cfg') or {})
-            )
+            filter_cfg = dict(dataset.get('filter_cfg') or {})
+            check_contents(coco, ann_file.name, found, loop == 'train', categories, filter_cfg, limits)
             found.require_none(ADVICE)
         check_some_images(coco, ann_file.name, folder, found)
         print_findings(coco, ann_file.name, loop, found)
@@ -314,6 +376,7 @@ def check_inputs(
             source = {key: dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix')}
             if source not in checked:
                 masks = has_masks(cfg.get('model'))
-                classes = check_dataset(dataset, loop, annotated, classes, masks, thorough) or classes
+                limits = find_limits(cfg, loop)
+                classes = check_dataset(dataset, loop, annotated, classes, masks, thorough, limits) or classes
                 checked.append(source)
     return classes

@@ -147,14 +147,16 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
             f'train_dataloader.batch_size is {batch}. Use an even number, because images are mixed in pairs'
         )
     for dataset in splits.values() if thorough else ():
-        faults = []
+        faults, doubts = [], {}
         for path, _ in dataset.samples[:: max(1, len(dataset) // LOOKED_AT)]:
             try:
-                read(Path(path))
+                read(Path(path), doubts)
             except InputError as error:
                 faults.append(f'{path} ({error})')
         if faults:
             raise InputError(
                 f'unreadable images: {list_briefly(faults)}. Replace them, or pass --no-check to skip this check'
             )
+        for kind, paths in doubts.items():
+            print(f'warning: {len(paths)} {kind}; first: {paths[0]}')
     return train.classes

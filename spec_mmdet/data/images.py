@@ -18,6 +18,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmengine import fileio
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL, ImageFileDirectory_v2
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -32,6 +33,8 @@ SCAN = b'\xff\xda'  # where the pixels of a JPEG begin
 ENDS = {JPEG: b'\xff\xd9', PNG: b'IEND\xaeB`\x82'}  # last bytes of an intact file
 DAMAGED = 'corrupt or truncated images'
 DEEP = 'images with more than 8 bits per channel (only the upper 8 are used)'
+MANY_BANDS = 'images with more than three bands (only the first three are used)'
+TOO_MANY_BANDS = 'images with more than four bands, which cannot be decoded: save them with three'
 
 
 class _PillowLimit:
@@ -80,12 +83,16 @@ def decode(content: bytes, flag: str = 'color', backend: str | None = None) -> n
     except Exception:  # decoders raise errors of any type for corrupt files
         image = None
     if image is None:
-        raise InputError(DAMAGED)
+        raise InputError(TOO_MANY_BANDS if count_bands(content) > 4 else DAMAGED)
     return image
 
 
-def read(path: Path) -> np.ndarray:
-    """Read an image file as :func:`decode` does; warn if it has more than 8 bits.
+def read(path: Path, doubts: dict[str, list[Path]] | None = None) -> np.ndarray:
+    """Read an image file as :func:`decode` does.
+
+    Args:
+        path: the file.
+        doubts: receives the file by the kinds of data that are not used (:func:`find_losses`).
 
     Raises:
         InputError: with the kind of fault.
@@ -95,8 +102,8 @@ def read(path: Path) -> np.ndarray:
     except OSError as error:
         raise InputError('images that are folders' if path.is_dir() else 'images that cannot be read') from error
     image = decode(content)
-    if is_deep(content):
-        print(f'warning: {path}: {DEEP}')
+    for kind in find_losses(content) if doubts is not None else ():
+        doubts.setdefault(kind, []).append(path)
     return image
 
 
@@ -126,14 +133,33 @@ def read_orientation(content: bytes) -> tuple[bool, tuple[int, int]]:
         return False, (0, 0)
 
 
-def is_deep(content: bytes) -> bool:
-    """Return whether OpenCV drops the lower bits of an image to return 8 bits per channel."""
+def count_bands(content: bytes) -> int:
+    """Return the number of bands of an image, and 3 if it is unknown."""
+    try:
+        if content.startswith((b'II*\0', b'MM\0*')):  # TIFF; Pillow opens only those with few bands
+            directory, file = ImageFileDirectory_v2(content[:8]), io.BytesIO(content)
+            file.seek(directory.next)
+            directory.load(file)
+            return int(directory.get(SAMPLESPERPIXEL, 1))
+        with allow_large_images(), Image.open(io.BytesIO(content)) as image:
+            return len(image.getbands())
+    except Exception:  # a format that Pillow does not support
+        return 3
+
+
+def find_losses(content: bytes) -> list[str]:
+    """List the kinds of data in an image that :func:`decode` drops: lower bits, and bands other than opaque alpha."""
     if content.startswith(JPEG):
-        return False
-    if content.startswith(PNG):
-        return content[24:25] == b'\x10'  # bit depth in the header
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    return image is not None and image.dtype != np.uint8
+        return []
+    is_wide = count_bands(content) > 3
+    deep = content[24:25] == b'\x10'  # bit depth in the header of a PNG
+    if is_wide or not content.startswith(PNG):
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None:
+            return []
+        deep = image.dtype != np.uint8
+        is_wide = image.ndim == 3 and image.shape[2] > 3 and bool((image[..., 3] != np.iinfo(image.dtype).max).any())
+    return [DEEP] * deep + [MANY_BANDS] * is_wide
 
 
 def check_image(path: Path, height: float, width: float) -> tuple[str, list[str], bytes]:
@@ -156,7 +182,7 @@ def check_image(path: Path, height: float, width: float) -> tuple[str, list[str]
     except InputError as error:
         return str(error), [], b''
     digest = hashlib.blake2b(content, digest_size=16).digest()
-    doubts = [DEEP] * is_deep(content)
+    doubts = find_losses(content)
     turned, before = read_orientation(content)
     if size == (height, width):
         doubt = 'images with an EXIF orientation, which training applies: check that the labels fit the rotated image'
@@ -225,7 +251,9 @@ class CheckedLoadImageFromFile(LoadImageFromFile):
             if self.ignore_empty:
                 return None
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            why = 'corrupt or truncated' if isinstance(error, InputError) else f'cannot be read ({lines[-1]})'
+            why = f'cannot be read ({lines[-1]})'
+            if isinstance(error, InputError):
+                why = 'has more than four bands' if str(error) == TOO_MANY_BANDS else 'corrupt or truncated'
             raise InputError(f'image {path}: {why}. Replace the file, or remove the image from the data') from error
         labelled = results.get('height'), results.get('width')
         size = image.shape[:2]

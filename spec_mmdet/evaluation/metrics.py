@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import pickle
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -114,6 +115,9 @@ def summarise(evaluation: COCOeval, limits: Sequence[int]) -> COCOeval:
     summary.params.maxDets = list(limits)
     summary.eval = {name: evaluation.eval[name][..., places] for name in ('precision', 'recall')}
     summary.summarize()
+    if LIMITS[-1] not in limits:  # pycocotools' summary has AP at 100 detections only
+        precision = summary.eval['precision'][..., 0, -1]
+        summary.stats[0] = precision[precision > -1].mean() if (precision > -1).any() else -1
     return summary
 
 
@@ -141,10 +145,12 @@ class CheckedCocoMetric(CocoMetric):
     """MMDetection's CocoMetric for annotation files with any ids, in any encoding.
 
     Its arguments and metrics are those of MMDetection, but that wrong arguments are rejected before a run, a detector
-    without detections has an AP of 0, ``iou_thrs`` may be a number or a list, and ``use_mp_eval`` has no effect.
+    without detections has an AP of 0, ``iou_thrs`` may be a number or a list, AP counts up to the largest of
+    ``proposal_nums`` detections if these leave out 100, and ``use_mp_eval`` has no effect.
 
     Attributes:
-        summaries: after an evaluation, for 'bbox' and 'segm', the summary at COCO's own limits (:data:`LIMITS`).
+        summaries: after an evaluation, for 'bbox' and 'segm', the summary at COCO's own limits (:data:`LIMITS`), or at
+            ``proposal_nums`` if these leave out 100.
 
     Raises:
         InputError: if an argument is wrong.
@@ -203,6 +209,13 @@ class CheckedCocoMetric(CocoMetric):
             self.img_ids = self._coco_api.get_img_ids()
             files = self.results2json(predictions, prefix)
             metrics: dict[str, float] = {}
+            if not any(len(prediction['scores']) for prediction in predictions):
+                print_log(
+                    f'the detector found nothing in {len(predictions)} images, so AP is 0. Its training may be too '
+                    'short, or score_thr in model.test_cfg too high',
+                    'current',
+                    logging.WARNING,
+                )
             if self.format_only:
                 print_log(f'wrote {", ".join(sorted(set(files.values())))}', 'current')
                 return metrics
@@ -226,8 +239,6 @@ class CheckedCocoMetric(CocoMetric):
         """
         box_or_mask = 'segm' if kind == 'segm' else 'bbox'
         detections = read_detections(path, box_or_mask)
-        if not detections:
-            print_log('There are no detections: AP is 0.', 'current')
         printed = io.StringIO()
         limits = sorted(self.proposal_nums)
         with pause_garbage_collection(), redirect_stdout(printed):
@@ -240,10 +251,13 @@ class CheckedCocoMetric(CocoMetric):
             evaluation.evaluate()
             evaluation.accumulate()
             if kind != 'proposal':
-                self.summaries[kind] = summarise(evaluation, LIMITS)
+                self.summaries[kind] = summarise(evaluation, LIMITS if LIMITS[-1] in limits else limits)
             printed.truncate(printed.seek(0))
             summary = summarise(evaluation, limits)
-        print_log(f'\n{printed.getvalue()}', 'current')
+        text = printed.getvalue()
+        if LIMITS[-1] not in limits:
+            text = text.replace('maxDets=100 ] = -1.000', f'maxDets={limits[-1]} ] = {summary.stats[0]:.3f}', 1)
+        print_log(f'\n{text}', 'current')
         if kind == 'proposal':
             return {item: float(f'{summary.stats[ITEMS[item]]:.3f}') for item in self.metric_items or AR_ITEMS}
         metrics = self.measure_classes(summary) if self.classwise else {}

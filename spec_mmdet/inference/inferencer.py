@@ -106,7 +106,7 @@ def predict_files(
     score: float = 0.3,
     batch_size: int = 1,
     pictures: bool = True,
-) -> tuple[int, dict[str, list[Path]]]:
+) -> tuple[int, dict[str, list[Path]], dict[str, list[Path]]]:
     """Predict on images and videos; write predictions.json, images.json and, if wanted, pictures to a folder.
 
     Args:
@@ -119,14 +119,15 @@ def predict_files(
         pictures: whether to draw pictures.
 
     Returns:
-        The number of images, and the files that could not be decoded, by kind of fault.
+        The number of images, the files that could not be decoded, and those of which data was not used, by kind.
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
     classes = inferencer.model.dataset_meta['classes']
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
     head = json.dumps(dict(info=dict(folder=str(root), **info), categories=categories))[:-1] + ', "images": ['
     damaged: dict[str, list[Path]] = {}
-    frames = decode_files(paths, damaged)
+    doubts: dict[str, list[Path]] = {}
+    frames = decode_files(paths, damaged, doubts)
     batches = iter(lambda: list(islice(frames, batch_size)), [])
     writer, image_id = PictureWriter(), 0
     with (
@@ -152,4 +153,4 @@ def predict_files(
                     visualizer.add_datasample(str(name), image[..., ::-1], sample, draw_gt=False, pred_score_thr=0)
                     writer.write(visualizer.get_image()[..., ::-1], path, frame_id, temporary / name)
         writer.close()
-    return image_id, damaged
+    return image_id, damaged, doubts

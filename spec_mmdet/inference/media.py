@@ -72,8 +72,8 @@ def count_frames(path: Path) -> int:
     return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)) if is_video(path) else 1
 
 
-def decode_file(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Yield (number from 0, frame) for a video, or (None, image); shape (H, W, 3), BGR.
+def decode_file(path: Path, doubts: dict[str, list[Path]] | None = None) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yield (number from 0, frame) for a video, or (None, image); shape (H, W, 3), BGR; see ``read`` for ``doubts``.
 
     A truncated video ends without an error.
 
@@ -81,7 +81,7 @@ def decode_file(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
         InputError: with the kind of fault.
     """
     if not is_video(path):
-        yield None, read(path)
+        yield None, read(path, doubts)
         return
     video, frame_id = cv2.VideoCapture(str(path)), 0
     while (frame := video.read()[1]) is not None:
@@ -91,11 +91,13 @@ def decode_file(path: Path) -> Iterator[tuple[int | None, np.ndarray]]:
         raise InputError('corrupt videos')
 
 
-def decode_files(paths: list[Path], damaged: dict[str, list[Path]]) -> Iterator[tuple[Path, int | None, np.ndarray]]:
+def decode_files(
+    paths: list[Path], damaged: dict[str, list[Path]], doubts: dict[str, list[Path]]
+) -> Iterator[tuple[Path, int | None, np.ndarray]]:
     """Yield the path, number and image of all files; add corrupt files to ``damaged``, by kind of fault."""
     for path in paths:
         try:
-            for frame_id, image in decode_file(path):
+            for frame_id, image in decode_file(path, doubts):
                 yield path, frame_id, image
         except InputError as error:
             damaged.setdefault(str(error), []).append(path)

@@ -80,6 +80,11 @@ def summarise_schedule(runner: Runner) -> tuple[int, list[int]]:
     return warm_up, drops
 
 
+def find_learning_rate(runner: Runner) -> float:
+    """Return the current learning rate, the highest of all groups of parameters."""
+    return max(rate for rates in runner.optim_wrapper.get_lr().values() for rate in rates)
+
+
 def check_schedule(runner: Runner) -> list[str]:
     """List the faults of a runner's schedule for its number of iterations."""
     total = runner.train_loop.max_iters

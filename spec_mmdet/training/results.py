@@ -32,7 +32,7 @@ from ..data.images import decode
 from ..errors import InputError
 from ..evaluation.drawing import convert_to_marks, draw, tile_pictures, use_font_for
 from ..files import compute_digest, format_csv, write
-from .hooks import CONDITIONING, MEDIANS
+from .hooks import CONDITIONING, MEDIANS, find_learning_rate
 from .saving import unwrap_model
 
 TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
@@ -149,7 +149,10 @@ def select_metrics(entry: dict) -> dict[str, float]:
 
 
 def group_by_epoch(records: Sequence[dict]) -> Iterator[dict]:
-    """Yield a row for each validation: mean losses since the previous one, the learning rate, and metrics."""
+    """Yield a row for each validation: mean losses since the previous one, the learning rate, and metrics.
+
+    AP of sizes that the data lacks, -1 in MMDetection, is ''.
+    """
     since: list[dict] = []
     for entry in records:
         if 'loss' in entry:
@@ -157,7 +160,8 @@ def group_by_epoch(records: Sequence[dict]) -> Iterator[dict]:
         elif select_metrics(entry) and since:
             losses = {key: float(np.mean([e[key] for e in since if key in e])) for key in since[-1] if 'loss' in key}
             rate = {key: since[-1][key] for key in ('lr',) if key in since[-1]}  # absent with several optimisers
-            yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **select_metrics(entry))
+            metrics = {key: value if value != -1 else '' for key, value in select_metrics(entry).items()}
+            yield dict(epoch=entry['step'], iter=since[-1]['iter'], **rate, **losses, **metrics)
             since = []
 
 
@@ -184,13 +188,13 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
         label = (
             name.removeprefix('coco/').replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_50', '50')
         )
-        own = [row for row in rows if name in row]
+        own = [row for row in rows if row.get(name, '') != '']
         style = dict(linestyle='--' if name.endswith('_50') else '-', color='C0' if 'bbox' in name else 'C1')
         scores.plot([row['iter'] for row in own], [row[name] for row in own], marker='o', label=label, **style)
     scores.set(title='AP on the validation images', ylim=(0, 1))
     rates = [entry.get('lr', float('nan')) for entry in train]
     rate.plot([entry['iter'] for entry in train], rates, marker=choose_marker(train))
-    rate.set(title='learning rate', ylim=(0, None))
+    rate.set(title='learning rate, highest of all parameters', ylim=(0, None))
     for name in MEDIANS:
         values = [entry.get(f'{CONDITIONING}/{name}', float('nan')) for entry in conditions]
         kappa.plot([e['step'] for e in conditions], values, marker=choose_marker(values), label=name.replace('_', ' '))
@@ -241,6 +245,10 @@ class ResultsHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Store the run's metadata in the checkpoint."""
         checkpoint['meta']['run'] = self.facts
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Log the highest learning rate, as the terminal does; MMEngine logs that of the first group of parameters."""
+        runner.message_hub.update_scalar('train/lr', find_learning_rate(runner))
 
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:

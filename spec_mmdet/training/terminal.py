@@ -23,7 +23,7 @@ from ..compat import get_load_path, is_resuming, is_training
 from ..conditioning.correction import describe_conditioning
 from ..files import display_path
 from ..models.xcit import SpecXCiT
-from ..training.hooks import summarise_schedule
+from ..training.hooks import find_learning_rate, summarise_schedule
 from ..training.saving import unwrap_model
 
 PACKAGE = Path(__file__).parents[1]
@@ -261,7 +261,8 @@ def format_progress(runner: Runner, images: int, window: int) -> str:
              if name.startswith('train/') and re.search('loss|^train/time$', name)}  # fmt: skip
     parts = ', '.join(f'{name.removeprefix("loss_")} {value:.3f}' for name, value in means.items()
                       if name not in ('loss', 'time'))  # fmt: skip
-    rate = max(rate for rates in runner.optim_wrapper.get_lr().values() for rate in rates)
+    logged = hub.log_scalars.get('train/lr')  # of the iteration that has just ended
+    rate = logged.current() if logged else find_learning_rate(runner)
     line = f'loss {means.get("loss", float("nan")):.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
     if 'time' in means:
         line += f'  {images * get_world_size() / means["time"]:.1f} images/s'

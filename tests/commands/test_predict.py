@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import predict
+from spec_mmdet.data.images import DEEP
 
 
 @pytest.fixture(scope='module')
@@ -116,17 +117,18 @@ def test_corrupt_images_do_not_affect_the_others(monkeypatch, trained, shapes, t
     (folder / '5.png').mkdir()
     (folder / '6.png').write_text('text')
     (folder / '._2.png').write_bytes(b'\0\5\x16\7')
-    cv2.imwrite(str(folder / '7.png'), cv2.imread(str(good), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
+    for name in ('7.png', '8.png'):
+        cv2.imwrite(str(folder / name), cv2.imread(str(good), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
     for inputs in (folder, f'{folder}/*.*'):
         out = tmp_path / f'out{inputs == folder}'
         args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures']
         refusal = error_line(monkeypatch, 'predict', *args)
-        assert f'5 of 7 inputs could not be decoded, first {folder / "1.png"}' in refusal
+        assert f'5 of 8 inputs could not be decoded, first {folder / "1.png"}' in refusal
         images, predicted = results(out)
-        assert [image['file_name'] for image in images['images']] == ['2.png', '7.png'] and predicted
+        assert [image['file_name'] for image in images['images']] == ['2.png', '7.png', '8.png'] and predicted
         printed = capsys.readouterr().out
         assert all(f'  {folder / name}\n' in printed for name in ('1.png', '3.jpg', '4.png', '5.png', '6.png'))
-        assert '7.png: ' in printed and '8 bits' in printed
+        assert printed.count('8 bits') == 1 and f'2 {DEEP}; first: {folder / "7.png"}' in printed
         assert ('hidden files: ._2.png' in printed) == (inputs == folder)
 
 

@@ -3,6 +3,7 @@
 import io
 import threading
 import warnings
+from pathlib import Path
 
 import cv2
 import mmcv
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from mmcv.transforms import LoadImageFromFile
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from spec_mmdet import InputError
 from spec_mmdet.data import images
@@ -85,6 +87,26 @@ def test_checks_of_size_orientation_and_depth(folder):
     assert 'ignore the EXIF' in check_image(folder / 'turned.jpg', 80, 120)[0]
     for name in ('deep.png', 'deep.tif'):
         assert check_image(folder / name, 80, 120)[1] == [images.DEEP]
+
+
+def write_tiff(path: Path, bands: int) -> None:
+    """Write an uncompressed TIFF of 4 x 3 pixels, which Pillow cannot write for this number of bands."""
+    directory = ImageFileDirectory_v2()
+    directory.update({256: 4, 257: 3, 258: (8,) * bands, 259: 1, 262: 2, 273: 0, 277: bands, 278: 3, 279: 12 * bands})
+    path.write_bytes(b'II*\0\x08\0\0\0' + directory.tobytes(8) + bytes(range(12)) * bands)
+
+
+def test_bands_that_are_not_used(tmp_path):
+    write_tiff(tmp_path / 'four.tif', 4)
+    write_tiff(tmp_path / 'eight.tif', 8)
+    for opacity in (255, 9):
+        Image.new('RGBA', (4, 3), (1, 2, 3, opacity)).save(tmp_path / f'{opacity}.png')
+    assert check_image(tmp_path / 'four.tif', 3, 4)[:2] == ('', [images.MANY_BANDS])
+    assert check_image(tmp_path / '9.png', 3, 4)[:2] == ('', [images.MANY_BANDS])
+    assert check_image(tmp_path / '255.png', 3, 4)[:2] == ('', [])
+    assert check_image(tmp_path / 'eight.tif', 3, 4)[0] == images.TOO_MANY_BANDS
+    with pytest.raises(InputError, match=r'eight.tif: has more than four bands'):
+        CheckedLoadImageFromFile().transform(dict(img_path=str(tmp_path / 'eight.tif')))
 
 
 def test_pillows_limit_is_lifted_only_while_decoding(monkeypatch):

@@ -11,7 +11,8 @@ from mmdet.registry import DATASETS
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from spec_mmdet.data.checks import check_annotations
+from spec_mmdet.configs import find_config, read_config
+from spec_mmdet.data.checks import LIMITS, check_annotations, check_contents, find_limits
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.rules import (
     compare_mask_and_box,
@@ -146,6 +147,32 @@ def test_the_training_objects_equal_those_of_mmdetection(tmp_path):
             if annotation['image_id'] in ours and not explain_exclusion(annotation):
                 ours[annotation['image_id']] += 1
         assert ours == theirs
+
+
+def test_more_objects_than_are_detected_or_evaluated():
+    """The model keeps 100 detections per image, AP counts 100 per image and class."""
+
+    def counted(numbers: list[int], **limits) -> dict[str, list[int]]:
+        images = [dict(id=1, file_name='a.png', width=99, height=99)]
+        box = dict(image_id=1, bbox=[1, 1, 40, 40], area=1600, iscrowd=0)
+        objects = [dict(box, category_id=c) for c, number in enumerate(numbers) for _ in range(number)]
+        categories = [dict(id=c, name=str(c)) for c in range(len(numbers))]
+        found = Findings()
+        coco = dict(images=images, annotations=objects, categories=categories)
+        check_contents(coco, 'it', found, training=False, limits=limits or LIMITS)
+        return {kind: places for kind, places in found.warnings.items() if 'objects, of which' in kind}
+
+    assert not counted([100]) and not counted([60, 40])
+    ((kind, places),) = counted([120, 10]).items()
+    assert 'rcnn.max_per_img=N test_evaluator.proposal_nums=1,10,N' in kind and '130 objects' in str(places[0])
+    ((kind, _),) = counted([60, 50]).items()
+    assert 'max_per_img' in kind and 'proposal_nums' not in kind
+    assert not counted([120], **{'model.test_cfg.rcnn.max_per_img': 200, 'test_evaluator.proposal_nums': 200})
+
+    cfg = read_config(find_config('xcit_spec_maskrcnn'))
+    assert find_limits(cfg, 'test') == LIMITS
+    cfg.merge_from_dict({'model.test_cfg.rcnn.max_per_img': 300, 'val_evaluator.proposal_nums': (1, 10, 300)})
+    assert find_limits(cfg, 'val') == {'model.test_cfg.rcnn.max_per_img': 300, 'val_evaluator.proposal_nums': 300}
 
 
 def test_coco_has_no_fault(coco_mini):

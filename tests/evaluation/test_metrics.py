@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -171,6 +172,22 @@ def test_metrics_equal_mmdetections(tmp_path, settings):
         np.testing.assert_equal(ours, dict(expected))
 
 
+@pytest.mark.parametrize('limit', [5, 300])
+def test_ap_at_another_limit_of_detections(tmp_path, limit):
+    truth, found = scene(np.random.default_rng(3), 900)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    boxes = [{k: v for k, v in d.items() if k != 'segmentation'} for d in found]
+    coco = COCO(str(tmp_path / 'truth.json'))
+    expected = COCOeval(coco, coco.loadRes(boxes), 'bbox')
+    expected.params.maxDets = [limit]
+    expected.evaluate()
+    expected.accumulate()
+    precision = expected.eval['precision'][:, :, :, 0, 0]
+    ours = computed('FastCocoMetric', tmp_path / 'truth.json', found, proposal_nums=(1, 2, limit))['bbox_mAP']
+    assert ours == round(precision[precision > -1].mean(), 3)
+    assert limit > 100 or ours != computed('FastCocoMetric', tmp_path / 'truth.json', found)['bbox_mAP']
+
+
 @pytest.mark.parametrize('kind', ['CheckedCocoMetric', 'FastCocoMetric'])
 def test_metrics_of_a_data_set_without_an_annotation_file(tmp_path, kind):
     _, found = scene(np.random.default_rng(1), 30)
@@ -192,11 +209,15 @@ def test_what_is_written(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['CheckedCocoMetric', 'FastCocoMetric'])
-def test_without_detections_ap_is_zero(tmp_path, kind):
+def test_without_detections_ap_is_zero(monkeypatch, tmp_path, kind):
+    logged = []
+    monkeypatch.setattr(spec_mmdet.evaluation.metrics, 'print_log', lambda *args: logged.append(args))
     truth, _ = scene(np.random.default_rng(1), 30)
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     ours = computed(kind, tmp_path / 'truth.json', [], metric=['bbox', 'segm'])
     assert ours['bbox_mAP'] == ours['segm_mAP_50'] == 0
+    warned = [text for text, _, *levels in logged if levels == [logging.WARNING]]
+    assert len(warned) == 1 and 'nothing in 6 images' in warned[0]
 
 
 def test_one_threshold_may_be_a_number(tmp_path):
