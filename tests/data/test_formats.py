@@ -193,6 +193,13 @@ def zipped(root):
     shutil.rmtree(root / 'inside')
 
 
+@writer(SPLITS, masks=True)
+def coco_names_of_files(root):
+    for split, items in SPLITS.items():
+        put_images(root / 'images', items)
+        put(root / f'annotations_{split}.json', coco(items))
+
+
 def yolo_text(item, shape='box') -> str:
     lines, (width, height) = [], item.size
     for k, polygon in item.objects:
@@ -341,6 +348,22 @@ def roboflow_darknet(root):
         put(folder / '_darknet.labels', '\n'.join(CLASSES))
 
 
+@writer(SPLITS)
+def yolo_split_beside_kind(root):
+    for split, items in SPLITS.items():
+        put_yolo(root / f'{split}_images', root / f'{split}_labels', items)
+    put(root / 'labels.txt', '\n'.join(CLASSES))
+
+
+@writer(SPLITS)
+def darknet_other_names(root):
+    for split, items in SPLITS.items():
+        put_yolo(root / 'data', root / 'data', items)
+        put(root / f'{split}.list', '\n'.join(f'data/{item.name}' for item in items))
+    put(root / 'animals.names', '\n'.join(CLASSES))
+    put(root / 'animals.data', 'train = train.list\nvalid = val.list\ntest = test.list\nnames = animals.names\n')
+
+
 @writer(WHOLE)
 def labels_in_two_places(root):
     put_yolo(root / 'images', root / 'labels', ITEMS[:4])
@@ -387,6 +410,21 @@ def voc_lists(root):
     for split, items in SPLITS.items():
         put(root / f'ImageSets/Main/{split}.txt', '\n'.join(f'{item.stem} 1' for item in items))
     put(root / 'ImageSets/Main/trainval.txt', '\n'.join(item.stem for item in of(TRAIN) + of(VAL)))
+
+
+@writer(SPLITS)
+def voc_lists_of_paths(root):
+    put_voc(root / 'JPEGImages', root / 'Annotations')
+    for split, items in SPLITS.items():
+        lines = [f'./JPEGImages/{item.name} ./Annotations/{item.stem}.xml' for item in items]
+        put(root / f'{split}_list.txt', '\n'.join(lines))
+
+
+@writer(WHOLE)
+def voc_masks_of_segments(root):
+    put_voc(root / 'JPEGImages', root / 'Annotations')
+    put_images(root / 'SegmentationClass')
+    put_images(root / 'SegmentationObject')
 
 
 @writer(WHOLE)
@@ -529,6 +567,12 @@ def cvat_polygons_of_subsets(root):
     put(root / 'annotations.xml', cvat_xml(ITEMS, 'polygon', lambda item: f'subset="{names[item.split]}"'))
 
 
+@writer(WHOLE)
+def fiftyone_cvat(root):
+    put_images(root / 'data')
+    put(root / 'labels.xml', cvat_xml(ITEMS, 'box'))
+
+
 def label_studio(item, shape) -> list[dict]:
     (width, height), results = item.size, []
     for k, polygon in item.objects:
@@ -561,6 +605,50 @@ def label_studio_min(root):
         results = [value | size for value in label_studio(item, 'polygon')]
         task = dict(image=f'/data/upload/1/{item.name}', id=i, annotator=1, annotation_id=i, lead_time=3.2)
         tasks.append(task | (dict(label=results) if results else {}))
+    put(root / 'project.json', tasks)
+
+
+@writer(WHOLE)
+def label_studio_labels(root):
+    """The tags Labels and Rectangle write two results with one id for each object."""
+    put_images(root / 'images')
+    tasks = []
+    for i, item in enumerate(ITEMS):
+        results = []
+        for k, value in enumerate(label_studio(item, 'rectangle')):
+            labels = dict(labels=value.pop('rectanglelabels'))
+            results += [dict(id=k, type='rectangle', value=value), dict(id=k, type='labels', value=value | labels)]
+        tasks.append(dict(id=i, data=dict(image=f's3://bucket/{item.name}'), annotations=[dict(result=results)]))
+    put(root / 'project.json', tasks)
+
+
+def brush_code(mask) -> list[int]:
+    """Encode a mask, shape (H, W), as Label Studio does: runs of equal RGBA values, and of other values."""
+    values = np.repeat(mask.ravel() * 255, 4)
+    ends = [*np.flatnonzero(np.diff(values)) + 1, len(values)]
+    bits = f'{len(values):032b}{7:05b}{2:04b}{3:04b}{7:04b}{15:04b}'
+    for start, end in zip([0, *ends], ends):
+        alone = min(3, end - start)  # a run of other values, at most 8 (the first length of 3 bits)
+        bits += f'0{0:02b}{alone - 1:03b}' + f'{values[start]:08b}' * alone
+        if end - start > alone:  # a run of equal values (the last length of 16 bits)
+            bits += f'1{3:02b}{end - start - alone - 1:016b}{values[start]:08b}'
+    bits += '0' * (-len(bits) % 8)
+    return [int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)]
+
+
+@writer(WHOLE, masks=True)
+def label_studio_brushes(root):
+    put_images(root / 'images')
+    tasks = []
+    for i, item in enumerate(ITEMS):
+        results = []
+        for k, polygon in item.objects:
+            mask = np.zeros(item.size[::-1], np.uint8)
+            x, y, w, h = box_of(polygon)
+            mask[y : y + h, x : x + w] = 1
+            value = dict(format='rle', rle=brush_code(mask), brushlabels=[CLASSES[k]])
+            results.append(dict(type='brushlabels', value=value, id=k))
+        tasks.append(dict(id=i, data=dict(image=item.name), annotations=[dict(result=results)]))
     put(root / 'project.json', tasks)
 
 
@@ -671,16 +759,32 @@ FAULTS = {
     'VOC: no box': ('voc_from_zero', rewrite('007.xml', 'bndbox', 'robndbox'), 'errors', '007.xml'),
     'VOC: other size': ('voc_from_zero', resize_image('007.png'), 'errors', '007.png'),
     'VOC: another filename': ('voc_from_zero', rewrite('007.xml', '007.png', '0_1.png'), 'errors', '0_1.png'),
+    'VOC: truncated': ('voc_from_zero', rewrite('007.xml', '<difficult>0', '<truncated>1</truncated><difficult>0'),
+                       'notes', '"truncated"'),
+    'VOC: mask of segments': ('voc_masks_of_segments', lambda root: None, 'notes', 'SegmentationClass/'),
+    'VOC: filename of no image': ('voc_from_zero', rewrite('007.xml', '007.png', 'IMG_1.jpg'), 'notes', 'IMG_1.jpg'),
+    'VOC: polygon': ('voc_from_zero', rewrite('007.xml', '<difficult>', '<polygon><x1>3</x1></polygon><difficult>'),
+                     'notes', '"polygon"'),
     'VOC: two images of one name': ('fiftyone_voc', add('data/y.jpg', picture(ITEMS[6])), 'warnings', 'y.jpg'),
     'LabelMe: other size': ('labelme_polygons', resize_image('007.png'), 'errors', '007.png'),
     'LabelMe: another image': ('labelme_polygons', rewrite('007.json', '007.png', '0_1.png'), 'errors', '0_1.png'),
     'LabelMe: lines': ('labelme_polygons', rewrite('007.json', '"polygon"', '"linestrip"'), 'warnings', 'linestrip'),
+    'LabelMe: flags of the file': ('labelme_polygons', change_json('007.json', lambda content: content.update(
+        flags=dict(dark=True, wet=False))), 'notes', '"flags"'),
+    'LabelMe: description': ('labelme_polygons', rewrite('007.json', '"label"', '"description": "old", "label"'),
+                             'notes', '"description"'),
+    'LabelMe: path of no image': ('labelme_polygons', rewrite('007.json', '007.png', 'IMG_1.jpg'), 'notes', 'IMG_1'),
+    'LabelMe: points': ('labelme_polygons', rewrite('007.json', '"polygon"', '"points"'), 'warnings', 'type points'),
     'LabelMe: two points': ('labelme_rectangles', rewrite('x.json', '[]', '[{"label": "apfel", "points": [[1, 2]]}]'),
                             'errors', 'x.json'),
     'LabelMe: image missing': ('labelme_other_folder', delete('pictures/007.png'), 'warnings', '007.json'),
     'CVAT: image missing': ('cvat_boxes', delete('images/007.png'), 'errors', '007.png'),
     'CVAT: polyline': ('cvat_boxes', rewrite('annotations.xml', '<box', '<polyline/><box'), 'warnings', 'polyline'),
     'CVAT: no number': ('cvat_boxes', rewrite('annotations.xml', 'xtl="', 'xtl="a'), 'errors', 'xtl'),
+    'CVAT: attribute': ('cvat_boxes', rewrite('annotations.xml', '></box>', '><attribute name="a">b</attribute></box>'),
+                        'notes', '"attribute"'),
+    'CVAT: occluded': ('cvat_boxes', rewrite('annotations.xml', 'occluded="0"', 'occluded="1"'), 'notes', '"occluded"'),
+    'CVAT: tag': ('cvat_boxes', rewrite('annotations.xml', '<box', '<tag label="x"/><box'), 'warnings', 'labels of im'),
     'CVAT: short mask': ('cvat_masks', rewrite('annotations.xml', 'rle="0, ', 'rle="1, '), 'errors', 'runs'),
     'CVAT: other size': ('cvat_boxes', resize_image('images/007.png'), 'errors', '007.png'),
     'CVAT: video': ('cvat_boxes', rewrite('annotations.xml', '<image', '<track/><image'), 'line', 'images 1.1'),
@@ -689,11 +793,23 @@ FAULTS = {
     'COCO: two files of one image': ('fiftyone_coco', add('more.json', coco(ITEMS[:1])), 'errors', 'photo 1.png'),
     'COCO: file beside splits': ('cvat_coco_splits', add('annotations/instances_more.json', coco(ITEMS[:1])),
                                  'warnings', 'instances_more.json'),
+    'COCO: attributes': ('fiftyone_coco', change_json('labels.json', lambda content: content['annotations'][0].update(
+        attributes=dict(occluded=True))), 'notes', '"attributes"'),
     'COCO: captions': ('coco_2017', add('annotations/captions_train2017.json', '{}'), 'warnings', 'captions'),
     'COCO: image nowhere named': ('fiftyone_coco', add('data/more.png', picture(ITEMS[0])), 'warnings', 'more.png'),
     'Label Studio: image missing': ('label_studio_json', delete('images/007.png'), 'errors', '007.png'),
     'Label Studio: keypoints': ('label_studio_min', rewrite('project.json', 'polygonlabels', 'keypointlabels'),
                                 'warnings', 'other than rectangles'),
+    'Label Studio: predictions': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0].update(
+        predictions=[dict(result=[dict(id='p')])])), 'notes', '"predictions"'),
+    'Label Studio: choices': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0]['annotations'][0][
+        'result'].append(dict(type='choices', id='c', value=dict(choices=['a'])))), 'warnings', 'choices'),
+    'Label Studio: two images': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0]['data'].update(
+        right='/data/upload/1/x.png')), 'errors', 'several images'),
+    'Label Studio: short brush': ('label_studio_brushes', change_json('project.json', lambda tasks: tasks[0][
+        'annotations'][0]['result'][0]['value']['rle'].pop()), 'errors', 'unreadable results'),
+    'Label Studio: brush of another size': ('label_studio_brushes', lambda root: Image.new('RGB', (9, 9)).save(
+        root / 'images/007.png'), 'errors', 'instead of 4 x 9 x 9'),
     'Label Studio: no annotation': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0].update(
         annotations=[])), 'warnings', 'photo 1.png'),
     'line twice': ('labelimg', add('photo 1.txt', '0 .5 .5 .1 .1\n' * 2), 'warnings', 'line 2'),
@@ -760,6 +876,10 @@ TOOLS = {
     'Darwin': ('a.json', '{"item": {"name": "a.png", "slots": []}, "annotations": [{"bounding_box": {}}]}'),
     'Datumaro': ('annotations/train.json', '{"media_type": 2, "infos": {}, "categories": {"label": {}}, "items": []}'),
     'Labelbox': ('a.ndjson', '{"data_row": {"id": "1"}, "projects": {}}'),
+    'FiftyOne': ('samples.json', '{"samples": [{"filepath": "a.png", "truth": {"_cls": "Detections"}}]}'),
+    'CreateML': ('a.json', '[{"image": "a.png", "annotations": [{"label": "x", "coordinates": {"x": 1}}]}]'),
+    'CSV of TensorFlow': ('_annotations.csv', 'filename,width,height,class,xmin,ymin,xmax,ymax\n'),
+    'masks of segments': ('labelmap.txt', '# label:color_rgb:parts:actions\nx:1,2,3::\n'),
     'Open Images': ('bbox.csv', 'ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n'),
 }
 
@@ -771,7 +891,7 @@ def test_tools_that_are_not_supported_are_named(tool, tmp_path):
     with pytest.raises(InputError, match=tool) as error:
         read(tmp_path / 'export', tmp_path / 'scratch')
     assert all(name in str(error.value) for name in READERS)
-    assert ('datum convert' in str(error.value)) == (tool in ('Datumaro', 'Open Images'))
+    assert ('datum convert' in str(error.value)) == (tool in ('Datumaro', 'Open Images', 'masks of segments'))
 
 
 def test_a_folder_without_labels_is_told_what_is_supported(tmp_path):

@@ -53,6 +53,10 @@ FOREIGN = (
     ('Labelbox', '.ndjson', ('"data_row"',), ''),
     ('Labelbox', '.json', ('"Labeled Data"',), ''),
     ('FiftyOne (use COCODetectionDataset)', '.json', ('"classes"', '"labels"', '"bounding_box"'), ''),
+    ('FiftyOne (use COCODetectionDataset)', '.json', ('"samples"', '"_cls"'), ''),
+    ('CreateML', '.json', ('"annotations"', '"coordinates"'), ''),
+    ('CSV of TensorFlow', '.csv', ('filename,width,height,class,xmin',), ''),
+    ('masks of segments', '.txt', ('# label:color_rgb:parts:actions',), 'voc_segmentation'),
     ('Open Images', '.csv', ('ImageID', 'LabelName', 'XMin'), 'open_images'),
 )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import InputError
-from ..findings import Findings
+from ..findings import Findings, Place
 from ..reading import check_layout, read_json
 from ..splits import WHOLE, Split
-from .export import MISSING, SPLITS, Export, locate_images, parse_split
+from .export import MISSING, SPLITS, Export, is_set, locate_images, parse_split
+
+USED = {'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'ignore', 'segmentation'}
 
 
 def read_any_coco(export: Export) -> list[Split] | None:
@@ -22,7 +24,7 @@ def read_any_coco(export: Export) -> list[Split] | None:
     if not contents:
         return None
     contents = {path: contents[path] for path in instances or contents}
-    splits = {path: parse_split(path.stem.removeprefix('instances_')) or export.infer_split(path) for path in contents}
+    splits = {path: parse_split(path.stem) or export.infer_split(path) for path in contents}
     if 'train' in splits.values():
         for path in [path for path, split in splits.items() if split is None]:
             export.add_warning('annotation files of subsets other than train, val and test, not used', path)
@@ -58,6 +60,10 @@ def load_coco(path: Path, found: Findings) -> tuple[dict, set] | None:
     if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ('images', 'categories')):
         return None
     coco = check_layout(raw, path, True, found)
+    for annotation in coco['annotations']:
+        for name in [name for name, value in annotation.items() if name not in USED and is_set(value)]:
+            place = Place(path.name, annotation=annotation['id'])
+            found.notes[f'objects with "{name}", which is not used'].append(place)
     read = set(map(id, coco['annotations']))
     incomplete = {str(entry.get('image_id')) for entry in raw['annotations'] if id(entry) not in read}
     return coco, {image['id'] for image in coco['images'] if str(image['id']) in incomplete}

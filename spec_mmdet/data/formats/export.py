@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mimetypes
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,14 +24,36 @@ SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), t
 JUNK = {'__macosx', '@eadir', 'thumbs.db', 'desktop.ini'}
 MISSING = 'missing images'
 LABELS = {'.txt', '.xml', '.json', '.jsonl', '.ndjson', '.csv'}
-# Folders that separate labels from images; ignored when paths of both are compared.
+OTHER_IMAGES = {'.heic', '.heif', '.avif', '.gif', '.svg', '.dng', '.cr2', '.nef', '.arw', '.psd', '.jxl', '.tga'}
+# Words in names of folders that separate labels from images; ignored when paths of both are compared.
 NEUTRAL = set('images labels annotations jpegimages data img imgs image ann json jsons xml xmls txt'.split())  # noqa: SIM905
+# Words beside the split in names of folders and files.
+BESIDE_SPLIT = NEUTRAL | set('label annotation instances coco yolo voc dataset set list split obj autosplit'.split())  # noqa: SIM905
+
+
+def list_words(name: str) -> list[str]:
+    """Return the words of a name in lower case, without numbers at its end."""
+    return [word for word in re.split(r'[ _.-]+', name.lower().rstrip('0123456789')) if word]
 
 
 def parse_split(name: str) -> str | None:
-    """Return the split of a folder, list or subset from its name, for instance 'Train', 'train2017' or 'valid'."""
-    word = name.lower().rstrip('0123456789').rstrip('_-')
-    return next((split for split, words in SPLITS.items() if word in words), None)
+    """Return the split of a folder, list or subset from its name, like 'train2017', 'Valid' or 'test_images'."""
+    words = [word for word in list_words(name) if word not in BESIDE_SPLIT]
+    return next((split for split, known in SPLITS.items() if len(words) == 1 and words[0] in known), None)
+
+
+def strip_neutral(name: str) -> str:
+    """Return a folder's name without words such as 'images' and 'labels'."""
+    words = re.split('[ _.-]+', name)
+    kept = [word for word in words if word.lower() not in NEUTRAL]
+    return '_'.join(kept) if len(kept) < len(words) else name
+
+
+def is_set(value: object) -> bool:
+    """Return whether a field of a label file contains information."""
+    if isinstance(value, dict | list):
+        return any(map(is_set, value.values() if isinstance(value, dict) else value))
+    return value not in (None, False, 0) and str(value).strip().lower() not in ('', '0', 'false', 'unspecified')
 
 
 def list_spellings(name: str) -> Iterator[str]:
@@ -124,6 +146,11 @@ class Export:
     def add_note(self, kind: str, path: Path, detail: str = '') -> None:
         self.found.notes[kind].append(Place(self.format_path(path), detail=detail))
 
+    def note_unused(self, things: str, fields: dict, known: Container[str], path: Path, detail: str = '') -> None:
+        """Report the fields of an object or a file that contain information and are not used."""
+        for name in [name for name, value in fields.items() if name not in known and is_set(value)]:
+            self.add_note(f'{things} with "{name}", which is not used', path, detail)
+
     def find_image(
         self, name: str, label: Path, near: str = '', loosely: bool = False, split: str | None = None
     ) -> Path | None:
@@ -208,7 +235,7 @@ class Export:
     def make_key(self, path: Path) -> tuple[tuple[str, ...], str]:
         parts = Path(self.format_path(path)).parts[:-1]
         stem = unicodedata.normalize('NFC', unquote(path.stem))  # Label Studio writes %20 for spaces
-        return tuple(part for part in parts if part.lower() not in NEUTRAL), stem
+        return tuple(filter(None, map(strip_neutral, parts))), stem
 
     def report_unused(self) -> None:
         """Report every unused file, by kind."""
@@ -218,7 +245,7 @@ class Export:
             suffix = path.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
                 self.add_warning('images without a label file or an entry in a list, not used', path)
-            elif (mimetypes.guess_type(path.name)[0] or '').startswith('image/'):
+            elif suffix in OTHER_IMAGES:
                 self.add_warning(f'images in {suffix}, not used: save them as PNG or JPEG', path)
             elif suffix in LABELS and not path.name.lower().startswith('readme'):
                 self.add_warning('label files or lists without an image, not used', path)

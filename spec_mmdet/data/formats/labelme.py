@@ -15,6 +15,8 @@ from ..splits import Split
 from .export import Builder, Export, build_splits, clip, compute_box, group_by_split, outline_ellipse
 
 SHAPES = 'polygon', 'rectangle', 'rotation', 'circle', 'mask'
+USED = 'version shapes imagePath imageData imageHeight imageWidth lineColor fillColor'.split()  # noqa: SIM905
+USED_OF_SHAPES = 'label points shape_type group_id difficult mask line_color fill_color'.split()  # noqa: SIM905
 
 
 def read_labelme(export: Export) -> list[Split] | None:
@@ -39,7 +41,11 @@ def read_labelme(export: Export) -> list[Split] | None:
     images: dict[Path, Path] = {}
     for path, content in files.items():
         stated = str(content.get('imagePath') or '')
-        image = export.find_image(stated, path) or by_name.get(path) or extract_image(export, path)
+        image = export.find_image(stated, path)
+        if image is None and path in by_name:
+            image = by_name[path]
+            export.add_note('label files whose image is found by their own name, not by imagePath', path, stated)
+        image = image or extract_image(export, path)
         if image is None:
             export.add_warning('label files without their image, not used', path, stated)
             export.used.add(path)
@@ -89,6 +95,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
     size = builder.add_image(image, path, stated)
     if size is None:
         return
+    builder.export.note_unused('label files', content, USED, path)
     groups: dict[object, list[tuple[str, dict, list[float]]]] = {}
     for number, shape in enumerate(content['shapes'], start=1):
         try:
@@ -102,6 +109,7 @@ def add_labelme(builder: Builder, image: Path, path: Path, content: dict) -> Non
             if len(points) < (6 if kind in ('polygon', 'rotation') else 4):
                 raise ValueError(f'a {kind} of {len(points) // 2} points')
             decode_mask(shape, kind)
+            builder.export.note_unused('objects', shape, USED_OF_SHAPES, path, name)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             detail = f'shape {number}: {type(error).__name__}: {error}'
             builder.add_fault('unreadable shapes of LabelMe', path, detail)

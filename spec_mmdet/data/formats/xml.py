@@ -27,7 +27,9 @@ from .export import (
     read_lines,
 )
 
-SHAPES = 'box', 'polygon', 'ellipse', 'mask'  # of CVAT
+# Of CVAT.
+SHAPES = 'box', 'polygon', 'ellipse', 'mask'
+USED = 'label source z_order points rle left top width height xtl ytl xbr ybr cx cy rx ry rotation'.split()  # noqa: SIM905
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
@@ -115,8 +117,14 @@ def read_voc(export: Export) -> list[Split] | None:
     for path in files.keys() - set(pairs.values()) - export.used:  # its name differs from the image's
         if (image := export.find_image(stated[path], path)) and image not in pairs:
             pairs[image] = path
+    for path in export.images:
+        if path.parent.name in ('SegmentationClass', 'SegmentationObject'):
+            export.add_note('segmentation masks of Pascal VOC, not used: only boxes are', path)
+            export.used.add(path)
     for image, path in list(pairs.items()):
         other = export.find_image(stated[path], path) if stated[path] != image.name else None
+        if other is None and stated[path] != image.name:
+            export.add_note('XML files whose image is found by their own name, not by <filename>', path, stated[path])
         if other is not None and other != image:
             detail = f'<filename> is {stated[path]}, but the image of the same name is {image.name}'
             export.add_error('XML files whose <filename> is a different image', path, detail)
@@ -150,20 +158,22 @@ def add_voc(builder: Builder, image: Path, file: VocFile) -> None:
         if first and min(x0, y0) < 1:
             kind = 'boxes with coordinates below 1, although they start at 1: pass --zero-based if they start at 0'
             export.add_warning(kind, file.path, f'xmin {x0:g}, ymin {y0:g}')
-        if thing.find('polygon') is not None:
-            export.add_warning('objects with a <polygon>, only the box is used', file.path, name)
+        extras = {child.tag: [*child] or child.text for child in thing}
+        export.note_unused('objects', extras, ('name', 'bndbox', 'difficult'), file.path, name)
         crowd = (thing.findtext('difficult') or '').strip() == '1'
         builder.add_object(name, [x0 - first, y0 - first, x1 - x0, y1 - y0], crowd=crowd)
 
 
 def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[Path]]:
-    """Return the images of each split in the lists of ImageSets/Main; {} if there are none.
+    """Return the images of each split in the lists of ImageSets/Main, or in others of these names; {} without any.
 
     trainval.txt and lists of other names form the data without split. Next to train.txt and val.txt they are redundant.
     """
     lists: dict[str, list[Path]] = {}
-    for path in export.list_files('.txt'):
-        if path.parent.name.lower() != 'main' or re.search(r'_(train|val|trainval|test)$', path.stem):
+    files = export.list_files('.txt')
+    stated = [path for path in files if path.parent.name.lower() == 'main']
+    for path in stated or [path for path in files if path.stem == 'trainval' or parse_split(path.stem)]:
+        if path in stated and re.search(r'_(train|val|trainval|test)$', path.stem):
             continue  # a list of one class
         lists.setdefault(parse_split(path.stem) or WHOLE, []).append(path)
     if 'train' in lists and 'val' in lists:
@@ -184,7 +194,8 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
         images: dict[Path, None] = {}
         for path, line in chain(*(((path, line) for line in read_lines(path)) for path in paths)):
             export.used.add(path)
-            names = [line, re.sub(r'\s+-?[01]$', '', line), re.sub(r'\.\w{3,4}$', '', line)]
+            first = re.sub(r'^.*JPEGImages/', '', re.split(r'\s+\S*Annotations/', line)[0])  # PaddleDetection's lists
+            names = [line, re.sub(r'\s+-?[01]$', '', line), re.sub(r'\.\w{3,4}$', '', first)]
             found = next((by_name[name] for name in names if name in by_name), [])
             if len(found) == 1:
                 images[found[0]] = None
@@ -252,6 +263,8 @@ def add_cvat(builder: Builder, image: Path, path: Path, entry: ElementTree.Eleme
             what = 'labels of images' if kind == 'tag' else f'objects of the shape {kind}'
             builder.export.add_warning(f'{what}, not used', path, f'{name} in {entry.get("name")}')
             continue
+        extras = {**shape.attrib, 'attribute': [*shape]}
+        builder.export.note_unused('objects', extras, USED, path, f'{name} in {entry.get("name")}')
         try:
             add_cvat_shape(builder, name, shape, size)
         except ValueError as error:

@@ -30,7 +30,7 @@ from .export import (
     split_path,
 )
 
-CLASS_FILES = ('classes.txt', 'obj.names', '_darknet.labels')
+CLASS_FILES = ('classes.txt', 'labels.txt', '_darknet.labels')  # and files with the suffix .names
 NOTHING = ('', 'null', '~', [])  # YAML's empty values, read as text
 
 
@@ -60,9 +60,9 @@ def read_yaml(path: Path) -> dict:
 def read_yolo(export: Export) -> list[Split] | None:
     """Read an export in YOLO's format; None for other formats.
 
-    The classes are in data.yaml, obj.names or classes.txt. data.yaml, obj.data, train.txt or the names of folders
-    define the splits. A label file has its image's name; it is in labels/, next to the image, or anywhere if its name
-    is unique.
+    The classes are in data.yaml, a .names file, classes.txt or labels.txt. data.yaml, obj.data, train.txt or the names
+    of folders define the splits. A label file has its image's name; it is in labels/, next to the image, or anywhere if
+    its name is unique.
 
     Raises:
         InputError: if the classes or the splits are ambiguous.
@@ -70,7 +70,7 @@ def read_yolo(export: Export) -> list[Split] | None:
     configs = [path for path in export.list_files('.yaml', '.yml') if b'names' in path.read_bytes()]
     configs = [(path, read_yaml(path)) for path in configs]
     configs = [(path, config) for path, config in configs if 'names' in config]
-    files = [path for path in export.files if path.name.lower() in CLASS_FILES]
+    files = [path for path in export.files if path.name.lower() in CLASS_FILES or path.suffix.lower() == '.names']
     stems = {unquote(image.stem) for image in export.images}
     if not configs and not (files and any(unquote(path.stem) in stems for path in export.list_files('.txt'))):
         return None
