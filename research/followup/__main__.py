@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
-from research.systems.runs import Log, write_log
+from research.systems.runs import write_log
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import parser
 
@@ -28,12 +26,6 @@ LOGS = Path(__file__).with_name('logs')
 REPORT = Path(__file__).with_name('README.md')
 
 
-def run(planned: Run) -> Log:
-    """Run one training, on one thread: more do not help tensors this small, and would change the rounding."""
-    torch.set_num_threads(1)
-    return planned.train()
-
-
 def complete(runs: Sequence[Run], jobs: int) -> None:
     """Run the runs that have no log yet, and write their logs."""
     remaining = [planned for planned in runs if not planned.read(LOGS)]
@@ -41,7 +33,7 @@ def complete(runs: Sequence[Run], jobs: int) -> None:
     if not remaining:
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
-        waiting = {pool.submit(run, planned): planned for planned in remaining}
+        waiting = {pool.submit(planned.train): planned for planned in remaining}
         for result in as_completed(waiting):
             planned, log = waiting[result], result.result()
             write_log(LOGS / planned.stage, log)

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from research.statistics import fit_block_design
 from research.systems.bert import Bert
 from research.systems.runs import Log, System, read_log, train
@@ -43,9 +45,11 @@ class Run:
         return read_log(logs / self.stage, self.seed, self.arm.name, self.system)
 
     def train(self) -> Log:
-        """Train it, whatever has been logged."""
-        return train(self.system, self.arm.name, self.seed, lambda system, _, seed: build_initial_model(
-            system, self.arm, seed))  # fmt: skip
+        """Train it, on one thread: more do not help tensors this small, and would change the rounding."""
+        torch.set_num_threads(1)
+        return train(
+            self.system, self.arm.name, self.seed, lambda system, _, seed: build_initial_model(system, self.arm, seed)
+        )
 
 
 def plan_scale(name: str) -> list[Run]:
