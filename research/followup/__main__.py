@@ -17,7 +17,7 @@ from pathlib import Path
 
 from research.systems.runs import write_log
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 
 from .plan import Protocol, Run
 from .report import write_report
@@ -42,7 +42,7 @@ def complete(runs: Sequence[Run], jobs: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('research.followup', __doc__, 'python -m')
+    options = make_parser('research.followup', __doc__, 'python -m')
     options.add_argument('--jobs', type=int, default=os.cpu_count() or 1,
                          help='trainings at a time (default: one a core)')  # fmt: skip
     options.add_argument('--report', action='store_true', help='write the report of the finished runs, and stop')
