@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -10,6 +11,7 @@ from difflib import get_close_matches
 
 import mmcv.ops.nms
 import mmdet.registry
+from mmdet.registry import OPTIMIZERS
 from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import Runner
@@ -57,10 +59,17 @@ def merge(cfg: Config, options: dict[str, object] | None) -> None:
     for key in options:
         check_key(cfg, key, options)
         remove_none_parents(cfg, key)
+    before = dict(walk(copy.deepcopy(get_content(cfg))))
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'--cfg-options: {error}') from error
+    for name, node in walk(get_content(cfg)):
+        if f'{name}.type' in options and (known := find_arguments(node['type'])) is not None:
+            stale = [key for key in node if key in before.get(name, ()) and key not in known]
+            for key in [key for key in stale if f'{name}.{key}' not in options]:
+                print(f'{name}.{key}: removed, because {node["type"]} has no such argument', file=sys.stderr)
+                del node[key]
 
 
 def remove_none_parents(cfg: Config, key: str) -> None:
@@ -247,6 +256,11 @@ def explain_config_error(error: BaseException) -> str | None:
             return f'config: {kind} is not in the {registry.name} registry{suggest(near)}'
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         near = get_close_matches(unknown[1], find_arguments(kind) or (), 1)
+    if 'None is not a callable' in str(error):  # MMEngine does not check that an optimiser exists
+        kind = (frames[-1].f_locals.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+        names = sorted(OPTIMIZERS.module_dict.keys() | OPTIMIZERS.parent.module_dict.keys())
+        near = get_close_matches(str(kind), names, 3, 0)
+        return f'config: there is no optimiser {kind}. Use another one, for instance {", ".join(near)}'
     name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
     return f'config: {kind} cannot be built: {name}{to_one_line(error)}{suggest(near)}'
 

@@ -204,12 +204,13 @@ def list_monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
                 yield hook, key
 
 
-def find_class_heads(model: dict | None) -> Iterator[tuple[str, dict]]:
-    """Yield the name and config of every part of a head with ``num_classes``."""
+def find_class_heads(model: dict | None) -> Iterator[tuple[str, dict, str]]:
+    """Yield the name and config of every part of a head with a number of classes, and the key of that number."""
     for name, node in walk(model or {}, 'model'):
         keys = name.split('.')
-        if 'num_classes' in node and any('head' in key for key in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
-            yield name, node
+        for key in ('num_classes', 'num_things_classes'):  # the latter of MaskFormer and Mask2Former
+            if key in node and any('head' in part for part in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
+                yield name, node, key
 
 
 def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -> None:
@@ -221,18 +222,22 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         source: their origin, for messages.
 
     Raises:
-        InputError: if ``num_classes`` of a head was set by hand: it equals neither ``len(classes)``, nor COCO's 80, nor
-            the number of classes of the data sets so far.
+        InputError: if the number of classes of a head was set by hand: it equals neither ``len(classes)``, nor COCO's
+            80, nor the number of classes of the data sets so far.
     """
     inherited = {len(list_configured_classes(dataset)) for dataset in list_coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
-    for name, head in find_class_heads(cfg.get('model')):
-        if head['num_classes'] not in inherited:
+    for name, head, key in find_class_heads(cfg.get('model')):
+        if head[key] not in inherited:
             raise InputError(
-                f'{name}.num_classes is {head["num_classes"]} in the config, but {source} has {len(classes)} classes '
-                f'({list_briefly(classes)}). Remove num_classes; the data sets it'
+                f'{name}.{key} is {head[key]} in the config, but {source} has {len(classes)} classes '
+                f'({list_briefly(classes)}). Remove {key}; the data sets it'
             )
-        head['num_classes'] = len(classes)
+        for _, loss in walk(head):
+            weights = loss.get('class_weight')
+            if isinstance(weights, (list, tuple)) and len(set(weights[: head[key]])) == 1 and len(weights) >= head[key]:
+                loss['class_weight'] = [weights[0]] * len(classes) + list(weights[head[key] :])
+        head[key] = len(classes)
     metainfo = dict(classes=tuple(classes))
     if len(classes) > 80:
         metainfo['palette'] = None  # COCO's palette has 80 colours; None generates one
@@ -246,14 +251,14 @@ def require_class_weights(cfg: Config) -> None:
     Raises:
         InputError: naming the loss.
     """
-    for head, node in find_class_heads(cfg.get('model')):
+    for head, node, key in find_class_heads(cfg.get('model')):
         for name, loss in walk(node, head):
             weights = loss.get('class_weight')
-            count = node['num_classes'] + (not loss.get('use_sigmoid'))
+            count = node[key] + node.get('num_stuff_classes', 0) + (not loss.get('use_sigmoid'))
             if isinstance(weights, (list, tuple)) and len(weights) != count and not loss.get('use_mask'):
                 background = '' if loss.get('use_sigmoid') else ' and the background'
                 raise InputError(
-                    f'{name}.class_weight in the config has {len(weights)} numbers for {node["num_classes"]} classes'
+                    f'{name}.class_weight in the config has {len(weights)} numbers for {node[key]} classes'
                     f'{background}: give {count}'
                 )
 

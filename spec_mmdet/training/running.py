@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from mmdet.registry import RUNNERS
+from mmdet.registry import OPTIM_WRAPPERS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import fetch, get_classes, verify_checkpoint
@@ -22,6 +23,7 @@ from ..data.checks import check_inputs
 from ..data.fitting import (
     drop_pretrained,
     has_masks,
+    is_kind_of,
     report_caches,
     require_class_weights,
     require_monitored_metrics,
@@ -96,10 +98,11 @@ def set_precision(cfg: Config, amp: bool) -> None:
     if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
-    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and get_device() == 'cpu':
+    if is_kind_of(cfg.optim_wrapper, OPTIM_WRAPPERS, AmpOptimWrapper) and get_device() == 'cpu':
         print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
         cfg.optim_wrapper.type = 'OptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale', None)
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            cfg.optim_wrapper.pop(key, None)
 
 
 def scale_learning_rate(cfg: Config) -> None:

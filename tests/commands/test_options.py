@@ -46,6 +46,14 @@ def test_an_unused_key_is_rejected(key, says):
     assert cfg.to_dict() == before
 
 
+def test_arguments_of_a_replaced_type_are_removed(capsys):
+    cfg = Config.fromfile(CONFIG)
+    lr = cfg.optim_wrapper.optimizer.lr
+    merge(cfg, {'optim_wrapper.optimizer.type': 'SGD', 'optim_wrapper.optimizer.momentum': 0.9})
+    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=lr, weight_decay=0.05, momentum=0.9)
+    assert 'optim_wrapper.optimizer.betas: removed' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     'settings',
     [
@@ -109,7 +117,7 @@ def test_dependent_settings_are_adjusted(capsys):
         (['default_hooks.more.type=Zqxvvw'], 'Zqxvvw is not in the hook registry'),
         (['model.backbone.type=SpecXCit'], 'SpecXCit is not in the model registry; did you mean SpecXCiT?'),
         (['train_dataloader.dataset.type=CocoDatasets'], 'did you mean CocoDataset?'),
-        (['optim_wrapper.optimizer.type=SGD'], "unexpected keyword argument 'betas'"),
+        (['optim_wrapper.optimizer.type=Lion'], 'there is no optimiser Lion'),
         (["visualizer.vis_backends=[{'type':'ClearMLVisBackend'}]"], None),
     ],
 )

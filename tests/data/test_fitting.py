@@ -2,7 +2,9 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
+import mmdet
 import pytest
 from conftest import ROOT
 from mmdet.datasets import CocoDataset
@@ -28,6 +30,7 @@ from spec_mmdet.data.fitting import (
 )
 from spec_mmdet.data.reading import CheckedCocoDataset
 
+MASK2FORMER = 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
 NAMES = ('circle', 'square', 'triangle', 'star')
 
 
@@ -161,6 +164,19 @@ def test_class_weights_match_the_number_of_scores(tmp_path, weights, sigmoid, sa
     cfg.model.roi_head.bbox_head.loss_cls.update(class_weight=weights, use_sigmoid=sigmoid)
     set_classes(cfg, NAMES)
     with pytest.raises(InputError, match=says) if says else nullcontext():
+        require_class_weights(cfg)
+
+
+def test_heads_of_mask2former_follow_the_data():
+    cfg = Config.fromfile(ROOT / 'configs' / 'xcit_spec_shapes.py')
+    cfg.model = Config.fromfile(Path(mmdet.__path__[0], '.mim/configs', MASK2FORMER)).model
+    set_classes(cfg, NAMES)
+    head = cfg.model.panoptic_head
+    assert head.num_things_classes == cfg.model.panoptic_fusion_head.num_things_classes == 4
+    assert head.loss_cls.class_weight == [1.0] * 4 + [0.1]
+    require_class_weights(cfg)
+    head.loss_cls.class_weight.pop()
+    with pytest.raises(InputError, match='has 4 numbers .* give 5'):
         require_class_weights(cfg)
 
 

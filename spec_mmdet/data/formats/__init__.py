@@ -38,7 +38,8 @@ READERS: dict[str, Callable[[Export], list[Split] | None]] = {
 }
 DATUM = (
     'python -m venv dm && dm/bin/pip install "datumaro[cli]" && '
-    'dm/bin/datum convert -i {folder} -if {format} -f coco_instances -o OUT -- --save-media'
+    'dm/bin/datum convert -i {folder} -if {format} -f coco_instances -o OUT -- --save-media '
+    '--segmentation-mode polygons'  # by default, masks become crowds
 )
 # Formats that we do not read: the tool, the suffix and words (all) that identify a file, and datumaro 1.13's name of
 # the format if it can read it.
