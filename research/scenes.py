@@ -25,7 +25,7 @@ from pycocotools import mask as mask_utils
 
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import make_parser
-from spec_mmdet.data.shapes import add_noise, draw_background, make_annotation, write_png, write_split
+from spec_mmdet.data.shapes import add_noise, describe_mask, draw_background, write_png, write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.files import write_folder_atomically
 
@@ -215,7 +215,9 @@ def make_scene(rng: np.random.Generator, size: int, source: Source, split: str) 
             continue
         image, placed = candidate, [*below, (category, there, whole)]
     masks = [mask_utils.encode(np.asfortranarray(visible.astype(np.uint8))) for _, visible, _ in placed]
-    annotations = [make_annotation(rle, category) for rle, (category, _, _) in zip(masks, placed)]
+    annotations = [
+        dict(category_id=category + 1, iscrowd=0, **describe_mask(rle)) for rle, (category, _, _) in zip(masks, placed)
+    ]
     return add_noise(rng, image), annotations
 
 

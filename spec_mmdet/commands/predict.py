@@ -69,6 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind, files in damaged.items():
         print(f'skipped {len(files)} {kind}:', *files, sep='\n  ')
     if damaged:
-        failed, first = sum(map(len, damaged.values())), next(iter(damaged.values()))[0]
-        raise InputError(f'{failed} of {len(paths)} inputs could not be decoded, first {first}. Replace them; the '
-                         'results of the others are written')  # fmt: skip
+        failed, kind = sum(map(len, damaged.values())), next(iter(damaged))
+        raise InputError(f'{failed} of {len(paths)} inputs failed, first {damaged[kind][0]} ({kind}). Replace them; '
+                         'the results of the others are written')  # fmt: skip

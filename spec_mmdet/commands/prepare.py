@@ -4,6 +4,7 @@
     spec-mmdet prepare EXPORT --val 0.2 --out DIR                   # convert the export of a labelling tool
     spec-mmdet prepare FOLDER --drop --out DIR                      # leave out faulty images
     spec-mmdet prepare FOLDER --subset 0.1 --out DIR                # use a tenth of each split
+    spec-mmdet prepare FOLDER --tiles 1024 --out DIR                # cut large images into tiles
     spec-mmdet prepare IMAGES --annotations FILE --val 0.2 --out DIR
 
 EXPORT is a folder or a .zip in one of these formats:
@@ -27,6 +28,7 @@ from ..data import splits as operations
 from ..data.findings import Findings
 from ..data.formats import READERS, find_splits, read_annotations
 from ..data.splits import MASKS, WHOLE, Split
+from ..data.tiles import write_tiles
 from ..errors import InputError, prefix_errors
 from ..files import is_empty, write_folder_atomically
 from .common import make_parser
@@ -97,6 +99,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options.add_argument('--val', type=parse_amount, help='number of images for validation, or a fraction below 1 '
                         '(default: 0.2 if there is no split)')  # fmt: skip
+    options.add_argument('--tiles', type=int, metavar='SIZE', help='cut images and objects into tiles of at most SIZE '
+                         'x SIZE pixels')  # fmt: skip
+    options.add_argument('--overlap', type=int, metavar='N', help='minimum overlap of neighbouring tiles in pixels; '
+                         'objects up to this size are intact in a tile (default: a quarter of SIZE)')  # fmt: skip
     options.add_argument('--seed', type=int, default=0, help='seed of the random choice of images (default: 0)')
     options.add_argument('--findings', type=Path, metavar='FILE', help='CSV file for all findings (default: '
                         'work_dirs/prepare/FOLDER.csv)')  # fmt: skip
@@ -106,8 +112,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f'{args.folder}: no such folder or .zip file')
     if args.subset is not None and args.annotations is not None:
         raise InputError('--subset and --annotations cannot be combined. Run the command once with each')
-    if (args.drop or args.subset or args.annotations or args.val or args.masks) and not args.out:
-        raise InputError('--subset, --annotations, --val, --masks and --drop need --out DIR, a new folder')
+    if (args.drop or args.subset or args.annotations or args.val or args.masks or args.tiles) and not args.out:
+        raise InputError('--subset, --annotations, --val, --masks, --tiles and --drop need --out DIR, a new folder')
+    if args.overlap is not None and args.tiles is None:
+        raise InputError('--overlap needs --tiles SIZE')
+    if args.tiles is not None:
+        args.overlap = args.tiles // 4 if args.overlap is None else args.overlap
+        if args.tiles < 32 or not 0 <= args.overlap < args.tiles:
+            raise InputError(f'--tiles {args.tiles} --overlap {args.overlap}: SIZE must be at least 32, and N from 0 '
+                             'to below SIZE')  # fmt: skip
     if args.out and args.out.exists() and not is_empty(args.out):
         raise InputError(f'--out {args.out}: exists already. Pass a new folder')
     args.findings = args.findings or Path('work_dirs/prepare') / f'{args.folder.resolve().stem}.csv'
@@ -157,7 +170,11 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         with write_folder_atomically(args.out) as temporary:
             for split in splits:
                 kept = split.images.name.startswith(split.name) and not split.is_part  # the name train2017
-                operations.write_split(temporary, split.images.name if kept else split.name, split)
+                name = split.images.name if kept else split.name
+                if args.tiles:
+                    write_tiles(temporary, name, split, args.tiles, args.overlap)
+                else:
+                    operations.write_split(temporary, name, split)
         print(f'wrote {args.out}')
     elif splits[0].is_foreign:
         print(f'no errors. Run "spec-mmdet prepare {args.folder} --out DIR" to write COCO\'s layout for training')

@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from shapely import affinity
 from shapely.geometry import MultiPolygon, Point, Polygon, box
+from shapely.geometry.base import BaseGeometry
 
 from ..files import write_folder_atomically
 
@@ -41,16 +42,16 @@ def place(rng: np.random.Generator, category: str, x: float, y: float, radius: f
     return affinity.translate(affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0)), x, y)
 
 
-def cut_into_polygons(geometry) -> list[Polygon]:
-    """Cut a geometry into polygons without holes, which COCO's polygons cannot express."""
+def cut_into_polygons(geometry: BaseGeometry, min_area: float = 4) -> list[Polygon]:
+    """Cut a geometry into polygons of some area without holes, which COCO's polygons cannot express."""
     if isinstance(geometry, Polygon):
         if not geometry.interiors:
-            return [geometry] if geometry.area >= 4 else []
+            return [geometry] if geometry.area >= min_area else []
         x0, y0, x1, y1 = geometry.bounds
         cut = geometry.interiors[0].centroid.x
         halves = geometry.intersection(box(x0, y0, cut, y1)), geometry.intersection(box(cut, y0, x1, y1))
-        return [part for half in halves for part in cut_into_polygons(half)]
-    return [part for child in getattr(geometry, 'geoms', ()) for part in cut_into_polygons(child)]
+        return [part for half in halves for part in cut_into_polygons(half, min_area)]
+    return [part for child in getattr(geometry, 'geoms', ()) for part in cut_into_polygons(child, min_area)]
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -77,14 +78,22 @@ def paint(image: np.ndarray, shape: Polygon, rng: np.random.Generator) -> None:
     cv2.polylines(image, [fixed_point], True, [c // 2 for c in colour], 1, cv2.LINE_AA, shift=8)
 
 
-def make_annotation(rle: dict, category: int, iscrowd: int = 0) -> dict:
-    """Make the COCO annotation, without ids, of an RLE mask of pycocotools."""
+def describe_mask(rle: dict) -> dict:
+    """Return the fields of a COCO annotation that follow from an RLE mask of pycocotools."""
     return dict(
-        category_id=category + 1,
-        iscrowd=iscrowd,
         area=float(mask_utils.area(rle)),
         bbox=mask_utils.toBbox(rle).tolist(),
         segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+    )
+
+
+def describe_polygons(polygons: Sequence[Polygon]) -> dict:
+    """Return the fields of a COCO annotation that follow from polygons without holes."""
+    x0, y0, x1, y1 = MultiPolygon(polygons).bounds
+    return dict(
+        area=sum(p.area for p in polygons),
+        bbox=[x0, y0, x1 - x0, y1 - y0],
+        segmentation=[np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in polygons],
     )
 
 
@@ -115,7 +124,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
             paint(image, member, rng)
         taken = MultiPolygon(members).buffer(0).convex_hull.intersection(frame)
         rle = mask_utils.frPyObjects([np.asarray(taken.exterior.coords).ravel().tolist()], size, size)[0]
-        annotations.append(make_annotation(rle, category, iscrowd=1))
+        annotations.append(dict(category_id=category + 1, iscrowd=1, **describe_mask(rle)))
 
     placed: list[tuple[int, Polygon, Polygon]] = []  # category, outline, visible part
     for _ in range(rng.integers(3, 7)):
@@ -131,17 +140,7 @@ def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[di
         placed = candidate
 
     for category, _, visible in placed:
-        polygons = cut_into_polygons(visible)
-        x0, y0, x1, y1 = MultiPolygon(polygons).bounds
-        annotations.append(
-            dict(
-                category_id=category + 1,
-                iscrowd=0,
-                area=sum(p.area for p in polygons),
-                bbox=[x0, y0, x1 - x0, y1 - y0],
-                segmentation=[np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in polygons],
-            )
-        )
+        annotations.append(dict(category_id=category + 1, iscrowd=0, **describe_polygons(cut_into_polygons(visible))))
     return add_noise(rng, image), annotations
 
 

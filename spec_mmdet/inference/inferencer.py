@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmdet.apis import DetInferencer
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
-from ..data.fitting import list_configured_classes, set_classes
+from ..data.fitting import has_masks, list_configured_classes, set_classes, walk
 from ..errors import InputError
 from ..evaluation.drawing import use_font_for
 from ..files import write_folder_atomically
@@ -33,7 +35,7 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
         cfg: the complete config; an exported detector only uses its test pipeline.
         checkpoint: file or URL of a checkpoint, or an exported detector (.onnx).
         device: for instance 'cpu' or 'cuda:1'; by default a GPU if there is one.
-        score: score threshold of an exported detector.
+        score: score threshold, below which detectors with masks build none; detections below it may remain.
 
     Raises:
         InputError: if the checkpoint cannot be read or does not fit the model.
@@ -53,10 +55,29 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     weights = get_state_dict(content, name)
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
+    raise_score_threshold(cfg.model, score)
     inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
     if faults := describe_mismatches(inferencer.model, weights):
         raise InputError(f'{name} does not fit the configured model: {faults}. Pass the config of its training')
     return set_names(inferencer, classes)
+
+
+def raise_score_threshold(model: dict, score: float) -> None:
+    """Raise the ``score_thr`` of a detector with masks, so that it builds no masks of detections below a score.
+
+    A mask takes a byte per pixel of the image. The other detections do not change: in NMS, lower scores do not suppress
+    higher ones.
+
+    Args:
+        model: the detector's config, which is changed. Detectors without ``score_thr`` (Mask2Former, QueryInst) build
+            the masks of all their detections.
+        score: the score threshold.
+    """
+    for name, node in walk(model) if has_masks(model) else ():
+        path = name.split('.')
+        if 'score_thr' in node and 'test_cfg' in path and not {'rpn', 'panoptic'} & {*path}:
+            below = float(np.nextafter(np.float32(score), np.float32(-1)))  # MMDetection keeps only higher scores
+            node['score_thr'] = max(node['score_thr'], below)
 
 
 def set_names(inferencer: DetInferencer, classes: Sequence[str]) -> DetInferencer:
@@ -98,6 +119,21 @@ def convert_to_coco(prediction: dict, image_id: int) -> Iterator[dict]:
         yield result | (dict(segmentation=prediction['masks'][i]) if 'masks' in prediction else {})
 
 
+def detect(inferencer: DetInferencer, images: list[np.ndarray]) -> list[DetDataSample | str]:
+    """Detect objects in images, shape (H, W, 3), BGR; return a sample for each, or the reason why it was rejected.
+
+    If a batch is rejected, its images are tried one by one.
+    """
+    try:
+        return inferencer(images, len(images), return_datasamples=True, no_save_vis=True)['predictions']
+    except Exception as error:  # of any type: a size that the model rejects, or too little memory
+        if len(images) == 1:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return [f'images of {images[0].shape[1]} x {images[0].shape[0]} pixels that the detector rejects: {why}']
+    torch.cuda.empty_cache()
+    return [found for image in images for found in detect(inferencer, [image])]
+
+
 def predict_files(
     inferencer: DetInferencer,
     paths: list[Path],
@@ -119,7 +155,8 @@ def predict_files(
         pictures: whether to draw pictures.
 
     Returns:
-        The number of images, the files that could not be decoded, and those of which data was not used, by kind.
+        The number of images, the files that could not be decoded or were rejected, and those of which data was not
+        used, by kind.
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
     classes = inferencer.model.dataset_meta['classes']
@@ -137,20 +174,24 @@ def predict_files(
         write_json_list(temporary / 'images.json', head, ']}') as add_image,
     ):
         for batch in track(batches, 'predicting', -(-sum(map(count_frames, paths)) // batch_size)):
-            images = [image for _, _, image in batch]
-            samples = inferencer(images, len(batch), return_datasamples=True, no_save_vis=True)['predictions']
-            for (path, frame_id, image), sample in zip(batch, samples):
-                image_id += 1
+            for (path, frame_id, image), found in zip(batch, detect(inferencer, [image for _, _, image in batch])):
                 name = path.relative_to(root)
+                if isinstance(found, str):
+                    if path not in damaged.setdefault(found, []):
+                        damaged[found].append(path)
+                    if pictures and frame_id is not None:  # the written video keeps all frames
+                        writer.write(image, path, frame_id, temporary / name)
+                    continue
+                image_id += 1
                 height, width = image.shape[:2]
                 entry = dict(id=image_id, file_name=name.as_posix(), width=width, height=height)
                 add_image(entry if frame_id is None else dict(entry, frame_id=frame_id))
-                sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= score]
-                for result in convert_to_coco(inferencer.pred2dict(sample), image_id):
+                found.pred_instances = found.pred_instances[found.pred_instances.scores >= score]
+                for result in convert_to_coco(inferencer.pred2dict(found), image_id):
                     add_result(result)
                 if pictures:
                     visualizer = inferencer.visualizer
-                    visualizer.add_datasample(str(name), image[..., ::-1], sample, draw_gt=False, pred_score_thr=0)
+                    visualizer.add_datasample(str(name), image[..., ::-1], found, draw_gt=False, pred_score_thr=0)
                     writer.write(visualizer.get_image()[..., ::-1], path, frame_id, temporary / name)
         writer.close()
     return image_id, damaged, doubts

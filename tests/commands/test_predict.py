@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, ROOT, assert_ap_is_that_of_pycocotools, error_line, options, run_tool
+from mmdet.apis import DetInferencer
+from mmengine.config import Config
+from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -19,6 +22,7 @@ from pycocotools.coco import COCO
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import predict
 from spec_mmdet.data.images import DEEP
+from spec_mmdet.inference.inferencer import detect, load_inferencer, predict_files
 
 
 @pytest.fixture(scope='module')
@@ -123,13 +127,79 @@ def test_corrupt_images_do_not_affect_the_others(monkeypatch, trained, shapes, t
         out = tmp_path / f'out{inputs == folder}'
         args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures']
         refusal = error_line(monkeypatch, 'predict', *args)
-        assert f'5 of 8 inputs could not be decoded, first {folder / "1.png"}' in refusal
+        assert f'5 of 8 inputs failed, first {folder / "1.png"}' in refusal
         images, predicted = results(out)
         assert [image['file_name'] for image in images['images']] == ['2.png', '7.png', '8.png'] and predicted
         printed = capsys.readouterr().out
         assert all(f'  {folder / name}\n' in printed for name in ('1.png', '3.jpg', '4.png', '5.png', '6.png'))
         assert printed.count('8 bits') == 1 and f'2 {DEEP}; first: {folder / "7.png"}' in printed
         assert ('hidden files: ._2.png' in printed) == (inputs == folder)
+
+
+def test_masks_below_the_score_are_not_built(trained, shapes):
+    """The detector's own output, before predict filters it, is that of a lower score threshold without the rest."""
+    image = cv2.imread(str(shapes / 'val' / '000001.png'))
+
+    def find(score: float) -> InstanceData:
+        cfg = Config.fromfile(trained / 'xcit_spec_shapes.py')
+        (sample,) = detect(load_inferencer(cfg, str(trained / 'epoch_1.pth'), 'cpu', score), [image])
+        return sample.pred_instances
+
+    everything = find(0.0)
+    score = everything.scores.median().item()  # exactly the score of one of them
+    found, kept = find(score), everything[everything.scores >= score]
+    assert 0 < len(found.masks) == len(kept) < len(everything)
+    for key in ('scores', 'labels', 'bboxes', 'masks'):
+        assert torch.equal(found[key], kept[key])
+
+
+def test_images_that_the_detector_rejects_are_reported(monkeypatch, trained, shapes, tmp_path, capsys):
+    """One of four images in a batch fails, as for lack of memory."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for i in (1, 3, 4):
+        shutil.copy(shapes / 'val' / f'{i:06}.png', folder / f'{i}.png')
+    cv2.imwrite(str(folder / '2.png'), np.zeros((10, 4000, 3), np.uint8))
+    forward = DetInferencer.forward
+
+    def reject(self, inputs, **kwargs):
+        if any(sample.ori_shape == (10, 4000) for sample in inputs['data_samples']):
+            raise RuntimeError('you tried to allocate\nmuch')
+        return forward(self, inputs, **kwargs)
+
+    monkeypatch.setattr(DetInferencer, 'forward', reject)
+    args = [CONFIG, trained / 'epoch_1.pth', folder, '--score', 0.1, '--batch-size', 4, '--out', tmp_path / 'out']
+    refusal = error_line(monkeypatch, 'predict', *args)
+    assert f'1 of 4 inputs failed, first {folder / "2.png"} (images of 4000 x 10 pixels' in refusal
+    assert 'you tried to allocate)' in refusal
+    images, predicted = results(tmp_path / 'out')
+    assert [image['file_name'] for image in images['images']] == ['1.png', '3.png', '4.png']
+    assert {entry['image_id'] for entry in predicted} == {1, 2, 3}
+    assert f'  {folder / "2.png"}\n' in capsys.readouterr().out
+
+
+def test_frames_that_the_detector_rejects_stay_in_the_video(trained, nothing, tmp_path):
+    """Reject the third of five frames of rising brightness, for lack of memory."""
+    clip = tmp_path / 'clip.avi'
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*'MJPG'), 12, (96, 80))
+    for i in range(5):
+        writer.write(np.full((80, 96, 3), 50 + 40 * i, np.uint8))
+    writer.release()
+    inferencer = load_inferencer(Config.fromfile(trained / 'xcit_spec_shapes.py'), str(nothing), 'cpu')
+    forward = inferencer.model.test_step
+
+    def reject(data):
+        if any(100 < image.float().mean() < 150 for image in data['inputs']):
+            raise MemoryError
+        return forward(data)
+
+    inferencer.model.test_step = reject
+    count, damaged, _ = predict_files(inferencer, [clip], tmp_path / 'out', {}, batch_size=2)
+    assert count == 4 and [paths for paths in damaged.values()] == [[clip]] and 'MemoryError' in next(iter(damaged))
+    assert [image['frame_id'] for image in results(tmp_path / 'out')[0]['images']] == [0, 1, 3, 4]
+    video = cv2.VideoCapture(str(tmp_path / 'out' / 'clip.avi'))
+    for i in range(5):
+        assert video.read()[1].mean() == pytest.approx(50 + 40 * i, abs=8)
 
 
 def test_unusable_inputs(monkeypatch, trained, shapes, tmp_path):
