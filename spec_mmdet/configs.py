@@ -6,6 +6,7 @@ A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``.
 from __future__ import annotations
 
 import ast
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,8 +50,10 @@ def find_config(name: str) -> Path:
     for path in (Path(name), shipped):
         if path.is_file():
             return path
-    names = ', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))
-    raise InputError(f'config {name}: no such file or shipped config. Pass a path or one of: {names}')
+    names = sorted(path.stem for path in CONFIGS.glob('*.py'))
+    near = get_close_matches(shipped.stem, names, 1)
+    hint = f'did you mean {near[0]}?' if near else f'Pass a path or one of: {", ".join(names)}'
+    raise InputError(f'config {name}: no such file or shipped config; {hint}')
 
 
 def find_run_config(work_dir: Path) -> Path:

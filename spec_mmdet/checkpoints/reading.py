@@ -242,6 +242,33 @@ def get_run_info(checkpoint: object) -> dict[str, object]:
     return run if isinstance(run, dict) else {}
 
 
+def describe_state(checkpoint: object) -> dict[str, object]:
+    """Return the state of a checkpoint's weights.
+
+    Returns:
+        ``sha256``: digest of the tensors; ``position``: of the training, as text; ``epoch`` (or iteration, without
+        epochs): None within an epoch or if unknown; ``averaged``: whether the weights are moving averages; ``seed``.
+    """
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    meta, run = content.get('meta') or {}, get_run_info(content)
+    digest = hashlib.sha256()
+    for name, value in sorted(get_state_dict(content, 'checkpoint').items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    epoch, iteration, within = (meta.get(key) for key in ('epoch', 'iter', 'iter_in_epoch'))
+    position = f'after epoch {epoch}' if epoch else f'after iteration {iteration}' if iteration else 'unknown'
+    if within:
+        position, epoch, iteration = f'after iteration {iteration}, within epoch {epoch + 1}', None, None
+    averaged = 'ema_state_dict' in content
+    return dict(
+        sha256=digest.hexdigest(),
+        position=position + ', moving averages' * averaged,
+        epoch=epoch or iteration,
+        averaged=averaged,
+        seed=run.get('seed'),
+    )
+
+
 def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
     """Describe missing and unknown tensors and wrong shapes of a model's weights; '' if they fit.
 

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import locale
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 
 from .. import __version__
 from ..errors import InputError
 
-COMMANDS = {
-    'demo': 'generate data, train, and evaluate, in minutes on a CPU',
-    'prepare': 'check, convert, split or subsample a data set',
-    'train': 'train a detector',
-    'pretrain': 'train a classifier whose backbone a detector can start from',
-    'test': 'evaluate a detector: COCO AP and an HTML report',
-    'predict': 'detect objects in images, folders and videos',
-    'convert': "convert XCiT checkpoints between this project's layout and others",
-    'export': 'write a detector or its backbone as ONNX',
-    'publish': 'write a folder for other users: weights, config, model card, checksums',
-    'compare': 'compare trainings: AP over seeds, differences with intervals, curves',
-    'analyze': "compute condition numbers of a backbone's projections and attention Jacobians",
-    'benchmark': "measure time and memory, compared with timm's XCiT and others",
-    'gpu-check': 'check on a GPU what a CPU cannot show: correct results and speed',
-    'flops': 'count parameters and multiply-adds of configs',
+GROUPS = {
+    'data and training': {
+        'demo': 'generate data, train, and evaluate, in minutes on a CPU',
+        'prepare': 'check, convert, split or subsample a data set',
+        'train': 'train a detector',
+        'pretrain': 'train a classifier whose backbone a detector can start from',
+    },
+    'results': {
+        'test': 'evaluate a detector: COCO AP and an HTML report',
+        'compare': 'compare trainings: AP over seeds, intervals, curves',
+        'predict': 'detect objects in images, folders and videos',
+    },
+    'checkpoints': {
+        'convert': "convert XCiT checkpoints to this project's layout and others",
+        'export': 'write a detector or its backbone as ONNX',
+        'publish': 'write a folder for other users: weights, config, model card',
+    },
+    'measurements': {
+        'analyze': "compute condition numbers of a backbone's attention",
+        'benchmark': "measure time and memory, compared with timm's XCiT and others",
+        'flops': 'count parameters and multiply-adds of configs',
+        'gpu-check': 'check results and speed on a GPU',
+    },
 }
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
+SHELLS = ('bash', 'zsh', 'tcsh')
 
 # Commands of earlier versions, and their replacements.
 REMOVED = {
@@ -119,7 +131,7 @@ def run(command: str, argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``spec-mmdet [--help | --version | COMMAND ...]``."""
+    """Run ``spec-mmdet [--help | --version | --print-completion SHELL | COMMAND ...]``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         run(argv[0], argv[1:])
@@ -127,16 +139,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv and argv[0] in REMOVED:
         print(f'error: spec-mmdet {argv[0]} was removed; use {REMOVED[argv[0]]}', file=sys.stderr)
         sys.exit(2)
-    width = max(map(len, COMMANDS))
-    usage = 'usage: spec-mmdet COMMAND ... (spec-mmdet COMMAND --help lists its options)\n\n' + '\n'.join(
-        f'  {name:{width}}  {line}' for name, line in COMMANDS.items()
-    )
     if argv in (['--version'], ['-V']):
         print(f'spec_mmdet {__version__}')
     elif argv in (['--help'], ['-h']):
-        print(usage)
-    else:
-        print(usage, file=sys.stderr)
-        if argv:
-            print(f'\nerror: no such command: {argv[0]}', file=sys.stderr)
+        print(describe_usage())
+    elif len(argv) == 2 and argv[0] == '--print-completion' and argv[1] in SHELLS:
+        with command_line():
+            print_completion(argv[1])
+    elif argv:
+        near = get_close_matches(argv[0], COMMANDS, 1)
+        hint = f'did you mean {near[0]}?' if near else 'spec-mmdet --help lists the commands'
+        print(f'error: no such command: {argv[0]}; {hint}', file=sys.stderr)
         sys.exit(2)
+    else:
+        print(describe_usage(), file=sys.stderr)
+        sys.exit(2)
+
+
+def describe_usage() -> str:
+    """Return the help of ``spec-mmdet``, at most 80 columns wide."""
+    width = max(map(len, COMMANDS))
+    lines = ['usage: spec-mmdet COMMAND ...', '', 'spec-mmdet COMMAND --help lists the options of a command.']
+    for title, commands in GROUPS.items():
+        lines += ['', f'{title}:', *(f'  {name:{width}}  {line}' for name, line in commands.items())]
+    options = {'--version': 'print the version', f'--print-completion {"|".join(SHELLS)}': ''}
+    lines += ['', 'options:', *(f'  {name:{width}}  {line}'.rstrip() for name, line in options.items())]
+    return '\n'.join([*lines, f'  {"":{width}}  print a script that completes commands, options and file names'])
+
+
+def print_completion(shell: str) -> None:
+    """Print a shell's script that completes the commands and their options.
+
+    Raises:
+        InputError: if shtab, which writes it, is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError('--print-completion: shtab is not installed. Run: pip install shtab') from error
+    from .common import Parser
+
+    top = argparse.ArgumentParser('spec-mmdet')
+    subparsers = top.add_subparsers()
+    Parser.made = []
+    for name, line in COMMANDS.items():
+        with suppress(SystemExit):
+            import_module(f'.{name.replace("-", "_")}', __name__).main([])
+        child = subparsers.add_parser(name, parents=[Parser.made.pop()], add_help=False, help=line)
+        for action in child._actions:
+            action.complete = shtab.FILE if action.choices is None else None
+    print(shtab.complete(top, shell))

@@ -1,7 +1,7 @@
 """Measure time and peak memory of backbones and detectors: ours, the plain form, timm's and MMDetection's.
 
-    spec-mmdet benchmark [--arch small_12] [--patch-size 16] [--sizes 640x640 ...] [--batch 1] [--amp bf16|fp16]
-    spec-mmdet benchmark --detector [...]
+    spec-mmdet benchmark --arch small_12 --sizes 640x640 800x1216
+    spec-mmdet benchmark --detector
 
 Models for --models:
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +42,12 @@ class Parser(argparse.ArgumentParser):
 
     --cfg-options ends at the last KEY=VALUE, so that a config file may follow. Parsing also registers this package's
     modules with MMDetection.
+
+    Attributes:
+        made: if this is a list, parsing only adds the parser to it and exits.
     """
+
+    made: list[Parser] | None = None
 
     def parse_known_args(self, args=None, namespace=None):
         args, left = [], list(sys.argv[1:] if args is None else args)
@@ -50,9 +60,58 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
+        if self.made is not None:
+            self.made.append(self)
+            raise SystemExit
         found = super().parse_args(args, namespace)
-        import_module('spec_mmdet.registered')
+        with show_status('loading PyTorch and MMDetection'):
+            import_module('spec_mmdet.registered')
         return found
+
+    def error(self, message):
+        if message.startswith('unrecognized arguments'):
+            options = re.findall(r'--[\w-]+', self.format_help())
+            near = [
+                get_close_matches(word.partition('=')[0], options, 1) for word in message.split() if word[:2] == '--'
+            ]
+            message += ''.join(f'; did you mean {found[0]}?' for found in near[:1] if found)
+        super().error(message)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that breaks no word of an option's help at a hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(' '.join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
+@contextmanager
+def show_status(text: str) -> Iterator[None]:
+    """Show a line with a spinner on stderr, if that is a terminal, while the block runs; it must not print."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f'{text} ...') if console.is_terminal else nullcontext():
+        yield
+
+
+def wrap_text(text: str) -> str:
+    """Wrap a docstring to the terminal's width: paragraphs, and the entries of indented lists. No word is broken."""
+    width, blocks = shutil.get_terminal_size().columns - 2, []
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    for block in text.strip('\n').split('\n\n'):
+        indent = len(block) - len(block.lstrip(' '))
+        if not indent:
+            blocks.append(fill(' '.join(block.split())))
+            continue
+        entries = re.sub(rf'\n {{{indent + 1},}}', ' ', block).split('\n')  # without continuation lines
+        for i, entry in enumerate(entries):
+            column = re.match(r'.*\S  +(?=\S)', entry)  # ends where the last column begins
+            if len(entry) > width and column and column.end() > width / 2:
+                entry, column = re.sub(r'(?<=\S) {3,}', '  ', entry), None
+            entries[i] = fill(entry, subsequent_indent=' ' * (column.end() if column else indent + 4))
+        blocks.append('\n'.join(entries))
+    return '\n\n'.join(blocks)
 
 
 def make_parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
@@ -60,9 +119,9 @@ def make_parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
     first, _, rest = doc.partition('\n')
     return Parser(
         f'{program} {command}',
-        description=first,
-        epilog=rest.strip('\n'),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=wrap_text(first),
+        epilog=wrap_text(rest),
+        formatter_class=HelpFormatter,
     )
 
 

@@ -1,6 +1,6 @@
 """Convert a checkpoint of XCiT in any known layout to SpecXCiT's, or back.
 
-    spec-mmdet convert SOURCE DESTINATION [--fold | --condition identity|svd] [...]
+    spec-mmdet convert SOURCE DESTINATION [--fold | --condition svd] [...]
 
 SOURCE is a classifier or backbone of the reference implementation (facebookresearch/xcit), DINO, timm or mmpretrain, a
 detector of the reference, or a checkpoint of this project, plain or conditioned. DESTINATION (.pth or .safetensors) is

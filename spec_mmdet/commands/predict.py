@@ -5,8 +5,8 @@
 An INPUT is an image, a folder (without its subfolders), a quoted glob ('images/**/*.jpg') or a video. Pictures in DIR
 are named after the inputs, relative to their common folder.
 
-`predictions.json` is a list in COCO's results format with RLE masks. `images.json` contains the images (ids 1, 2, 3, ...
-in the order of the inputs) and the categories (ids 1, 2, 3, ... in the order of the classes). Frames of a video also
+`predictions.json` is a list in COCO's results format with RLE masks. `images.json` contains the images (ids from 1, in
+the order of the inputs) and the categories (ids from 1, in the order of the classes). Frames of a video also
 have a `frame_id` from 0. `COCO('images.json').loadRes('predictions.json')` reads both files. (pycocotools computes an
 object's size from `bbox`; delete `bbox` to use the area of the masks.)
 
@@ -15,8 +15,9 @@ weights. (This command reads the classes from the checkpoint.)
 
     import spec_mmdet
     from mmdet.apis import DetInferencer
-    results = DetInferencer('work_dirs/demo/xcit_spec_shapes.py', 'work_dirs/demo/epoch_3.pth', device='cpu')('image.png', out_dir='out')
-"""  # noqa: E501
+    inferencer = DetInferencer('CONFIG.py', 'CHECKPOINT.pth', device='cpu')
+    results = inferencer('image.png', out_dir='out')
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """Write a folder of a trained detector for other users: weights, config, model card and checksums.
 
-    spec-mmdet publish work_dirs/mine/epoch_36.pth --licence CC-BY-4.0 [--out DIR]
+    spec-mmdet publish work_dirs/mine/epoch_36.pth --licence CC-BY-4.0
 
 DIR gets
 
     model.pth, model.safetensors  weights (moving averages, if the training kept them), without optimiser and history
     config.py                     complete config with the classes
-    README.md                     model card: data, AP, conditioning, licence, command and commit, if known
+    README.md                     model card: data and weights with digests, AP, conditioning, licence, command, commit
     SHA256SUMS                    for `sha256sum --check SHA256SUMS`
 
-AP is from the training's validation (`results.csv`) at the checkpoint's epoch. Before anything is written, the command
-checks that all weights fit the config's model.
+AP is from the training's validation of these weights (`results.csv`); a checkpoint within an epoch has none. Before
+anything is written, the command checks that all weights fit the config's model.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.licence:
         print('no --licence: the model card contains "not specified"')
     if not ap:
-        print(f'no results of this epoch next to {args.checkpoint}: the model card contains no AP')
+        print(f'no validation of these weights next to {args.checkpoint}: the model card contains no AP')
     print(f'wrote {out}')

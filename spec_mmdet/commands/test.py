@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.dist import is_main_process
 
-    from ..checkpoints.reading import fetch, get_classes, get_run_info, load, verify_checkpoint
+    from ..checkpoints.reading import describe_state, fetch, get_classes, get_run_info, load, verify_checkpoint
     from ..data.fitting import has_masks, list_coco_datasets, list_configured_classes
     from ..evaluation import report
     from ..evaluation.drawing import use_font_for
@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             finally:
                 end_workers(runner)
             if reported:
-                tested = report.TestResults.from_runner(runner, get_run_info(load(args.checkpoint, mmap=True)))
+                content = load(args.checkpoint, mmap=True)
+                tested = report.TestResults.from_runner(runner, get_run_info(content), describe_state(content))
             del runner
         require_measured(metrics)
         if reported:

@@ -15,12 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from scipy import stats
 from tqdm import tqdm
 
-from ..configs import find_run_config
-from ..data.fitting import list_coco_datasets, list_configured_classes, list_evaluators
 from ..data.reading import AnnotationFile
 from ..errors import InputError
 from ..files import compute_digest, display_path, format_csv
@@ -52,6 +49,7 @@ class Run:
         detections: files of the newest report by kind.
         truth: annotation file of the evaluation.
         classes: names of the evaluated classes.
+        weights: digest of the evaluated weights.
     """
 
     arm: str
@@ -64,6 +62,7 @@ class Run:
     detections: dict[str, Path] = field(default_factory=dict)
     truth: Path | None = None
     classes: list[str] = field(default_factory=list)
+    weights: str = ''
 
 
 @dataclass
@@ -110,7 +109,8 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
         facts, curves: records of the training.
 
     Raises:
-        InputError: if there is no report, or its annotation file is missing or has changed.
+        InputError: if there is no report, its annotation file is missing or has changed, or its weights are of another
+            training.
     """
     found = sorted(folder.rglob('detections.bbox.json'), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -118,35 +118,23 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
                          f'{folder}/CHECKPOINT --report {folder}/report"')  # fmt: skip
     files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
     arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
-    truth, classes = find_data(folder, found[-1].parent)
-    return Run(arm, facts.get('seed'), folder, {}, {}, facts, curves, files, truth, classes)
-
-
-def find_data(folder: Path, report: Path) -> tuple[Path, list[str]]:
-    """Find a report's annotation file and classes: the recorded ones, or those of the run's config.
-
-    Raises:
-        InputError: if there is no annotation file, or its digest differs from the recorded one.
-    """
-    if (report / DATA).is_file():
-        record = json.loads((report / DATA).read_text('utf-8'))
-        path = Path(record['annotations'])
-        if not path.is_file() or compute_digest(path) != record['sha256']:
-            fault = 'has changed since' if path.is_file() else 'does not exist'
-            raise InputError(f'{path}: the annotation file of {report} {fault}. Evaluate {folder} again with '
-                             '"spec-mmdet test CONFIG CHECKPOINT --report DIR"')  # fmt: skip
-        return path, record['classes']
-    name = find_run_config(folder)
-    config = Config.fromfile(name)
-    files = [Path(evaluator.ann_file) for evaluator in list_evaluators(config, 'test') if 'ann_file' in evaluator]
-    if not files:
-        raise InputError(f'{name}: test_evaluator has no ann_file. Set it, or evaluate again with --report')
-    if not files[0].is_file():
+    report = found[-1].parent
+    again = f'Evaluate {folder} again with "spec-mmdet test CONFIG CHECKPOINT --report DIR"'
+    if not (report / DATA).is_file():
+        raise InputError(f'{report}: lacks {DATA}, which records the data and weights of the evaluation. {again}')
+    record = json.loads((report / DATA).read_text('utf-8'))
+    truth, weights = Path(record['annotations']), record['weights']
+    if not truth.is_file() or compute_digest(truth) != record['sha256']:
+        fault = 'has changed since' if truth.is_file() else 'does not exist'
+        raise InputError(f'{truth}: the annotation file of {report} {fault}. {again}')
+    if None not in (seeds := (facts.get('seed'), weights['seed'])) and seeds[0] != seeds[1]:
         raise InputError(
-            f'{files[0]}: no such file; {name} uses it for evaluation. Run the command where the run started'
+            f'{report}: its weights are of a training with the seed {seeds[1]}, but that of {folder} has the seed '
+            f'{seeds[0]}. {again}'
         )
-    dataset = next(list_coco_datasets(config.get('test_dataloader')), None)
-    return files[0], list_configured_classes(dataset) if dataset else []
+    return Run(
+        arm, facts.get('seed'), folder, {}, {}, facts, curves, files, truth, record['classes'], weights['sha256']
+    )
 
 
 def require_comparable(runs: Sequence[Run]) -> None:
@@ -179,10 +167,12 @@ def require_comparable(runs: Sequence[Run]) -> None:
 
 
 def is_copy(run: Run, other: Run) -> bool:
-    """Return whether two runs started in the same second with the same seed, or have the same detections."""
+    """Return whether two runs started in the same second with the same seed, or have the same weights or detections."""
     began, other_began = (r.facts.get('started') and (r.facts['started'], r.seed) for r in (run, other))
+    if bool(began) and began == other_began or run.weights == other.weights:
+        return True
     digest, other_digest = (compute_digest(r.detections['bbox']) for r in (run, other))
-    return bool(began) and began == other_began or digest == other_digest
+    return digest == other_digest
 
 
 def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:

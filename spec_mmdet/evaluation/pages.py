@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import compute_digest, is_empty
 
 PAGE = 'index.html'
-DATA = 'data.json'  # record next to a report's detections: annotation file, its digest, classes
+DATA = 'data.json'  # record next to a report's detections: annotation file, its digest, classes, weights
 
 
 def make_mark(kind: str) -> str:
@@ -39,13 +39,15 @@ def require_free(option: str, folder: Path, kind: str) -> None:
         raise InputError(f'{option} {folder}: contains files other than a {kind}. Pass a new folder')
 
 
-def record_data(folder: Path, ann_file: Path, classes: Sequence[str]) -> None:
-    """Record the annotation file and classes of a report's detections, for later commands.
+def record_data(folder: Path, ann_file: Path, classes: Sequence[str], weights: dict[str, object]) -> None:
+    """Record the annotation file, classes and weights of a report's detections, for later commands.
 
     Args:
         folder: the report's folder.
         ann_file: the annotation file.
         classes: names of the evaluated classes.
+        weights: the state of the weights (``describe_state``).
     """
-    record = dict(annotations=str(ann_file.resolve()), sha256=compute_digest(ann_file), classes=list(classes))
+    data = dict(annotations=str(ann_file.resolve()), sha256=compute_digest(ann_file), classes=list(classes))
+    record = dict(data, weights=weights)
     (folder / DATA).write_text(json.dumps(record, indent=1), 'utf-8')

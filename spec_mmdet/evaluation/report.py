@@ -73,6 +73,7 @@ class TestResults:
             and of kappa(W + C) if there is a C; empty for a backbone without known attention.
         speed: images per second, including loading.
         run: metadata of the checkpoint's training.
+        weights: state of the checkpoint's weights; see ``describe_state``.
         annotations: the annotations of the evaluation.
         summaries: the evaluations by kind, 'bbox' and 'segm'; see :class:`CheckedCocoMetric`.
     """
@@ -81,11 +82,12 @@ class TestResults:
     spectra: list[tuple[str, ...]]
     speed: str
     run: dict[str, object]
+    weights: dict[str, object]
     annotations: AnnotationFile
     summaries: dict[str, COCOeval]
 
     @classmethod
-    def from_runner(cls, runner: Runner, run: dict[str, object]) -> TestResults:
+    def from_runner(cls, runner: Runner, run: dict[str, object], weights: dict[str, object]) -> TestResults:
         """Collect the results of a runner after its test loop."""
         model = runner.model.module if hasattr(runner.model, 'module') else runner.model
         backbone = getattr(model, 'backbone', None) or nn.Identity()
@@ -94,7 +96,7 @@ class TestResults:
         speed = f'{batch / seconds.mean():.1f} images per second, batch size {batch}' if seconds else 'not measured'
         metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, CheckedCocoMetric))
         conditioning = describe_conditioning(backbone.state_dict())
-        return cls(conditioning, list_spectra(backbone), speed, run, metric.annotations, metric.summaries)
+        return cls(conditioning, list_spectra(backbone), speed, run, weights, metric.annotations, metric.summaries)
 
 
 def list_spectra(backbone: nn.Module) -> list[tuple[str, ...]]:
@@ -171,7 +173,7 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     dataset = next(list_coco_datasets(cfg.test_dataloader))
     summaries = {name: tested.summaries[kind] for name, kind in KINDS.items() if kind in tested.summaries}
     with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
-        record_data(folder, Path(path), list_configured_classes(dataset))
+        record_data(folder, Path(path), list_configured_classes(dataset), tested.weights)
     boxes = match_boxes(tested.annotations, Path(f'{evaluator.outfile_prefix}.bbox.json'), summaries['Boxes'])
     scores = measure_scores(boxes)
     least = float(scores.thresholds[scores.best])

@@ -14,51 +14,63 @@ from mmengine.config import Config
 from safetensors.torch import save
 from torch import nn
 
-from ..checkpoints.reading import get_classes, get_run_info, get_state_dict, load
+from ..checkpoints.reading import describe_state, get_classes, get_run_info, get_state_dict, load
 from ..checkpoints.writing import serialize
 from ..compat import get_content
 from ..conditioning import describe_conditioning
 from ..configs import find_run_config
 from ..data.fitting import drop_pretrained, list_configured_classes, set_classes, walk
-from ..errors import InputError, list_briefly
+from ..errors import InputError
 from ..files import write
-from ..training.results import TABLE
+from ..training.results import TABLE, read_facts
 from .inferencer import load_inferencer
 
 UNKNOWN = 'unknown'
 
 
-def read_metrics(checkpoint: Path, epoch: object) -> dict[str, float]:
-    """Read the metrics of an epoch's validation from the table in the checkpoint's folder; {} if it is missing."""
-    table = checkpoint.parent / TABLE
-    if not table.is_file():
+def read_metrics(folder: Path, state: dict, run: dict) -> dict[str, float]:
+    """Read the metrics of a checkpoint's validation from the table in its folder.
+
+    Args:
+        folder: the checkpoint's folder.
+        state: state of its weights; see ``describe_state``.
+        run: metadata of its training.
+
+    Returns:
+        The metrics; {} without a table, within an epoch, or if the folder is that of another training.
+    """
+    table, facts = folder / TABLE, read_facts(folder)
+    if not table.is_file() or state['epoch'] is None:
+        return {}
+    if any(facts[key] != run[key] for key in ('seed', 'data') if key in facts and key in run):
         return {}
     with table.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
+        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(state['epoch'])]
     return {key: float(value) for key, value in rows[-1].items() if '/' in key and value} if rows else {}
 
 
-def describe_annotation_files(dataloader: dict | None) -> str:
-    """Return the annotation files of a config's data sets, as text."""
-    found = [node['ann_file'] for _, node in walk(dataloader) if isinstance(node.get('ann_file'), str)]
-    return list_briefly(found) if found else UNKNOWN
+def describe_annotation_files(dataloader: dict | None, digests: dict[str, str] | None) -> str:
+    """Return the annotation files of a training with their digests as text, or those of a config's data sets."""
+    found = [f'{Path(path).name} (SHA-256 {digest})' for path, digest in (digests or {}).items()]
+    found = found or [node['ann_file'] for _, node in walk(dataloader) if isinstance(node.get('ann_file'), str)]
+    return ', '.join(found) or UNKNOWN
 
 
 def write_card(
-    name: str, cfg: Config, model: nn.Module, classes: Sequence[str], content: dict, ap: dict, licence: str | None
-) -> str:
+    name: str, cfg: Config, model: nn.Module, classes: Sequence[str], run: dict, state: dict, ap: dict,
+    licence: str | None,
+) -> str:  # fmt: skip
     """Return the model card in Markdown."""
-    run = get_run_info(content)
-    meta = content.get('meta', {}) if isinstance(content, dict) else {}
+    data = run.get('data') or {}
     backbone = getattr(model, 'backbone', None)
     facts = {
         'detector': f'{type(model).__name__} on {type(backbone).__name__}, '
         f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters',
         'conditioning': describe_conditioning(backbone.state_dict()) if backbone else UNKNOWN,
         'classes': f'{len(classes)}: {", ".join(classes)}',
-        'trained on': describe_annotation_files(cfg.get('train_dataloader')),
-        'validated on': describe_annotation_files(cfg.get('val_dataloader')),
-        'epochs': meta.get('epoch', UNKNOWN),
+        'trained on': describe_annotation_files(cfg.get('train_dataloader'), data.get('train')),
+        'validated on': describe_annotation_files(cfg.get('val_dataloader'), data.get('val')),
+        'weights': f'{state["position"]}; SHA-256 of the tensors {state["sha256"]}',
         'seed': run.get('seed', UNKNOWN),
         'command': f'`{run["command"]}`' if run.get('command') else UNKNOWN,
         'commit of spec_mmdet': run.get('commit') or UNKNOWN,
@@ -69,7 +81,7 @@ def write_card(
     metrics = (
         f'| metric | value |\n|---|---|{table}'
         if ap
-        else 'Unknown, because results.csv was not next to the checkpoint.'
+        else f'Unknown, because {TABLE} next to the checkpoint has no validation of these weights.'
     )
     rows = '\n'.join(f'| {key} | {" ".join(str(value).split())} |' for key, value in facts.items())
     return f"""# {name}
@@ -149,14 +161,15 @@ def publish(
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
     remove_local_settings(cfg)
-    ap = read_metrics(checkpoint, content.get('meta', {}).get('epoch'))
+    run, state = get_run_info(content), describe_state(content)
+    ap = read_metrics(checkpoint.parent, state, run)
     meta = dict(dataset_meta=dict(classes=tuple(classes)))
     files = {
         'model.pth': serialize(dict(meta=meta, state_dict=weights)),
         'model.safetensors': save({key: value.contiguous() for key, value in weights.items()},
                                   dict(classes=json.dumps(classes))),
         'config.py': cfg.pretty_text.encode(),
-        'README.md': write_card(name or config.stem, cfg, model, classes, content, ap, licence).encode(),
+        'README.md': write_card(name or config.stem, cfg, model, classes, run, state, ap, licence).encode(),
     }  # fmt: skip
     sums = ''.join(f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in files.items())
     for file, data in {**files, 'SHA256SUMS': sums.encode()}.items():

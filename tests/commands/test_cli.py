@@ -3,10 +3,13 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,12 +31,48 @@ from spec_mmdet.training.running import one_line_errors
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 
 
-def test_every_command_lists_its_options(capsys):
+def test_every_command_lists_its_options(monkeypatch, capsys):
+    """In 80 columns, with all words of the docstring and none of them broken."""
+    monkeypatch.setenv('COLUMNS', '80')
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([name, '--help'])
         assert ended.value.code == 0
-        assert f'usage: spec-mmdet {name}' in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f'usage: spec-mmdet {name}' in printed
+        assert max(map(len, printed.splitlines())) <= 80
+        if name != 'prepare':  # whose docstring has a place for the formats
+            doc = import_module(f'spec_mmdet.commands.{name.replace("-", "_")}').__doc__
+            assert not Counter(doc.split()) - Counter(printed.split())
+
+
+def test_suggestions_for_mistyped_names(capsys):
+    for wrong, meant in (
+        (['trian'], 'train'),
+        (['train', 'config.py', '--eposh', '3'], '--epochs'),
+        (['test', 'config.py', 'checkpoint.pth', '--reprot=here'], '--report'),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2 and f'did you mean {meant}?' in capsys.readouterr().err
+    with pytest.raises(InputError, match=r'did you mean xcit_maskrcnn\?'):
+        find_config('xcit_maskrcn')
+
+
+def test_a_shells_script_completes_commands_and_options(tmp_path, capsys):
+    pytest.importorskip('shtab', reason='shtab is not installed')
+    main(['--print-completion', 'bash'])
+    script = tmp_path / 'completion'
+    script.write_text(capsys.readouterr().out)
+
+    def complete(*words: str) -> list[str]:
+        typed = f'COMP_WORDS=({" ".join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}'
+        code = f'{typed}; source {script}; _shtab_spec_mmdet 2> /dev/null; echo "${{COMPREPLY[@]}}"'
+        return subprocess.run(['bash', '-c', code], capture_output=True, text=True).stdout.split()
+
+    assert complete('spec-mmdet', 'pre') == ['prepare', 'pretrain', 'predict']
+    assert complete('spec-mmdet', 'train', '--epo') == ['--epochs']
+    assert complete('spec-mmdet', 'train', '--preset', '') == ['finetune']
 
 
 def test_what_is_printed_without_a_command(capsys):

@@ -37,6 +37,9 @@ def runs(trained, shapes, tmp_path_factory):
             (folder / 'report' / f'detections.{kind}.json').write_text(
                 json.dumps(sorted(found, key=lambda d: d['score'])[: len(found) // kept])
             )
+        record = json.loads((root / 'report' / 'data.json').read_text())
+        record['weights'].update(sha256=name, seed=seed)
+        (folder / 'report' / 'data.json').write_text(json.dumps(record))
     return root
 
 
@@ -63,15 +66,17 @@ def test_a_table_and_a_page(runs, tmp_path, capsys):
 
 
 def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shapes):
-    other = tmp_path / 'other'
-    shutil.copytree(runs / 'b', other)
-    config = other / 'xcit_spec_shapes.py'
-    config.write_text(config.read_text().replace('instances_val.json', 'instances_train.json'))
-    copies = [tmp_path / name for name in ('copy', 'reseeded', 'recorded', 'changed')]
+    copies = [tmp_path / name for name in ('copy', 'reseeded', 'recorded', 'changed', 'other', 'unrecorded', 'mixed')]
     for folder in copies:
         shutil.copytree(runs / 'a', folder)
-    copy, reseeded, recorded, changed = copies
-    (reseeded / 'run.json').write_text(json.dumps(dict(seed=5, started='then')))
+    copy, reseeded, recorded, changed, other, unrecorded, mixed = copies
+    weights = dict(sha256='a', seed=None)
+    for folder in (reseeded, mixed):
+        (folder / 'run.json').write_text(json.dumps(dict(seed=5, started='then')))
+    reseeded_record = json.loads((runs / 'a' / 'report' / 'data.json').read_text())
+    (reseeded / 'report' / 'data.json').write_text(json.dumps(dict(reseeded_record, weights=weights)))
+    record_data(other / 'report', shapes / 'annotations' / 'instances_train.json', reseeded_record['classes'], weights)
+    (unrecorded / 'report' / 'data.json').unlink()
     records = {}
     for folder in (recorded, changed):
         records[folder] = folder / 'annotations.json'
@@ -79,7 +84,7 @@ def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shap
         content = json.loads(records[folder].read_text())
         content['annotations'].pop()
         records[folder].write_text(json.dumps(content))
-        record_data(folder / 'report', records[folder], ['circle'])
+        record_data(folder / 'report', records[folder], ['circle'], weights)
     records[changed].write_text(json.dumps(dict(content, info=dict(year=2026))))
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'text').touch()
@@ -89,6 +94,8 @@ def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shap
         ([f'x={runs / "a"}', tmp_path / 'absent'], 'absent: no such folder'),
         ([f'x={runs / "a"}', f'y={trained}'], '--report'),
         ([f'x={runs / "a"}', f'y={other}'], 'instances_train.json'),
+        ([f'x={runs / "a"}', f'y={unrecorded}'], 'lacks data.json'),
+        ([f'x={runs / "a"}', f'y={mixed}'], 'training with the seed 0'),
         ([f'x={runs / "a"}', f'x={copy}', f'y={runs / "b"}'], 'copies of one run'),
         ([f'x={runs / "a"}', f'x={reseeded}', f'y={runs / "b"}'], 'copies of one run'),
         ([f'x={runs / "b"}', f'y={recorded}'], 'different classes'),

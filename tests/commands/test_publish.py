@@ -1,7 +1,9 @@
 """A published folder is complete: its checksums hold, and its weights predict the same as the checkpoint."""
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 
 import torch
@@ -28,6 +30,10 @@ def test_a_published_detector_predicts_the_same(monkeypatch, trained, shapes, tm
     card = (out / 'README.md').read_text()
     assert all(text in card for text in ("dict(type='identity', lam=1)", 'circle, square', 'CC-BY-4.0', 'bbox_mAP |'))
     assert not any(str(folder) in (out / 'config.py').read_text() for folder in (trained, shapes))
+    for split in ('train', 'val'):
+        content = (shapes / 'annotations' / f'instances_{split}.json').read_bytes()
+        assert f'instances_{split}.json (SHA-256 {hashlib.sha256(content).hexdigest()})' in card
+    assert '| weights | after epoch 1; SHA-256' in card
 
     image = shapes / 'val' / '000001.png'
     for name, config, model in (
@@ -37,6 +43,23 @@ def test_a_published_detector_predicts_the_same(monkeypatch, trained, shapes, tm
         run_tool(monkeypatch, 'predict', config, model, image, '--score', 0, '--no-pictures', '--out', tmp_path / name)
     expected, found = (json.loads((tmp_path / name / 'predictions.json').read_text()) for name in 'ab')
     assert expected == found and len(found) > 10
+
+
+def test_ap_of_other_weights_is_not_on_the_card(trained, tmp_path, capsys):
+    """Neither of the epoch before an interrupted checkpoint, nor of another training's table."""
+    content = load(trained / 'epoch_1.pth')
+    run_info = content['meta']['run']
+    for name, meta in (
+        ('interrupted', dict(content['meta'], iter=55, iter_in_epoch=15)),
+        ('copied', dict(content['meta'], run=dict(run_info, seed=7))),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns('*.pth', '2*'))
+        torch.save(dict(content, meta=meta), folder / 'it.pth')
+        run('publish', [str(folder / 'it.pth')])
+        card = (folder / 'published' / 'README.md').read_text()
+        assert 'bbox_mAP' not in card and 'contains no AP' in capsys.readouterr().out
+        assert ('within epoch 2' in card) == (name == 'interrupted')
 
 
 def test_inputs_that_cannot_be_published(monkeypatch, trained):

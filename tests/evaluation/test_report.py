@@ -81,6 +81,7 @@ def write_report(root: Path, found: list[dict]) -> str:
         metric.compute_metrics(metric.results)
         tested = report.TestResults(
             'None', [('queries', '12', '345', '–', '–')], '7 images per second', dict(seed=5, commit='abc'),
+            dict(position='after epoch 3', sha256='12ab', seed=5),
             metric.annotations, metric.summaries,
         )  # fmt: skip
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
@@ -268,6 +269,7 @@ def test_the_command(monkeypatch, data, tmp_path):
         record = json.loads((folder / 'data.json').read_text())
         content = Path(record['annotations']).read_bytes()
         assert record['sha256'] == hashlib.sha256(content).hexdigest() and record['classes'] == list(NAMES)
+        assert len(record['weights']['sha256']) == 64 and record['weights']['sha256'] in page
         assert 'images per second' in page and 'not recorded in the checkpoint' in page
         assert (
             f'test {os.path.relpath(CONFIG, Path.cwd())} {checkpoint} --work-dir' in page
