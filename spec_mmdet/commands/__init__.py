@@ -177,15 +177,15 @@ def print_completion(shell: str) -> None:
         import shtab
     except ImportError as error:
         raise InputError('--print-completion: shtab is not installed. Run: pip install shtab') from error
-    from .common import Parser
+    from .common import collect_parsers
 
     top = argparse.ArgumentParser('spec-mmdet')
     subparsers = top.add_subparsers()
-    Parser.made = []
     for name, line in COMMANDS.items():
-        with suppress(SystemExit):
+        with collect_parsers() as parsers, suppress(SystemExit):
             import_module(f'.{name.replace("-", "_")}', __name__).main([])
-        child = subparsers.add_parser(name, parents=[Parser.made.pop()], add_help=False, help=line)
+        child = subparsers.add_parser(name, parents=parsers, add_help=False, help=line)
         for action in child._actions:
-            action.complete = shtab.FILE if action.choices is None else None
+            if action.choices is None and action.nargs != 0:  # neither names nor flags
+                action.complete = shtab.FILE
     print(shtab.complete(top, shell))

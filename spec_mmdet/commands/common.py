@@ -86,6 +86,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 @contextmanager
+def collect_parsers() -> Iterator[list[Parser]]:
+    """Yield a list that receives the parser of a command that is run in this context; the command exits then."""
+    Parser.made = []
+    try:
+        yield Parser.made
+    finally:
+        Parser.made = None
+
+
+@contextmanager
 def show_status(text: str) -> Iterator[None]:
     """Show a line with a spinner on stderr, if that is a terminal, while the block runs; it must not print."""
     from rich.console import Console
