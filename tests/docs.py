@@ -1,15 +1,15 @@
 """Run every command of the README, docs/ and research/ as written, in a fresh clone of HEAD with a fresh environment.
 
-    python tests/docs.py [--list] [--only TEXT ...]
+    python tests/docs.py [--list] [--only TEXT ...] [--folder DIR]
 
 Run by `make docs-test`; needs no packages. The pages are the README and those of docs/ and research/ that it links to,
 in the order of the links. Commands are the lines of ```shell blocks, the ```python blocks, and inline code that
 begins like a command. A ```python block that begins with `_base_` is a config: it is saved as my_detector.py, and its
 model is built. Notebooks are pages, too: cells are blocks; lines that begin with an exclamation mark are commands.
 Commands run in the pages' order, each by itself from the root of the clone, without a GPU and with the COCO data of
-COCO_MINI (default: ../shared/coco_mini). A repeated command runs once. The tables below define the values of
-placeholders, what precedes or follows a command, and which commands are skipped; an entry that matches no command is an
-error. Logs go to work_dirs/docs_test.
+COCO_MINI (default: ../shared/coco_mini). A repeated command runs once, and two processes run instead of eight. The
+tables below define the values of placeholders, what precedes or follows a command, and which commands are skipped; an
+entry that matches no command is an error. Logs go to work_dirs/docs_test.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ EVALUATE = ' '.join(
 )
 TRAIN = (
     '--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 '
-    'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
+    'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False default_hooks.conditioning=None '
     + ' '.join(
         f'train_dataloader.dataset.pipeline.3.transforms.{resize}.scales="[(160, 160)]"'
         for resize in ('0.0', '1.0', '1.2')
@@ -257,6 +257,7 @@ class Command:
         text = ' '.join([*(value for key, value in PREPENDED.items() if begins(self.text, key)), self.text])
         for name, value in PLACEHOLDERS.items():
             text = re.sub(placeholder(name), lambda match, value=value: value, text)
+        text = re.sub(r'(--nproc_per_node|^.*tools/dist_\S+ .+?) 8(?= |$)', r'\1 2', text)
         if fitting := [key for key in APPENDED if begins(self.text, key)]:
             value = APPENDED[max(fitting, key=len)]
             text = f'{text} {value.removeprefix("--cfg-options ") if "--cfg-options" in text else value}'
@@ -344,16 +345,22 @@ def choose(commands: list[Command], texts: list[str]) -> list[Command]:
 
 
 class Clone:
-    """A fresh clone of HEAD, and its environments."""
+    """A fresh clone of HEAD, and its environments; one that exists in the folder is made fresh but for these."""
 
     def __init__(self, folder: Path) -> None:
         head = git('rev-parse', 'HEAD').strip()
         self.root = folder / 'spec_mmdet'
-        subprocess.run(['git', 'clone', '--quiet', '--no-checkout', ROOT, self.root], check=True)
-        subprocess.run(['git', '-C', self.root, 'checkout', '--quiet', head], check=True)
+        if self.root.is_dir():
+            subprocess.run(['git', '-C', self.root, 'fetch', '--quiet', ROOT, head], check=True)
+            subprocess.run(
+                ['git', '-C', self.root, 'clean', '-ffdxq', '-e', '.venv', '-e', 'own', '-e', '*.egg-info'], check=True
+            )
+        else:
+            subprocess.run(['git', 'clone', '--quiet', '--no-checkout', ROOT, self.root], check=True)
+        subprocess.run(['git', '-C', self.root, 'checkout', '--quiet', '--force', head], check=True)
         (self.root / 'made').mkdir()
         self.several = folder / 'several'
-        self.several.mkdir()
+        self.several.mkdir(exist_ok=True)
         (self.several / 'sitecustomize.py').write_text(SEVERAL_ON_CPU)
         # Nothing of the calling environment and make.
         aside = ('VIRTUAL_ENV', 'PYTHONPATH', 'PYTHONHOME', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'VENV')
@@ -416,6 +423,8 @@ def main() -> None:
     parser.add_argument('--list', action='store_true', help='show the commands as they would be run')
     parser.add_argument('--only', nargs='+', default=[''], metavar='TEXT',
                         help='those that contain one of these, or whose page does, and what they need')  # fmt: skip
+    parser.add_argument('--folder', type=Path, metavar='DIR',
+                        help='folder for the clone; its environments are used again')  # fmt: skip
     args = parser.parse_args()
 
     every = read_commands(read_pages())
@@ -439,7 +448,7 @@ def main() -> None:
     LOGS.mkdir(parents=True)
     start, failed, run = time.time(), [], 0
     with tempfile.TemporaryDirectory(prefix='spec_mmdet_docs_') as folder:
-        clone = Clone(Path(folder))
+        clone = Clone(args.folder.resolve() if args.folder else Path(folder))
         if not report('', 'the environment', clone.set_up, LOGS / '000_environment.log'):
             sys.exit(1)
         for command in commands:
