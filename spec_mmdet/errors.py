@@ -13,12 +13,12 @@ class InputError(ValueError):
 
 
 @contextmanager
-def prefix_errors(name: str) -> Iterator[None]:
-    """Prefix the message of an InputError raised in the block with the name of the input."""
+def prefix_errors(name: str, advice: str = '') -> Iterator[None]:
+    """Prefix the message of an InputError raised in the block with the name of the input; add advice if it has none."""
     try:
         yield
     except InputError as error:
-        raise InputError(f'{name}: {error}') from error
+        raise InputError(f'{name}: {error}{f". {advice}" if advice and ". " not in str(error) else ""}') from error
 
 
 def list_briefly(names: Sequence[str]) -> str:

@@ -90,8 +90,8 @@ def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str
             return known[name], name
     found = list_briefly([f'{name!s:.40}' for name in known]) or 'nothing'
     raise InputError(
-        f'contains no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}; '
-        f'its keys: {found}'
+        f'contains no weights {"under " + repr(key) if key else "alone or under " + ", ".join(WRAPPERS)}. Its keys are '
+        f'{found}. Select one with "spec-mmdet convert --key KEY"'
     )
 
 
@@ -134,7 +134,7 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
         dim = weights['blocks.0.attn.proj.weight'].shape[0]
         num_heads = weights['blocks.0.attn.temperature'].shape[0]
     except (KeyError, IndexError) as error:
-        raise InputError('lacks the attention of the first block; is it an XCiT?') from error
+        raise InputError('lacks the attention of the first block, so it is not an XCiT') from error
     if not dim or not num_heads:
         raise InputError('its attention has no channels or no heads')
     blocks = {m[1] for m in (re.match(r'blocks\.(\d+)\.', name) for name in weights) if m}
@@ -268,7 +268,7 @@ def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoi
     Raises:
         InputError: if the layout is unknown, or tensors are missing, unknown, inconsistent in shape, or not finite.
     """
-    with prefix_errors(name):
+    with prefix_errors(name, 'Use a complete, intact XCiT of one of the supported layouts'):
         return _recognise(checkpoint, key)
 
 
@@ -295,10 +295,10 @@ def state_conditioning(backbone: dict[str, Tensor], type: str, lam: float | None
             nor sigma_max of the initial weights can be computed from trained weights.
     """
     if describe_conditioning(backbone) != 'None':
-        raise InputError(f'the weights contain conditioning={describe_conditioning(backbone)} already')
+        raise InputError(f'the weights contain {describe_conditioning(backbone)}. Leave out --conditioning')
     if type == 'svd' or lam is None:
         missing = 'the exact correction' if type == 'svd' else 'sigma_max of the initial weights'
-        raise InputError(f'{missing} cannot be recomputed from trained weights; pass --conditioning identity --lam LAM')
+        raise InputError(f'{missing} cannot be computed from trained weights. Pass --conditioning identity --lam LAM')
     stated = dict(backbone)
     for attn in _blocks(backbone):
         stated[f'{attn}.correction.lam'] = Correction(backbone[f'{attn}.qkv.weight'], type, lam).lam
@@ -320,7 +320,7 @@ def condition(
         InputError: if the weights are conditioned already.
     """
     if describe_conditioning(backbone) != 'None':
-        raise InputError(f'the weights are conditioned already, with {describe_conditioning(backbone)}')
+        raise InputError(f'conditioned already, with {describe_conditioning(backbone)}. Leave out --condition')
     conditioned = dict(backbone)
     for attn in _blocks(backbone):
         W = backbone[f'{attn}.qkv.weight']

@@ -37,7 +37,9 @@ def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     kept = {key: value for key, value in own.items() if key in found.missing or key.startswith(CLASSIFIER)}
     faults = describe_mismatches(backbone, {**kept, **taken})
     if faults:
-        raise InputError(f'{name}: does not fit the configured XCiT. It is {found}; {faults}')
+        raise InputError(
+            f'{name}: does not fit the configured XCiT: {faults}. The file contains {found}. Configure this'
+        )
     backbone.load_state_dict({**kept, **taken})
     left = f'; initialised, because the checkpoint lacks them: {", ".join(kept)}' if kept else ''
     MMLogger.get_current_instance().info(f'{name}: {found}; loaded {len(taken)} tensors{left}')

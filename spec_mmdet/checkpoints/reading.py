@@ -21,6 +21,7 @@ from ..errors import InputError, list_briefly, prefix_errors
 from .records import rebuild
 from .safe_loading import explain_unpickling_error, force_weights_only
 
+INTACT = 'Use an intact checkpoint'  # advice for a file that cannot be read
 PATIENCE = 60  # timeout of a download, in seconds
 SHARED = 16  # maximum size of the tensors relative to the file: names may share a tensor
 
@@ -115,10 +116,10 @@ def load(
         InputError: if the file does not exist, is not a checkpoint, is corrupt, or cannot be read without running code.
     """
     if '://' in str(path) and not str(path).startswith(('http://', 'https://')):
-        with prefix_errors(f'checkpoint {path}'):
+        with prefix_errors(f'checkpoint {path}', INTACT):
             return convert_to_data(CheckpointLoader.load_checkpoint(str(path), map_location))
     file = fetch_file(path)
-    with prefix_errors(f'checkpoint {path}'):
+    with prefix_errors(f'checkpoint {path}', INTACT):
         return _load(file, map_location, mmap, trust_pickle)
 
 
@@ -176,7 +177,8 @@ def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not is_state_dict(weights):
-        raise InputError(f'{name}: contains no weights of a detector: neither a "state_dict" nor a plain state dict')
+        raise InputError(f'{name}: contains no weights: neither a "state_dict" nor a plain state dict. Use the '
+                         'checkpoint of a detector')  # fmt: skip
     if nonfinite := find_nonfinite(weights):
         raise InputError(f'{name}: weights contain NaN or inf ({list_briefly(nonfinite)}). Use an earlier checkpoint')
     return {
@@ -205,7 +207,7 @@ def require_training_state(checkpoint: object, name: str) -> None:
     lacking += [] if isinstance(content.get('param_schedulers', []), list | dict) else ['param_schedulers']
     lacking += [] if is_state_dict(content.get('gradients', {'': torch.empty(0)})) else ['gradients']
     if lacking:
-        raise InputError(f'{name}: training cannot be resumed from it, it lacks {", ".join(lacking)}. Start a new '
+        raise InputError(f'{name}: training cannot resume from it, because it lacks {", ".join(lacking)}. Start a new '
                          'training from its weights with --cfg-options load_from=FILE')  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def explain_unpickling_error(error: pickle.UnpicklingError) -> str:
     if not refused:
         return 'not a checkpoint written by torch.save, or corrupt'
     return (
-        f'contains {refused[1]}, which only running code from the file could read; it was not run. Save it again '
+        f'contains {refused[1]}, which can only be read by running code from the file; it was not run. Save it again '
         'with only tensors and plain containers or, if you trust its author, run "spec-mmdet convert --trust-pickle"'
     )
 

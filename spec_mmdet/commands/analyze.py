@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..training.hooks import measure_backbone
 
     if min(args.max_images, args.heads or 1) < 1:
-        raise InputError('--max-images and --heads must be at least 1')
+        raise InputError('--max-images and --heads: use at least 1')
     images = []
     if args.images:
         images = sorted(path for path in args.images.glob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = build_backbone(cfg, args.checkpoint)
     report = measure_backbone(backbone)
     if not report:
-        raise InputError(f'config {args.config}: the backbone {cfg.model.backbone.type} has no attention to analyse')
+        raise InputError(f'config {args.config}: {cfg.model.backbone.type} has no attention. Use another backbone')
     print(report)
     if worsened := report.describe_worsened():
         print(f'\nwarning: {worsened}')

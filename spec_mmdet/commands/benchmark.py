@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             height, width = map(int, text.split('x'))
         except ValueError as error:
-            raise InputError(f'--sizes {text}: write HEIGHTxWIDTH, for instance 640x640') from error
+            raise InputError(f'--sizes {text}: write HEIGHTxWIDTH in pixels, for instance 640x640') from error
         size = height, width
         shared = dict(detector=args.detector, rounds=args.rounds, memory=not args.no_memory)
         setting = Setting(args.arch, args.patch_size, args.batch, size, args.amp, device, **shared)

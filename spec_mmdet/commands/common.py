@@ -186,8 +186,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--lr', type=require_positive(float), metavar='RATE', help="learning rate (default: the config's)"
     )
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the total batch size')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision, which needs a GPU (default: '
+                        "the config's precision)")  # fmt: skip
+    parser.add_argument('--auto-scale-lr', action='store_true', help='rescale the learning rate linearly to the total '
+                        'batch size (default: keep it)')  # fmt: skip
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help='resume from a checkpoint '
                         '(without CHECKPOINT: from the newest intact one in the work directory, or start if it has '
                         'none)')  # fmt: skip
@@ -248,4 +250,4 @@ def run_command(*command: str | Path) -> None:
     """
     print('\n$ spec-mmdet', *command, flush=True)
     if subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)]).returncode:
-        raise InputError(f'this step failed, see above: spec-mmdet {" ".join(map(str, command))}')
+        raise InputError(f'this command failed; its error is above: spec-mmdet {" ".join(map(str, command))}')

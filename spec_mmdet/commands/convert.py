@@ -22,21 +22,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('convert', __doc__)
     options.add_argument('source', help='file or URL')
     options.add_argument('destination', type=Path, help='file to write, .pth or .safetensors')
-    options.add_argument('--key', help='key of the weights in the file (default: the first usual one)')
+    options.add_argument(
+        '--key', help='key of the weights in the file (default: the moving average or the teacher, if there is one)'
+    )
     options.add_argument('--conditioning', choices=['identity', 'svd'], help='conditioning of the source, if '
                         'the file does not contain it')  # fmt: skip
     change = options.add_mutually_exclusive_group()
     change.add_argument('--fold', action='store_true', help='replace W by W + C, which gives a plain checkpoint')
     change.add_argument('--condition', choices=['identity', 'svd'], help='condition a plain checkpoint, keeping its '
                         'function: W is replaced by W - C')  # fmt: skip
-    options.add_argument('--lam', type=float, help='lambda of --conditioning identity or --condition identity')
+    options.add_argument('--lam', type=float, help='lambda of an identity conditioning (default: see --sigmas)')
     options.add_argument('--sigmas', type=float, help='lambda of --condition identity as a multiple of sigma_max of '
                          'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
-    to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout')
-    to.add_argument('--detector', metavar='CONFIG', help='write a detector for this config')
+    to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout (default: SpecXCiT)')
+    to.add_argument('--detector', metavar='CONFIG', help='write a detector for this config (default: a backbone)')
     options.add_argument('--trust-pickle', action='store_true', help='run code that the source may contain, with '
-                        'your rights')  # fmt: skip
+                        'your permissions (default: reject such a file)')  # fmt: skip
     args = options.parse_args(argv)
 
     from mmdet.registry import MODELS
@@ -59,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'{destination}: the name must end in .pth or .safetensors')
     source = fetch_file(args.source)
     if destination.exists() and destination.samefile(source):
-        raise InputError(f'{destination}: would overwrite the source. Pass another destination')
+        raise InputError(f'{destination}: is the source. Pass another destination')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):
-        raise InputError('--lam belongs to --conditioning identity or --condition identity')
+        raise InputError('--lam needs --conditioning identity or --condition identity. Add one of them')
     if args.sigmas is not None and (args.condition != 'identity' or args.lam is not None):
-        raise InputError('--sigmas belongs to --condition identity, without --lam')
+        raise InputError('--sigmas needs --condition identity and excludes --lam. Change the options')
     if args.trust_pickle:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
     loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)

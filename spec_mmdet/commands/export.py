@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('export', __doc__)
     add_config(options)
     options.add_argument('checkpoint', help='file or URL of a checkpoint')
-    options.add_argument('out', type=Path, help='.onnx file to write')
+    options.add_argument('out', type=Path, help='new .onnx file to write')
     options.add_argument('--backbone', action='store_true', help='export only the SpecXCiT; the checkpoint may have '
                          'any layout')  # fmt: skip
     options.add_argument('--images', nargs='+', metavar='INPUT', help='images, folders and quoted globs to compare on '

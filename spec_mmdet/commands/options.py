@@ -117,9 +117,7 @@ def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
         name = f'{here}.{part}' if here else part
         if isinstance(node, (list, tuple)):
             if not part.isdigit() or int(part) >= len(node):
-                raise InputError(
-                    f'--cfg-options {key}: {here} is a list of {len(node)}; its entries are {here}.0, {here}.1, ...'
-                )
+                raise InputError(f'--cfg-options {key}: {here} is a list of {len(node)}. Use {here}.0, {here}.1, ...')
             node = node[int(part)]
         elif isinstance(node, dict):
             known = find_readable_keys(cfg, above, node, options)

@@ -10,9 +10,9 @@
 EXPORT is a folder or a .zip in one of these formats:
 {formats}
 
-The command reads every annotation and decodes every image. Errors would stop or spoil training. Warnings may be
-intended; they include every unused file. All findings are written to a CSV file. DIR is written only if there are no
-errors or, with --drop, without the faulty images. The same seed chooses the same images.
+The command reads every annotation and decodes every image. Errors would stop training or make its result useless.
+Warnings may be intended; they include every unused file. All findings are written to a CSV file. DIR is
+written only if there are no errors or, with --drop, without the faulty images. The same seed chooses the same images.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path
     if missing:
         advice = (
             f'{missing} of {total} objects have a box but no mask. Pass --masks from-boxes to use rectangles as masks, '
-            f'--masks none to train on boxes (xcit_spec_fasterrcnn), or --drop to leave out their images. {advice}'
+            f'--masks none to train on boxes (xcit_fasterrcnn), or --drop to leave out their images. {advice}'
         )
     with prefix_errors(f'{folder}: not ready for training'):
         found.require_none(advice)
@@ -77,8 +77,8 @@ def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formats = textwrap.fill(', '.join(READERS) + '.', 118, initial_indent='    ', subsequent_indent='    ')
     options = make_parser('prepare', __doc__.format(formats=formats))
-    options.add_argument('folder', type=Path, help='folder or .zip of the data set; with --annotations, the folder of '
-                         'the images')  # fmt: skip
+    options.add_argument('folder', type=Path, help='folder or .zip file of the data set; with --annotations, the '
+                         'folder of the images')  # fmt: skip
     options.add_argument(
         '--out', type=Path, metavar='DIR', help="new folder to write in COCO's layout (default: only check)"
     )
@@ -109,13 +109,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = options.parse_args(argv)
     args.drop |= args.drop_objects
     if not args.folder.is_dir() and not (args.folder.is_file() and args.folder.suffix.lower() == '.zip'):
-        raise InputError(f'{args.folder}: no such folder or .zip file')
+        raise InputError(f'{args.folder}: no such folder or .zip file. Check the path')
     if args.subset is not None and args.annotations is not None:
-        raise InputError('--subset and --annotations cannot be combined. Run the command once with each')
+        raise InputError('--subset and --annotations cannot be combined. Run the command twice, --annotations first')
     if (args.drop or args.subset or args.annotations or args.val or args.masks or args.tiles) and not args.out:
-        raise InputError('--subset, --annotations, --val, --masks, --tiles and --drop need --out DIR, a new folder')
+        raise InputError('--subset, --annotations, --val, --masks, --tiles and --drop write data. Add --out DIR')
     if args.overlap is not None and args.tiles is None:
-        raise InputError('--overlap needs --tiles SIZE')
+        raise InputError('--overlap belongs to --tiles. Add --tiles SIZE, or leave out --overlap')
     if args.tiles is not None:
         args.overlap = args.tiles // 4 if args.overlap is None else args.overlap
         if args.tiles < 32 or not 0 <= args.overlap < args.tiles:
@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         splits = operations.drop_faulty(splits, found, args.drop_objects)
     names = [split.name for split in splits]
     if args.val and 'val' in names:
-        raise InputError(f'{args.folder}: has images for validation already. Leave out --val')
+        raise InputError(f'{args.folder}: contains images for validation. Leave out --val')
     if not found.errors:
         if WHOLE in names or args.val:
             whole = WHOLE if WHOLE in names else 'train'
@@ -177,10 +177,10 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
                     operations.write_split(temporary, name, split)
         print(f'wrote {args.out}')
     elif splits[0].is_foreign:
-        print(f'no errors. Run "spec-mmdet prepare {args.folder} --out DIR" to write COCO\'s layout for training')
+        print(f"no errors. To train, write the data in COCO's layout: spec-mmdet prepare {args.folder} --out DIR")
         return
     if 'test' in names:
-        print('the test split is not used: spec-mmdet test evaluates on val')
+        print('the split test is not used for training; spec-mmdet test evaluates on the split val')
     if 'train' in names:
         print(f'ready for training: spec-mmdet train CONFIG --data {args.out or args.folder}')
     else:

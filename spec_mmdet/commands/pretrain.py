@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def change(cfg: Config) -> None:
         if cfg.get('model', {}).get('type') != 'ImageClassifier':
-            raise InputError(f'{args.config}: has no ImageClassifier. Train detectors with "spec-mmdet train"')
+            raise InputError(
+                f'{args.config}: not a classifier (ImageClassifier). Train detectors with "spec-mmdet train"'
+            )
         if args.data:
             use_class_folders(cfg, args.data)
         set_schedule(cfg, args.epochs, args.batch_size, args.lr, args.auto_scale_lr)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f'{len(classes)} classes: {list_briefly(classes)}')
             if known and list(known) != classes:
                 raise InputError(
-                    f'the classes of the checkpoint ({len(known)}) and of the data ({len(classes)}) are not the same. '
+                    f'the {len(known)} classes of the checkpoint differ from the {len(classes)} classes of the data. '
                     'Use the same data, or start a new training'
                 )
             return len(classes)

@@ -24,7 +24,7 @@ from .common import make_parser
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('publish', __doc__)
     options.add_argument('checkpoint', type=Path, help='checkpoint of the detector')
-    options.add_argument('--config', type=Path, help='its config (default: the one next to the checkpoint)')
+    options.add_argument('--config', type=Path, help='config of the training (default: the one next to the checkpoint)')
     options.add_argument('--out', type=Path, help='new or empty folder (default: published, next to the checkpoint)')
     options.add_argument('--name', help="name of the model (default: the config's)")
     options.add_argument('--licence', help='licence for other users, for instance CC-BY-4.0 (default: not specified)')
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sums, ap = publish(args.checkpoint, args.config, out, args.name, args.licence)
     print(sums, end='')
     if not args.licence:
-        print('no --licence: the model card contains "not specified"')
+        print('without --licence, the model card states that the licence is not specified')
     if not ap:
         print(f'no validation of these weights next to {args.checkpoint}: the model card contains no AP')
     print(f'wrote {out}')

@@ -1,6 +1,6 @@
 """Evaluate a detector with COCO's box and mask AP, after checking its inputs.
 
-    spec-mmdet test xcit_spec_maskrcnn CHECKPOINT --data FOLDER --report DIR
+    spec-mmdet test xcit_maskrcnn CHECKPOINT --data FOLDER --report DIR
 
 The command has the options of MMDetection's script, and also --data and --report.
 """
@@ -21,11 +21,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = make_parser('test', __doc__)
     add_run_options(options)
     options.add_argument('checkpoint', help='file or URL of a checkpoint')
-    options.add_argument('--report', type=Path, metavar='DIR', help='write an HTML report to this folder')
-    options.add_argument('--out', type=Path, metavar='FILE', help='write the predictions to this .pkl file')
+    options.add_argument('--report', type=Path, metavar='DIR', help='folder for an HTML report (default: no report)')
+    options.add_argument('--out', type=Path, metavar='FILE', help='.pkl file for the predictions (default: none)')
     options.add_argument('--show', action='store_true', help='show the predictions in a window')
     options.add_argument(
-        '--show-dir', type=Path, metavar='DIR', help='write pictures of the predictions to this folder'
+        '--show-dir', type=Path, metavar='DIR', help='write pictures of the predictions to this folder (default: none)'
     )
     options.add_argument('--wait-time', type=float, default=2, help='seconds for each picture of --show (default: '
                          '2)')  # fmt: skip

@@ -1,12 +1,12 @@
 """Train a detector, after checking its inputs.
 
-    spec-mmdet train xcit_spec_maskrcnn --data FOLDER --auto-scale-lr
+    spec-mmdet train xcit_maskrcnn --data FOLDER --auto-scale-lr
 
 The command has the options of MMDetection's script, and also --data, --preset, --epochs, --batch-size, --image-size and
 --lr, which change all related settings of the config. --cfg-options are applied last.
 
 SIGTERM and Ctrl-C save a checkpoint after the current iteration and exit with status 143 or 130; a second signal exits
-at once. --resume continues exactly there.
+at once. With --resume, training continues exactly there.
 """
 
 from __future__ import annotations

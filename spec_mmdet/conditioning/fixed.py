@@ -72,17 +72,17 @@ class Corrections(dict[str, Corrected]):
         while hasattr(optimizer, 'optimizer'):
             optimizer = optimizer.optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(f'keep_fixed: {type(optimizer).__name__} is not a torch.optim.Optimizer')
+            raise InputError(f'keep_fixed: {type(optimizer).__name__} is not a torch.optim.Optimizer. Pass one')
         if not getattr(type(optimizer).step, 'hooked', False):  # which PyTorch's Optimizer.__init__ sets
             raise InputError(
                 f'keep_fixed: {type(optimizer).__name__} does not call step hooks. Call keep_fixed with the optimiser '
-                'inside it, before wrapping that'
+                'inside it, before you wrap it'
             )
         if not self._find_trained(optimizer):
             raise InputError('keep_fixed: the optimiser has no corrected weights. Pass the optimiser of this model')
         hooks = get_step_pre_hooks(optimizer)
         if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
-            raise InputError('keep_fixed: was called for this optimiser before')
+            raise InputError('keep_fixed: was called for this optimiser before. Call it once')
         remover = _CorrectionRemover(self, len(self._find_trained(optimizer)))
         optimizer.register_step_pre_hook(remover)
         optimizer.register_step_post_hook(remover.put_back)
@@ -112,7 +112,8 @@ class Corrections(dict[str, Corrected]):
             if key not in ours or key not in state_dict or ours[key].shape != state_dict[key].shape
         ]
         if differing:
-            raise InputError(f'these corrections are not those of this model: {list_briefly(sorted(differing))}')
+            raise InputError(f'the corrections differ from those of this model: {list_briefly(sorted(differing))}. '
+                             'Load those of the same model, conditioned with the same arguments')  # fmt: skip
         for name, corrected in self.items():
             correction = corrected.correction
             correction.load_state_dict({record: state_dict[f'{name}.{record}'] for record in correction.state_dict()})
@@ -152,7 +153,7 @@ class _CorrectionRemover:
     def _add(self, optimizer: torch.optim.Optimizer, sign: int) -> None:
         trained = self.corrections._find_trained(optimizer)
         if len(trained) != self.count:
-            raise RuntimeError(f'{self.count} corrections were to be kept fixed, but {len(trained)} weights are here')
+            raise RuntimeError(f'the optimiser has only {len(trained)} of the {self.count} weights with a correction')
         for corrected in trained:
             corrected.weight.add_(corrected.C, alpha=sign)
         self.is_out = sign < 0

@@ -15,8 +15,8 @@ def initialise_conditioned(W: Tensor, roles: str, heads: int) -> Tensor:
 
     Args:
         W: the projections in torch's layout, shape (len(roles), heads * d, k); only the shape is used.
-        roles: what they are, in order: 'QKV' or 'K', for instance.
-        heads: how many heads each of them has.
+        roles: the kinds of projections in order, for instance 'QKV' or 'K'.
+        heads: number of heads of each of them.
 
     Returns:
         Their initial values, shape, dtype and device of W, without gradient.

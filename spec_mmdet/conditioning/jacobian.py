@@ -72,7 +72,7 @@ def compute_xca_singular_values(
     heads, k = 48 channels and D = 384, where J has millions of entries a row, it takes about a second.
 
     Args:
-        X: tokens, shape (N, D), of any dtype; the rank is told by its precision, so float64 is best.
+        X: tokens, shape (N, D), of any dtype; use float64, because the rank is determined at this precision.
         W_Q: shape (D, k); and so are W_K and W_V.
         W_K: see above.
         W_V: see above.

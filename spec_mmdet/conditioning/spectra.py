@@ -135,7 +135,7 @@ class Report(Sequence[Spectrum]):
         return (
             f'the correction does not improve the condition number of {len(worse)} of {len(self)} projections; for '
             f'instance {worst.name} {worst.role}: kappa {worst.kappa:.4g} -> {worst.conditioned_kappa:.4g}, with '
-            f'sigma_max {worst.sigma_max:.3g}. lam should be well above sigma_max'
+            f'sigma_max {worst.sigma_max:.3g}. Use a lambda well above sigma_max'
         )
 
     def count_effective_keys(self, tokens: int = 197) -> list[tuple[float, float | None]]:
@@ -178,8 +178,8 @@ class Report(Sequence[Spectrum]):
         return (
             f'softmax attention: a query attends to {after:.3g} of {tokens} keys'
             + ('' if before is None else f', without C to {before:.3g}')
-            + f' (exp of the entropy; independent normalised tokens, median of {len(left)} layers)'
-            + ('; near 1, hardly any gradient reaches Q and K' if after < 2 else '')
+            + f'. This is exp of the entropy for independent normalised tokens, the median of {len(left)} layers'
+            + ('. Near 1, hardly any gradient reaches Q and K' if after < 2 else '')
         )
 
 

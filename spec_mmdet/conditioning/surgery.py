@@ -30,7 +30,7 @@ def condition(
 ) -> Report:
     """Condition the attention of an existing model: each query, key and value projection becomes W + C.
 
-    The weights themselves become W + C, so parameter names and modules are unchanged. Only the optimiser has to know C,
+    The weights themselves become W + C, so parameter names and modules are unchanged. Only the optimiser needs C,
     because its weight decay would pull W + C towards 0:
 
         report = condition(model)
@@ -82,7 +82,7 @@ def condition(
         name = projection.name
         reason = find_obstacle(projection, keep_function) or shared.get(name)
         if not reason and (per_head or type == 'initialisation') and projection.heads is None:
-            reason = 'has an unknown number of heads'
+            reason = 'has an unknown number of heads; pass layout= or example='
         if not reason:
             found.append(projection)
         elif not partial:
@@ -92,7 +92,7 @@ def condition(
     if not partial:
         attention.require_complete()
     if not found:
-        raise InputError('condition: found no query, key and value projections in this model')
+        raise InputError('condition: found no query, key and value projections in this model. Name them with layout=')
     corrections = Corrections()
     changes: Changes = {}
     for projection in found:
@@ -124,12 +124,12 @@ def _warn_if_trained(model: nn.Module) -> list[str]:
     if trained is False:
         return []
     note = (
-        'these weights have been trained; with C they compute something else'
+        'these weights have been trained, and adding C has changed the output of the model'
         if trained
-        else 'unknown whether these weights have been trained (no trainable normalisation layer); if so, with C they '
-        'compute something else'
+        else 'adding C has changed the output of the model. It is unknown whether the weights have been trained (no '
+        'trainable normalisation layer)'
     )
-    note += '. keep_function=True leaves them as they are'
+    note += '. To keep the output, pass keep_function=True'
     if trained:
         warnings.warn(note, stacklevel=3)
     return [note]
@@ -148,8 +148,8 @@ def _warn_if_small(found: list[Projection], corrections: Corrections) -> list[st
         return []
     name, lam, sigma_max = small[0]
     note = (
-        f'lam is not above sigma_max of {len(small)} of {total} matrices, and can make their condition numbers worse; '
-        f'for instance {name}: lam = {lam:g}, sigma_max = {sigma_max:.3g}'
+        f'lam is not above sigma_max of {len(small)} of {total} matrices, whose condition numbers can become worse. '
+        f'For instance {name}: lam = {lam:g}, sigma_max = {sigma_max:.3g}. Use a larger lam, or sigmas=2'
     )
     warnings.warn(note, stacklevel=3)
     return [note]

@@ -47,9 +47,9 @@ def find_obstacle(projection: Projection, keep_function: bool = False) -> str | 
     """The reason why no correction can be added to a projection's weight; None if it can."""
     module, tensor = projection.module, projection.tensor
     if projection.correction is not None:
-        return 'is conditioned already; fold(model) adds its C to W'
+        return 'is conditioned already; call fold(model) first, which adds C to W'
     if not keep_function and tensor in getattr(module, 'conditioned_tensors', ()):
-        return 'is conditioned already (condition was called twice); build the model anew'
+        return 'is conditioned already, by an earlier call of condition; build the model again'
     if fault := find_fault(module, tensor):
         return fault
     if projection.weight.is_meta:
@@ -139,7 +139,7 @@ def _find_fault_of_layer(module: nn.Module, tensor: str) -> str | None:
     finally:
         apply_changes(before)
     if not prediction.used:
-        return 'is not used by its layer as it is'
+        return 'is not used directly by its layer'
     if not stays or not _are_close(expected, actual):
         return 'is recomputed or changed by its layer before it is used'
     return None
@@ -164,7 +164,7 @@ def change_and_verify(changes: Changes, runs: list[Run]) -> None:
             for (module, tensor), value in changes.items():
                 if not torch.equal(getattr(module, tensor), value):
                     raise InputError(
-                        f'condition: {tensor} of {type(module).__name__} is overwritten when the model runs'
+                        f'condition: the model overwrites {tensor} of {type(module).__name__}. Nothing was changed'
                     )
             if same:
                 continue
@@ -172,7 +172,7 @@ def change_and_verify(changes: Changes, runs: list[Run]) -> None:
             if _are_close(run(), run()):  # or else it is random, as BigBird's attention
                 raise InputError(
                     f'condition: the output of {type(run.module).__name__} does not change as W + C predicts: its '
-                    'weights are recomputed, or used elsewhere as well. They were left as they are'
+                    'weights are recomputed or used elsewhere as well. Nothing was changed'
                 )
             apply_changes(changes)
     except BaseException:

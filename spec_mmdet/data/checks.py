@@ -60,7 +60,7 @@ def check_annotations(
 
     if masks is None and not any(annotation.get('segmentation') for annotation in coco['annotations']):
         masks = False
-        found.notes['files without masks, only for detectors of boxes'].append(Place(name))
+        found.notes['files without masks, usable only for detectors of boxes'].append(Place(name))
     images = {image['id']: image for image in coco['images']}
     categories = {category['id']: category['name'] for category in coco['categories']}
     for position, annotation in enumerate(coco['annotations']):
@@ -307,7 +307,7 @@ def check_dataset(
     if masks and annotated and not any(annotation.get('segmentation') for annotation in coco['annotations']):
         raise InputError(
             f'annotation file {ann_file}: its objects have boxes but no masks ("segmentation"), which this detector '
-            'needs. Train a box detector: spec-mmdet train xcit_spec_fasterrcnn'
+            'needs. Train a detector of boxes: spec-mmdet train xcit_fasterrcnn'
         )
 
     categories = [category['name'] for category in coco['categories']]

@@ -231,7 +231,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
         if head[key] not in inherited:
             raise InputError(
                 f'{name}.{key} is {head[key]} in the config, but {source} has {len(classes)} classes '
-                f'({list_briefly(classes)}). Remove {key}; the data sets it'
+                f'({list_briefly(classes)}). Remove {key}; it is set from the data'
             )
         for _, loss in walk(head):
             weights = loss.get('class_weight')
@@ -259,7 +259,7 @@ def require_class_weights(cfg: Config) -> None:
                 background = '' if loss.get('use_sigmoid') else ' and the background'
                 raise InputError(
                     f'{name}.class_weight in the config has {len(weights)} numbers for {node[key]} classes'
-                    f'{background}: give {count}'
+                    f'{background}. Use {count}'
                 )
 
 

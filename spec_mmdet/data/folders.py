@@ -47,16 +47,16 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path] | None:
     ]
     if len(found) > 1:
         names = ', '.join(str(images.relative_to(folder)) for _, images in found)
-        raise InputError(f'{folder}: contains several data sets for {split} ({names}); keep one of them')
+        raise InputError(f'{folder}: contains several data sets for {split} ({names}). Keep one of them')
     if found:
         return found[0]
     if pairs:
         ann_file, images = pairs[0]
-        raise InputError(f'{folder}: the images of annotations/{ann_file.name} are missing; copy them to {images[0]}')
+        raise InputError(f'{folder}: the images of annotations/{ann_file.name} are missing. Copy them to {images[0]}')
     for images in sorted(folder.glob(f'{split}*')):
         if images.is_dir():
             ann_file = folder / 'annotations' / f'instances_{images.name}.json'
-            raise InputError(f'{folder}: the images in {images.name} lack their annotation file, {ann_file}')
+            raise InputError(f'{folder}: {images.name} lacks its annotation file. Copy it to {ann_file}')
     return None
 
 
@@ -72,7 +72,7 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         InputError: if the folder lacks a split, or a loop does not have exactly one CocoDataset.
     """
     if not folder.is_dir():
-        raise InputError(f'--data {folder}: no such folder')
+        raise InputError(f'--data {folder}: no such folder. Check the path')
     folder = folder.absolute()  # the saved config must work in any working directory
     for loop in loops:
         loader = cfg.get(f'{loop}_dataloader')

@@ -57,17 +57,17 @@ def read_json(path: Path) -> object:
         InputError: if the file does not exist or is not JSON.
     """
     if not path.is_file():
-        raise InputError(f'annotation file {path}: no such file')
+        raise InputError(f'annotation file {path}: no such file. Check the path')
     if path.stat().st_size > LARGE and is_main_process():
         print(f'reading {path.name} ({path.stat().st_size / 1e6:.0f} MB)', flush=True)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=build_object)
     except RecursionError as error:
-        raise InputError(f'annotation file {path}: not JSON (nested too deeply)') from error
+        raise InputError(f'annotation file {path}: not JSON (nested too deeply). Use an intact file') from error
     except ValueError as error:
-        raise InputError(f'annotation file {path}: not JSON ({error})') from error
+        raise InputError(f'annotation file {path}: not JSON ({error}). Use an intact file') from error
     except OSError as error:
-        raise InputError(f'annotation file {path}: {error.strerror}') from error
+        raise InputError(f'annotation file {path}: cannot be read ({error.strerror}). Check its permissions') from error
 
 
 def find_entry_fault(entry: dict, required: dict[str, type]) -> str:
@@ -93,7 +93,7 @@ def list_entries(coco: object, key: str, path: Path) -> list[dict]:
     """Return the list under a key of a file's content; raise InputError if there is none."""
     entries = coco.get(key) if isinstance(coco, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f'annotation file {path}: not in COCO\'s format, it has no list "{key}"')
+        raise InputError(f'annotation file {path}: not in COCO\'s format: it has no list "{key}". Correct it')
     return entries
 
 
@@ -108,7 +108,7 @@ def select_sound_entries(coco: object, key: str, path: Path, found: Findings | N
         which = f'number {position + 1} of its "{key}"' + (f', id {entry["id"]!r:.40},' if 'id' in entry else '')
         fault = f'{which} has {fault}'
         if found is None or key == 'categories':
-            raise InputError(f"annotation file {path}: not in COCO's format, {fault}")
+            raise InputError(f"annotation file {path}: not in COCO's format: {fault}. Correct it")
         found.errors[f'entries of "{key}" that are not in COCO\'s format'].append(Place(path.name, detail=fault))
     return sound
 
@@ -140,7 +140,7 @@ def check_layout(content: object, path: Path, annotated: bool, found: Findings |
             sound = select_sound_entries(coco, key, path, found)
             coco[key] = sound
     if not coco['categories']:
-        raise InputError(f'annotation file {path}: contains no categories')
+        raise InputError(f'annotation file {path}: contains no categories. Add them')
     for name in ('id', 'name'):
         ((value, count),) = Counter(category[name] for category in coco['categories']).most_common(1)
         if count > 1:

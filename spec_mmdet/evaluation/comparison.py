@@ -145,7 +145,7 @@ def require_comparable(runs: Sequence[Run]) -> None:
     """
     arms = group_runs(runs)
     if len(arms) < 2:
-        raise InputError(f'all runs are of one arm ({runs[0].arm}). Name the arms, as in plain=DIR conditioned=DIR')
+        raise InputError(f'all runs belong to one arm ({runs[0].arm}). Name the arms, as in plain=DIR conditioned=DIR')
     for arm, members in arms.items():
         for i, run in enumerate(members):
             for other in members[:i]:

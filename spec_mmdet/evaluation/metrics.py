@@ -168,7 +168,7 @@ class CheckedCocoMetric(CocoMetric):
         self.sort_categories = sort_categories
         self.summaries: dict[str, COCOeval] = {}
         if len(self.proposal_nums) != 3:
-            raise InputError(f'proposal_nums of the evaluator is {self.proposal_nums}: give three numbers')
+            raise InputError(f'proposal_nums of the evaluator is {self.proposal_nums}. Use three numbers')
         if unknown := set(self.metric_items or ()) - set(ITEMS):
             raise InputError(
                 f'metric_items of the evaluator contains {", ".join(sorted(unknown))}; use some of {", ".join(ITEMS)}'
@@ -227,7 +227,9 @@ class CheckedCocoMetric(CocoMetric):
                 elif kind in files:
                     metrics |= self.measure(kind, Path(files[kind]))
                 else:
-                    raise InputError(f'the metric {kind} of the evaluator: this detector predicts no masks. Remove it')
+                    raise InputError(
+                        f'the evaluator has the metric {kind}, but the detector predicts no masks. Remove this metric'
+                    )
         return metrics
 
     def measure(self, kind: str, path: Path) -> dict[str, float]:

@@ -133,11 +133,11 @@ def prepare(folder: Path, cfg: Config) -> None:
     require_free('--report', folder, 'report')
     evaluator = find_coco_evaluator(cfg)
     if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
-        raise InputError("--report: needs a test_evaluator that has an ann_file, the metric 'bbox' and no format_only")
+        raise InputError("--report: test_evaluator needs an ann_file, the metric 'bbox' and no format_only. Set them")
     if evaluator.get('iou_thrs') is not None:
-        raise InputError("--report: needs COCO's own IoU thresholds; remove iou_thrs from test_evaluator")
+        raise InputError("--report: needs COCO's own IoU thresholds. Remove iou_thrs from test_evaluator")
     if not any(list_coco_datasets(cfg.test_dataloader)):
-        raise InputError('--report: needs a CheckedCocoDataset in test_dataloader')
+        raise InputError('--report: needs a CheckedCocoDataset in test_dataloader. Use this type')
     evaluator.outfile_prefix = evaluator.get('outfile_prefix') or str(folder / PARTIAL / 'detections')
 
 
@@ -151,7 +151,7 @@ def find_coco_evaluator(cfg: Config) -> dict:
         if is_kind_of(evaluator, METRICS, CheckedCocoMetric):
             return evaluator
         raise InputError(f'--report: test_evaluator.type is {evaluator["type"]}. Set it to FastCocoMetric')
-    raise InputError('--report: needs a FastCocoMetric in test_evaluator')
+    raise InputError('--report: needs a FastCocoMetric in test_evaluator. Add one')
 
 
 def format_metric(value: float) -> str:

@@ -41,7 +41,7 @@ def build_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
         load_backbone(backbone, checkpoint)
     else:
         raise InputError(
-            f'{checkpoint}: a checkpoint of {cfg.model.backbone.type} cannot be read, only one of SpecXCiT'
+            f'{checkpoint}: checkpoints of {cfg.model.backbone.type} are not supported. Leave out the checkpoint'
         )
     return backbone
 

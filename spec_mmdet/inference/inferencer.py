@@ -91,7 +91,9 @@ def require_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f'--device {device}: {str(error).splitlines()[0]}') from error
+        raise InputError(
+            f'--device {device}: not available ({str(error).splitlines()[0]}). Pass --device cpu'
+        ) from error
 
 
 @contextmanager

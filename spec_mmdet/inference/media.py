@@ -50,9 +50,9 @@ def find_inputs(names: list[str]) -> list[Path]:
         elif glob.has_magic(name):
             matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
             if not (found := [entry for entry in matches if is_image(entry) or is_video(entry)]):
-                raise InputError(f'{name}: matches no images or videos. Quote the glob, and check the folder')
+                raise InputError(f'{name}: the glob matches no images or videos. Check the path, and quote the glob')
         else:
-            raise InputError(f'{name}: no such file or folder')
+            raise InputError(f'{name}: no such file or folder. Check the path')
         paths.update(dict.fromkeys(Path(os.path.abspath(entry)) for entry in found))
     return list(paths)
 

@@ -153,7 +153,7 @@ def publish(
     weights = get_state_dict(content, f'checkpoint {checkpoint}')
     config = config or find_run_config(checkpoint.parent)
     if not config.is_file():
-        raise InputError(f'--config {config}: no such file')
+        raise InputError(f'--config {config}: no such file. Check the path')
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     cfg = Config.fromfile(config)

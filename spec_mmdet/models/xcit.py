@@ -322,7 +322,7 @@ class SpecXCiT(BaseModule):
             raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
         dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
         if depth < 4:
-            raise ValueError(f'SpecXCiT: depth must be at least 4, got {depth}: features come from four blocks')
+            raise ValueError(f'SpecXCiT: depth must be at least 4, because features come from four blocks; got {depth}')
         if dim % num_heads or dim % 8:
             raise ValueError(f'SpecXCiT: dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}')
         if patch_size not in (8, 16):

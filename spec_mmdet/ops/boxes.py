@@ -62,7 +62,7 @@ def softnms(
         iou_threshold: overlap from which the methods 0 and 1 lower a score.
         sigma: width of the Gaussian of method 2.
         min_score: boxes whose score falls below it are dropped.
-        method: what a score is multiplied by: 0 (as in hard suppression), 1 - IoU, or exp(-IoU^2 / sigma).
+        method: factor of a score: with 0, 0 (hard suppression); with 1, 1 - IoU; with 2, exp(-IoU^2 / sigma).
         offset: as in :func:`nms`.
 
     Returns:

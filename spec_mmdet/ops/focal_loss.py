@@ -24,7 +24,7 @@ def _sigmoids(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Return p, log p, 1 - p, log (1 - p) of each logit, and whether its class is that of the row."""
     classes = input.shape[1]
     if target.device.type == 'cpu' and target.numel() and target.max() > classes:  # on a GPU this would synchronise
-        raise ValueError(f'a target of the focal loss is {target.max()}, but there are {classes} classes')
+        raise ValueError(f'focal loss: a target is {target.max()}, but there are only {classes} classes')
     (x,) = widen(input)
     is_target = target[:, None] == torch.arange(classes, device=target.device)
     return x.sigmoid(), F.logsigmoid(x), (-x).sigmoid(), F.logsigmoid(-x), is_target

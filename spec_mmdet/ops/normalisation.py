@@ -40,11 +40,11 @@ def sync_bn_forward_output(
         mean: of all processes, (C,), as ``var``; both in single precision.
         weight: (C,), as ``bias``.
         running_mean: (C,), as ``running_var``; moved towards the mean and the unbiased variance by ``momentum``.
-        norm: (B, C, n), what ``weight`` multiplies.
+        norm: (B, C, n), the input before the affine map.
         std: (C,).
         output: (B, C, n).
         eps: added to the variance.
-        momentum: 0 where nothing moves.
+        momentum: 0 leaves the running statistics unchanged.
         group_size: the number of processes.
     """
     std.copy_((var + eps).sqrt())

@@ -36,7 +36,7 @@ def carafe_naive_forward(
         features: (n, channels, h, w).
         masks: the kernels, shape (n, kernel_size^2 * group_size, h * scale_factor, w * scale_factor).
         output: (n, channels, h * scale_factor, w * scale_factor).
-        kernel_size: odd; each pixel is a sum over so many by so many of the features around its own.
+        kernel_size: odd; each pixel is a sum over kernel_size x kernel_size features around it.
         group_size: number of groups of channels, each with kernels of its own.
         scale_factor: how many times larger the result is.
     """

@@ -14,7 +14,7 @@ from .precision import compute, compute_gradients, widen
 
 def _check_mode(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise NotImplementedError("roi_align with pool_mode='max' is not provided by spec_mmdet: take pool_mode='avg'")
+        raise NotImplementedError("roi_align with pool_mode='max' is not provided by spec_mmdet. Use pool_mode='avg'")
 
 
 def roi_align_forward(
@@ -128,8 +128,8 @@ def deform_roi_pool_forward(
         offset: (n, 2, pooled_height, pooled_width), the displacement across and down of each bin; or empty.
         output: (n, C, pooled_height, pooled_width).
         spatial_scale: size of the map over that of the image.
-        sampling_ratio: samples a bin in each direction; 0: about one a pixel.
-        gamma: what ``offset`` is a multiple of, as part of the region's width and height.
+        sampling_ratio: samples per bin in each direction; 0 takes about one per pixel.
+        gamma: a bin is displaced by ``gamma * offset`` times the region's width and height.
     """
     if offset.numel():
         size = (pooled_height, pooled_width)

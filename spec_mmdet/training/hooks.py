@@ -55,13 +55,13 @@ class ScheduleGuard(Hook):
             return
         if backbone.frozen_stages >= 0:
             raise InputError(
-                f'the backbone has random weights, and frozen_stages={backbone.frozen_stages} would freeze some of '
-                f'them. {describe_pretrained_weights(runner.cfg.model.backbone)}. Or train all stages: '
+                f'frozen_stages={backbone.frozen_stages} would freeze random weights of the backbone. '
+                f'{describe_pretrained_weights(runner.cfg.model.backbone)}. Or train all stages: '
                 '--cfg-options model.backbone.frozen_stages=-1'
             )
         images = len(runner.train_dataloader.dataset)
         if images < LITTLE_DATA:
-            runner.logger.warning(f'the backbone starts from random weights, for which {images} images are few. '
+            runner.logger.warning(f'the backbone starts from random weights, and {images} images are few for that. '
                                   f'{describe_pretrained_weights(runner.cfg.model.backbone)}')  # fmt: skip
 
 
@@ -99,8 +99,8 @@ def check_schedule(runner: Runner) -> list[str]:
     for hook in runner.hooks:
         momentum = hook.ema_cfg.get('momentum', 0.0002) if isinstance(hook, EMAHook) else 1
         if 2 / momentum > total:
-            doubts.append(f'the moving average of the weights is over {1 / momentum:.0f} of {total} iterations: set '
-                          f'its momentum to about {min(1, 10 / total):.2g}')  # fmt: skip
+            doubts.append(f'the moving average of the weights spans {1 / momentum:.0f} of {total} iterations: '
+                          f'set its momentum to about {min(1, 10 / total):.2g}')  # fmt: skip
     return doubts
 
 
@@ -108,7 +108,9 @@ def describe_pretrained_weights(backbone: dict) -> str:
     """Return the advice to use published weights for a backbone, given its config; nothing is downloaded."""
     name = f'xcit_{backbone.get("arch", "small_12")}_p{backbone.get("patch_size", 16)}'
     conditioned = (
-        ', the output of spec-mmdet convert SOURCE FILE --condition ...' if backbone.get('conditioning') else ''
+        ', where FILE is the output of spec-mmdet convert SOURCE FILE --condition ...'
+        if backbone.get('conditioning')
+        else ''
     )
     published = (
         f" (published by XCiT's authors as {name}_224.pth, {name}_224_dist.pth and {name}_384_dist.pth, and by timm as "

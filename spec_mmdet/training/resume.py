@@ -69,7 +69,7 @@ def read_iteration(path: Path) -> int:
     """
     content = verify_checkpoint(path, resume=True)
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise InputError(f'checkpoint {path}: corrupt in {damaged}')
+        raise InputError(f'checkpoint {path}: corrupt in {damaged}. Use an earlier one')
     return content['meta']['iter']
 
 
@@ -97,7 +97,7 @@ def find_newest_checkpoint(folder: Path, cfg: Config | None = None) -> Path | No
         raise InputError(
             f'{folder}: all {len(faults)} checkpoints are corrupt; training was not started. Use another --work-dir'
         )
-    print(f'{folder}: no checkpoint to resume from; training starts')
+    print(f'{folder}: contains no checkpoint; training starts')
     return None
 
 

@@ -44,7 +44,7 @@ RESUME = 'Fix this, then continue from the last checkpoint with --resume'
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # Parts of the messages of PyTorch (OutOfMemoryError, AcceleratorError), cuBLAS, cuDNN and NCCL.
 OUT_OF_MEMORY = re.compile('out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator')
-# Parts of PyTorch's messages about faults outside the program, and what they mean.
+# Parts of PyTorch's messages about faults outside the program, and their meaning.
 TROUBLES = {
     'DataLoader worker': 'a data-loader worker died, often for lack of memory or shared memory (check df /dev/shm; use '
     'docker run --shm-size=8g or --cfg-options train_dataloader.num_workers=0)',
@@ -83,7 +83,7 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
             if masks_changed and not has_masks(config.get('model')):
                 print('the detector has no mask head: masks are neither loaded nor evaluated')
             found = check_inputs(config, loops, found, thorough)
-            print(f'{len(found)} classes: {list_briefly(found)}' if found else 'classes: those of the config')
+            print(f'{len(found)} classes: {list_briefly(found)}' if found else 'the classes are those of the config')
         if found:
             set_classes(config, found, "metainfo.classes of the config's data sets" if stated else 'the data')
         if check and 'train' in loops:
@@ -99,7 +99,7 @@ def set_precision(cfg: Config, amp: bool) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if is_kind_of(cfg.optim_wrapper, OPTIM_WRAPPERS, AmpOptimWrapper) and get_device() == 'cpu':
-        print('no GPU: training in float32 instead of mixed precision', file=sys.stderr)
+        print('no GPU: training uses float32 instead of mixed precision', file=sys.stderr)
         cfg.optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(key, None)
@@ -145,8 +145,8 @@ def one_line_errors() -> Iterator[None]:
             raise InputError(
                 f'out of memory ({first}). Add to --cfg-options: model.backbone.with_cp=True (recomputes activations '
                 'instead of keeping them; possible with --resume) or, for a new training, '
-                'train_dataloader.batch_size=1 optim_wrapper.accumulative_counts=2 (the same step from half as many '
-                'images at a time).'
+                'train_dataloader.batch_size=1 optim_wrapper.accumulative_counts=2 (accumulates the same step from '
+                'smaller batches)'
             ) from error
         for part, meaning in TROUBLES.items():
             if part in str(error):

@@ -174,7 +174,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
             if nonfinite := find_nonfinite(checkpoint.get(part, {})):
                 raise InputError(
                     f'weights contain NaN or inf ({list_briefly(nonfinite)}) and were not saved; '
-                    f'{describe_last_checkpoint(runner)}'
+                    f'{describe_last_checkpoint(runner)}. Use --resume with a lower learning rate'
                 )
         meta, loop = checkpoint['meta'], runner.train_loop
         if hasattr(loop, 'step_settings'):

@@ -55,7 +55,7 @@ def set_schedule(
         InputError: if the config trains by iterations, or both lr and auto_scale_lr are given.
     """
     if lr and auto_scale_lr:
-        raise InputError('--lr and --auto-scale-lr cannot be combined: --lr is the final learning rate')
+        raise InputError('--lr and --auto-scale-lr cannot be combined. Leave one of them out')
     if epochs:
         set_epochs(cfg, epochs)
     if batch_size:
@@ -73,7 +73,7 @@ def set_epochs(cfg: Config, epochs: int) -> None:
         InputError: if the config trains by iterations.
     """
     if 'max_epochs' not in (cfg.get('train_cfg') or {}):
-        raise InputError('--epochs: the config trains by iterations; use --cfg-options train_cfg.max_iters=N')
+        raise InputError('--epochs: the config trains by iterations. Use --cfg-options train_cfg.max_iters=N')
     factor = epochs / cfg.train_cfg.max_epochs
 
     def rescale(value: float) -> int:
@@ -116,7 +116,9 @@ def set_image_size(cfg: Config, size: int) -> None:
     test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     scales = [node['scale'] for _, node in walk(test) if node.get('type') == 'Resize' and 'scale' in node]
     if not scales:
-        raise InputError('--image-size: the config has no Resize with a scale in its test pipeline. Use --cfg-options')
+        raise InputError(
+            '--image-size: the test pipeline of the config has no Resize with a scale. Set the size with --cfg-options'
+        )
     scale = scales[0] if isinstance(scales[0], (list, tuple)) else [scales[0]]
     factor = size / min(scale)
     places = [cfg.get(f'{loop}_dataloader') for loop in LOOPS] + [cfg.get('tta_pipeline')]
@@ -176,8 +178,8 @@ def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:
         return
     if any(isinstance(scheduler, ReduceOnPlateauParamScheduler) for scheduler in schedulers):
         raise InputError(
-            f'the config differs from the checkpoint ({list_briefly(changed)}), and ReduceOnPlateau cannot be moved to '
-            'its iteration. Resume with the same settings, or start a new training with --cfg-options load_from=FILE'
+            f'the config differs from the checkpoint ({list_briefly(changed)}), and ReduceOnPlateau cannot continue '
+            'with other settings. Resume with the same ones, or start a new training with --cfg-options load_from=FILE'
         )
     _replay(runner, checkpoint['meta'])
     checkpoint['param_schedulers'] = [scheduler.state_dict() for scheduler in schedulers]

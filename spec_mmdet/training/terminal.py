@@ -178,7 +178,9 @@ class Terminal(Hook):
             print_lines(f'{name:8}' + ''.join(f'{value:9.3f}' if value != -1 else f'{"-":>9}' for value in values))
             undefined += [size for size, value in zip(SIZES, values) if value == -1]
         if undefined:
-            print_lines(f'{", ".join(dict.fromkeys(undefined))}: undefined (-1), as the data has no such objects')
+            print_lines(
+                f'{", ".join(dict.fromkeys(undefined))}: undefined (-1), because the data contains no such objects'
+            )
         print_lines(*format_metrics(rest))
 
     def after_train(self, runner: Runner) -> None:
@@ -217,7 +219,7 @@ def describe_model(runner: Runner) -> list[str]:
     else:
         init_cfg = getattr(backbone, 'init_cfg', None) or {}
         pretrained = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-        source = f"the backbone's from {display_path(pretrained)}, the rest random" if pretrained else 'random'
+        source = f'backbone from {display_path(pretrained)}, all others random' if pretrained else 'random'
     return [*lines, f'weights   {source}']
 
 
@@ -230,9 +232,9 @@ def describe_schedule(runner: Runner) -> list[str]:
         length = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
     warm_up, drops = summarise_schedule(runner)
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-    rate = f', {type(optimizer).__name__} at {get_peak_rate(optimizer):.2g}' if optimizer else ''
+    rate = f', {type(optimizer).__name__}, learning rate {get_peak_rate(optimizer):.2g}' if optimizer else ''
     rate += f' after {pluralise(warm_up, "iteration")} of warm-up' * (warm_up > 0)
-    rate += f', lower from {", ".join(map(str, sorted(drops)))} on' * bool(drops)
+    rate += f', lower from iteration {" and ".join(map(str, sorted(drops)))}' * bool(drops)
     return [f'data      {of_images}', f'schedule  {length}{rate}']
 
 

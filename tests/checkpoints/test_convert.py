@@ -250,7 +250,7 @@ def test_a_conditioning_that_must_be_given(tmp_path):
     assert_features(tmp_path / 'folded.pth', expected)
     for arguments in (['svd'], ['identity']):
         refusal = complaint(source, tmp_path / 'x.pth', '--conditioning', *arguments)
-        assert 'recomputed' in refusal and '--lam' in refusal
+        assert 'trained weights' in refusal and '--lam' in refusal
     again = (tmp_path / 'told.pth', tmp_path / 'x.pth', '--conditioning', 'identity')
     assert 'lam=3) already' in complaint(*again)
 
@@ -376,8 +376,8 @@ def test_other_refusals(tmp_path):
     for args, says in (
         ((tmp_path / 'absent.pth', 'out.pth'), 'no such file'),
         ((source, tmp_path / 'out.bin'), 'must end in .pth or .safetensors'),
-        ((source, source), 'overwrite the source'),
-        ((source, tmp_path / 'out.pth', '--lam', '3'), '--lam belongs to'),
+        ((source, source), 'is the source'),
+        ((source, tmp_path / 'out.pth', '--lam', '3'), '--lam needs --conditioning'),
     ):
         assert says in complaint(*args)
     for foreign, says in (

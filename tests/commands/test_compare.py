@@ -89,7 +89,7 @@ def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shap
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'text').touch()
     for args, says in (
-        ([runs / 'a', runs / 'b'], 'all runs are of one arm'),
+        ([runs / 'a', runs / 'b'], 'one arm'),
         ([f'x={runs / "a"}', f'x={runs / "c"}', f'y={runs / "b"}'], 'with the seed 0'),
         ([f'x={runs / "a"}', tmp_path / 'absent'], 'absent: no such folder'),
         ([f'x={runs / "a"}', f'y={trained}'], '--report'),

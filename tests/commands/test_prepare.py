@@ -395,7 +395,7 @@ def test_unusable_arguments(monkeypatch, labelled, good, spoilt, tmp_path):
     edit(lambda coco: coco['images'][0].update(width='96'))(spoilt)
     assert "has the width '96'" in error_line(monkeypatch, 'prepare', spoilt)
     shutil.rmtree(spoilt / 'annotations')
-    assert 'lack their annotation file' in error_line(monkeypatch, 'prepare', spoilt)
+    assert 'lacks its annotation file' in error_line(monkeypatch, 'prepare', spoilt)
     assert not (tmp_path / 'out').exists()
 
 

@@ -377,7 +377,7 @@ def val_twice(root):
 @pytest.mark.parametrize(
     ('spoil', 'says'),
     [
-        (lambda root: (root / 'annotations').rename(root / 'elsewhere'), 'images in train lack their annotation file'),
+        (lambda root: (root / 'annotations').rename(root / 'elsewhere'), 'train lacks its annotation file'),
         (lambda root: (root / 'val').rename(root / 'elsewhere'), 'instances_val.json'),
         (without_val, 'lacks annotations/instances_val*.json and the folder val*'),
         (val_twice, 'several data sets for val (val, val2017)'),

@@ -91,7 +91,7 @@ def test_weights_that_a_hook_writes(where, write, layout):
     model.get_submodule(where).register_forward_pre_hook(hook)
     before = model(EXAMPLES[1])
     for example in EXAMPLES:
-        with pytest.raises(InputError, match='recomputed|overwritten|as it is|predicts|computes attention'):
+        with pytest.raises(InputError, match='recomputed|overwrites|directly|predicts|computes attention'):
             condition(model, layout=layout, example=example)
         assert torch.equal(model.attention.qkv.weight, kept) and torch.equal(model(EXAMPLES[1]), before)
 
@@ -137,8 +137,8 @@ def test_a_second_call_is_rejected():
     model = Model()
     report = condition(model)
     for again in (model, copy.deepcopy(model), nn.Sequential(model)):
-        rejects(again, 'qkv is conditioned already .*twice')
-    rejects(model, 'twice', type='initialisation')
+        rejects(again, 'qkv is conditioned already')
+    rejects(model, 'earlier call', type='initialisation')
     before = model.attention.qkv.weight.detach().clone()
     restored = condition(model, keep_function=True).corrections  # as after torch.load of a pickled model
     restored.load_state_dict(report.corrections.state_dict())

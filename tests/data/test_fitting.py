@@ -154,9 +154,9 @@ def test_metrics_that_hooks_monitor(shapes, settings, rejected):
 
 @pytest.mark.parametrize(('weights', 'sigmoid', 'says'), [
     ([1.0] * 5, False, None),
-    ([1.0] * 4, False, r'bbox_head.loss_cls.class_weight .* has 4 numbers .* give 5'),
+    ([1.0] * 4, False, r'bbox_head.loss_cls.class_weight .* has 4 numbers .* Use 5'),
     ([1.0] * 4, True, None),
-    ([1.0] * 5, True, r'has 5 numbers .* give 4'),
+    ([1.0] * 5, True, r'has 5 numbers .* Use 4'),
     (1.0, False, None),
 ])  # fmt: skip
 def test_class_weights_match_the_number_of_scores(tmp_path, weights, sigmoid, says):

@@ -18,7 +18,7 @@ _OTHERS = re.compile(
     r'SE(?![a-z])|SqueezeExc|SqueezeAnd|Excit|Eca(?![a-z])|Cbam|ChannelAtt|SpatialAtt|GlobalContext|SplitAttn|'
     r'Norm|Dropout|Output$'
 )
-_HALF = 'is named like a projection, but has no query, key and value counterparts'
+_HALF = 'is named like a projection, but the other projections of this attention were not found'
 
 
 def find_uncovered(model: nn.Module, attention: set[nn.Module], runs: list[Run]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def find_uncovered(model: nn.Module, attention: set[nn.Module], runs: list[Run])
         elif any(_contains(a, b) for other in covered for a, b in ((name, other), (other, name))):
             continue
         elif called and not _OTHERS.search(kind) and _count_matrices(module) > 1:
-            found.setdefault(name, f'is called attention ({kind})')
+            found.setdefault(name, f'is named attention ({kind})')
     # Of nested modules only the innermost are listed.
     return {name: why for name, why in found.items() if not any(_contains(name, o) and name != o for o in found)}
 

@@ -128,8 +128,8 @@ class Found:
         """
         if self.refused:
             name, why = next(iter(self.refused.items()))
-            others = f' ({len(self.refused) - 1} more like it)' if len(self.refused) > 1 else ''
-            raise InputError(f'condition: {name} {why}. partial=True leaves it unconditioned{others}')
+            others = f' ({len(self.refused) - 1} other layers are affected, too)' if len(self.refused) > 1 else ''
+            raise InputError(f'condition: {name} {why}. To leave it unconditioned, pass partial=True{others}')
         if self.uncovered:
             listed = '; '.join(f'{name} {why}' for name, why in self.uncovered.items())
             raise InputError(
@@ -202,7 +202,7 @@ class _Search:
                         part = f'[{rows.roles}]' if len(parts) > 1 else ''
                         found.projections.append(Projection(path + part, rows, module, layer.module, layer.tensor))
         if self.unused:
-            raise InputError(f'layout: no layer is named {", ".join(sorted(self.unused))}')
+            raise InputError(f'layout: no projection is named {", ".join(sorted(self.unused))}. Correct the name')
         if coverage:
             found.uncovered = find_uncovered(self.model, attention, found.runs)
         return found
@@ -233,7 +233,7 @@ class _Search:
         selections = []
         for path, layer, key in zip(paths, group, keys):
             if key is None:
-                raise InputError(f'layout: {path} is missing; it belongs to the same attention as {", ".join(paths)}')
+                raise InputError(f'layout: add {path}, which belongs to the same attention as {", ".join(paths)}')
             parsed = parse_layout(self.layout[key])
             roles, rows = {role for role, _ in parsed} - {'-'}, sum(count for _, count in parsed)
             if rows != layer.shape[0] or roles != set(layer.roles):

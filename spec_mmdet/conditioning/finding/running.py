@@ -59,7 +59,7 @@ def run_on(model: nn.Module, example: object) -> Run:
         run()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f'example: the model does not run on it: {reason}') from error
+        raise InputError(f'example: the model fails on it ({reason}). Pass an input that the model accepts') from error
     return run
 
 

@@ -12,7 +12,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def find_fault(module: nn.Module, tensor: str) -> str | None:
     """The reason why a module's tensor is no weight that a correction can be added to; None if it is one."""
     if parametrize.is_parametrized(module, tensor):
-        return 'has a parametrization of another kind; remove it before conditioning'
+        return 'has a parametrization that is not a Correction; remove it before conditioning'
     if tensor not in dict(module.named_parameters(recurse=False)):
         return 'is recomputed by a hook, as by weight_norm, spectral_norm or prune; remove that before conditioning'
     weight = getattr(module, tensor)
@@ -24,7 +24,7 @@ def find_fault(module: nn.Module, tensor: str) -> str | None:
     if weight.is_inference():
         return 'was made under torch.inference_mode and cannot be changed; build the model outside of it'
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride())):
-        return 'is an expanded tensor, whose entries share memory; clone it first'
+        return 'is an expanded tensor, whose entries share memory; replace it by its clone() first'
     if not weight.is_meta and not weight.isfinite().all():
-        return 'has values that are NaN or infinite'
+        return 'contains NaN or inf; use other weights'
     return None

@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding='utf-8-sig')
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f'{path}: not readable as UTF-8. Save it in this encoding') from error
+        raise InputError(f'{path}: not UTF-8. Save it in this encoding') from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(read_text(path), Loader=UniqueLoader)  # noqa: S506, it builds only text, lists and dicts
     except yaml.YAMLError as error:
-        raise InputError(f'{path}: not YAML ({" ".join(str(error).split())})') from error
+        raise InputError(f'{path}: not YAML ({" ".join(str(error).split())}). Correct it') from error
     return content if isinstance(content, dict) else {}
 
 
