@@ -63,6 +63,8 @@ SKIPPED = {
     'spec-mmdet compare': 'is of trainings that take an hour; the suite runs it',
     'make experiment': 'takes hours; what it runs are the commands of the page about pretraining',
     'python -m research.experiment': 'likewise',
+    'make followup': 'likewise',
+    'python -m research.followup': 'likewise',
 }
 
 # Options that make COCO's configs small for a CPU: images of 160 pixels, two for training and two for evaluation.

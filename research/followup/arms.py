@@ -22,7 +22,7 @@ STD = 0.02  # with which both systems draw their weight matrices
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm makes of W.
+    """Change that an arm makes to the initial weights W.
 
     Attributes:
         name: identifies the arm in logs and tables.
