@@ -176,7 +176,7 @@ def test_heads_of_mask2former_follow_the_data():
     assert head.loss_cls.class_weight == [1.0] * 4 + [0.1]
     require_class_weights(cfg)
     head.loss_cls.class_weight.pop()
-    with pytest.raises(InputError, match='has 4 numbers .* give 5'):
+    with pytest.raises(InputError, match='has 4 numbers .* Use 5'):
         require_class_weights(cfg)
 
 
