@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.subset is not None and args.annotations is not None:
         raise InputError('--subset and --annotations cannot be combined. Run the command twice, --annotations first')
     if (args.drop or args.subset or args.annotations or args.val or args.masks or args.tiles) and not args.out:
-        raise InputError('--subset, --annotations, --val, --masks, --tiles and --drop write data. Add --out DIR')
+        raise InputError('--subset, --annotations, --val, --masks, --tiles and --drop need --out DIR. Add it')
     if args.overlap is not None and args.tiles is None:
         raise InputError('--overlap belongs to --tiles. Add --tiles SIZE, or leave out --overlap')
     if args.tiles is not None:
