@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .images import read
-from .rules import compute_extent, rasterised
+from .rules import compute_extent, rasterise
 from .shapes import cut_into_polygons, describe_mask, describe_polygons
 from .splits import Split
 
@@ -51,7 +51,7 @@ def make_cutter(annotation: dict, width: int, height: int) -> Callable[[Tile], d
     """
     mask = annotation.get('segmentation')
     if isinstance(mask, dict):
-        pixels = mask_utils.decode(rasterised(mask, width, height))
+        pixels = mask_utils.decode(rasterise(mask, width, height))
 
         def cut(tile: Tile) -> dict:
             x0, y0, x1, y1 = tile
@@ -99,7 +99,7 @@ def cut_object(annotation: dict, tiles: Sequence[Tile], width: int, height: int)
     mask, (x, y, w, h) = annotation.get('segmentation'), annotation['bbox']
     is_rle = isinstance(mask, dict)
     if is_rle:
-        x, y, w, h = mask_utils.toBbox(rasterised(mask, width, height)).tolist()
+        x, y, w, h = mask_utils.toBbox(rasterise(mask, width, height)).tolist()
     x0, y0, x1, y1 = (x, y, x + w, y + h)
     if mask and not is_rle:
         edges = compute_extent(mask)
