@@ -18,6 +18,7 @@ GROUND = {
     'ops',
     'startup',
     'configs',
+    'processes',
 }  # modules outside the layers, which import errors at most
 LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'inference', 'commands')
 KNOWS = {

@@ -222,8 +222,8 @@ def load_run_config(
     """
     from ..configs import find_config, read_config
     from ..data.folders import use_folder
+    from ..processes import connect_processes
     from ..substitution import protect
-    from ..training.processes import connect_processes
     from .options import adjust_dependent_settings, merge
 
     path = find_config(args.config)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'pretraining needs timm. Run: pip install timm ({error})') from error
     from mmengine.dist import get_world_size
 
-    from ..training.processes import decide_on_main
+    from ..processes import decide_on_main
     from ..training.running import train
     from ..training.schedule import set_schedule
 

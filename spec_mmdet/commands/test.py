@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..evaluation.pages import PAGE
     from ..files import display_path, write_folder_atomically
     from ..models.tta import use_augmentation
+    from ..processes import decide_on_main
     from ..training.guards import end_workers
-    from ..training.processes import decide_on_main
     from ..training.running import adapt_to_data, build_runner, one_line_errors
     from ..training.terminal import Terminal
 

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from mmdet.evaluation import CocoMetric, DumpDetResults
 from mmdet.registry import METRICS
+from mmengine.dist import collect_results
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
@@ -27,6 +28,7 @@ from ..data import rules
 from ..data.reading import AnnotationFile, pause_garbage_collection
 from ..errors import InputError
 from ..files import write
+from ..processes import decide_on_main
 
 LIMITS = (1, 10, 100)  # detections per image in COCO's own summary
 # MMDetection's names of the entries in pycocotools' summary. The AR names contain MMDetection's default limits.
@@ -140,8 +142,24 @@ def get_average_precision(
     return float(precision.mean()) if precision.size else -1.0
 
 
+class PatientMetric(BaseMetric):
+    """MMEngine's metric whose computation in the main process may exceed the timeout of the run's process group."""
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Compute the metrics of all processes' results; see MMEngine's BaseMetric.
+
+        Args:
+            size: number of images; samplers can repeat some.
+        """
+        folder = dict(tmpdir=self.collect_dir) if self.collect_device == 'cpu' else {}
+        results = collect_results(self.results, size, self.collect_device, **folder)
+        self.results.clear()
+        metrics = decide_on_main(lambda: self.compute_metrics(results), 'evaluation')
+        return {f'{self.prefix}/{name}' if self.prefix else name: value for name, value in metrics.items()}
+
+
 @METRICS.register_module()
-class CheckedCocoMetric(CocoMetric):
+class CheckedCocoMetric(PatientMetric, CocoMetric):
     """MMDetection's CocoMetric for annotation files with any ids, in any encoding.
 
     Its arguments and metrics are those of MMDetection, but that wrong arguments are rejected before a run, a detector
@@ -302,7 +320,7 @@ class FastCocoMetric(CheckedCocoMetric):
         super().__init__(*args, **kwargs)
 
 
-class DumpPredictions(DumpDetResults):
+class DumpPredictions(PatientMetric, DumpDetResults):
     """MMDetection's DumpDetResults that writes the annotation file's own image ids.
 
     Args:

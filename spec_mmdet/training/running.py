@@ -33,8 +33,8 @@ from ..data.fitting import (
     use_masks_as_the_model,
 )
 from ..errors import InputError, list_briefly
+from ..processes import decide_on_main, leave_group
 from .guards import end_workers
-from .processes import decide_on_main, leave_group
 from .resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
 from .runners import QuietRunner, WholeConfigRunner
 from .saving import stop_on_signals

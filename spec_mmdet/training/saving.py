@@ -25,7 +25,7 @@ from ..checkpoints.writing import serialize
 from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
 from ..files import write
-from .processes import start_max
+from ..processes import start_max
 
 INTERRUPTED = 'interrupted.pth'  # the checkpoint saved on a signal
 PROMPT = timedelta(minutes=10)  # timeout for agreeing on a signal

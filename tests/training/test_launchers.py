@@ -14,8 +14,7 @@ from conftest import CONFIG
 from mmengine.config import Config
 from mmengine.dist import get_rank
 
-from spec_mmdet import InputError
-from spec_mmdet.training import processes
+from spec_mmdet import InputError, processes
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostname host1" ] && echo 127.0.0.1\n'
 

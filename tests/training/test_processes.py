@@ -12,7 +12,10 @@ import toy
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 
+from spec_mmdet import processes
 from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.evaluation.metrics import PatientMetric
+from spec_mmdet.training.saving import EVALUATED
 
 
 def wait_for(path: Path) -> None:
@@ -57,7 +60,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         flag.unlink()
 
 
-def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
+def two_processes(folder: Path, timeout: float = 60, settings: dict | None = None, **at) -> list[int]:
     """Train by two processes that are connected by gloo."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -67,11 +70,12 @@ def two_processes(folder: Path, timeout: float = 60, **at) -> list[int]:
         names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in names.items()})
         torch.cuda.set_device = lambda device: None  # MMEngine calls this also without a GPU, which a fork may not do
-        hooks = [dict(type='FiniteGuard'), dict(type='At', flag=str(folder / 'flag'), **at)]
+        hooks = [dict(type='FiniteGuard')]
+        hooks += [dict(type='At', flag=str(folder / 'flag'), **at)] if at else []
         group = dict(dist_cfg=dict(backend='gloo', timeout=timeout))
         wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
-        settings = dict(launcher='pytorch', env_cfg=group, custom_hooks=hooks, cfg=dict(model_wrapper_cfg=wrapper))
-        toy.runner(folder / 'work', **settings).train()
+        more = dict(launcher='pytorch', env_cfg=group, custom_hooks=hooks, cfg=dict(model_wrapper_cfg=wrapper))
+        toy.runner(folder / 'work', **more, **settings or {}).train()
 
     return [toy.fork(lambda rank=rank: train(rank), folder / f'says_{rank}') for rank in range(2)]
 
@@ -97,3 +101,24 @@ def test_a_process_that_does_not_answer_ends_the_others(tmp_path, trouble):
     if trouble == signal.SIGSTOP:
         os.kill(second, signal.SIGKILL)
     toy.status_of(second)
+
+
+class SlowScore(PatientMetric, toy.Score):
+    """Takes longer than the timeout of the processes."""
+
+    def compute_metrics(self, results: list) -> dict:
+        assert len(results) == 4  # one for each batch
+        time.sleep(4)
+        return super().compute_metrics(results)
+
+
+def test_an_evaluation_may_take_longer_than_the_timeout(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(processes, 'SOON', 1)
+    settings = dict(epochs=2, val_evaluator=dict(type=SlowScore))
+    for resume_from in (None, tmp_path / 'work' / 'epoch_2.pth'):  # the second run repeats the last evaluation
+        forks = two_processes(tmp_path, timeout=2, settings=dict(settings, resume_from=resume_from))
+        assert [toy.status_of(process) for process in forks] == [0, 0]
+        (line,) = [line for line in capfd.readouterr().out.splitlines() if 'waiting' in line]
+        assert 'process 1' in line and 'evaluation' in line
+        assert (tmp_path / 'work' / EVALUATED).read_text() == '2'
+        (tmp_path / 'work' / EVALUATED).unlink()

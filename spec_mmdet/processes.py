@@ -8,18 +8,21 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from threading import Timer
 from typing import TypeVar
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_world_size, init_dist, is_distributed, is_main_process
+from mmengine.dist import get_rank, get_world_size, init_dist, is_distributed, is_main_process
 from mmengine.utils.dl_utils import set_multi_processing
 
-from ..errors import InputError
+from .errors import InputError
 
 T = TypeVar('T')
 
-PATIENCE = timedelta(hours=2)  # timeout of waiting for the main process, which may verify large files
+PATIENCE = timedelta(hours=12)  # timeout of waiting for the main process, which may evaluate many images
+SOON = 30  # seconds of waiting without a message
 STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
 _waiting: list[torch.distributed.ProcessGroup] = []
@@ -70,13 +73,20 @@ def start_max(number: torch.Tensor) -> torch.distributed.Work:
     )
 
 
-def decide_on_main(decide: Callable[[], T]) -> T:
+@cache  # prints once
+def announce(what: str) -> None:
+    print(f'process {get_rank()}: waiting for process 0 ({what})', flush=True)
+
+
+def decide_on_main(decide: Callable[[], T], what: str = 'checks and files') -> T:
     """Run a function only in the main process, and return its result in all processes.
 
-    If it raises an exception, the main process raises it and the others exit with status 1 and without a message.
+    The others wait up to :data:`PATIENCE`, whatever the timeout of the run's process group is. If the function raises
+    an exception, the main process raises it and the others exit with status 1 and without a message.
 
     Args:
         decide: a function without arguments whose result can be pickled.
+        what: what the others wait for; they print it once.
     """
     if get_world_size() == 1:
         return decide()
@@ -87,7 +97,13 @@ def decide_on_main(decide: Callable[[], T]) -> T:
         except BaseException as raised:
             error = raised
     message = [result, error is not None]
-    torch.distributed.broadcast_object_list(message, src=0, group=get_waiting_group())
+    timer = Timer(SOON, announce, [what])
+    if not is_main_process():
+        timer.start()
+    try:
+        torch.distributed.broadcast_object_list(message, src=0, group=get_waiting_group())
+    finally:
+        timer.cancel()
     result, failed = message
     if failed:
         leave_group()
