@@ -15,7 +15,7 @@ from .models.tta import MaskTTAModel
 from .models.xcit import SpecXCiT
 from .training.exact import ExactEpochTrainLoop, ExactIterTrainLoop
 from .training.guards import CheckpointGuard, FiniteGuard, LoaderGuard
-from .training.hooks import ConditioningHook, ScheduleGuard
+from .training.hooks import ConditioningHook, HistoryLimit, ScheduleGuard
 from .training.optim import LayerDecayConstructor
 from .training.results import ResultsHook
 from .training.saving import AtomicCheckpointHook
@@ -32,6 +32,7 @@ __all__ = [
     'ExactIterTrainLoop',
     'FastCocoMetric',
     'FiniteGuard',
+    'HistoryLimit',
     'ImageClassifier',
     'LabelVisualizer',
     'LayerDecayConstructor',

@@ -36,6 +36,7 @@ GUARDS = dict(
     schedule_guard='ScheduleGuard',
     finite_guard='FiniteGuard',
     loader_guard='LoaderGuard',
+    history='HistoryLimit',
 )
 
 

@@ -1,4 +1,4 @@
-"""Hooks that check a run's schedule and record condition numbers during training."""
+"""Hooks that check a run's schedule, limit its history and record condition numbers during training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from operator import length_hint
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +26,7 @@ from mmengine.optim.scheduler.param_scheduler import (
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..compat import get_load_path, is_resuming
+from ..compat import get_built_loops, get_load_path, is_resuming
 from ..conditioning import Report, measure
 from ..errors import InputError
 from ..models.classifier import SpecXCiTClassifier
@@ -33,6 +34,7 @@ from ..models.jacobians import compute_jacobian_spectra
 from ..models.xcit import SpecXCiT
 from .saving import unwrap_model
 
+MMENGINES_LIMIT = 1_000_000  # values in a history
 LITTLE_DATA = 10_000  # images; with fewer, detectors have rarely been trained from random weights
 
 
@@ -122,6 +124,31 @@ def describe_pretrained_weights(backbone: dict) -> str:
         'Use pretrained weights: --cfg-options model.backbone.init_cfg.type=Pretrained '
         f'model.backbone.init_cfg.checkpoint=FILE{conditioned}{published}'
     )
+
+
+@HOOKS.register_module()
+class HistoryLimit(Hook):
+    """Hook that limits the history of logged scalars, which MMEngine copies at every update and stores in checkpoints.
+
+    The logged numbers do not change: each history is as long as the longest window of the log processor, and complete
+    where that computes a statistic of all iterations (``window_size='global'``).
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the longest window, which for times of a validation is all of it."""
+        windows = [(entry['data_src'], entry.get('window_size')) for entry in runner.log_processor.custom_cfg]
+        self.complete = {name for name, size in windows if size in (None, 'global')}
+        by_epoch = any(size == 'epoch' for _, size in windows)
+        loops = [loop for loop in get_built_loops(runner) if by_epoch or loop is not runner.train_loop]
+        lengths = [length_hint(loop.dataloader, MMENGINES_LIMIT) for loop in loops]
+        sizes = [size for _, size in windows if isinstance(size, int)]
+        self.length = max([runner.log_processor.window_size, *lengths, *sizes])
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict | None = None) -> None:
+        """Set the limit of all histories; MMEngine creates one when a scalar is first logged."""
+        for name, history in runner.message_hub.log_scalars.items():
+            if not self.complete & {name, name.partition('/')[2]}:
+                history.max_length = self.length
 
 
 CONDITIONING = 'conditioning'  # prefix of the curves, and name of the table

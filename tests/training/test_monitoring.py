@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy
 from mmengine.logging import MMLogger
+from mmengine.runner import Runner
 
 from spec_mmdet import InputError
 from spec_mmdet.models.xcit import SpecXCiT
@@ -132,3 +133,34 @@ def test_undefined_metrics_are_explained(capsys):
     assert '\nlarge: undefined (-1)' in out and '-1.000' not in out
     Terminal().after_test_epoch(None, metrics | {'coco/bbox_mAP_l': 0.5})
     assert 'undefined' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('window', ['global', 'epoch', 9])
+def test_a_limited_history_changes_no_logged_number(tmp_path, window):
+    custom = [dict(data_src='loss', log_name='other', method_name='mean', window_size=window)]
+    hooks = dict(
+        logger=dict(type='LoggerHook', interval=1),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1),
+        history=dict(type='HistoryLimit'),
+    )
+
+    def train(name: str, limited: bool, **settings) -> tuple[list[tuple], Runner]:
+        run = toy.runner(
+            tmp_path / name,
+            default_hooks=hooks if limited else {key: hooks[key] for key in ('logger', 'checkpoint')},
+            log_processor=dict(window_size=3, custom_cfg=deepcopy(custom)),
+            **settings,
+        )
+        run.train()
+        records = [record for record in read_scalars(tmp_path / name) if 'loss' in record]
+        return [(record['iter'], record['loss'], record['other'], record['lr']) for record in records], run
+
+    expected, _ = train('complete', False)
+    limited, run = train('limited', True)
+    assert limited == expected and len(expected) == 16
+    lengths = {name: len(history.data[0]) for name, history in run.message_hub.log_scalars.items()}
+    longest = {'global': 4, 'epoch': 4, 9: 9}[window]  # a validation has 4 iterations
+    assert lengths['train/time'] == lengths['train/lr'] == lengths['val/time'] == longest
+    assert lengths['train/loss'] == (16 if window == 'global' else longest)
+    resumed, _ = train('resumed', True, resume_from=tmp_path / 'limited' / 'epoch_3.pth')
+    assert resumed == expected[12:]
