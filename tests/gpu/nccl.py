@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""Train with two processes on simulated GPUs whose backend "nccl" rejects CPU tensors; one of them gets SIGTERM."""
+"""Train and evaluate with two processes on simulated GPUs whose "nccl" rejects CPU tensors; one gets SIGTERM."""
 
 import json
 import os
@@ -16,16 +16,20 @@ import toy
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-import spec_mmdet  # noqa: F401
+from spec_mmdet.evaluation.metrics import PatientMetric
+
+
+class Score(PatientMetric, toy.Score):
+    """Wait for the first process as COCO metrics do."""
 
 
 @HOOKS.register_module()
 class SignalAt(Hook):
-    """Send the second process SIGTERM in the third iteration."""
+    """Send the second process SIGTERM in the third iteration of the second epoch."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         assert next(runner.model.parameters()).is_cuda
-        if runner.iter == 2 and runner.rank == 1:
+        if runner.iter == 6 and runner.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -34,8 +38,9 @@ def train(rank: int, port: int, folder: Path) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
     pretend_gpu.use_nccl()
     group = dict(dist_cfg=dict(backend='nccl', timeout=60))
-    toy.runner(folder / 'work', launcher='pytorch', env_cfg=group, custom_hooks=[
-        dict(type='FiniteGuard'), dict(type='SignalAt')]).train()  # fmt: skip
+    hooks = [dict(type='FiniteGuard'), dict(type='SignalAt')]
+    settings = dict(launcher='pytorch', env_cfg=group, custom_hooks=hooks, val_evaluator=dict(type=Score))
+    toy.runner(folder / 'work', **settings).train()
 
 
 if __name__ == '__main__':
