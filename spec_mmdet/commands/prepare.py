@@ -1,10 +1,10 @@
 """Check, convert, split or subsample a data set, and write it in COCO's layout.
 
-    spec-mmdet prepare FOLDER                                       # check annotations/, train*/ and val*/
-    spec-mmdet prepare EXPORT --val 0.2 --out DIR                   # convert the export of a labelling tool
-    spec-mmdet prepare FOLDER --drop --out DIR                      # leave out faulty images
-    spec-mmdet prepare FOLDER --subset 0.1 --out DIR                # use a tenth of each split
-    spec-mmdet prepare FOLDER --tiles 1024 --out DIR                # cut large images into tiles
+    spec-mmdet prepare FOLDER                         # check COCO's layout
+    spec-mmdet prepare EXPORT --val 0.2 --out DIR     # convert an export
+    spec-mmdet prepare FOLDER --drop --out DIR        # drop faulty images
+    spec-mmdet prepare FOLDER --subset 0.1 --out DIR  # keep a tenth
+    spec-mmdet prepare FOLDER --tiles 1024 --out DIR  # cut into tiles
     spec-mmdet prepare IMAGES --annotations FILE --val 0.2 --out DIR
 
 EXPORT is a folder or a .zip in one of these formats:
