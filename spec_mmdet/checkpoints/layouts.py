@@ -42,6 +42,7 @@ _PATTERNS = {
 
 CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # unused by a detection backbone
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
+_FIRST_BLOCK = re.compile(r'^(.*\.|)(?:xca_layers|blocks)\.0\.attn\.temperature$')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
 
 
@@ -95,16 +96,27 @@ def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str
     )
 
 
-def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Remove the prefixes of wrappers; return the weights of the XCiT and the remaining ones."""
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        if all(name.startswith(prefix) or name == 'n_averaged' for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != 'n_averaged'}
-    prefix = 'backbone.'
-    if not any(name.startswith(prefix) for name in weights):
-        return weights, {}
+def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Remove the prefixes of wrappers, for instance of DDP, torch.compile, Lightning, or a teacher and a student.
+
+    Returns:
+        The weights of the XCiT, those of the detector around it, and the names of those outside of both. Of several
+        XCiTs, averaged weights come first, in the order of :data:`WRAPPERS`.
+    """
+
+    def rank(prefix: str) -> tuple:
+        parts = prefix.split('.')
+        return 'ema' not in prefix, *([part not in parts for part in WRAPPERS]), prefix
+
+    prefix = min((m[1] for name in weights if (m := _FIRST_BLOCK.match(name))), key=rank, default='')
+    outer = prefix.removesuffix('backbone.')
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return inside, {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    beside = {
+        name.removeprefix(outer): value
+        for name, value in weights.items()
+        if name.startswith(outer) and not name.startswith(prefix)
+    }
+    return inside, beside, [name for name in weights if not name.startswith(outer)]
 
 
 def _rename(weights: dict[str, Tensor], layout: str) -> dict[str, str]:
@@ -210,7 +222,7 @@ def _some(names: list[str]) -> str:
 
 def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     weights, wrapper = _unwrap(checkpoint, key)
-    inside, beside = _strip(weights)
+    inside, beside, outside = _strip(weights)
     layout = next((name for name, rules in _PATTERNS.items() if any(re.match(rules[0][0], n) for n in inside)), None)
     if layout is None:
         raise InputError(f'not a known layout of XCiT (reference, timm, mmpretrain); contains {_some(list(inside))}')
@@ -242,7 +254,7 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
     if ' and ' in describe_conditioning(taken):
         raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')
-    dropped = [original[n] for n in tensors if n not in taken] + [n for n in beside if n not in detector]
+    dropped = [original[n] for n in tensors if n not in taken] + [n for n in beside if n not in detector] + outside
     missing = [] if 'fpn' in there else list(groups['fpn'])
     return Checkpoint(taken, layout, wrapper, arch, patch_size, detector, dropped, missing)
 

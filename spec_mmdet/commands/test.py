@@ -20,7 +20,7 @@ from .common import add_run_options, load_run_config, make_parser
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = make_parser('test', __doc__)
     add_run_options(options)
-    options.add_argument('checkpoint', help='file or URL of a checkpoint')
+    options.add_argument('checkpoint', help='file or URL of a checkpoint, or an exported .onnx file')
     options.add_argument('--report', type=Path, metavar='DIR', help='folder for an HTML report (default: no report)')
     options.add_argument('--out', type=Path, metavar='FILE', help='.pkl file for the predictions (default: none)')
     options.add_argument('--show', action='store_true', help='show the predictions in a window')
@@ -34,6 +34,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = options.parse_args(argv)
     if args.out and args.out.suffix not in ('.pkl', '.pickle'):
         raise InputError(f'--out {args.out}: the name must end in .pkl or .pickle')
+    if args.tta and args.checkpoint.endswith('.onnx'):
+        raise InputError(f'--tta is not possible with an exported detector, {args.checkpoint}. Test its checkpoint')
     if args.show_dir:
         # MMDetection resolves a relative folder for each batch anew, relative to that of the previous batch.
         args.show_dir = str(args.show_dir.resolve())
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..evaluation.drawing import use_font_for
     from ..evaluation.metrics import DumpPredictions
     from ..evaluation.pages import PAGE
-    from ..files import display_path, write_folder_atomically
+    from ..files import compute_digest, display_path, write_folder_atomically
+    from ..inference.inferencer import use_exported
+    from ..models.onnx import OnnxDetector
     from ..models.tta import use_augmentation
     from ..processes import decide_on_main
     from ..training.guards import end_workers
@@ -73,9 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..training.terminal import Terminal
 
     cfg = load_run_config(args, splits=('test',))
-    classes = decide_on_main(lambda: get_classes(verify_checkpoint(args.checkpoint)))
+    if exported := OnnxDetector(args.checkpoint) if args.checkpoint.endswith('.onnx') else None:
+        classes = exported.classes
+        if 'masks' not in exported.outputs:
+            use_exported(cfg, args.checkpoint)  # masks are then neither loaded nor evaluated
+    else:
+        classes = decide_on_main(lambda: get_classes(verify_checkpoint(args.checkpoint)))
     adapt_to_data(cfg, ('test',), classes, not args.no_check)
-    cfg.load_from = fetch(args.checkpoint)
+    if exported:
+        use_exported(cfg, args.checkpoint)
+    else:
+        cfg.load_from = fetch(args.checkpoint)
     reported = args.report if is_main_process() else None
     decide_on_main(lambda: reported and report.prepare(reported, cfg))
     if args.show or args.show_dir:
@@ -99,8 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             finally:
                 end_workers(runner)
             if reported:
-                content = load(args.checkpoint, mmap=True)
-                tested = report.TestResults.from_runner(runner, get_run_info(content), describe_state(content))
+                content = {} if exported else load(args.checkpoint, mmap=True)
+                if exported:
+                    state = dict(sha256=compute_digest(Path(args.checkpoint)), position='exported', seed=None)
+                else:
+                    state = describe_state(content)
+                tested = report.TestResults.from_runner(runner, get_run_info(content), state)
             del runner
         require_measured(metrics)
         if reported:

@@ -30,7 +30,7 @@ from ..models import xcit
 from ..models.attention import XCA
 from ..models.onnx import INPUTS, OUTPUTS, DetectorGraph, OnnxDetector
 from ..models.xcit import SpecXCiT
-from .inferencer import load_inferencer
+from .inferencer import load_inferencer, remove_padding
 from .media import decode_file
 
 STRIDES = (4, 8, 16, 32)
@@ -163,6 +163,7 @@ def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) 
     Raises:
         InputError: if the detector cannot be exported, or the results differ.
     """
+    remove_padding(cfg)
     inferencer = load_inferencer(cfg, checkpoint, 'cpu')
     detector = inferencer.model.eval().requires_grad_(False)
     try:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmcv.transforms import Pad
 from mmdet.apis import DetInferencer
+from mmdet.registry import TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
-from ..data.fitting import has_masks, list_configured_classes, set_classes, walk
+from ..data.fitting import has_masks, is_kind_of, list_configured_classes, set_classes, walk
 from ..errors import InputError
 from ..evaluation.drawing import use_font_for
 from ..files import write_folder_atomically
@@ -45,7 +47,7 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     warnings.filterwarnings('ignore', message='dataset_meta or class names')
     warnings.filterwarnings('ignore', module='mmengine.visualization')
     if checkpoint.endswith('.onnx'):
-        cfg.model = dict(type='OnnxDetector', path=checkpoint, score=score, device=device)
+        use_exported(cfg, checkpoint, score, device)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about missing weights and unknown classes
             inferencer = DetInferencer(cfg, None, 'cpu', show_progress=False)
@@ -78,6 +80,21 @@ def raise_score_threshold(model: dict, score: float) -> None:
         if 'score_thr' in node and 'test_cfg' in path and not {'rpn', 'panoptic'} & {*path}:
             below = float(np.nextafter(np.float32(score), np.float32(-1)))  # MMDetection keeps only higher scores
             node['score_thr'] = max(node['score_thr'], below)
+
+
+def use_exported(cfg: Config, path: str, score: float = 0.0, device: str | None = None) -> None:
+    """Replace a config's model by an exported detector; changes ``cfg``. See :class:`OnnxDetector` for arguments."""
+    cfg.model = dict(type='OnnxDetector', path=path, score=score, device=device)
+    remove_padding(cfg)
+
+
+def remove_padding(cfg: Config) -> None:
+    """Remove padding from the test pipeline, because an exported detector scales boxes by the image's size."""
+    for name, node in walk(cfg.test_dataloader, 'test_dataloader'):
+        kept = [step for step in node.get('pipeline') or () if not is_kind_of(step, TRANSFORMS, Pad)]
+        if len(kept) < len(node.get('pipeline') or ()):
+            print(f'{name}.pipeline: padding removed, because exported detectors need none')
+            node['pipeline'] = kept
 
 
 def set_names(inferencer: DetInferencer, classes: Sequence[str]) -> DetInferencer:

@@ -250,6 +250,7 @@ class OnnxDetector(BaseModel):
             self.session = onnxruntime.InferenceSession(path, providers=[provider])
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise InputError(f'{path}: ONNX Runtime cannot read it: {error}') from error
+        self.path = path
         self.outputs = [output.name for output in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
         if self.outputs[:3] != list(OUTPUTS[:3]) or 'classes' not in metadata:
@@ -267,11 +268,10 @@ class OnnxDetector(BaseModel):
         for image, sample in zip(inputs, data_samples, strict=True):
             if min(image.shape[1:]) < self.least:
                 raise InputError(
-                    f'an image of {image.shape[2]} x {image.shape[1]} pixels after scaling: the exported detector '
-                    f'needs sides of at least {self.least}. Resize the image, or remove it'
+                    f'an image has a side below {self.least} pixels after scaling, which the exported detector needs'
                 )
             feed = dict(image=image.flip(0)[None], size=torch.tensor(sample.ori_shape), score=torch.tensor(self.score))
-            found = self.session.run(self.outputs, {name: value.numpy() for name, value in feed.items()})
+            found = self.session.run(self.outputs, {name: value.cpu().numpy() for name, value in feed.items()})
             boxes, scores, labels, *masks = map(torch.from_numpy, found)
             sample.pred_instances = InstanceData(bboxes=boxes, scores=scores, labels=labels)
             if masks:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
+from ..errors import InputError
 from .attention import XCA
 from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, scale_output, uses_onednn
 
@@ -382,9 +383,7 @@ class SpecXCiT(BaseModule):
             Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
         """
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f'SpecXCiT: images must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {tuple(x.shape)}'
-            )
+            raise InputError(f'an image has a side below {MIN_IMAGE_SIZE} pixels after scaling, which SpecXCiT needs')
         return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.compute_tokens(x)))
 
     def compute_tokens(self, x: Tensor) -> list[Tensor]:

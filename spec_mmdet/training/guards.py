@@ -36,8 +36,10 @@ class CheckpointGuard(Hook):
     """Hook that stops if a checkpoint does not fit the model; MMEngine would only warn and keep random weights.
 
     Tests and resumed trainings need all weights. A new training from a checkpoint (``load_from``) needs only those of
-    the backbone, because its heads may have different classes.
+    the backbone, because its heads may have different classes. A plain state dict gets the key that EMAHook reads.
     """
+
+    priority = 'VERY_HIGH'  # before hooks that load the weights, too
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint with the runner's model.
@@ -57,6 +59,7 @@ class CheckpointGuard(Hook):
         faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}. Use the config of its training')
+        checkpoint['state_dict'] = weights
         if is_training(runner) and is_resuming(runner):
             apply_configured_schedule(runner, checkpoint)
 

@@ -206,6 +206,8 @@ def describe_model(runner: Runner) -> list[str]:
     model = unwrap_model(runner)
     backbone = getattr(model, 'backbone', None)
     count = sum(p.numel() for p in model.parameters())
+    if not count:  # an exported detector
+        return [f'model     {type(model).__name__} of {display_path(model.path)}']
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     what = f'{type(model).__name__} on {type(backbone).__name__}' if backbone else type(model).__name__
     lines = [
@@ -243,7 +245,8 @@ def get_peak_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def describe_device(runner: Runner) -> list[str]:
-    device = next(unwrap_model(runner).parameters()).device
+    model = unwrap_model(runner)
+    device = next((p.device for p in model.parameters()), model.data_preprocessor.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type.upper()
     threads = f', {pluralise(torch.get_num_threads(), "thread")}' * (device.type == 'cpu')
     several = f', {get_world_size()} processes' * (get_world_size() > 1)

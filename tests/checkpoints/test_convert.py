@@ -174,6 +174,19 @@ def test_wrappers(tmp_path, capsys):
         (dict(teacher=dino, student={f'module.{k}': torch.zeros_like(v) for k, v in dino.items()}), 'teacher'),
         (dict(state_dict={f'module.{k}': v for k, v in good.items()}), 'state_dict'),
         (dict(state_dict={f'backbone.{k}': v for k, v in good.items()}), 'state_dict'),
+        *(
+            (dict(state_dict={f'{p}{k}': v for k, v in good.items()} | extra), 'state_dict')
+            for p, extra in (
+                ('model.', {'loss.weight': torch.ones(7)}),  # of Lightning
+                ('model.backbone.', {'model.head.weight': torch.ones(7, 32)}),
+                ('_orig_mod.module.', {}),
+                ('net._orig_mod.encoder.', {'net._orig_mod.projector.weight': torch.ones(8, 8)}),
+                ('teacher.backbone.', {f'student.backbone.{k}': torch.zeros_like(v) for k, v in good.items()}),
+                ('student.', {f'queue.{i}': torch.ones(3) for i in range(2)}),
+                ('ema_model.module.', {f'model.{k}': torch.zeros_like(v) for k, v in good.items()}),
+                ('module.', {'n_averaged': torch.tensor(3)}),
+            )
+        ),
     ):
         torch.save(checkpoint, tmp_path / 'source.pth')
         convert(tmp_path / 'source.pth', tmp_path / 'converted.pth')

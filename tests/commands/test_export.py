@@ -1,6 +1,8 @@
 """An exported model computes the same as the conditioned model in PyTorch, for images of any size."""
 
+import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from pycocotools.mask import decode
 from torch import nn
 
 from spec_mmdet.configs import find_config
+from spec_mmdet.inference.inferencer import use_exported
 from spec_mmdet.models.onnx import DetectorGraph
 
 LAMBDA = ['--backbone', '--cfg-options', 'model.backbone.conditioning.lam=10.0']
@@ -166,6 +169,15 @@ def test_the_graph_predicts_the_same_as_the_detector(cfg):
             assert (masks[0] == expected.masks)[same].float().mean() > 0.999 and masks[0].any()
 
 
+def test_padding_is_removed_for_exported_detectors(capsys):
+    cfg = Config.fromfile(CONFIG)
+    pipeline = list(cfg.test_dataloader.dataset.pipeline)
+    cfg.test_dataloader.dataset.pipeline = [*pipeline[:2], dict(type='mmdet.Pad', size=(256, 256)), *pipeline[2:]]
+    use_exported(cfg, 'detector.onnx')
+    assert list(cfg.test_dataloader.dataset.pipeline) == pipeline
+    assert 'test_dataloader.dataset.pipeline: padding removed' in capsys.readouterr().out
+
+
 def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, capsys):
     """The exported file and the checkpoint give the same predictions."""
     detector, config, out = trained / 'epoch_1.pth', trained / 'xcit_spec_shapes.py', tmp_path / 'detector.onnx'
@@ -191,6 +203,15 @@ def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, c
         assert (ours['image_id'], ours['category_id']) == (theirs['image_id'], theirs['category_id'])
         np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
         assert (decode(ours['segmentation']) != decode(theirs['segmentation'])).sum() <= 2
+    *_, last = csv.DictReader((trained / 'results.csv').open())
+    capsys.readouterr()
+    run_tool(monkeypatch, 'test', config, out, '--data', shapes, '--work-dir', tmp_path / 'test')
+    printed = capsys.readouterr().out
+    for kind in ('bbox', 'segm'):  # of PyTorch, at the end of the training
+        ap = re.search(rf'^{dict(bbox="box", segm="mask")[kind]} AP +(\S+) +(\S+)', printed, re.MULTILINE).groups()
+        expected = [float(last[f'coco/{kind}_{name}']) for name in ('mAP', 'mAP_50')]
+        np.testing.assert_allclose([*map(float, ap)], expected, atol=2e-3)
+    assert expected[1] > 0
     out.write_bytes(b'text')
     refusal = error_line(monkeypatch, 'predict', config, out, shapes / 'val', '--out', tmp_path / 'none')
     assert 'detector.onnx: ONNX Runtime cannot read it' in refusal and not (tmp_path / 'none').exists()

@@ -123,15 +123,21 @@ def test_corrupt_images_do_not_affect_the_others(monkeypatch, trained, shapes, t
     (folder / '._2.png').write_bytes(b'\0\5\x16\7')
     for name in ('7.png', '8.png'):
         cv2.imwrite(str(folder / name), cv2.imread(str(good), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
+    for name, height in (('90.png', 20), ('91.png', 4)):  # after scaling, 1 pixel high or none
+        Image.new('RGB', (2000, height)).save(folder / name)
     for inputs in (folder, f'{folder}/*.*'):
         out = tmp_path / f'out{inputs == folder}'
-        args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures']
+        args = [CONFIG, trained / 'epoch_1.pth', inputs, '--score', 0, '--out', out, '--no-pictures', '--batch-size', 4]
+        args += ['--cfg-options', 'test_dataloader.dataset.pipeline.1.keep_ratio=True']
         refusal = error_line(monkeypatch, 'predict', *args)
-        assert f'5 of 8 inputs failed, first {folder / "1.png"}' in refusal
+        assert f'7 of 10 inputs failed, first {folder / "1.png"}' in refusal
         images, predicted = results(out)
         assert [image['file_name'] for image in images['images']] == ['2.png', '7.png', '8.png'] and predicted
         printed = capsys.readouterr().out
-        assert all(f'  {folder / name}\n' in printed for name in ('1.png', '3.jpg', '4.png', '5.png', '6.png'))
+        assert all(
+            f'  {folder / name}\n' in printed
+            for name in ('1.png', '3.jpg', '4.png', '5.png', '6.png', '90.png', '91.png')
+        )
         assert printed.count('8 bits') == 1 and f'2 {DEEP}; first: {folder / "7.png"}' in printed
         assert ('hidden files: ._2.png' in printed) == (inputs == folder)
 

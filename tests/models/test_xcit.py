@@ -105,7 +105,7 @@ def test_any_image_size(height, width, patch_size):
 
 
 def test_an_image_below_the_coarsest_stride_is_refused():
-    with pytest.raises(ValueError, match='at least 32 pixels'):
+    with pytest.raises(ValueError, match='below 32 pixels'):
         SpecXCiT(TINY)(torch.zeros(1, 3, 31, 64))
 
 
