@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..models.tta import use_augmentation
     from ..processes import decide_on_main
     from ..training.guards import end_workers
+    from ..training.results import is_of_training, read_curves
     from ..training.running import adapt_to_data, build_runner, one_line_errors
     from ..training.terminal import Terminal
 
@@ -112,11 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 end_workers(runner)
             if reported:
                 content = {} if exported else load(args.checkpoint, mmap=True)
+                run, place = get_run_info(content), Path(args.checkpoint).parent
                 if exported:
                     state = dict(sha256=compute_digest(Path(args.checkpoint)), position='exported', seed=None)
                 else:
                     state = describe_state(content)
-                tested = report.TestResults.from_runner(runner, get_run_info(content), state)
+                curves = read_curves(place) if is_of_training(run, place) else {}
+                tested = report.TestResults.from_runner(runner, run, state, curves)
             del runner
         require_measured(metrics)
         if reported:

@@ -24,7 +24,7 @@ from ..files import compute_digest, display_path, format_csv
 from .bootstrap import ResampledAP, draw_weights
 from .metrics import read_detections
 from .pages import DATA, PAGE, render_page
-from .plots import embed_figure
+from .plots import add_legend, embed_figure, start_plot
 from .report import format_kappa
 
 KINDS = dict(bbox='box', segm='mask')
@@ -304,16 +304,12 @@ def draw_curve(runs: Sequence[Run], name: str, log: bool = False) -> Figure | No
     colours = {arm: f'C{i % 10}' for i, arm in enumerate(group_runs(runs))}
     if not any(name in run.curves for run in runs):
         return None
-    beside = len(colours) > 4  # a long legend would cover curves
-    figure = Figure(figsize=(7.6 if beside else 5.2, 3.4), layout='constrained')
-    axis = figure.subplots()
+    figure, axis = start_plot(name.replace('_', ' '), xlabel='iteration', **(dict(yscale='log') if log else {}))
     for run in runs:
         axis.plot(*run.curves.get(name, ([], [])), color=colours[run.arm], marker='.', linewidth=1)
     for arm, colour in colours.items():
         axis.plot([], [], color=colour, label=arm)
-    axis.set(title=name.replace('_', ' '), xlabel='iteration', **(dict(yscale='log') if log else {}))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, **(dict(loc='upper left', bbox_to_anchor=(1, 1)) if beside else {}))
+    add_legend(axis)
     return figure
 
 
@@ -357,11 +353,8 @@ def tabulate(runs: Sequence[Run]) -> list[dict]:
 
 def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
     """Build the comparison's page, HTML."""
-    curves = [
-        *(draw_curve(runs, f'{name} AP') for name in KINDS.values()),
-        draw_curve(runs, 'loss', log=True),
-        *(draw_curve(runs, name, log=True) for name in KAPPAS),
-    ]
+    names = [*(f'{name} AP' for name in KINDS.values()), 'loss', *KAPPAS]
+    curves = {name: draw_curve(runs, name, log=not name.endswith('AP')) for name in names}
     return render_page(
         'comparison',
         title=' against '.join(reversed(group_runs(runs))),
@@ -380,7 +373,7 @@ def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
         draws=len(next(iter(runs[0].drawn.values()))),
         sentences=[describe_difference(entry) for entry in found],
         intervals=embed_figure(draw_differences(found)),
-        curves=[embed_figure(figure) for figure in curves if figure],
+        curves=[dict(embed_figure(figure), name=name) for name, figure in curves.items() if figure],
     )
 
 

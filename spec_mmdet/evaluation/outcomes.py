@@ -35,19 +35,21 @@ class Outcome:
     false_positives: list[int] = field(default_factory=list)  # detections
     crowd: list[int] = field(default_factory=list)  # ignored detections on crowd regions
     false_negatives: list[int] = field(default_factory=list)  # objects
+    confused: list[tuple[int, int]] = field(default_factory=list)  # class errors: detection and object
     errors: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in ERRORS})
 
 
-def match_boxes(annotations: AnnotationFile, detections: Path, summary: COCOeval) -> COCOeval:
-    """Match detected boxes with objects as pycocotools does, only at :data:`MIN_IOU` and for all sizes together.
+def match_detections(annotations: AnnotationFile, detections: Path, summary: COCOeval) -> COCOeval:
+    """Match detections with objects as pycocotools does, only at :data:`MIN_IOU` and for all sizes together.
 
     Args:
         annotations: the objects.
         detections: a file in COCO's format for results.
-        summary: an evaluation of the same detections, which defines the classes and the limit of detections.
+        summary: an evaluation of the same detections; defines their kind, the classes and the limit of detections.
     """
+    kind = summary.params.iouType
     with redirect_stdout(None):
-        evaluation = Evaluation(annotations, annotations.loadRes(read_detections(detections, 'bbox')), 'bbox')
+        evaluation = Evaluation(annotations, annotations.loadRes(read_detections(detections, kind)), kind)
         params = evaluation.params
         params.iouThrs, params.areaRng, params.areaRngLbl = np.array([MIN_IOU]), params.areaRng[:1], ['all']
         params.catIds, params.maxDets = list(summary.params.catIds), summary.params.maxDets[-1:]
@@ -76,7 +78,10 @@ def iterate_matches(evaluation: COCOeval) -> Iterator[dict]:
 
 @dataclass
 class Scores:
-    """Precision, recall and F1 of the boxes at or above each threshold, for all classes together; shape (101,)."""
+    """Precision, recall and F1 of detections at or above each threshold, for all classes together; shape (101,).
+
+    Precision is NaN where no detection remains, and recall without objects.
+    """
 
     thresholds: np.ndarray
     precision: np.ndarray
@@ -91,7 +96,7 @@ class Scores:
 
 
 def measure_scores(evaluation: COCOeval) -> Scores:
-    """Compute precision, recall and F1 against the score threshold, at MIN_IOU; 0 if the denominator is 0."""
+    """Compute precision, recall and F1 against the score threshold, at MIN_IOU."""
     entries = list(iterate_matches(evaluation))
     objects = sum(len(entry['objects']) for entry in entries)
     counted = [(entry['scores'][~entry['ignored']], entry['matched'][~entry['ignored']] > 0) for entry in entries]
@@ -100,7 +105,8 @@ def measure_scores(evaluation: COCOeval) -> Scores:
     thresholds = np.arange(101) / 100
     found, detections = (len(s) - np.searchsorted(s, thresholds) for s in (hits, np.sort(scores)))
     f1 = 2 * found / (detections + objects).clip(1)
-    return Scores(thresholds, found / detections.clip(1), found / max(objects, 1), f1)
+    with np.errstate(invalid='ignore'):
+        return Scores(thresholds, found / detections, found / np.float64(objects), f1)
 
 
 def find_outcomes(evaluation: COCOeval, threshold: float) -> dict[int, Outcome]:
@@ -130,28 +136,29 @@ def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
     detections on crowd regions as errors. Without crowds, its counts are the same (tests/evaluation).
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    shape = 'segmentation' if evaluation.params.iouType == 'segm' else 'bbox'
     objects = [*(o for _, o in outcome.true_positives), *outcome.false_negatives]
     classes = np.array([truth[o]['category_id'] for o in objects])
     used = np.arange(len(objects)) < len(outcome.true_positives)
+    ious = np.zeros((len(outcome.false_positives), len(objects)))
+    if ious.size:
+        shapes = [found[d][shape] for d in outcome.false_positives], [truth[o][shape] for o in objects]
+        ious = mask_utils.iou(*shapes, [0] * len(objects))
     reached = set()  # objects with a localisation or class error
-    for detection in outcome.false_positives:
-        if not objects:
-            outcome.errors['background'].append(detection)
-            continue
-        boxes = [truth[o]['bbox'] for o in objects]
-        iou = mask_utils.iou([found[detection]['bbox']], boxes, [0] * len(boxes))[0]
+    for detection, iou in zip(outcome.false_positives, ious):
         same = np.where(classes == found[detection]['category_id'], iou, 0)
-        other = np.where(classes == found[detection]['category_id'], 0, iou)
-        if BACKGROUND_IOU <= same.max() < MIN_IOU:
+        other = iou - same
+        if BACKGROUND_IOU <= same.max(initial=0) < MIN_IOU:
             kind = 'localisation'
             reached.add(objects[same.argmax()])
-        elif other.max() >= MIN_IOU:
+        elif other.max(initial=0) >= MIN_IOU:
             kind = 'class'
             reached.add(objects[other.argmax()])
-        elif (same * used).max() >= MIN_IOU:
+            outcome.confused.append((detection, objects[other.argmax()]))
+        elif (same * used).max(initial=0) >= MIN_IOU:
             kind = 'duplicate'
         else:
-            kind = 'background' if iou.max() <= BACKGROUND_IOU else 'both'
+            kind = 'background' if iou.max(initial=0) <= BACKGROUND_IOU else 'both'
         outcome.errors[kind].append(detection)
     outcome.errors['missed'] = [o for o in outcome.false_negatives if o not in reached]
 
@@ -159,27 +166,32 @@ def classify_errors(evaluation: COCOeval, outcome: Outcome) -> None:
 def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np.ndarray:
     """Compute the confusion matrix of the categories and, last, the background.
 
-    True positives count on the diagonal. A false positive and a false negative of box IoU of at least MIN_IOU are
-    paired, each at most once. All others are confused with the background.
+    True positives count on the diagonal, and class errors in the row of their object's class. All other false positives
+    count in the background's row, and all other false negatives in its column, so that the counts of two classes are
+    the class errors.
 
     Returns:
-        Counts; rows are truth and sum up to the objects, columns are predictions and sum up to the detections.
+        Counts; rows are truth, columns are predictions and sum up to the detections. An object with several class
+        errors counts in its row as often.
     """
     place = {category: i for i, category in enumerate(evaluation.params.catIds)}
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     matrix = np.zeros((len(place) + 1, len(place) + 1), int)
+
+    def find_row(object_id: int) -> int:
+        return place[truth[object_id]['category_id']]
+
+    def find_column(detection: int) -> int:
+        return place[found[detection]['category_id']]
+
     for outcome in outcome_of.values():
-        for _, object_id in outcome.true_positives:
-            matrix[(place[truth[object_id]['category_id']],) * 2] += 1
-        missed = list(outcome.false_negatives)
-        for detection in sorted(outcome.false_positives, key=lambda d: -found[d]['score']):
-            row = -1
-            if missed:
-                boxes = [truth[object_id]['bbox'] for object_id in missed]
-                overlap = mask_utils.iou([found[detection]['bbox']], boxes, [0] * len(missed))[0]
-                if overlap.max() >= MIN_IOU:
-                    row = place[truth[missed.pop(int(overlap.argmax()))]['category_id']]
-            matrix[row, place[found[detection]['category_id']]] += 1
-        for object_id in missed:
-            matrix[place[truth[object_id]['category_id']], -1] += 1
+        confused = dict(outcome.confused)
+        for detection, object_id in (*outcome.true_positives, *outcome.confused):
+            matrix[find_row(object_id), find_column(detection)] += 1
+        for detection in outcome.false_positives:
+            if detection not in confused:
+                matrix[-1, find_column(detection)] += 1
+        for object_id in outcome.false_negatives:
+            if object_id not in confused.values():
+                matrix[find_row(object_id), -1] += 1
     return matrix

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pycocotools.cocoeval import COCOeval
 
 from .drawing import Mark, draw, format_label, tile_pictures
-from .outcomes import ERRORS, Outcome, Scores
+from .outcomes import ERRORS, MIN_IOU, Outcome, Scores
 
 COLOURS = dict(true_positives='#2563eb', false_negatives='#f59e0b', false_positives='#dc2626', crowd='#6b7280')
 CLASSES = 30  # maximum of classes in the plot of the confusion matrix
-WORST = 3  # images drawn for each type of error
+SHOWN = 3  # images drawn for each type of error, and without errors
 DPI = 150  # of the plots; an inch is 100 pixels of the page
 SIDE = 420  # longer side of an image in the page, in pixels
 
@@ -40,37 +41,59 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode('.jpg', image[..., ::-1])[1].tobytes()
 
 
-def draw_precision(evaluation: COCOeval, name: str) -> Figure:
-    """Plot precision against recall, as the mean over the classes with objects."""
-    figure = Figure(figsize=(5.2, 3.6), layout='constrained')
+def add_legend(axis: Axes) -> None:
+    """Add a legend below a plot, where it covers no curve."""
+    axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=8, columnspacing=1.2)
+
+
+def start_plot(title: str, **settings: object) -> tuple[Figure, Axes]:
+    """Return an empty plot in the pages' style."""
+    figure = Figure(figsize=(5.2, 3.9), layout='constrained')
     axis = figure.subplots()
+    axis.set(title=title, **settings)
+    axis.grid(alpha=0.3)
+    return figure, axis
+
+
+def draw_precision(evaluation: COCOeval, name: str) -> Figure:
+    """Plot precision against recall, as the mean over the classes with objects, up to the largest recall."""
+    figure, axis = start_plot(name, xlim=(0, 1), ylim=(0, 1.02), xlabel='recall', ylabel='precision')
     precision = evaluation.eval['precision'][:, :, :, 0, -1]
     precision = precision[:, :, precision[0, 0] > -1]
-    for label, iou in (('IoU 0.50', slice(0, 1)), ('IoU 0.75', slice(5, 6)), ('IoU 0.50 to 0.95', slice(None))):
+    for label, iou in (('IoU 0.50', slice(0, 1)), ('0.75', slice(5, 6)), ('0.50 to 0.95', slice(None))):
         if precision.size:
             curve = precision[iou].mean(axis=(0, 2))
-            axis.plot(evaluation.params.recThrs, curve, label=f'{label}: AP {curve.mean():.3f}')
-    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel='recall', ylabel='precision', title=name)
-    axis.grid(alpha=0.3)
+            drawn = np.where(curve > 0, curve, np.nan)  # no class reaches the recall
+            axis.plot(evaluation.params.recThrs, drawn, label=f'{label}: AP {curve.mean():.3f}')
     if precision.size:
-        axis.legend(loc='lower left')
+        add_legend(axis)
     return figure
 
 
-def draw_scores(scores: Scores) -> Figure:
-    """Plot precision, recall and F1 against the score threshold."""
-    figure = Figure(figsize=(5.2, 3.6), layout='constrained')
-    axis = figure.subplots()
-    for name, line in (('precision', '--'), ('recall', ':'), ('f1', '-')):
-        axis.plot(scores.thresholds, getattr(scores, name), line, label='F1' if name == 'f1' else name)
+def draw_scores(scores: Scores, name: str) -> Figure:
+    """Plot precision, recall and F1 against the score threshold; precision only where detections remain."""
     best = scores.thresholds[scores.best], scores.f1[scores.best]
-    axis.plot(*best, 'ko')
-    axis.annotate(f'best F1 {best[1]:.2f} at {best[0]:.2f}', best, (0, -16), textcoords='offset points', ha='center',
-                  bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))  # fmt: skip
-    axis.set(xlim=(0, 1), ylim=(0, 1.08), xlabel='score threshold', title='boxes, IoU at least 0.50')
-    axis.grid(alpha=0.3)
-    axis.legend(loc='lower left')
+    title = f'{name}, IoU at least {MIN_IOU:.2f}: best F1 {best[1]:.2f} at {best[0]:.2f}'
+    figure, axis = start_plot(title, xlim=(0, 1), ylim=(0, 1.02), xlabel='score threshold')
+    for key, line in (('precision', '--'), ('recall', ':'), ('f1', '-')):
+        axis.plot(scores.thresholds, getattr(scores, key), line, label='F1' if key == 'f1' else key)
+    axis.plot(*best, 'ko', markersize=5, clip_on=False)
+    add_legend(axis)
     return figure
+
+
+def draw_training(curves: dict[str, tuple[list, list]]) -> list[Figure]:
+    """Plot the loss and the AP of a training, from the iterations and values of its curves by name."""
+    figures = []
+    for title, names in (('loss', ['loss']), ('AP on the validation images', ['box AP', 'mask AP'])):
+        drawn = [name for name in names if name in curves]
+        figure, axis = start_plot(title, xlabel='iteration', **(dict(yscale='log') if title == 'loss' else {}))
+        for name in drawn:
+            axis.plot(*curves[name], marker='o' if len(curves[name][0]) < 20 else None, markersize=4, label=name)
+        if drawn:
+            add_legend(axis)
+            figures.append(figure)
+    return figures
 
 
 def select_confused(matrix: np.ndarray, count: int) -> np.ndarray:
@@ -131,6 +154,7 @@ def draw_sides(
     outcome: Outcome,
     longer: int,
     masks: Sequence[dict] | None = None,
+    name: str = '',
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the objects and the detections of an image, coloured by their outcome.
 
@@ -141,6 +165,7 @@ def draw_sides(
         outcome: outcome of this image.
         longer: length of the pictures' longer side, in pixels.
         masks: RLE masks of all detections; None if the detector has none.
+        name: name of the image, for titles; '' draws none.
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
     crowds = [a['id'] for a in evaluation.cocoGt.imgToAnns[image_id] if a['iscrowd']]
@@ -163,17 +188,35 @@ def draw_sides(
 
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # makes the colours of the marks stand out
     scale = longer / max(image.shape[:2])
-    return tuple(draw(grey, [mark(*thing) for thing in side], scale) for side in (left, right))
+    sides = 'truth, dashed: false negatives', 'predictions, red: false positives'
+    titles = [f'{side}: {name}' if name else '' for side in sides]
+    return tuple(draw(grey, [mark(*thing) for thing in side], scale, t) for side, t in zip((left, right), titles))
 
 
-def draw_worst(
+def rank_images(outcome_of: dict[int, Outcome]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the ids of the images to draw, each once: those without errors, then those with the most of each type."""
+    errors = {image_id: sum(map(len, outcome.errors.values())) for image_id, outcome in outcome_of.items()}
+    hits = {image_id: len(outcome.true_positives) for image_id, outcome in outcome_of.items()}
+    good = sorted((i for i in hits if hits[i] and not errors[i]), key=lambda i: -hits[i])[:SHOWN]
+    drawn = set(good)
+    if good:
+        yield 'no error', good
+    for kind in sorted(ERRORS, key=lambda kind: -sum(len(o.errors[kind]) for o in outcome_of.values())):
+        count = {image_id: len(outcome.errors[kind]) for image_id, outcome in outcome_of.items()}
+        worst = sorted((i for i in count if count[i] and i not in drawn), key=lambda i: -count[i])[:SHOWN]
+        drawn.update(worst)
+        if worst:
+            yield kind, worst
+
+
+def draw_examples(
     folder: Path,
     read: Callable[[str], np.ndarray],
     boxes: COCOeval,
     outcome_of: dict[int, Outcome],
     masks: Sequence[dict] | None,
 ) -> list[tuple[str, list[dict]]]:
-    """Draw the images with the most errors of each type, for the page and in full size into a folder.
+    """Draw the images of :func:`rank_images`, for the page and in full size into a folder.
 
     Args:
         folder: an existing folder.
@@ -183,23 +226,16 @@ def draw_worst(
         masks: see :func:`draw_sides`.
 
     Returns:
-        The pictures of each type of error that occurs; each image is drawn for one type only.
+        The pictures of each kind.
     """
-    images = boxes.cocoGt.imgs
-    drawn: set[int] = set()
-    worst = []
-    for kind in sorted(ERRORS, key=lambda kind: -sum(len(o.errors[kind]) for o in outcome_of.values())):
-        count = {image_id: len(outcome.errors[kind]) for image_id, outcome in outcome_of.items()}
-        ranked = sorted((i for i in count if count[i]), key=lambda i: -count[i])
+    examples = []
+    for kind, image_ids in rank_images(outcome_of):
         pictures = []
-        for image_id in [i for i in ranked if i not in drawn][:WORST]:
-            drawn.add(image_id)
-            name, outcome = images[image_id]['file_name'], outcome_of[image_id]
+        for image_id in image_ids:
+            name, outcome = boxes.cocoGt.imgs[image_id]['file_name'], outcome_of[image_id]
             image = read(name)
-            full, small = (
-                draw_sides(image, boxes, image_id, outcome, longer, masks)
-                for longer in (max(800, *image.shape[:2]), 2 * SIDE)
-            )
+            full = draw_sides(image, boxes, image_id, outcome, max(800, *image.shape[:2]), masks, name)
+            small = draw_sides(image, boxes, image_id, outcome, 2 * SIDE, masks)
             path = folder / f'{image_id}_{Path(name).stem}.jpg'
             path.write_bytes(encode_jpeg(tile_pictures(full, 2)))
             width = round(SIDE * image.shape[1] / max(image.shape[:2]))
@@ -211,9 +247,8 @@ def draw_worst(
                     sides=[embed_picture(encode_jpeg(side), 'jpeg', width) for side in small],
                 )
             )
-        if pictures:
-            worst.append((kind, pictures))
-    return worst
+        examples.append((kind, pictures))
+    return examples
 
 
 def describe_outcome(outcome: Outcome) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,37 +32,88 @@ from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
 from .drawing import use_font_for
 from .metrics import CheckedCocoMetric, get_average_precision, read_detections
-from .outcomes import ERRORS, MIN_IOU, Outcome, count_confusions, find_outcomes, match_boxes, measure_scores
+from .outcomes import (
+    ERRORS,
+    MIN_IOU,
+    Outcome,
+    Scores,
+    count_confusions,
+    find_outcomes,
+    match_detections,
+    measure_scores,
+)
 from .pages import PAGE, record_data, render_page, require_free
 from .plots import (
     CLASSES,
     COLOURS,
     draw_confusion,
+    draw_examples,
     draw_precision,
     draw_scores,
-    draw_worst,
+    draw_training,
     embed_figure,
     list_confusions,
 )
 
-# COCO's twelve metrics, with pycocotools' names and a description.
-STATS = {
-    'AP': 'IoU 0.50 to 0.95',
-    'AP50': 'IoU 0.50',
-    'AP75': 'IoU 0.75',
-    'APs': 'objects below 32² pixels',
-    'APm': 'objects from 32² to 96²',
-    'APl': 'objects above 96²',
-    'AR1': 'recall with 1 detection per image',
-    'AR10': 'recall with 10 detections',
-    'AR100': 'recall with 100 detections',
-    'ARs': 'AR100 of objects below 32²',
-    'ARm': 'AR100 of objects from 32² to 96²',
-    'ARl': 'AR100 of objects above 96²',
-}
-IMAGES, CONFUSIONS = 'images', 'confusion.csv'
+IMAGES = 'images'
 KINDS = dict(Boxes='bbox', Masks='segm')
+CONFUSIONS = dict(Boxes='confusion.csv', Masks='confusion_masks.csv')
 ROLES = dict(Q='queries', K='keys', V='values')
+SIZES = ('objects below 32² pixels', 'objects from 32² to 96²', 'objects above 96²')
+
+
+def describe_stats(limits: Sequence[int]) -> dict[str, str]:
+    """Return descriptions of COCO's twelve metrics by pycocotools' names, for its limits of detections."""
+    names = {
+        'AP': 'IoU 0.50 to 0.95',
+        'AP50': 'IoU 0.50',
+        'AP75': 'IoU 0.75',
+        **dict(zip(('APs', 'APm', 'APl'), SIZES)),
+    }
+    names |= {f'AR{n}': f'recall with {n} detection{"s" * (n > 1)} per image and class' for n in limits}
+    return names | {name: f'AR{limits[-1]} of {size}' for name, size in zip(('ARs', 'ARm', 'ARl'), SIZES)}
+
+
+@dataclass
+class Counts:
+    """Counts of a kind of detections at the score threshold that maximises F1.
+
+    Attributes:
+        evaluation: detections and objects, matched at IoU 0.50.
+        scores: precision, recall and F1 against the threshold.
+        outcomes: true and false positives and false negatives by image id.
+        matrix: confusion matrix.
+    """
+
+    evaluation: COCOeval
+    scores: Scores
+    outcomes: dict[int, Outcome]
+    matrix: np.ndarray
+
+    @classmethod
+    def from_detections(cls, annotations: AnnotationFile, detections: Path, summary: COCOeval) -> Counts:
+        """Count the detections of a file that was evaluated as ``summary``."""
+        evaluation = match_detections(annotations, detections, summary)
+        scores = measure_scores(evaluation)
+        outcomes = find_outcomes(evaluation, float(scores.thresholds[scores.best]))
+        return cls(evaluation, scores, outcomes, count_confusions(evaluation, outcomes))
+
+    def describe(self, names: Sequence[str]) -> dict[str, object]:
+        """Return sums over all images, the scores at the best threshold, and the most confused pairs of classes."""
+        kinds = ('true_positives', 'false_negatives', 'false_positives')
+        sums = {kind: sum(len(getattr(o, kind)) for o in self.outcomes.values()) for kind in kinds}
+        best = {key: getattr(self.scores, key)[self.scores.best] for key in ('thresholds', 'precision', 'recall', 'f1')}
+        pairs = [(self.matrix[i, j], names[i], names[j]) for i, j in np.argwhere(self.matrix[:-1, :-1]) if i != j]
+        return dict(
+            sums,
+            objects=sums['true_positives'] + sums['false_negatives'],
+            errors={kind: sum(len(o.errors[kind]) for o in self.outcomes.values()) for kind in ERRORS},
+            threshold=f'{best["thresholds"]:.2f}',
+            f1=f'{best["f1"]:.2f}',
+            precision='–' if np.isnan(best['precision']) else f'{best["precision"]:.0%}',
+            recall='–' if np.isnan(best['recall']) else f'{best["recall"]:.0%}',
+            mistaken=sorted(pairs, key=lambda pair: -pair[0])[:10],
+        )
 
 
 @dataclass
@@ -74,6 +127,7 @@ class TestResults:
         speed: images per second, including loading.
         run: metadata of the checkpoint's training.
         weights: state of the checkpoint's weights; see ``describe_state``.
+        curves: the training's learning curves by name, iterations and values; empty if they are unknown.
         annotations: the annotations of the evaluation.
         summaries: the evaluations by kind, 'bbox' and 'segm'; see :class:`CheckedCocoMetric`.
     """
@@ -83,11 +137,14 @@ class TestResults:
     speed: str
     run: dict[str, object]
     weights: dict[str, object]
+    curves: dict[str, tuple[list, list]]
     annotations: AnnotationFile
     summaries: dict[str, COCOeval]
 
     @classmethod
-    def from_runner(cls, runner: Runner, run: dict[str, object], weights: dict[str, object]) -> TestResults:
+    def from_runner(
+        cls, runner: Runner, run: dict[str, object], weights: dict[str, object], curves: dict[str, tuple[list, list]]
+    ) -> TestResults:
         """Collect the results of a runner after its test loop."""
         model = runner.model.module if hasattr(runner.model, 'module') else runner.model
         backbone = getattr(model, 'backbone', None) or nn.Identity()
@@ -96,7 +153,8 @@ class TestResults:
         speed = f'{batch / seconds.mean():.1f} images per second, batch size {batch}' if seconds else 'not measured'
         metric = next(m for m in runner.test_evaluator.metrics if isinstance(m, CheckedCocoMetric))
         conditioning = describe_conditioning(backbone.state_dict())
-        return cls(conditioning, list_spectra(backbone), speed, run, weights, metric.annotations, metric.summaries)
+        spectra = list_spectra(backbone)
+        return cls(conditioning, spectra, speed, run, weights, curves, metric.annotations, metric.summaries)
 
 
 def list_spectra(backbone: nn.Module) -> list[tuple[str, ...]]:
@@ -174,65 +232,69 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
     summaries = {name: tested.summaries[kind] for name, kind in KINDS.items() if kind in tested.summaries}
     with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
         record_data(folder, Path(path), list_configured_classes(dataset), tested.weights)
-    boxes = match_boxes(tested.annotations, Path(f'{evaluator.outfile_prefix}.bbox.json'), summaries['Boxes'])
-    scores = measure_scores(boxes)
-    least = float(scores.thresholds[scores.best])
-    outcome_of = find_outcomes(boxes, least)
+    files = {name: Path(f'{evaluator.outfile_prefix}.{KINDS[name]}.json') for name in summaries}
+    counts = {name: Counts.from_detections(tested.annotations, files[name], summaries[name]) for name in summaries}
+    boxes = counts['Boxes'].evaluation
     coco = boxes.cocoGt
     names = [coco.cats[category]['name'] for category in boxes.params.catIds]
-    matrix = count_confusions(boxes, outcome_of)
+    objects = [a for a in coco.anns.values() if a['category_id'] in boxes.params.catIds and not a['iscrowd']]
+    of_class = Counter(annotation['category_id'] for annotation in objects)
+    of_size = [sum(low <= a['area'] <= high for a in objects) for low, high in summaries['Boxes'].params.areaRng]
     images = os.path.join(dataset.get('data_root') or '', dataset.data_prefix.img)
-    masks = Path(f'{evaluator.outfile_prefix}.segm.json')
+    matrix = counts['Boxes'].matrix
 
-    (folder / CONFUSIONS).write_text(format_csv(list_confusions(matrix, names)), 'utf-8')
     (folder / IMAGES).mkdir()
+    for name, counted in counts.items():
+        (folder / CONFUSIONS[name]).write_text(format_csv(list_confusions(counted.matrix, names)), 'utf-8')
     with use_font_for(names):
-        worst = draw_worst(
+        masks = (
+            [result['segmentation'] for result in read_detections(files['Masks'], 'segm')] if 'Masks' in files else None
+        )
+        examples = draw_examples(
             folder / IMAGES,
             lambda name: decode(get(os.path.join(images, name)))[..., ::-1],
             boxes,
-            outcome_of,
-            [result['segmentation'] for result in read_detections(masks, 'segm')] if 'Masks' in summaries else None,
+            counts['Boxes'].outcomes,
+            masks,
         )
-        curves = [embed_figure(draw_precision(summary, name)) for name, summary in summaries.items()]
-        confusion, thresholds = embed_figure(draw_confusion(matrix, names)), embed_figure(draw_scores(scores))
-    mistaken = [(matrix[i, j], names[i], names[j]) for i, j in np.argwhere(matrix[:-1, :-1]) if i != j]
+        plots = dict(
+            curves={name: draw_precision(summary, name) for name, summary in summaries.items()},
+            thresholds={name: draw_scores(counted.scores, name) for name, counted in counts.items()},
+            confusions={name: draw_confusion(counted.matrix, names) for name, counted in counts.items()},
+        )
+        plots = {key: {name: embed_figure(figure) for name, figure in found.items()} for key, found in plots.items()}
+    # Outside of the context, which disables the mathtext of logarithmic axes.
+    plots['training'] = {i: embed_figure(figure) for i, figure in enumerate(draw_training(tested.curves))}
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else 'CPU'
     page = render_page(
         'report',
         title=Path(cfg.filename).stem,
         checkpoint=display_path(checkpoint),
-        **count_outcomes(outcome_of),
+        counts={name: counted.describe(names) for name, counted in counts.items()},
         images=len(coco.imgs),
         detections=len(boxes.cocoDt.anns),
         date=time.strftime('%Y-%m-%d %H:%M'),
         stats={name: [format_metric(value) for value in summary.stats] for name, summary in summaries.items()},
-        stat_names=STATS,
-        least=f'{least:.2f}',
-        best_f1=f'{scores.f1[scores.best]:.2f}',
-        precision=f'{scores.precision[scores.best]:.0%}',
-        recall=f'{scores.recall[scores.best]:.0%}',
+        stat_names=describe_stats(summaries['Boxes'].params.maxDets),
+        stat_objects=[of_size[i] for i in (0, 0, 0, 1, 2, 3) * 2],
         min_iou=MIN_IOU,
-        thresholds=thresholds,
+        plots=plots,
         error_kinds=ERRORS,
-        curves=curves,
-        confusion=confusion,
         confusions=CONFUSIONS,
         drawn_classes=CLASSES,
-        mistaken=sorted(mistaken, key=lambda m: -m[0])[:10],
         classes=[
             (
                 name,
                 *(format_metric(get_average_precision(summary, i)) for summary in summaries.values()),
                 format_metric(get_average_precision(summaries['Boxes'], i, MIN_IOU)),
-                matrix[i].sum(),
+                of_class[category],
                 matrix[i, i],
                 matrix[:, i].sum() - matrix[i, i],
             )
-            for i, name in enumerate(names)
+            for i, (name, category) in enumerate(zip(names, boxes.params.catIds))
         ],
         colours=COLOURS,
-        worst=worst,
+        examples=examples,
         tested=tested,
         command=' '.join(map(quote_word, command)),
         data=display_path(evaluator.ann_file),
@@ -243,14 +305,6 @@ def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested
         config_text=cfg.pretty_text,
     )
     (folder / PAGE).write_text(page, 'utf-8')
-
-
-def count_outcomes(outcome_of: dict[int, Outcome]) -> dict[str, object]:
-    """Sum the outcomes of all images."""
-    kinds = ('true_positives', 'false_negatives', 'false_positives')
-    hits, misses, false = (sum(len(getattr(o, kind)) for o in outcome_of.values()) for kind in kinds)
-    errors = {kind: sum(len(o.errors[kind]) for o in outcome_of.values()) for kind in ERRORS}
-    return dict(true_positives=hits, objects=hits + misses, false_positives=false, errors=errors)
 
 
 def quote_word(word: str) -> str:

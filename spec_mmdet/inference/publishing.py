@@ -22,7 +22,7 @@ from ..configs import find_run_config
 from ..data.fitting import drop_pretrained, list_configured_classes, set_classes, walk
 from ..errors import InputError
 from ..files import write
-from ..training.results import TABLE, read_facts
+from ..training.results import TABLE, is_of_training
 from .inferencer import load_inferencer
 
 UNKNOWN = 'unknown'
@@ -39,10 +39,8 @@ def read_metrics(folder: Path, state: dict, run: dict) -> dict[str, float]:
     Returns:
         The metrics; {} without a table, within an epoch, or if the folder is that of another training.
     """
-    table, facts = folder / TABLE, read_facts(folder)
-    if not table.is_file() or state['epoch'] is None:
-        return {}
-    if any(facts[key] != run[key] for key in ('seed', 'data') if key in facts and key in run):
+    table = folder / TABLE
+    if not table.is_file() or state['epoch'] is None or not is_of_training(run, folder):
         return {}
     with table.open(newline='') as file:
         rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(state['epoch'])]

@@ -31,6 +31,7 @@ from ..data.fitting import list_annotation_files
 from ..data.images import decode
 from ..errors import InputError
 from ..evaluation.drawing import convert_to_marks, draw, tile_pictures, use_font_for
+from ..evaluation.plots import add_legend
 from ..files import compute_digest, format_csv, write
 from .hooks import CONDITIONING, MEDIANS, find_learning_rate
 from .saving import unwrap_model
@@ -115,6 +116,12 @@ def read_facts(work_dir: Path) -> dict:
     """Read what a training recorded about itself (:func:`describe_run`); {} without a record."""
     path = work_dir / RUN
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def is_of_training(run: dict, work_dir: Path) -> bool:
+    """Return whether the metadata of a checkpoint are those of the training in a folder, as far as both are known."""
+    facts = read_facts(work_dir)
+    return bool(run and facts) and all(facts.get(key) == run.get(key) for key in ('seed', 'data'))
 
 
 def read_curves(work_dir: Path) -> dict[str, tuple[list, list]]:
@@ -203,7 +210,7 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            add_legend(axis)
         else:
             axis.text(0.5, 0.5, '' if axis.lines else 'none yet', ha='center', transform=axis.transAxes)
     return figure

@@ -15,7 +15,7 @@ from test_metrics import evaluated, scene
 from spec_mmdet import InputError
 from spec_mmdet.data.reading import AnnotationFile
 from spec_mmdet.evaluation.metrics import DumpPredictions, Evaluation, get_average_precision
-from spec_mmdet.evaluation.outcomes import count_confusions, find_outcomes, match_boxes
+from spec_mmdet.evaluation.outcomes import count_confusions, find_outcomes, match_detections
 
 CLASSES = ('1', '2', '3', '4')
 
@@ -102,7 +102,7 @@ def test_metrics_do_not_depend_on_ids(tmp_path, name):
     ]
     summary = metric.summaries['bbox']
     assert np.abs(summary.stats - expected['bbox'].stats).max() < 1e-15
-    evaluation = match_boxes(annotations, tmp_path / 'FastCocoMetric.bbox.json', summary)
+    evaluation = match_detections(annotations, tmp_path / 'FastCocoMetric.bbox.json', summary)
     outcome = find_outcomes(evaluation, 0.3)
     known = find_outcomes(expected['bbox'], 0.3)
     for part in ('true_positives', 'false_positives', 'false_negatives', 'crowd'):

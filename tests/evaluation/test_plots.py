@@ -3,8 +3,18 @@
 import time
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from spec_mmdet.evaluation.plots import CLASSES, draw_confusion, list_confusions, select_confused
+from spec_mmdet.evaluation.outcomes import Scores
+from spec_mmdet.evaluation.plots import (
+    CLASSES,
+    draw_confusion,
+    draw_scores,
+    draw_training,
+    list_confusions,
+    select_confused,
+)
+from spec_mmdet.training.results import draw_curves
 
 
 def many_classes() -> tuple[np.ndarray, list[str]]:
@@ -38,6 +48,26 @@ def test_the_most_confused_classes_are_drawn():
     kept = np.isin(np.arange(len(names)), drawn)
     others = matrix[:-1][~kept]
     assert np.isclose(share[places['1173 others'], -1], others[:, -1].sum() / others.sum())
+
+
+def test_legends_do_not_cover_curves():
+    records = [dict(loss=3 / i, loss_mask=1 / i, lr=0.1, iter=i, step=i) for i in range(1, 9)]
+    records.append({'coco/bbox_mAP': 0.1, 'coco/segm_mAP': 0.2, 'step': 1})
+    ramp = np.linspace(0, 1, 101)
+    figures = [
+        draw_scores(Scores(ramp, ramp, 1 - ramp, ramp * (1 - ramp)), 'Boxes'),
+        draw_curves(records, 'a training'),
+        *draw_training({'loss': ([1, 2], [3.0, 2.0]), 'box AP': ([2], [0.5]), 'mask AP': ([2], [0.5])}),
+    ]
+    legends = []
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        for axis in figure.axes:
+            if legend := axis.get_legend():
+                legends.append(legend)
+                assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+                assert figure.bbox.containsx(legend.get_window_extent().x0)
+    assert len(legends) == 6
 
 
 def test_few_classes_are_all_drawn():

@@ -81,17 +81,16 @@ def write_report(root: Path, found: list[dict]) -> str:
         metric.compute_metrics(metric.results)
         tested = report.TestResults(
             'None', [('queries', '12', '345', '–', '–')], '7 images per second', dict(seed=5, commit='abc'),
-            dict(position='after epoch 3', sha256='12ab', seed=5),
-            metric.annotations, metric.summaries,
+            dict(position='after epoch 3', sha256='12ab', seed=5), {'loss': ([1, 2], [3.0, 2.0])}, metric.annotations,
+            metric.summaries,
         )  # fmt: skip
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
     return (folder / 'index.html').read_text('utf-8')
 
 
 def table(page: str, name: str) -> list[list[str]]:
-    (content,) = re.findall(f'<table id="{name}">(.*?)</table>', page, re.DOTALL)
-    rows = [re.findall('<td>(.*?)</td>', row) for row in re.findall('<tr>(.*?)</tr>', content, re.DOTALL)]
-    return [row for row in rows if row]
+    (content,) = re.findall(f'<table id="{name}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    return [re.findall('<t[dh][^>]*>(.*?)</t[dh]>', row) for row in re.findall('<tr>(.*?)</tr>', content, re.DOTALL)]
 
 
 def pycocotools(coco: COCO, found: list[dict], kind: str, **params) -> COCOeval:
@@ -124,16 +123,20 @@ def test_metrics_equal_those_of_pycocotools(data):
     columns = zip(map(printed, boxes.stats), map(printed, masks.stats))
     assert [row[1:3] for row in table(page, 'stats')] == [list(pair) for pair in columns]
     objects = [a for a in COCO(path).dataset['annotations'] if not a['iscrowd']]
+    sizes = [sum(low <= a['area'] <= high for a in objects) for low, high in boxes.params.areaRng]
+    assert [row[3] for row in table(page, 'stats')] == [str(sizes[i]) for i in (0, 0, 0, 1, 2, 3) * 2]
+    assert sizes[0] == len(objects) and min(sizes[:3]) > 0
 
     # Repeat with the detections above the score threshold, which define true and false positives.
-    def counts(least):
+    def counts(least, kind='bbox'):
         sure = [d for d in found if d['score'] >= least]
-        alone = pycocotools(COCO(path), sure, 'bbox', iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
+        alone = pycocotools(COCO(path), sure, kind, iouThrs=np.array([0.5]), areaRng=[[0, 1e10]], areaRngLbl=['all'])
         entries = [e for e in alone.evalImgs if e]
         hits = sum(int(((e['dtMatches'] > 0) & ~e['dtIgnore']).sum()) for e in entries)
         return hits, sum(int(((e['dtMatches'] == 0) & ~e['dtIgnore']).sum()) for e in entries)
 
     scores = measure_scores(boxes)
+    assert np.isnan(scores.precision[100]) and scores.recall[100] == 0  # no detection remains
     for place in (0, 20, 50, 80):
         hits, false = counts(scores.thresholds[place])
         assert scores.precision[place] == pytest.approx(hits / (hits + false))
@@ -142,15 +145,21 @@ def test_metrics_equal_those_of_pycocotools(data):
     least = scores.thresholds[scores.best]
     hits, false = counts(least)
     assert scores.f1[scores.best] == scores.f1.max() and 0 < least < 1
-    counted = dict(table(page, 'counts'))
-    expected = {'objects': len(objects), 'true positives': hits, 'false negatives': len(objects) - hits}
-    assert counted == {key: str(value) for key, value in (expected | {'false positives': false}).items()}
+    of_masks = measure_scores(masks)
+    expected = []
+    for name, kind, found_scores in (('Boxes', 'bbox', scores), ('Masks', 'segm', of_masks)):
+        best = found_scores.thresholds[found_scores.best]
+        right, wrong = counts(best, kind)
+        f1 = 2 * right / (right + wrong + len(objects))
+        numbers = [f'{best:.2f}', f'{f1:.2f}', f'{right / (right + wrong):.0%}', f'{right / len(objects):.0%}']
+        expected.append([name, *numbers, *map(str, (len(objects), right, len(objects) - right, wrong))])
+    assert table(page, 'counts') == expected
     assert hits and false and f'<b>{hits} of {len(objects)}</b>' in page
     assert f'score threshold <b>{least:.2f}</b>' in page.replace('\n', ' ')
     outcome_of = find_outcomes(boxes, least)
     assert sum(len(o.false_negatives) for o in outcome_of.values()) == len(objects) - hits
     matrix = count_confusions(boxes, outcome_of)
-    assert np.trace(matrix) == hits and matrix[:-1].sum() == len(objects) and matrix[:, :-1].sum() == hits + false
+    assert np.trace(matrix) == hits and matrix[:, :-1].sum() == hits + false
 
     expected = []
     for i, name in enumerate(NAMES):
@@ -162,6 +171,16 @@ def test_metrics_equal_those_of_pycocotools(data):
     assert expected[3][:5] == ['star', '–', '–', '–', '0']
     errors = {kind: sum(len(o.errors[kind]) for o in outcome_of.values()) for kind in ERRORS}
     assert [row[:2] for row in table(page, 'errors')] == [[kind, str(number)] for kind, number in errors.items()]
+    lower = find_outcomes(boxes, 0.1)
+    confused = count_confusions(boxes, lower)[:-1, :-1]
+    assert confused.sum() - np.trace(confused) == sum(len(o.errors['class']) for o in lower.values()) > 0
+    assert {row[0] for row in table(page, 'counts')} == {'Boxes', 'Masks'} and 'confusion_masks.csv' in page
+    anchors = re.findall('<a href="#([^"]+)">', page)
+    assert len(anchors) > 8 and all(f'<section id="{anchor}">' in page for anchor in anchors)
+    assert not re.search(r'<th(?![^>]*scope=)', page.replace('<thead', '')) and not re.search(
+        '<img(?![^>]*alt="[^"]{5})', page
+    )
+    assert '<h3>no error</h3>' in page
     assert sum(errors.values()) - errors['missed'] == false
 
     assert 'epoch_&lt;3&gt;.pth' in page and '&#39;a &amp; b&#39; c</code>' in page and '<dd>5</dd>' in page
@@ -170,7 +189,8 @@ def test_metrics_equal_those_of_pycocotools(data):
     assert links and all((data / 'report' / unquote(link)).is_file() for link in links)
 
 
-def test_kinds_of_errors_equal_tides(data):
+@pytest.mark.parametrize('kind', ['bbox', 'segm'])
+def test_kinds_of_errors_equal_tides(data, kind):
     """Compare with the package of TIDE's authors, on data without crowds, which it counts differently."""
     tidecv = pytest.importorskip('tidecv')
     path = data / 'annotations' / 'instances_val.json'
@@ -182,20 +202,22 @@ def test_kinds_of_errors_equal_tides(data):
     for entry in found:
         shift = rng.choice([0, 4, 12, 40])
         entry.update(bbox=(np.array(entry['bbox']) + [shift, 0, 0, 0]).tolist(), score=round(float(rng.random()), 6))
-    evaluation = pycocotools(COCO(str(path)), found, 'bbox')
+    evaluation = pycocotools(COCO(str(path)), found, kind)
     mine = [outcome.errors for outcome in find_outcomes(evaluation, 0.3).values()]
     truth, results = tidecv.Data('truth'), tidecv.Data('found')
     for image in coco['images']:
         truth.add_image(image['id'], image['file_name'])
     for a in coco['annotations']:
-        truth.add_ground_truth(a['image_id'], a['category_id'], a['bbox'])
+        mask = evaluation.cocoGt.annToRLE(a)
+        truth.add_ground_truth(a['image_id'], a['category_id'], a['bbox'], mask)
     for d in found:
         if d['score'] >= 0.3:
-            results.add_detection(d['image_id'], d['category_id'], d['score'], d['bbox'])
-    theirs = tidecv.TIDE(pos_threshold=0.5, background_threshold=0.1).evaluate(truth, results, mode=tidecv.TIDE.BOX)
+            results.add_detection(d['image_id'], d['category_id'], d['score'], d['bbox'], d['segmentation'])
+    mode = tidecv.TIDE.BOX if kind == 'bbox' else tidecv.TIDE.MASK
+    theirs = tidecv.TIDE(pos_threshold=0.5, background_threshold=0.1).evaluate(truth, results, mode=mode)
     counted = {kind.short_name: len(errors) for kind, errors in theirs.error_dict.items()}
     assert {short: sum(len(errors[kind]) for errors in mine) for kind, (short, _) in ERRORS.items()} == counted
-    assert all(counted.values())
+    assert sum(map(bool, counted.values())) >= (6 if kind == 'bbox' else 3)  # masks are where the objects are
 
 
 def test_confusions_of_a_small_example(tmp_path):
@@ -213,6 +235,7 @@ def test_confusions_of_a_small_example(tmp_path):
     matrix = count_confusions(evaluation, outcome_of)
     assert matrix.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]
     kinds = {kind: ids for kind, ids in outcome_of[1].errors.items() if ids}
+    assert outcome_of[1].confused == [(1, 1)]
     assert kinds == {'class': [1], 'duplicate': [3], 'background': [4], 'missed': [3]}
 
 
