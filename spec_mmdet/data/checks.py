@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from tqdm import tqdm
 
 from ..errors import InputError, list_briefly
 from . import rules
@@ -63,9 +64,9 @@ def check_annotations(
         found.notes['files without masks, usable only for detectors of boxes'].append(Place(name))
     images = {image['id']: image for image in coco['images']}
     categories = {category['id']: category['name'] for category in coco['categories']}
-    for position, annotation in enumerate(coco['annotations']):
+    annotations = tqdm(coco['annotations'], f'annotations of {name}', leave=False, disable=None, delay=1)
+    for position, annotation in enumerate(annotations):
         image, category = images.get(annotation['image_id']), categories.get(annotation['category_id'])
-        place = Place(name, '' if image is None else image['file_name'], annotation['id'])
         if image is None:
             fault, doubt = 'annotations with an unknown image_id', ''
         elif category is None:
@@ -74,11 +75,11 @@ def check_annotations(
             continue
         else:
             fault, doubt = check_object(annotation, image, masks is not False)
+        for kinds, kind in ((found.errors, fault), (found.warnings, doubt)):
+            if kind:
+                kinds[kind].append(Place(name, '' if image is None else image['file_name'], annotation['id']))
         if fault:
-            found.errors[fault].append(place)
             found.faulty_annotations[name].add(position)
-        if doubt:
-            found.warnings[doubt].append(place)
 
 
 def check_ids(coco: dict, name: str, found: Findings) -> None:

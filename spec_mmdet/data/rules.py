@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import mul
 
 import numpy as np
@@ -191,7 +192,8 @@ def can_be_measured(mask: object, width: int, height: int) -> bool:
 
 
 def compute_extent(polygons: list[list[float]]) -> Corners:
-    xs, ys = ([v for polygon in polygons for v in polygon[first::2]] for first in (0, 1))
+    numbers = list(chain.from_iterable(polygons))
+    xs, ys = numbers[::2], numbers[1::2]
     return min(xs), min(ys), max(xs), max(ys)
 
 
@@ -238,11 +240,13 @@ def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, he
     if empty:
         nothing = 'masks that cover no pixel'
         return ('', nothing) if w * h < 16 else (nothing, '')
-    whole, corners = (x, y, x + w, y + h), (x, y, w, h)
-    grown = (x - TOLERANCE, y - TOLERANCE, x + w + TOLERANCE, y + h + TOLERANCE)
-    if w > x and h > y and compute_iou(extent, corners) > 0.9 > compute_iou(extent, whole):
+    iou = compute_iou(extent, (x, y, x + w, y + h))
+    if iou >= 0.9:
+        return '', ''
+    if w > x and h > y and compute_iou(extent, (x, y, w, h)) > 0.9:
         return 'boxes that are corners [x0, y0, x1, y1], not [x, y, width, height]', ''
+    grown = (x - TOLERANCE, y - TOLERANCE, x + w + TOLERANCE, y + h + TOLERANCE)
     if compute_overlap(extent, grown) < 0.5 * compute_area(extent):
         return 'masks that lie outside of their boxes', ''
-    doubt = min(w, h) > 4 * TOLERANCE and compute_iou(extent, whole) < 0.5
+    doubt = min(w, h) > 4 * TOLERANCE and iou < 0.5
     return '', 'masks that fill less than half of their boxes' * doubt

@@ -238,8 +238,9 @@ class ResultsHook(Hook):
         self.tiles: list[np.ndarray] = []
         self.drawn = -1  # iteration of the last curves
 
+    @master_only
     def before_train(self, runner: Runner) -> None:
-        """Write the run's metadata."""
+        """Write the run's metadata, with digests of the annotation files."""
         self.facts = describe_run(runner)
         self._write(runner, RUN, json.dumps(self.facts, indent=1).encode())
         self.started = runner.iter

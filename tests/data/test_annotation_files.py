@@ -1,14 +1,23 @@
 """The reader accepts annotation files in any encoding, and gives a one-line error for other files."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import CONFIG
+from mmdet.registry import DATASETS, METRICS
 
+from spec_mmdet.configs import read_config
+from spec_mmdet.data import reading
+from spec_mmdet.data.checks import check_inputs
 from spec_mmdet.data.findings import Findings
-from spec_mmdet.data.reading import AnnotationFile, read_coco
+from spec_mmdet.data.fitting import set_classes
+from spec_mmdet.data.folders import use_folder
+from spec_mmdet.data.reading import AnnotationFile, forget_coco, read_coco, read_json
 from spec_mmdet.errors import InputError
 
 
@@ -96,3 +105,23 @@ def test_a_locale_that_is_not_utf_8(tmp_path):
     assert run.returncode == 1 and 'größe.png' in run.stderr.decode() and 'Traceback' not in run.stderr.decode()
     assert '红' in run.stdout.decode() and '红 in annotations/instances_val.json' not in run.stdout.decode()
     assert 'größe.png' in (tmp_path / 'all.csv').read_text('utf-8')
+
+
+def test_a_training_reads_each_file_once(shapes, monkeypatch):
+    """The check, the data sets and the evaluator share it; Python's garbage collector is paused meanwhile."""
+    cfg, files = read_config(CONFIG), []
+    use_folder(cfg, shapes, ('train', 'val'))
+
+    def read(path: Path) -> object:
+        assert not gc.isenabled()
+        files.append(path.name)
+        return read_json(path)
+
+    monkeypatch.setattr(reading, 'read_json', read)
+    for split in ('train', 'val'):
+        forget_coco(shapes / 'annotations' / f'instances_{split}.json')  # of earlier tests
+    set_classes(cfg, check_inputs(cfg, ('train', 'val')))
+    datasets = [DATASETS.build(cfg[f'{loop}_dataloader'].dataset) for loop in ('train', 'val')]
+    METRICS.build(cfg.val_evaluator)
+    assert all(map(len, datasets)) and gc.isenabled()
+    assert files == ['instances_train.json', 'instances_val.json']
