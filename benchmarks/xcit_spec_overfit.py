@@ -4,7 +4,7 @@ _base_ = ['../configs/_base_/mask-rcnn_xcit_cpu.py', '../configs/_base_/coco_3x.
 scale = (384, 384)
 train_pipeline = [
     dict(type='CheckedLoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='CheckedLoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='PackDetInputs'),
 ]

@@ -4,6 +4,7 @@ from .checkpoints import safe_loading  # noqa: F401, so that MMEngine runs no co
 from .checkpoints.pretrained import XCiTPretrained
 from .configs import find_config
 from .data.images import CheckedLoadImageFromFile
+from .data.masks import CheckedLoadAnnotations
 from .data.reading import CheckedCocoDataset
 from .evaluation.accuracy import TopK
 from .evaluation.drawing import LabelVisualizer, PictureHook
@@ -25,6 +26,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'CheckedCocoDataset',
     'CheckedCocoMetric',
+    'CheckedLoadAnnotations',
     'CheckedLoadImageFromFile',
     'CheckpointGuard',
     'ConditioningHook',

@@ -21,6 +21,7 @@ TABLE = (
     ('DATASETS', 'CocoDataset', 'CheckedCocoDataset'),
     ('METRICS', 'CocoMetric', 'FastCocoMetric'),
     ('TRANSFORMS', 'LoadImageFromFile', 'CheckedLoadImageFromFile'),
+    ('TRANSFORMS', 'LoadAnnotations', 'CheckedLoadAnnotations'),
     ('LOOPS', 'EpochBasedTrainLoop', 'ExactEpochTrainLoop'),
     ('LOOPS', 'IterBasedTrainLoop', 'ExactIterTrainLoop'),
     ('HOOKS', 'CheckpointHook', 'AtomicCheckpointHook'),
@@ -29,6 +30,7 @@ TABLE = (
 
 # In these pipelines, MMDetection's DetInferencer looks for LoadImageFromFile by name.
 INFERENCE = ('test_dataloader', 'test_pipeline', 'tta_pipeline')
+LOADING = ('LoadImageFromFile', 'LoadAnnotations')
 
 # Entries of default_hooks; None there turns one off.
 GUARDS = dict(
@@ -76,8 +78,8 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
 
     Args:
         cfg: the complete config, in MMEngine's old or new style.
-        testing: whether to also substitute LoadImageFromFile in the test pipeline. MMDetection's DetInferencer does
-            not accept such a config.
+        testing: whether to also substitute the loading transforms in the test pipeline. MMDetection's DetInferencer
+            does not accept such a config.
 
     Returns:
         The substitutions, for instance "CocoDataset -> CheckedCocoDataset".
@@ -95,7 +97,7 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
     for place, node in walk({**cfg}):
         kind = node.get('type')
         name = kind.rpartition('.')[2] if isinstance(kind, str) else ''
-        if name not in rows or name == 'LoadImageFromFile' and not testing and place.split('.')[0] in INFERENCE:
+        if name not in rows or name in LOADING and not testing and place.split('.')[0] in INFERENCE:
             continue
         registry, theirs, ours = rows[name]
         if registry.get(kind) is theirs:

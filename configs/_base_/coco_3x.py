@@ -4,7 +4,7 @@ _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/sc
 scales = [(height, 1333) for height in range(480, 801, 32)]
 train_pipeline = [
     dict(type='CheckedLoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='CheckedLoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='RandomFlip', prob=0.5),
     dict(
         type='RandomChoice',
@@ -23,7 +23,7 @@ train_pipeline = [
 val_pipeline = [
     dict(type='CheckedLoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='CheckedLoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(dataset=dict(type='CheckedCocoDataset', pipeline=train_pipeline))

@@ -6,7 +6,7 @@ scale = (128, 128)
 
 train_pipeline = [
     dict(type='CheckedLoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='CheckedLoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='Resize', scale=scale),
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
     dict(type='PackDetInputs'),
@@ -38,7 +38,7 @@ val_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
-        pipeline=[dict(type='CheckedLoadImageFromFile'), *test_pipeline[1:]],
+        pipeline=[dict(type='CheckedLoadImageFromFile'), test_pipeline[1], train_pipeline[1], test_pipeline[3]],
     ),
 )
 test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], pipeline=test_pipeline))

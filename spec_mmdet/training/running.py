@@ -32,6 +32,7 @@ from ..data.fitting import (
     state_classes_once,
     use_masks_as_the_model,
 )
+from ..data.masks import use_polygons
 from ..errors import InputError, list_briefly
 from ..processes import decide_on_main, leave_group
 from .guards import end_workers
@@ -75,11 +76,14 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
     def adapt(config: Config, found: Sequence[str] | None, check: bool) -> Sequence[str] | None:
         stated = state_classes_once(config)
         masks_changed = use_masks_as_the_model(config)
+        bitmaps = use_polygons(config)
         if check:
             require_one_annotation_file(config, loops)
             if 'train' in loops:
                 require_monitored_metrics(config)
                 report_caches(config)
+            if bitmaps:
+                print(f'masks are loaded as bitmaps, which need memory for large images: {", ".join(bitmaps)}')
             if masks_changed and not has_masks(config.get('model')):
                 print('the detector has no mask head: masks are neither loaded nor evaluated')
             found = check_inputs(config, loops, found, thorough)
