@@ -21,7 +21,7 @@ from ..errors import InputError
 from .findings import Findings, Place
 from .rules import find_mask_fault, find_size_fault, rasterise
 
-LARGE = 30e6  # bytes from which reading takes seconds and is announced
+LARGE = 30e6  # bytes of a file whose reading takes about a second
 REQUIRED = dict(
     images=dict(id=(int, str), file_name=str, height=int, width=int),
     annotations=dict(id=(int, str), image_id=(int, str), category_id=(int, str), bbox=list),
@@ -50,6 +50,12 @@ def pause_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def announce(what: str, path: Path) -> None:
+    """Print in the main process what takes seconds with a large file."""
+    if path.is_file() and path.stat().st_size > LARGE and is_main_process():
+        print(f'{what} {path.name} ({path.stat().st_size / 1e6:.0f} MB)', flush=True)
+
+
 def read_json(path: Path) -> object:
     """Read a JSON file in UTF-8, 16 or 32, with or without a byte order mark, independently of the locale.
 
@@ -58,8 +64,7 @@ def read_json(path: Path) -> object:
     """
     if not path.is_file():
         raise InputError(f'annotation file {path}: no such file. Check the path')
-    if path.stat().st_size > LARGE and is_main_process():
-        print(f'reading {path.name} ({path.stat().st_size / 1e6:.0f} MB)', flush=True)
+    announce('reading', path)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=build_object)
     except RecursionError as error:
@@ -332,6 +337,7 @@ class CheckedCocoDataset(CocoDataset):
 
     def load_data_list(self) -> list[dict]:
         """Load the annotations, and free the memory of those for training, which nothing else uses."""
+        announce('indexing', Path(self.ann_file))
         with pause_garbage_collection():
             entries = super().load_data_list()
         if not self.test_mode:
