@@ -2,8 +2,9 @@
 
 Compiling mmcv is the hardest part of installing MMDetection; torchvision ships some of its operators, for CPU and CUDA,
 in its wheels, and PyTorch computes the others. Where mmcv has not been compiled, this package is its module
-``mmcv._ext`` (see startup.py), so it imports nothing of the package around it. The names and arguments are mmcv's, the
-results those of its kernels; half-precision tensors are computed with in single precision (precision.py).
+``mmcv._ext`` (see startup.py), so it imports nothing of the package around it. The names and arguments are mmcv's
+(``**_`` collects the settings that an operator does not need), the results those of its kernels; half-precision tensors
+are computed with in single precision (precision.py).
 """
 
 from __future__ import annotations
@@ -12,78 +13,19 @@ from collections.abc import Callable
 
 import torch
 
-from .boxes import nms, nms_match, softnms
-from .deformable import (
-    deform_conv_backward_input,
-    deform_conv_backward_parameters,
-    deform_conv_forward,
-    modulated_deform_conv_backward,
-    modulated_deform_conv_forward,
-    ms_deform_attn_backward,
-    ms_deform_attn_forward,
-)
-from .focal_loss import (
-    sigmoid_focal_loss_backward,
-    sigmoid_focal_loss_forward,
-    softmax_focal_loss_backward,
-    softmax_focal_loss_forward,
-)
-from .normalisation import (
-    sync_bn_backward_data,
-    sync_bn_backward_param,
-    sync_bn_forward_mean,
-    sync_bn_forward_output,
-    sync_bn_forward_var,
-)
-from .reassembly import (
-    carafe_backward,
-    carafe_forward,
-    carafe_naive_backward,
-    carafe_naive_forward,
-    masked_col2im_forward,
-    masked_im2col_forward,
-)
-from .regions import (
-    deform_roi_pool_backward,
-    deform_roi_pool_forward,
-    roi_align_backward,
-    roi_align_forward,
-)
+from . import boxes, deformable, focal_loss, normalisation, reassembly, regions
 
-__all__ = [
-    'carafe_backward',
-    'carafe_forward',
-    'carafe_naive_backward',
-    'carafe_naive_forward',
-    'deform_conv_backward_input',
-    'deform_conv_backward_parameters',
-    'deform_conv_forward',
-    'deform_roi_pool_backward',
-    'deform_roi_pool_forward',
-    'masked_col2im_forward',
-    'masked_im2col_forward',
-    'modulated_deform_conv_backward',
-    'modulated_deform_conv_forward',
-    'ms_deform_attn_backward',
-    'ms_deform_attn_forward',
-    'nms',
-    'nms_match',
-    'roi_align_backward',
-    'roi_align_forward',
-    'sigmoid_focal_loss_backward',
-    'sigmoid_focal_loss_forward',
-    'softmax_focal_loss_backward',
-    'softmax_focal_loss_forward',
-    'softnms',
-    'sync_bn_backward_data',
-    'sync_bn_backward_param',
-    'sync_bn_forward_mean',
-    'sync_bn_forward_output',
-    'sync_bn_forward_var',
-]
+OPERATORS = {
+    name: operator
+    for module in (boxes, deformable, focal_loss, normalisation, reassembly, regions)
+    for name, operator in vars(module).items()
+    if getattr(operator, '__module__', None) == module.__name__ and not name.startswith('_')
+}
 
 
 def __getattr__(name: str) -> Callable:
+    if name in OPERATORS:
+        return OPERATORS[name]
     # mmcv looks up every operator at import and calls few of them, so only a call is an error.
     if name.startswith('__'):
         raise AttributeError(name)

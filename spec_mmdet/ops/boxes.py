@@ -25,10 +25,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: 1 where x2 and y2 are the last pixels inside the box, 0 where they are its edges.
     """
     boxes, scores = widen(boxes, scores)
-    if offset:
-        boxes = torch.cat(
-            [boxes[:, :2], boxes[:, 2:] + offset], dim=1
-        )  # a tensor of numbers would be copied to the GPU
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
     return torchvision.ops.nms(boxes, scores, _single(iou_threshold))
 
 
@@ -41,23 +38,16 @@ def _overlaps(box: np.ndarray, boxes: np.ndarray, offset: int = 0) -> np.ndarray
 
 
 def softnms(
-    boxes: Tensor,
-    scores: Tensor,
-    dets: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
+    boxes: Tensor, scores: Tensor, dets: Tensor, *, iou_threshold: float, sigma: float, min_score: float, method: int,
     offset: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Lower the scores of the boxes that overlap better ones (Soft-NMS, arXiv 1704.04503).
 
     The order is mmcv's, at equal scores too: the best of the boxes left goes to the front, in exchange for the one
     there, and a box that falls below ``min_score`` is replaced by the last.
 
     Args:
-        boxes: (n, 4), x1 y1 x2 y2.
-        scores: (n,).
+        boxes, scores: (n, 4), x1 y1 x2 y2, and (n,).
         dets: (n, 5); the boxes kept are written to its first rows, with their scores.
         iou_threshold: overlap from which the methods 0 and 1 lower a score.
         sigma: width of the Gaussian of method 2.

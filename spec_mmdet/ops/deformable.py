@@ -14,17 +14,7 @@ from .precision import compute, compute_gradients, widen
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, size: list[int]) -> Tensor:
-    """Compute the contribution of one level to the attention.
-
-    Args:
-        value: (B, height * width, heads, d).
-        locations: (B, queries, heads, points, 2), x and y from 0 to 1 over the level's map; zeros are outside.
-        weights: (B, queries, heads, points).
-        size: height and width.
-
-    Returns:
-        (B, queries, heads * d).
-    """
+    """Compute one level's contribution to the attention: the arguments have no dimension of levels."""
     batch, queries, heads, points = weights.shape
     maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *size)
     grid = 2 * locations.transpose(1, 2).flatten(0, 1) - 1
@@ -45,45 +35,31 @@ def _levels(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -
 
 
 def ms_deform_attn_forward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, **_
 ) -> Tensor:
     """Multi-scale deformable attention (arXiv 2010.04159): weighted sums of bilinear samples of several maps.
 
     Args:
         value: the maps, one behind the other, shape (B, keys, heads, d).
-        value_spatial_shapes: height and width of each, shape (levels, 2).
-        value_level_start_index: where each begins, shape (levels,).
-        sampling_locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1 over each map.
-        attention_weights: (B, queries, heads, levels, points).
-        im2col_step: unused.
+        shapes: height and width of each, shape (levels, 2).
+        starts: unused.
+        locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1 over each map.
+        weights: (B, queries, heads, levels, points).
 
     Returns:
         (B, queries, heads * d).
     """
-    levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
+    levels = _levels(value, shapes, locations, weights)
     return sum(compute(partial(_attend, size=size), *inputs) for size, inputs in levels).to(value.dtype)
 
 
 def ms_deform_attn_backward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, grad_output: Tensor,
+    grad_value: Tensor, grad_locations: Tensor, grad_weights: Tensor, **_,
+) -> None:  # fmt: skip
     """Write the gradients with respect to maps, locations and weights into the tensors named after them."""
-    levels = _levels(value, value_spatial_shapes, sampling_locations, attention_weights)
-    outputs = _levels(grad_value, value_spatial_shapes, grad_sampling_loc, grad_attn_weight)
+    levels = _levels(value, shapes, locations, weights)
+    outputs = _levels(grad_value, shapes, grad_locations, grad_weights)
     for (size, inputs), (_, parts) in zip(levels, outputs):
         for part, gradient in zip(parts, compute_gradients(partial(_attend, size=size), inputs, grad_output)):
             part.copy_(gradient)
@@ -101,7 +77,7 @@ def _beside_the_map(offset: Tensor, kernel: torch.Size, settings: tuple[int, ...
     return torch.stack([by_y + y == -1, by_x + x == -1], dim=4).flatten(1, 4)
 
 
-def _deform_conv_backward(
+def _differentiate(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *settings: int
 ) -> list[Tensor]:
     """Compute torchvision's gradients with respect to input, weight, offset, mask and bias.
@@ -122,92 +98,43 @@ def _deform_conv_backward(
 
 
 def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, *_,
+    dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int, **__,
+) -> None:  # fmt: skip
     """Write the deformable convolution (arXiv 1703.06211) into ``output``.
 
     Args:
         input: (B, C_in, H, W).
-        weight: (C_out, C_in / group, kH, kW).
-        offset: (B, deformable_group * kH * kW * 2, H_out, W_out), y and x of each position of the kernel, in pixels.
+        weight: (C_out, C_in / groups, kH, kW).
+        offset: (B, offset groups * kH * kW * 2, H_out, W_out), y and x of each position of the kernel, in pixels.
         output: (B, C_out, H_out, W_out).
-        columns, ones, im2col_step: unused.
         dW, dH: horizontal and vertical stride.
-        group: the convolution's groups.
-        deformable_group: groups of channels with separate offsets.
     """
     input, weight, offset = widen(input, weight, offset)
-    settings = {'stride': (dH, dW), 'padding': (padH, padW), 'dilation': (dilationH, dilationW)}
+    settings = dict(stride=(dH, dW), padding=(padH, padW), dilation=(dilationH, dilationW))
     output.copy_(torchvision.ops.deform_conv2d(input, offset, weight, **settings))
 
 
 def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
+    input: Tensor, offset: Tensor, grad_output: Tensor, grad_input: Tensor, grad_offset: Tensor, weight: Tensor, *_,
+    dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int, group: int, deformable_group: int, **__,
+) -> None:  # fmt: skip
     """Write the gradients with respect to input and offset into the tensors named after them."""
     settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    by_input, _, by_offset, _, _ = _deform_conv_backward(grad_output, input, weight, offset, None, *settings)
+    by_input, _, by_offset, _, _ = _differentiate(grad_output, input, weight, offset, None, *settings)
     grad_input.copy_(by_input)
     grad_offset.copy_(by_offset)
 
 
 def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_weight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    scale: float,
-    im2col_step: int,
-) -> None:
+    input: Tensor, offset: Tensor, grad_output: Tensor, grad_weight: Tensor, *_,
+    dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int, group: int, deformable_group: int,
+    scale: float, **__,
+) -> None:  # fmt: skip
     """Add ``scale`` times the gradient with respect to the weight to ``grad_weight``."""
     settings = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     # The gradient does not depend on the weight's values.
-    grad_weight += scale * _deform_conv_backward(grad_output, input, grad_weight, offset, None, *settings)[1]
+    grad_weight += scale * _differentiate(grad_output, input, grad_weight, offset, None, *settings)[1]
 
 
 def _leading(tensor: Tensor, output: Tensor) -> Tensor:
@@ -228,75 +155,32 @@ def _write_leading(gradient: Tensor, computed: Tensor) -> None:
 
 
 def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor, output: Tensor, *_,
+    stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int, with_bias: bool, **__,
+) -> None:  # fmt: skip
     """Write the modulated deformable convolution (arXiv 1811.11168) into ``output``.
 
     Args:
-        input: (B, C_in, H, W).
-        weight: (C_out, C_in / group, kernel_h, kernel_w).
-        bias: (C_out,) where ``with_bias``.
-        columns, ones: unused.
-        offset: (B, deformable_group * kernel_h * kernel_w * 2, H_out, W_out), y and x of each place in pixels.
-        mask: the factors, (B, deformable_group * kernel_h * kernel_w, H_out, W_out).
-        output: (B, C_out, H_out, W_out).
-        group: the convolution's groups.
-        deformable_group: groups of channels with separate offsets.
+        input, weight, offset, output: as for :func:`deform_conv_forward`.
+        bias: (C_out,) if ``with_bias``.
+        ones: unused.
+        mask: the factors, (B, offset groups * kernel_h * kernel_w, H_out, W_out).
     """
     input, weight, bias, offset, mask = widen(input, weight, bias, _leading(offset, output), _leading(mask, output))
-    settings = {'stride': (stride_h, stride_w), 'padding': (pad_h, pad_w), 'dilation': (dilation_h, dilation_w)}
-    output.copy_(
-        torchvision.ops.deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **settings)
-    )
+    settings = dict(stride=(stride_h, stride_w), padding=(pad_h, pad_w), dilation=(dilation_h, dilation_w))
+    bias = bias if with_bias else None
+    output.copy_(torchvision.ops.deform_conv2d(input, offset, weight, bias, mask=mask, **settings))
 
 
 def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor, columns: Tensor,
+    grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_offset: Tensor, grad_mask: Tensor,
+    grad_output: Tensor, *, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int,
+    group: int, deformable_group: int, with_bias: bool, **_,
+) -> None:  # fmt: skip
     """Write the gradients with respect to input, weight, bias, offset and mask into the tensors named after them."""
     settings = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    by_input, by_weight, by_offset, by_mask, by_bias = _deform_conv_backward(
+    by_input, by_weight, by_offset, by_mask, by_bias = _differentiate(
         grad_output, input, weight, _leading(offset, grad_output), _leading(mask, grad_output), *settings
     )
     grad_input.copy_(by_input)

@@ -1,4 +1,4 @@
-"""Focal loss (arXiv 1708.02002) of sigmoids and of a softmax, and its derivative.
+"""Focal loss (arXiv 1708.02002) of sigmoids, and its derivative.
 
 Both are in closed form: autograd returns NaN if a probability rounds to 1 and gamma < 1.
 """
@@ -44,8 +44,7 @@ def sigmoid_focal_loss_forward(
         alpha: weight of the target, 1 - alpha of the other classes.
 
     Raises:
-        ValueError: if there is a target above the number of classes, on a CPU. On a GPU its row is a negative of each
-            class, as in mmcv's kernels.
+        ValueError: on a CPU, for a target above the number of classes; on a GPU it is a negative, as in mmcv.
     """
     p, log_p, q, log_q, is_target = _sigmoids(input, target)
     loss = torch.where(is_target, -alpha * q**gamma * log_p, (alpha - 1) * p**gamma * log_q)
@@ -60,44 +59,3 @@ def sigmoid_focal_loss_backward(
     positive = -alpha * q**gamma * (q - gamma * p * log_p)
     negative = (alpha - 1) * p**gamma * (gamma * q * log_q - p)
     grad_input.copy_(torch.where(is_target, positive, negative) * _row_weights(weight, target))
-
-
-def _softmax_of_target(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p and log p of each row's class, and whether it has one, each of shape (n, 1)."""
-    (softmax,) = widen(softmax)
-    has_class = target[:, None] >= 0
-    p = softmax.gather(1, target[:, None].clamp(min=0))
-    return p, p.clamp(min=torch.finfo(torch.float32).tiny).log(), has_class
-
-
-def softmax_focal_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    """Write the focal loss of each row into ``output``.
-
-    Args:
-        input: probabilities, the softmax of the logits, shape (n, classes).
-        target: class of each row, shape (n,); rows below 0 are ignored, with a loss of 0.
-        weight: weights of the classes, shape (classes,), or empty.
-        output: shape (n,).
-        gamma: exponent that makes well-classified examples count less.
-        alpha: weight of the loss.
-    """
-    p, log_p, has_class = _softmax_of_target(input, target)
-    loss = -alpha * (1 - p) ** gamma * log_p * _row_weights(weight, target)
-    output.copy_(torch.where(has_class, loss, 0)[:, 0])
-
-
-def softmax_focal_loss_backward(
-    input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
-    """Write the derivative of each row's loss with respect to its logits into ``grad_input``, shape (n, classes).
-
-    ``buff``, shape (n,), is mmcv's scratch memory and stays unused.
-    """
-    p, log_p, has_class = _softmax_of_target(input, target)
-    # log p / (1 - p) tends to -1 for p -> 1, where it is 0 / 0.
-    ratio = torch.where(p < 1, log_p / (1 - p), -1)
-    by_log_p = alpha * (1 - p) ** gamma * (gamma * p * ratio - 1) * _row_weights(weight, target)
-    is_target = target[:, None] == torch.arange(input.shape[1], device=target.device)
-    grad_input.copy_(torch.where(has_class, by_log_p * (is_target.to(p.dtype) - input), 0))

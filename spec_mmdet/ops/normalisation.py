@@ -19,32 +19,15 @@ def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 def sync_bn_forward_output(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    norm: Tensor,
-    std: Tensor,
-    output: Tensor,
-    eps: float,
-    momentum: float | Tensor,
-    group_size: int,
-) -> None:
-    """Write the normalised input, before and after the affine map, and move the running statistics.
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    norm: Tensor, std: Tensor, output: Tensor, *, eps: float, momentum: float | Tensor, group_size: int,
+) -> None:  # fmt: skip
+    """Write the input, normalised and (``output``) with the affine map, and move the running statistics.
 
     Args:
-        input: (B, C, n).
-        mean: of all processes, (C,), as ``var``; both in single precision.
-        weight: (C,), as ``bias``.
-        running_mean: (C,), as ``running_var``; moved towards the mean and the unbiased variance by ``momentum``.
-        norm: (B, C, n), the input before the affine map.
-        std: (C,).
-        output: (B, C, n).
-        eps: added to the variance.
-        momentum: 0 leaves the running statistics unchanged.
+        input: (B, C, n), like ``norm`` and ``output``; all others are of shape (C,).
+        mean, var: of all processes, in single precision.
+        momentum: with which the running statistics move to the mean and the unbiased variance.
         group_size: the number of processes.
     """
     std.copy_((var + eps).sqrt())
@@ -62,18 +45,9 @@ def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tenso
 
 
 def sync_bn_backward_data(
-    grad_output: Tensor,
-    weight: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    norm: Tensor,
-    std: Tensor,
+    grad_output: Tensor, weight: Tensor, grad_weight: Tensor, grad_bias: Tensor, norm: Tensor, std: Tensor,
     grad_input: Tensor,
-) -> None:
-    """Write the gradient with respect to the input.
-
-    Args:
-        grad_weight, grad_bias: gradients with respect to weight and bias, averaged over the processes.
-    """
+) -> None:  # fmt: skip
+    """Write the gradient with respect to the input; those of weight and bias are averaged over the processes."""
     shared = (grad_weight[:, None] * norm + grad_bias[:, None]) / grad_output[:, 0].numel()
     grad_input.copy_((weight / std)[:, None] * (grad_output - shared))

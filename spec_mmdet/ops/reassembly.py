@@ -27,109 +27,54 @@ def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: i
     return pixels.reshape(batch, channels, height * scale_factor, width * scale_factor)
 
 
-def carafe_naive_forward(
-    features: Tensor, masks: Tensor, output: Tensor, kernel_size: int, group_size: int, scale_factor: int
+def carafe_forward(
+    features: Tensor, masks: Tensor, kept: Tensor, scratch: Tensor, other: Tensor, output: Tensor, **settings: int
 ) -> None:
     """Write features upsampled with a kernel for each pixel of the result (CARAFE, arXiv 1905.02188) into ``output``.
 
     Args:
-        features: (n, channels, h, w).
+        features: (n, channels, h, w); copied to ``kept`` for the backward pass.
         masks: the kernels, shape (n, kernel_size^2 * group_size, h * scale_factor, w * scale_factor).
         output: (n, channels, h * scale_factor, w * scale_factor).
-        kernel_size: odd; each pixel is a sum over kernel_size x kernel_size features around it.
-        group_size: number of groups of channels, each with kernels of its own.
-        scale_factor: how many times larger the result is.
+        settings: kernel_size (odd; side of the window of features that a pixel is a sum of), group_size (number of
+            groups of channels with separate kernels) and scale_factor.
     """
-    arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
+    kept.copy_(features)
     # One image at a time: the windows of all take k * k times the memory of the features.
     for single, mask, upsampled in zip(features.split(1), masks.split(1), output.split(1)):
-        upsampled.copy_(compute(partial(_reassemble, **arguments), single, mask))
+        upsampled.copy_(compute(partial(_reassemble, **settings), single, mask))
 
 
-def carafe_naive_backward(
-    top_grad: Tensor,
-    features: Tensor,
-    masks: Tensor,
-    bottom_grad: Tensor,
-    mask_grad: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
+def carafe_backward(
+    grad_output: Tensor, kept: Tensor, masks: Tensor, *scratch_and_grads: Tensor, **settings: int
 ) -> None:
-    """Write the gradients with respect to features and masks into ``bottom_grad`` and ``mask_grad``."""
-    arguments = {'kernel_size': kernel_size, 'group_size': group_size, 'scale_factor': scale_factor}
-    for top, *inputs, by_features, by_masks in zip(
-        *(tensor.split(1) for tensor in (top_grad, features, masks, bottom_grad, mask_grad))
-    ):
-        computed = compute_gradients(partial(_reassemble, **arguments), tuple(inputs), top)
+    """Write the gradients with respect to features and masks into the last two tensors."""
+    tensors = (grad_output, kept, masks, *scratch_and_grads[-2:])
+    for top, *inputs, by_features, by_masks in zip(*(tensor.split(1) for tensor in tensors)):
+        computed = compute_gradients(partial(_reassemble, **settings), tuple(inputs), top)
         by_features.copy_(computed[0])
         by_masks.copy_(computed[1])
 
 
-def carafe_forward(
-    features: Tensor,
-    masks: Tensor,
-    rfeatures: Tensor,
-    routput: Tensor,
-    rmasks: Tensor,
-    output: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> None:
-    """Call :func:`carafe_naive_forward`, and copy the features to ``rfeatures`` for the backward pass."""
-    rfeatures.copy_(features)
-    carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
-
-
-def carafe_backward(
-    top_grad: Tensor,
-    rfeatures: Tensor,
-    masks: Tensor,
-    rtop_grad: Tensor,
-    rbottom_grad_hs: Tensor,
-    rbottom_grad: Tensor,
-    rmask_grad: Tensor,
-    bottom_grad: Tensor,
-    mask_grad: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> None:
-    """Call :func:`carafe_naive_backward` with the features that :func:`carafe_forward` has stored."""
-    carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, kernel_size, group_size, scale_factor)
-
-
 def masked_im2col_forward(
-    im: Tensor,
-    mask_h_idx: Tensor,
-    mask_w_idx: Tensor,
-    col: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    pad_h: int,
-    pad_w: int,
+    im: Tensor, rows: Tensor, columns: Tensor, col: Tensor, kernel_h: int, kernel_w: int, pad_h: int, pad_w: int
 ) -> None:
     """Write the values that a convolution reads at selected pixels into ``col``, with zeros outside the map.
 
     Args:
         im: (1, channels, h, w).
-        mask_h_idx: rows of the pixels, shape (n,).
-        mask_w_idx: columns of the pixels, shape (n,).
+        rows, columns: of the pixels, shape (n,).
         col: (channels * kernel_h * kernel_w, n).
-        kernel_h: height of the kernel; its first row reads ``pad_h`` above the pixel.
-        kernel_w: width of the kernel; its first column reads ``pad_w`` left of the pixel.
-        pad_h: see ``kernel_h``.
-        pad_w: see ``kernel_w``.
+        pad_h, pad_w: the kernel's first row and column read so far above and left of the pixel.
     """
     padded = F.pad(im[0], [pad_w, kernel_w - 1 - pad_w, pad_h, kernel_h - 1 - pad_h])
-    rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None, None]
-    columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
+    rows = rows + torch.arange(kernel_h, device=im.device)[:, None, None]
+    columns = columns + torch.arange(kernel_w, device=im.device)[:, None]
     col.copy_(padded[:, rows, columns].flatten(0, 2))
 
 
 def masked_col2im_forward(
-    col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor, height: int, width: int, channels: int
+    col: Tensor, rows: Tensor, columns: Tensor, im: Tensor, height: int, width: int, channels: int
 ) -> None:
     """Write each column of ``col``, shape (channels, n), to its pixel of ``im``, shape (1, channels, height, width)."""
-    im[0][:, mask_h_idx, mask_w_idx] = col.to(im.dtype)
+    im[0][:, rows, columns] = col.to(im.dtype)

@@ -18,18 +18,9 @@ def _check_mode(pool_mode: int) -> None:
 
 
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
+    input: Tensor, rois: Tensor, output: Tensor, *_, aligned_height: int, aligned_width: int, spatial_scale: float,
+    sampling_ratio: int, pool_mode: int, aligned: bool,
+) -> None:  # fmt: skip
     """Write the pooled features of each region into ``output``, shape (n, C, aligned_height, aligned_width)."""
     _check_mode(pool_mode)
     input, rois = widen(input, rois)
@@ -38,31 +29,15 @@ def roi_align_forward(
 
 
 def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, *, aligned_height: int,
+    aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool,
+) -> None:  # fmt: skip
     """Add the gradient of the pooled features to ``grad_input``, shape (B, C, H, W)."""
     _check_mode(pool_mode)
     grad_output, rois = widen(grad_output, rois)
-    grad_input += torch.ops.torchvision._roi_align_backward(
-        grad_output,
-        rois,
-        spatial_scale,
-        aligned_height,
-        aligned_width,
-        *grad_input.shape,
-        sampling_ratio,
-        aligned,
-    )
+    size = (aligned_height, aligned_width, *grad_input.shape)
+    backward = torch.ops.torchvision._roi_align_backward
+    grad_input += backward(grad_output, rois, spatial_scale, *size, sampling_ratio, aligned)
 
 
 def _grid(height: int, width: int, like: Tensor) -> Tensor:
@@ -86,16 +61,23 @@ def _bilinear(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def _pool_displaced(
-    input: Tensor, offset: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, gamma: float
-) -> Tensor:
-    """Compute RoIAlign with ``size`` bins displaced by ``gamma * offset`` times the region's extent."""
+    input: Tensor, offset: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, spatial_scale: float,
+    sampling_ratio: int, gamma: float,
+) -> Tensor:  # fmt: skip
+    """Compute RoIAlign with bins displaced by ``gamma * offset`` times the region's extent.
+
+    Args:
+        spatial_scale: size of the map over that of the image.
+        sampling_ratio: samples per bin in each direction; 0: about one per pixel.
+    """
+    size = (pooled_height, pooled_width)
     rois = rois.to(input.dtype)
-    corners = rois[:, 1:] * scale - 0.5
+    corners = rois[:, 1:] * spatial_scale - 0.5
     extent = corners[:, 2:] - corners[:, :2]
     bins = extent / extent.new_tensor(size[::-1])
     starts = corners[:, None, None, :2] + _grid(*size, rois) * bins[:, None, None]
     starts = starts + gamma * extent[:, None, None] * offset.permute(0, 2, 3, 1)
-    counts = torch.full_like(bins, ratio) if ratio > 0 else bins.ceil()
+    counts = torch.full_like(bins, sampling_ratio) if sampling_ratio > 0 else bins.ceil()
 
     output = input.new_zeros(len(rois), input.shape[1], *size)
     # Regions of one image are pooled together if their bins have the same number of samples.
@@ -109,17 +91,13 @@ def _pool_displaced(
     return output
 
 
-def deform_roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-) -> None:
+def _as_roi_align(pooled_height: int, pooled_width: int, spatial_scale: float, sampling_ratio: int, **_) -> dict:
+    """Return RoIAlign's settings for deformable RoI pooling without offsets."""
+    size = dict(aligned_height=pooled_height, aligned_width=pooled_width)
+    return dict(**size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, pool_mode=1, aligned=True)
+
+
+def deform_roi_pool_forward(input: Tensor, rois: Tensor, offset: Tensor, output: Tensor, **settings: float) -> None:
     """Write deformable RoI pooling (arXiv 1703.06211), with RoIAlign's bilinear samples, into ``output``.
 
     Args:
@@ -127,39 +105,23 @@ def deform_roi_pool_forward(
         rois: (n, 5), the image's index and x1 y1 x2 y2.
         offset: (n, 2, pooled_height, pooled_width), the displacement across and down of each bin; or empty.
         output: (n, C, pooled_height, pooled_width).
-        spatial_scale: size of the map over that of the image.
-        sampling_ratio: samples per bin in each direction; 0 takes about one per pixel.
-        gamma: a bin is displaced by ``gamma * offset`` times the region's width and height.
+        settings: those of :func:`_pool_displaced`.
     """
     if offset.numel():
-        size = (pooled_height, pooled_width)
-        pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)
-        output.copy_(compute(pool, input, offset))
+        output.copy_(compute(partial(_pool_displaced, rois=rois, **settings), input, offset))
     else:
-        settings = (pooled_height, pooled_width, spatial_scale, sampling_ratio, 1, True)
-        roi_align_forward(input, rois, output, offset, offset, *settings)
+        roi_align_forward(input, rois, output, **_as_roi_align(**settings))
 
 
 def deform_roi_pool_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-) -> None:
+    grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor, grad_input: Tensor, grad_offset: Tensor,
+    **settings: float,
+) -> None:  # fmt: skip
     """Write the gradients with respect to input and offset into the tensors named after them."""
     if offset.numel():
-        size = (pooled_height, pooled_width)
-        pool = partial(_pool_displaced, rois=rois, size=size, scale=spatial_scale, ratio=sampling_ratio, gamma=gamma)
+        pool = partial(_pool_displaced, rois=rois, **settings)
         by_input, by_offset = compute_gradients(pool, (input, offset), grad_output)
         grad_input.copy_(by_input)
         grad_offset.copy_(by_offset)
     else:
-        settings = (pooled_height, pooled_width, spatial_scale, sampling_ratio, 1, True)
-        roi_align_backward(grad_output, rois, offset, offset, grad_input, *settings)
+        roi_align_backward(grad_output, rois, offset, offset, grad_input, **_as_roi_align(**settings))

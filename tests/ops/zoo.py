@@ -41,7 +41,7 @@ TABLE = Path(__file__).parents[2] / 'docs' / 'results' / 'operators.csv'
 HEADING = '| family | config | trains a step | predicts | operators of mmcv called |'
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
-OPERATORS = {name: getattr(mmcv._ext, name) for name in mmcv._ext.__all__}
+OPERATORS = mmcv._ext.OPERATORS
 
 # The shortest name among small models stands for its folder, except for these: the shortest lacks the folder's
 # operators, or is only a part of another model.
