@@ -27,13 +27,9 @@ def compute_condition_number(W: Tensor, rank: int | None = None) -> Tensor:
 
 
 def compute_sigma_max(W: Tensor) -> Tensor:
-    """Largest singular value of each matrix, from the eigenvalues of its smaller Gram matrix.
+    """Largest singular values of matrices (..., D, k), in float64, on the CPU (or the meta device).
 
-    Args:
-        W: matrices, shape (..., D, k).
-
-    Returns:
-        float64, shape (...), on the CPU (not every accelerator has float64) or the meta device.
+    They are square roots of eigenvalues of the smaller Gram matrix. Not every accelerator has float64.
     """
     W = W.detach() if W.is_meta else W.detach().cpu()
     W = W.double() if W.shape[-2] <= W.shape[-1] else W.double().mT
@@ -43,14 +39,8 @@ def compute_sigma_max(W: Tensor) -> Tensor:
 def compute_svd_correction(W: Tensor) -> Tensor:
     """Exact correction C = sigma_max U V^T for W = U S V^T (Theorem 3.5), so that kappa(W + C) <= 2.
 
-    W + C = U (S + sigma_max I) V^T, hence kappa(W + C) = 2 sigma_max / (sigma_min + sigma_max). U V^T is the thin
-    polar factor when W is rectangular; where W is rank-deficient any completion the SVD returns serves.
-
-    Args:
-        W: matrices, shape (..., D, k).
-
-    Returns:
-        C, shape, dtype and device of W, without gradient.
+    W + C = U (S + sigma_max I) V^T, hence kappa(W + C) = 2 sigma_max / (sigma_min + sigma_max). For a rectangular W,
+    U V^T is the thin polar factor. ``W`` and C have the shape (..., D, k); C has no gradient.
     """
     U, S, Vh = torch.linalg.svd(W.detach().double(), full_matrices=False)
     return (S[..., :1, None] * (U @ Vh)).to(W)
@@ -60,15 +50,11 @@ def compute_identity_correction(W: Tensor, lam: float | Tensor) -> Tensor:
     """Identity correction C = lam I_{D x k} (Theorem 3.8): no SVD, nothing to store.
 
     For lam > sigma_max(W), kappa(W + C) <= (lam + sigma_max) / (lam - sigma_max). A lam at or below sigma_max can
-    make the condition number worse.
-
-    The full form treats the projection of all heads as one matrix, so that each head gets its own rows of the
-    identity. For the per-head form, which gives every head the same rectangular identity, pass the heads as a leading
-    dimension.
+    make the condition number worse. The full form treats the projection of all heads as one matrix, so that each head
+    gets its own rows of the identity. For the per-head form, pass the heads as a leading dimension.
 
     Args:
-        W: matrices, shape (..., D, k). As the correction of W^T is that of W transposed, it does not matter whether
-            they multiply tokens from the right, as in the paper, or are stored as torch's Linear stores them.
+        W: matrices, shape (..., D, k), in the paper's layout or in that of torch's Linear: C of W^T is C^T.
         lam: lambda of the paper, whose experiments use 10; or one for each matrix, of a shape that broadcasts
             against (...).
 
@@ -187,7 +173,7 @@ class Correction(nn.Module):
         return self
 
 
-_RECORD = re.compile(r'((?:^|\.)(?:correction|parametrizations\.\w+\.\d+)\.)(lam|C)$')
+_RECORD = re.compile(r'(?:^|\.)(?:correction|parametrizations\.\w+\.\d+)\.(lam|C)$')
 
 
 def describe_conditioning(state_dict: dict[str, Tensor]) -> str:
@@ -195,7 +181,7 @@ def describe_conditioning(state_dict: dict[str, Tensor]) -> str:
     described = set()
     for key, value in state_dict.items():
         record = _RECORD.search(key)
-        if record and record[2] == 'lam':
+        if record and record[1] == 'lam':
             sigmas = state_dict.get(f'{key.removesuffix("lam")}sigmas')
             name, scale = ('lam', value) if sigmas is None else ('sigmas', sigmas)
             per_head = ', per_head=True' if value.ndim > (sigmas is not None) else ''
@@ -207,14 +193,11 @@ def describe_conditioning(state_dict: dict[str, Tensor]) -> str:
 
 
 def require_same_conditioning(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Refuse weights made with a conditioning different from the model's: W + C would not be theirs.
+    """Raise an InputError for weights made with a conditioning different from the model's: W + C would not be theirs.
 
     Args:
         theirs: the state dict to be loaded. A relative lambda is loaded with it, as sigma_max of its initial weights.
         ours: the model's own.
-
-    Raises:
-        InputError: if the two differ.
     """
     made_with, configured = describe_conditioning(theirs), describe_conditioning(ours)
     if made_with != configured:

@@ -10,10 +10,9 @@ _NORMALISED = {'temperature', 'logit_scale', 'q_norm', 'k_norm', 'norm_q', 'norm
 
 
 def is_trained(model: nn.Module) -> bool | None:
-    """Return whether a model's weights have been trained; None if unknown.
+    """Return whether a model's weights have been trained; None for a model without trainable normalisation layers.
 
-    Initialisation gives all channels of a normalisation layer the same weight and the same bias, and training changes
-    them. For a model without trainable normalisation layers the answer is unknown.
+    Initialisation gives all channels of a normalisation layer the same weight and the same bias.
     """
     untouched = None
     for module in model.modules():
@@ -44,11 +43,7 @@ def count_effective_keys(W_Q: Tensor, W_K: Tensor, heads: int, tokens: int = 197
         W_Q: the query projection in torch's layout, shape (heads * d, k_q).
         W_K: the key projection, shape (key heads * d, k_k), of as many heads or a divisor of them.
         heads: the number of query heads.
-        tokens: number of random tokens, independent and normalised as by LayerNorm. Real tokens are correlated, and
-            more keys remain.
-
-    Returns:
-        From 1 to ``tokens``.
+        tokens: number of random tokens, independent and normalised. Real tokens are correlated: more keys remain.
     """
     generator = torch.Generator().manual_seed(0)
     W_Q, W_K = W_Q.float().cpu(), W_K.float().cpu()

@@ -45,25 +45,20 @@ class Corrections(dict[str, Corrected]):
     """Corrections that :func:`~.surgery.condition` has added to a model's weights, by the names of the projections.
 
     The gradient with respect to W is the gradient with respect to W + C. So a model whose weights are W + C trains like
-    one that stores W and C separately, if the optimiser's step (with weight decay and all else that depends on the
-    weights) sees W: see :meth:`keep_fixed`. To resume a training, save :meth:`state_dict` with the model's and the
-    optimiser's.
+    one that stores W and C separately, if the optimiser's step sees W: see :meth:`keep_fixed`. To resume a training,
+    save :meth:`state_dict` with the model's and the optimiser's.
     """
 
     def keep_fixed(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimiser train only W, so that C gets no weight decay; call it once, after making the optimiser.
 
-        C is subtracted from the weights before each step and added after it. This is exact for any update rule, also
-        for those that scale a step by the norm of the weights (LAMB). Under AdamW it is equivalent to adding
-        lr * weight_decay * C after each step: decay pulls W + C towards C, not towards 0. The identity form recomputes
-        C each time and uses no memory between the steps.
-
-        A step that an exception ends leaves the weights without C until the next one. Optimisers that exchange the
-        weights outside their step (schedule-free ones, for evaluation) are not supported.
+        C is subtracted from the weights before each step and added after it, which is exact for any update rule. Under
+        AdamW it is equivalent to adding lr * weight_decay * C after each step. A step that an exception ends leaves the
+        weights without C until the next one. Optimisers that exchange the weights outside their step (schedule-free
+        ones, for evaluation) are not supported.
 
         Args:
-            optimizer: torch's or one derived from it, whose parameters are the model's; or a wrapper that has that one
-                as its ``optimizer``, as Accelerate's and MMEngine's do.
+            optimizer: of the model; or a wrapper that has it as its ``optimizer``, as Accelerate's and MMEngine's.
 
         Raises:
             InputError: if the optimiser has no corrected weights or keeps their corrections fixed already, is not a
@@ -80,8 +75,7 @@ class Corrections(dict[str, Corrected]):
             )
         if not self._find_trained(optimizer):
             raise InputError('keep_fixed: the optimiser has no corrected weights. Pass the optimiser of this model')
-        hooks = get_step_pre_hooks(optimizer)
-        if any(isinstance(hook, _CorrectionRemover) and hook.corrections is self for hook in hooks):
+        if any(getattr(hook, 'corrections', None) is self for hook in get_step_pre_hooks(optimizer)):
             raise InputError('keep_fixed: was called for this optimiser before. Call it once')
         remover = _CorrectionRemover(self, len(self._find_trained(optimizer)))
         optimizer.register_step_pre_hook(remover)
@@ -105,13 +99,8 @@ class Corrections(dict[str, Corrected]):
         Raises:
             InputError: if it is of other projections, or of another form.
         """
-        ours = self.state_dict()
-        differing = [
-            key
-            for key in ours.keys() | state_dict.keys()
-            if key not in ours or key not in state_dict or ours[key].shape != state_dict[key].shape
-        ]
-        if differing:
+        ours, theirs = ({(k, v.shape) for k, v in state.items()} for state in (self.state_dict(), state_dict))
+        if differing := {key for key, _ in ours ^ theirs}:
             raise InputError(f'the corrections differ from those of this model: {list_briefly(sorted(differing))}. '
                              'Load those of the same model, conditioned with the same arguments')  # fmt: skip
         for name, corrected in self.items():

@@ -7,19 +7,15 @@ from torch import Tensor, nn
 
 
 def initialise_conditioned(W: Tensor, roles: str, heads: int) -> Tensor:
-    """Initial projections in which the matrix of each head has condition number 1.
+    """Initial projections in which the matrix of each head has condition number 1; nothing else is stored.
 
     Each head's Q and K are independent random semi-orthogonal matrices, each head's V is the rectangular identity.
-    (With the identity for Q and K as well, each token would attend to itself alone, as with a large lambda: see
-    :mod:`.effects`.) Nothing else is stored.
+    (With the identity for Q and K as well, each token would attend to itself alone.)
 
     Args:
-        W: the projections in torch's layout, shape (len(roles), heads * d, k); only the shape is used.
+        W: gives shape, dtype and device: (len(roles), heads * d, k), in torch's layout.
         roles: the kinds of projections in order, for instance 'QKV' or 'K'.
-        heads: number of heads of each of them.
-
-    Returns:
-        Their initial values, shape, dtype and device of W, without gradient.
+        heads: number of heads of each.
 
     Raises:
         ValueError: on rows that the heads do not divide.

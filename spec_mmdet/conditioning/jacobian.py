@@ -44,7 +44,7 @@ def differentiate_xca_scores(X: Tensor, W_Q: Tensor, W_K: Tensor, temperature: f
 
 
 def _largest_eigenvalue(operator: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue of a positive semidefinite operator on tensors shaped like the one given."""
+    """Return the largest eigenvalue of a positive semidefinite operator on tensors shaped like the one given."""
 
     def product(x: np.ndarray) -> np.ndarray:
         return operator(torch.as_tensor(x.reshape(like.shape)).to(like)).flatten().cpu().numpy()
@@ -73,9 +73,7 @@ def compute_xca_singular_values(
 
     Args:
         X: tokens, shape (N, D), of any dtype; use float64, because the rank is determined at this precision.
-        W_Q: shape (D, k); and so are W_K and W_V.
-        W_K: see above.
-        W_V: see above.
+        W_Q, W_K, W_V: shape (D, k).
         temperature: the head's.
 
     Returns:

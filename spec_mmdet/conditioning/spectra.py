@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,8 @@ class Spectrum:
     @property
     def conditioned_kappa(self) -> float | None:
         """kappa(W + C)."""
-        if self.conditioned_sigma_min is None:
-            return None
-        return self.conditioned_sigma_max / self.conditioned_sigma_min if self.conditioned_sigma_min else float('inf')
+        least, greatest = self.conditioned_sigma_min, self.conditioned_sigma_max
+        return None if least is None else greatest / least if least else float('inf')
 
 
 def compute_singular_values(M: Tensor) -> Tensor:
@@ -56,9 +54,7 @@ def compute_singular_values(M: Tensor) -> Tensor:
 
 
 class Report(Sequence[Spectrum]):
-    """Spectra of a model's projections; printed as notes and a table.
-
-    The spectra take seconds to minutes. They are computed at the first access, from the weights at that time.
+    """Spectra of a model's projections, printed as notes and a table; computed at the first access.
 
     Args:
         found: the projections.
@@ -98,17 +94,11 @@ class Report(Sequence[Spectrum]):
             W, W_plus_C = (None if M is None else M.unflatten(1, (heads, -1)).flatten(0, 1) for M in (W, W_plus_C))
         sigma = compute_singular_values(W)
         conditioned = [None] * len(sigma) if W_plus_C is None else compute_singular_values(W_plus_C)
-        for role, before, after in zip(roles, sigma, conditioned):
-            extremes = (None, None) if after is None else (after[-1].item(), after[0].item())
-            yield Spectrum(name, role, tuple(W.shape[1:]), before[-1].item(), before[0].item(), *extremes)
+        for role, *sigmas in zip(roles, sigma, conditioned):
+            extremes = [None if values is None else values[i].item() for values in sigmas for i in (-1, 0)]
+            yield Spectrum(name, role, tuple(W.shape[1:]), *extremes)
 
-    @overload
-    def __getitem__(self, index: int) -> Spectrum: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Spectrum]: ...
-
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Spectrum | list[Spectrum]:
         return self._rows[index]
 
     def __len__(self) -> int:
@@ -139,35 +129,27 @@ class Report(Sequence[Spectrum]):
         )
 
     def count_effective_keys(self, tokens: int = 197) -> list[tuple[float, float | None]]:
-        """Numbers of keys that a query attends to in each layer of softmax attention, with C and without it.
+        """Numbers of keys, of ``tokens``, that a query attends to in each layer of softmax attention: with C, without.
 
         See :func:`~.effects.count_effective_keys`. Attention that normalises queries and keys is left out.
-
-        Args:
-            tokens: how many keys there are.
         """
         layers: dict[nn.Module, dict[str, tuple[Tensor, Tensor | None]]] = {}
         heads: dict[nn.Module, int | None] = {}
         for projection in self._found:
-            if normalises_queries(projection.attention):
-                continue
-            _, W, W_plus_C = self._pair(projection)
-            pairs = zip(W, [None] * len(W)) if W_plus_C is None else zip(W_plus_C, W)
-            layers.setdefault(projection.attention, {}).update(zip(projection.roles, pairs))
-            if 'Q' in projection.roles:
-                heads[projection.attention] = projection.heads
-        left = []
-        for attention, of in layers.items():
-            if 'Q' in of and 'K' in of and heads[attention]:
-                d = len(of['Q'][0]) // heads[attention]
-                if len(of['K'][0]) % d == 0:  # or something else than Q K^T comes first
-                    pairs = zip(of['Q'], of['K'])
-                    left.append(
-                        tuple(
-                            Q if Q is None else count_effective_keys(Q, K, heads[attention], tokens) for Q, K in pairs
-                        )
-                    )
-        return left
+            if not normalises_queries(projection.attention):
+                _, W, W_plus_C = self._pair(projection)
+                pairs = zip(W, [None] * len(W)) if W_plus_C is None else zip(W_plus_C, W)
+                layers.setdefault(projection.attention, {}).update(zip(projection.roles, pairs))
+                if 'Q' in projection.roles:
+                    heads[projection.attention] = projection.heads
+        return [
+            tuple(Q if Q is None else count_effective_keys(Q, K, h, tokens) for Q, K in zip(of['Q'], of['K']))
+            for attention, of in layers.items()
+            if 'K' in of
+            and (h := heads.get(attention))
+            # or something else than Q K^T comes first
+            and len(of['K'][0]) % (len(of['Q'][0]) // h) == 0
+        ]
 
     def describe_saturation(self, tokens: int = 197) -> str:
         """Describe how many keys a query attends to in conditioned softmax attention; '' without conditioned layers."""
@@ -192,7 +174,6 @@ def measure(model: nn.Module, layout: dict[str, str] | None = None, example: obj
     Args:
         model: any model whose attention :func:`find_projections` finds. If :func:`~.surgery.condition` has conditioned
             it, its weights are W + C; the report that condition returned has W and C separately.
-        layout: as :func:`~.surgery.condition` takes it.
-        example: as :func:`~.surgery.condition` takes it.
+        layout, example: as for :func:`~.surgery.condition`.
     """
     return Report(list(find_projections(model, layout, example)))

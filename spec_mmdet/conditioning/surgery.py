@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError
-from .correction import compute_sigma_max
+from .correction import Correction, compute_sigma_max
 from .effects import is_trained
 from .finding.projections import Projection, find, find_projections
 from .fixed import Corrected, Corrections
@@ -45,11 +45,8 @@ def condition(
         type: 'identity' (Theorem 3.8) or 'svd' (Theorem 3.5), fixed corrections; or 'initialisation', their authors'
             later method (arXiv 2609.07086), which replaces W and has no C: see
             :func:`~.initialisation.initialise_conditioned`.
-        lam: lambda of the identity form, the same for all matrices; the paper's experiments use 10.
-        sigmas: lambda of the identity form as a multiple of sigma_max of each matrix that is corrected, of its weights
-            as they are now. The default, if ``lam`` is not given, is 2, so that kappa(W + C) <= 3.
-        per_head: correct each head's rows as a separate matrix, not each projection as a whole. The paper can be read
-            so (its W is D x d, its identities "rectangular"), and its authors apply C per head in their next paper.
+        lam, sigmas, per_head: as for :class:`~.correction.Correction`; sigma_max is that of the present weights.
+            The paper can be read as per head, and its authors apply C so in their next paper.
         keep_function: leave the weights as they are and treat them as W + C: to keep the function of weights that were
             trained without a correction, or to resume a training (then also load the corrections' state dict). C then
             only changes the target of weight decay.
@@ -102,7 +99,7 @@ def condition(
             W = initialise_conditioned(projection.W, projection.roles, projection.heads)
             changes[owner] = projection.insert(W, weight)
         else:
-            correction = projection.make_correction(type, lam, sigmas, per_head)
+            correction = Correction(projection.weight, type, lam, sigmas, per_head, rows=projection.rows)
             corrections[projection.name] = corrected = Corrected(*owner, correction)
             changes[owner] = weight + corrected.C
     report = Report(found, corrections, by_head=type == 'initialisation')
@@ -161,9 +158,6 @@ def fold(model: nn.Module) -> None:
     This applies to SpecXCiT's attention and to weights with a :class:`~.correction.Correction` as parametrization. The
     output stays the same, the cost is that of plain attention, and the state dict that of a plain model. Models that
     :func:`condition` has changed store W + C already.
-
-    Args:
-        model: changed in place; one without corrections is left as it is.
     """
     for projection in list(find_projections(model)):
         if projection.correction is None:

@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import InputError
+from .finding.names import find_fault
 from .finding.projections import Projection
 from .finding.running import Run
-from .finding.weights import find_fault
 
 # New values of weights, by (module, name of the tensor).
 Changes = dict[tuple[nn.Module, str], Tensor]
@@ -28,11 +28,7 @@ _USES = set(_NAMES.split())
 
 
 def reject_wrapped_model(model: nn.Module) -> None:
-    """Refuse models whose weights are sharded or have adapters.
-
-    Raises:
-        InputError: naming the weight, and when to condition instead.
-    """
+    """Raise an InputError if a model's weights are sharded or have adapters."""
     for name, module in model.named_modules():
         if hasattr(module, 'lora_A') or hasattr(module, 'base_layer'):
             raise InputError(f'condition: {name} has an adapter (LoRA); call condition before get_peft_model')
@@ -59,21 +55,20 @@ def find_obstacle(projection: Projection, keep_function: bool = False) -> str | 
 
 def find_shared_memory(model: nn.Module, found: list[Projection]) -> dict[str, str]:
     """Return the projections whose weights share memory with other tensors of the model, with the reason."""
-    tensors = []
-    for name, module in model.named_modules():
+    tensors = {}
+    for path, module in model.named_modules():
         for key, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not x.is_meta and x.numel() and x.layout is torch.strided:
                 length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-                start = x.data_ptr()
-                tensors.append((start, start + length * x.element_size(), x.device, module, key, f'{name}.{key}'))
-    spans = {(module, key): (start, end, device) for start, end, device, module, key, _ in tensors}
+                end = x.data_ptr() + length * x.element_size()
+                tensors[module, key] = f'{path}.{key}'.lstrip('.'), x.device, x.data_ptr(), end
     shared = {}
     for projection in found:
-        start, end, device = spans.get((projection.module, projection.tensor), (0, 0, None))
-        for other_start, other_end, other_device, module, key, name in tensors:
-            different = module is not projection.module or key != projection.tensor
-            if different and device == other_device and start < other_end and other_start < end:
-                shared[projection.name] = f'shares its weight with {name.lstrip(".")}, which would change as well'
+        owner = projection.module, projection.tensor
+        _, device, start, end = tensors.get(owner, ('', None, 0, 0))
+        for other, (name, other_device, other_start, other_end) in tensors.items():
+            if other != owner and device == other_device and start < other_end and other_start < end:
+                shared[projection.name] = f'shares its weight with {name}, which would change as well'
     return shared
 
 
@@ -146,15 +141,7 @@ def _find_fault_of_layer(module: nn.Module, tensor: str) -> str | None:
 
 
 def change_and_verify(changes: Changes, runs: list[Run]) -> None:
-    """Change weights, and undo it unless all outputs change as predicted.
-
-    Args:
-        changes: the new weights.
-        runs: calls of the model or of its parts.
-
-    Raises:
-        InputError: if an output or a weight differs from the prediction. All weights then have their old values.
-    """
+    """Change weights; if the output of a run does not change as predicted, undo it and raise an InputError."""
     with _Prediction(changes):
         expected = [run() for run in runs]
     before = apply_changes(changes)

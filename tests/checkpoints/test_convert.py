@@ -25,7 +25,7 @@ from spec_mmdet import InputError, SpecXCiT
 from spec_mmdet.checkpoints.layouts import recognise
 from spec_mmdet.checkpoints.pretrained import load_backbone
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.conditioning import find_projections
+from spec_mmdet.conditioning import Correction, find_projections
 
 CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='identity', sigmas=2.0), dict(type='svd')]
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -60,7 +60,7 @@ def randomise(model: nn.Module) -> nn.Module:
 def correct(model: nn.Module, **conditioning) -> None:
     """Condition a third-party model by parametrizations of its layers, with W and C stored apart."""
     for projection in list(find_projections(model)):
-        correction = projection.make_correction(**conditioning)
+        correction = Correction(projection.weight, **conditioning, rows=projection.rows)
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
 
 

@@ -31,7 +31,7 @@ def apart(model, **form):
     """Store W and C apart, as parametrizations: the method as in the paper."""
     model = copy.deepcopy(model)
     for projection in list(find_projections(model)):
-        correction = projection.make_correction(**form)
+        correction = Correction(projection.weight, **form, rows=projection.rows)
         parametrize.register_parametrization(projection.module, projection.tensor, correction)
     return model
 

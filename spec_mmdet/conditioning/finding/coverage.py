@@ -22,15 +22,10 @@ _HALF = 'is named like a projection, but the other projections of this attention
 
 
 def find_uncovered(model: nn.Module, attention: set[nn.Module], runs: list[Run]) -> dict[str, str]:
-    """Find modules that look like attention but have no known projections, with the reason for each.
+    """Find a model's modules that look like attention but are not in ``attention``, with the reason for each.
 
-    These are modules that compute attention from something else than known projections, modules that are named
-    attention, and layers that are named like projections.
-
-    Args:
-        model: the model.
-        attention: its attention modules with known projections.
-        runs: calls that run it.
+    They compute attention from something else than known projections when the runs are called, or have a name of
+    attention or projections.
     """
     modules = dict(model.named_modules())
     covered = {name for name, module in modules.items() if module in attention}

@@ -1,4 +1,4 @@
-"""Find the layers of an attention module that hold its projections, by their names."""
+"""Find the layers of an attention module that hold its projections, by their names, and faults of their weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ...compat import has_one_projection
 
@@ -18,25 +19,18 @@ _ROLE = re.compile(
 )
 _LETTERS = {'queries': 'q', 'query': 'q', 'keys': 'k', 'key': 'k', 'values': 'v', 'value': 'v', '_': ''}
 _WORDS = re.compile('|'.join(_LETTERS))
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class NamedLayer:
-    """A layer whose name identifies it as projections.
+    """A layer whose name identifies it as projections."""
 
-    Attributes:
-        path: its name in the attention module; of a parameter of that module itself, without its last part, _weight.
-        roles: the projections in its name, in this order.
-        module: the module that owns the weight: the layer, or the attention module itself.
-        transposed: whether its weight is stored with the outputs as its last dimension.
-        tensor: the weight's name in ``module``.
-    """
-
-    path: str
-    roles: str
-    module: nn.Module
-    transposed: bool = False
-    tensor: str = 'weight'
+    path: str  # its name in the attention module; of a parameter of that module itself, without _weight
+    roles: str  # the projections in its name, in this order
+    module: nn.Module  # the module that owns the weight: the layer, or the attention module itself
+    transposed: bool = False  # whether its weight is stored with the outputs as its last dimension
+    tensor: str = 'weight'  # the weight's name in ``module``
 
     @property
     def weight(self) -> Tensor:
@@ -67,8 +61,7 @@ def parse_roles(name: str) -> tuple[str, str] | None:
 def find_linear_layer(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     """Find the one layer y = W x + b in a module that is one or wraps one, as LeViT's with its normalisation.
 
-    Returns:
-        Its path in the module, the layer, and whether its weight is stored transposed; None for no layer or several.
+    Returns its path, itself, and whether its weight is stored transposed; None for no layer or several.
     """
     found = [(name, part, _is_transposed(part)) for name, part in module.named_modules() if _is_linear(part)]
     return found[0] if len(found) == 1 else None
@@ -97,16 +90,10 @@ def _find_own_parameters(attention: nn.Module) -> list[NamedLayer]:
 
 
 def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], list[NamedLayer]]:
-    """Find the layers of a module that have names of projections.
-
-    Returns:
-        Groups of layers that together hold one query, key and value projection; and the remaining layers, which are
-        named like a projection but form no such group.
-    """
+    """Return the groups of layers that are named Q, K and V together, and other layers named like a projection."""
     if parameters := _find_own_parameters(attention):
         return [parameters], []
-    children = dict(attention.named_children())
-    groups: dict[str, list[NamedLayer]] = {}
+    children, groups = dict(attention.named_children()), {}
     for child, part in children.items():
         if child == 'c_attn':  # GPT-2; its cross attention also has q_attn
             parsed = ('KV' if 'q_attn' in children else 'QKV', '*_attn')
@@ -115,9 +102,9 @@ def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
         else:
             parsed = parse_roles(child)
         layer = find_linear_layer(part) if parsed else None
-        if parsed and layer:
-            path, module, transposed = layer
-            named = NamedLayer(f'{child}.{path}'.rstrip('.'), parsed[0], module, transposed)
+        if layer:
+            path, *of_layer = layer
+            named = NamedLayer(f'{child}.{path}'.rstrip('.'), parsed[0], *of_layer)
             groups.setdefault(parsed[1], []).append(named)
     complete = [
         sorted(group, key=lambda layer: 'QKV'.index(layer.roles[0]))
@@ -126,3 +113,24 @@ def find_named_layers(attention: nn.Module) -> tuple[list[list[NamedLayer]], lis
     ]
     grouped = [layer for group in complete for layer in group]
     return complete, [layer for group in groups.values() for layer in group if layer not in grouped]
+
+
+def find_fault(module: nn.Module, tensor: str) -> str | None:
+    """The reason why a module's tensor is no weight that a correction can be added to; None if it is one."""
+    if parametrize.is_parametrized(module, tensor):
+        return 'has a parametrization that is not a Correction; remove it before conditioning'
+    if tensor not in dict(module.named_parameters(recurse=False)):
+        return 'is recomputed by a hook, as by weight_norm, spectral_norm or prune; remove that before conditioning'
+    weight = getattr(module, tensor)
+    if not weight.numel():
+        return f'has the shape {tuple(weight.shape)}: no rows or no columns'
+    if weight.dtype not in _FLOATS or type(weight.data) is not Tensor:
+        kind = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
+        return f'is quantised ({kind}); condition the model before quantising it'
+    if weight.is_inference():
+        return 'was made under torch.inference_mode and cannot be changed; build the model outside of it'
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride())):
+        return 'is an expanded tensor, whose entries share memory; replace it by its clone() first'
+    if not weight.is_meta and not weight.isfinite().all():
+        return 'contains NaN or inf; use other weights'
+    return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,7 @@ def probe_layouts(
 ) -> tuple[tuple[Layout, ...], bool] | None:
     """Find the layouts that an attention module's behaviour confirms: by role, by head, by group, or with a gate.
 
-    Args:
-        attention: left as it is; a copy is run.
-        layers: those of one query, key and value.
-        call: its arguments in its model, in double precision; if None, random tokens.
+    The module is called with ``call``, in double precision, or else with random tokens.
 
     Returns:
         The layout of each layer, and whether the heads are confirmed, too; None if the module does not run on the
@@ -60,11 +58,9 @@ def start_probe(attention: nn.Module, layers: list[NamedLayer], call: Call | Non
         [_replace_tokens(call, layers)] if call else make_calls(attention, layers[0].shape[1], torch.zeros(0).double())
     )
     for inputs in calls:
-        try:
+        with suppress(Exception):  # the module may not take these inputs
             probe.begin(inputs)
             return probe
-        except Exception:  # the module does not take these inputs
-            continue
     return None
 
 
@@ -131,9 +127,8 @@ class Probe:
         """Return whether the output depends on each row, for the concatenated rows of all layers.
 
         Args:
-            zero: for each layer, a mask of rows that are set to zero.
-            change: for each layer, a mask of rows that are changed; then the result is whether this change affects how
-                the output depends on each row.
+            zero: for each layer, a mask of rows to set to zero.
+            change: for each layer, a mask of rows to change: does this affect how the output depends on each row?
         """
         found = torch.zeros(sum(len(rows) for rows in self.rows), dtype=torch.bool)
         for sign in self.signs:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +17,25 @@ from ...errors import InputError
 from ..correction import Correction
 from .coverage import find_uncovered
 from .layouts import count_heads, find_template, fit_separate_layers, fit_template
-from .names import NamedLayer, find_named_layers
+from .names import NamedLayer, find_fault, find_named_layers
 from .probe import probe_layouts
 from .rows import Layout, RowSelection, parse_layout, select_rows
 from .running import Call, Run, find_runs, make_example, record_calls, use_evaluation_mode
-from .weights import find_fault
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Query, key or value projections of one shape that an attention module holds in one weight.
+    """Query, key or value projections of one shape that an attention module holds in one weight."""
 
-    Attributes:
-        name: path in the model, for instance 'blocks.0.attn.qkv'; followed by the roles, for instance [V], if the
-            weight holds projections of other shapes as well.
-        rows: the roles of the projections and their rows in the weight.
-        attention: the attention module.
-        module: the module that owns the weight: a linear layer, or the attention module itself.
-        tensor: the weight's name in it.
-    """
-
-    name: str
-    rows: RowSelection
+    name: str  # 'blocks.0.attn.qkv'; followed by the roles, such as [V], if the weight also holds other shapes
+    rows: RowSelection  # their roles, and their rows in the weight
     attention: nn.Module
-    module: nn.Module
-    tensor: str = 'weight'
+    module: nn.Module  # the owner of the weight: a linear layer, or the attention module itself
+    tensor: str = 'weight'  # the weight's name in it
 
     @property
     def roles(self) -> str:
-        """The projections: 'QKV', 'KV', 'Q', 'K' or 'V', for instance."""
+        """The projections, for instance 'QKV' or 'V'."""
         return self.rows.roles
 
     @property
@@ -77,18 +69,8 @@ class Projection:
         """W + C, in the shape of W; None without a correction."""
         return None if self.correction is None else self._blocks(self.correction(self.weight.detach()))
 
-    def make_correction(
-        self, type: str = 'identity', lam: float | None = None, sigmas: float | None = None, per_head: bool = False
-    ) -> Correction:
-        """Make the correction of these projections, for the weight as its module stores it.
-
-        Raises:
-            ValueError: on arguments that :class:`Correction` refuses.
-        """
-        return Correction(self.weight, type, lam, sigmas, per_head, rows=self.rows)
-
     def insert(self, W: Tensor, weight: Tensor) -> Tensor:
-        """A copy of a weight in which these projections have the values W; all other rows stay as they are."""
+        """Return a copy of a weight in which these projections have the values W."""
         rows = W.flatten(0, 1)
         taken = self.rows.put(torch.ones_like(rows), weight).bool()
         return self.rows.put(rows, weight).where(taken, weight)
@@ -106,26 +88,15 @@ def find_corrections(module: nn.Module, tensor: str) -> list[Correction]:
 
 @dataclass
 class Found:
-    """The attention of a model.
+    """The attention of a model."""
 
-    Attributes:
-        projections: projections with known rows.
-        refused: layers with projections of unknown rows, with the reason and the remedy.
-        uncovered: modules that look like attention but have no known projections, with the reason.
-        runs: calls that run the model or its parts.
-    """
-
-    projections: list[Projection]
-    refused: dict[str, str]
-    uncovered: dict[str, str]
-    runs: list[Run] = field(default_factory=list)
+    projections: list[Projection]  # with known rows
+    refused: dict[str, str]  # layers with projections of unknown rows, with the reason and the remedy
+    uncovered: dict[str, str]  # modules that look like attention but have no known projections, with the reason
+    runs: list[Run] = field(default_factory=list)  # calls that run the model or its parts
 
     def require_complete(self) -> None:
-        """Refuse a model if a part of its attention cannot be conditioned.
-
-        Raises:
-            InputError: naming that part.
-        """
+        """Raise an InputError that names a part of the attention that cannot be conditioned, if there is one."""
         if self.refused:
             name, why = next(iter(self.refused.items()))
             others = f' ({len(self.refused) - 1} other layers are affected, too)' if len(self.refused) > 1 else ''
@@ -141,11 +112,7 @@ class Found:
 def find_projections(
     model: nn.Module, layout: dict[str, str] | None = None, example: object = None
 ) -> Iterator[Projection]:
-    """Yield the query, key and value projections of a model, as :func:`find` finds them.
-
-    Raises:
-        InputError: if the rows of a layer are unknown.
-    """
+    """Yield the projections that :func:`find` finds; raise an InputError if the rows of a layer are unknown."""
     found = find(model, layout, example, coverage=False)
     for name, why in found.refused.items():
         raise InputError(f'{name} {why}')
@@ -162,15 +129,11 @@ def find(
     experiment (:mod:`.probe`).
 
     Args:
-        model: left as it is.
-        layout: rows of layers by name in the model, where * matches anything, as :func:`.rows.parse_layout` reads them.
-        example: an input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. The experiment
-            takes the inputs of the attention modules from it.
+        layout, example: as for :func:`~..surgery.condition`.
         coverage: also look for attention without projections, by running the model.
 
     Raises:
-        InputError: if a layout cannot be parsed, does not fit its layer or matches none, or if the model does not run
-            on the example.
+        InputError: if a layout is invalid, does not fit its layer or matches none, or the model does not run.
     """
     with use_evaluation_mode(model):  # spectral_norm changes its state when a weight is read in training mode
         return _Search(model, dict(layout or {}), example).run(coverage)
@@ -183,7 +146,6 @@ class _Search:
         self.model, self.layout, self.example = model, layout, example
         self.unused = set(layout)
         self.probed: dict[tuple, object] = {}
-        self._calls: dict[str, Call] | None = None
 
     def run(self, coverage: bool) -> Found:
         # First, because a run can change the model: BigBird exchanges its attention modules on short inputs.
@@ -246,7 +208,7 @@ class _Search:
         return selections
 
     def probe(self, name: str, module: nn.Module, group: list[NamedLayer]) -> list[list[RowSelection]] | None:
-        """The rows that an experiment shows: on the example, or on random tokens and then on an input made for it."""
+        """The rows that an experiment shows, on the example or else on random tokens, then on an input made for it."""
         shapes = tuple((key, tuple(parameter.shape)) for key, parameter in module.named_parameters())
         key = type(module), count_heads(module), shapes  # the blocks of a model have the same attention
         if self.probed.get(key) is None:
@@ -259,18 +221,15 @@ class _Search:
         layouts, heads_confirmed = self.probed[key]
         return _select(module, layouts, group, heads_confirmed)
 
-    @property
+    @cached_property
     def calls(self) -> dict[str, Call]:
         """The arguments of the attention modules when the model is run on the example, or on one made for it."""
-        if self._calls is None:
-            example = make_example(self.model) if self.example is None else self.example
-            try:
-                self._calls = {} if example is None else record_calls(self.model, example)
-            except InputError:
-                if self.example is not None:
-                    raise
-                self._calls = {}
-        return self._calls
+        if self.example is not None:
+            return record_calls(self.model, self.example)
+        made = make_example(self.model)
+        with suppress(InputError):
+            return {} if made is None else record_calls(self.model, made)
+        return {}
 
 
 def _read_corrections(attention: nn.Module, group: list[NamedLayer]) -> list[list[RowSelection]] | None:

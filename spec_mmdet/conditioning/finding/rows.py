@@ -13,20 +13,12 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows of one weight that hold projections of one shape.
+    """Rows of one weight that hold projections of one shape."""
 
-    Attributes:
-        roles: the projections, for instance 'QKV', 'KV' or 'Q'.
-        heads: number of heads of each of them; None if unknown.
-        index: their rows in the weight, projection by projection and head by head; None for all rows in the order in
-            which they are stored.
-        transposed: whether the weight is stored with its rows as the last dimension, as transformers' Conv1D stores it.
-    """
-
-    roles: str
-    heads: int | None = None
-    index: tuple[int, ...] | None = None
-    transposed: bool = False
+    roles: str  # the projections, for instance 'QKV', 'KV' or 'Q'
+    heads: int | None = None  # number of heads of each of them; None if unknown
+    index: tuple[int, ...] | None = None  # their rows, by projection and head; None for all rows in the stored order
+    transposed: bool = False  # whether the rows are the weight's last dimension, as in transformers' Conv1D
 
     def take(self, weight: Tensor) -> Tensor:
         """The projections one below the other, shape (projections * D, k), of a weight as its layer stores it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +48,7 @@ class Run:
 
 
 def run_on(model: nn.Module, example: object) -> Run:
-    """A run of a model on an example: a tensor, a tuple of arguments or a dict of keyword arguments.
-
-    Raises:
-        InputError: if the model does not run on it.
-    """
+    """Return a run of a model on an example; raise an InputError if the model does not run on it."""
     kwargs = example if isinstance(example, dict) else {}
     run = Run(model, () if kwargs else example if isinstance(example, tuple) else (example,), kwargs)
     try:
@@ -64,19 +60,15 @@ def run_on(model: nn.Module, example: object) -> Run:
 
 
 def find_runs(model: nn.Module, example: object = None) -> list[Run]:
-    """Find calls that run a model: on the example, or an input made for it, or else its parts on random tokens.
-
-    Raises:
-        InputError: if the model does not run on ``example``.
-    """
+    """Find calls that run a model: on the example, or an input made for it, or else its parts on random tokens."""
     if example is not None:
         return [run_on(model, example)]
     if any(parameter.is_meta for parameter in model.parameters()):
         return []
-    try:
-        return [run_on(model, made)] if (made := make_example(model)) is not None else _find_runs_of_parts(model)
-    except InputError:
-        return _find_runs_of_parts(model)
+    if (made := make_example(model)) is not None:
+        with suppress(InputError):
+            return [run_on(model, made)]
+    return _find_runs_of_parts(model)
 
 
 def _find_runs_of_parts(module: nn.Module) -> list[Run]:
@@ -84,20 +76,14 @@ def _find_runs_of_parts(module: nn.Module) -> list[Run]:
     for width in () if matrix is None else dict.fromkeys([matrix.shape[1], matrix.shape[0]]):
         for args, kwargs in make_calls(module, width, matrix):
             run = Run(module, args, kwargs)
-            try:
+            with suppress(Exception):  # the module may not take these inputs
                 run()
                 return [run]
-            except Exception:  # the module does not take these inputs
-                continue
     return [run for child in module.children() for run in _find_runs_of_parts(child)]
 
 
 def record_calls(model: nn.Module, example: object) -> dict[str, Call]:
-    """Record the arguments of the first call of each module with projections, in double precision.
-
-    Raises:
-        InputError: if the model does not run on the example.
-    """
+    """Record the arguments of the first call of each module with projections, in double precision."""
     calls: dict[str, Call] = {}
     handles = []
     for name, module in model.named_modules():
