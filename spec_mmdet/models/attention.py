@@ -25,16 +25,11 @@ def compute_xca(
     ``y = V softmax(temperature K^T Q)^T``: a d x d matrix mixes the channels of every token alike.
 
     Args:
-        x: tokens, shape (B, N, C).
-        W: the query, key and value projections, shape (3 C, C).
-        b: their biases, shape (3 C,).
-        W_out: the output projection, shape (C, C).
-        b_out: its bias, shape (C,).
+        x: tokens, shape (B, N, C), as is the result.
+        W, b: the query, key and value projections and their biases, shapes (3 C, C) and (3 C,).
+        W_out, b_out: the output projection and its bias, shapes (C, C) and (C,).
         temperature: shape (heads, 1, 1).
         mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding does not affect the attention.
-
-    Returns:
-        Tensor of shape (B, N, C).
     """
     return linear(attend(linear(x, W, b), temperature, mask), W_out, b_out)
 
@@ -105,13 +100,7 @@ def compute_xca_by_gram(
 
     Under autocast the centred tokens are in half precision, and G and all C x C matrices in float32.
 
-    Args:
-        x: tokens, shape (B, N, C).
-        W, b, W_out, b_out, temperature: as for :func:`compute_xca`.
-        mask: as for :func:`compute_xca`; padding is excluded from G, the mean and N.
-
-    Returns:
-        Tensor of shape (B, N, C).
+    Arguments and shapes are those of :func:`compute_xca`; the mask excludes padding from G, the mean and N.
     """
     B, N, C = x.shape
     heads = len(temperature)
@@ -172,15 +161,11 @@ class XCA(nn.Module):
         return len(self.temperature)
 
     def forward(self, x: Tensor, gamma: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Apply attention over channels.
+        """Apply attention over channels to tokens, shape (B, N, C).
 
         Args:
-            x: tokens, shape (B, N, C).
             gamma: LayerScale of the output, shape (C,); it scales the weights of the output projection.
-            mask: 1 for tokens and 0 for padding, shape (B, N, 1). Padding does not affect the attention.
-
-        Returns:
-            Tensor of the same shape.
+            mask: as for :func:`compute_xca`.
         """
         if not is_plain(self.qkv, self.proj):
             qkv = self.qkv(x)

@@ -40,23 +40,19 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Class attention and an MLP for the class token.
+    """Class attention and an MLP for the class token, with LayerScale ``gamma``, shape (C,).
 
-    Args:
-        dim: channels.
-        num_heads: heads of the attention.
-        eta: initial value of LayerScale.
-        tokens_norm: whether the second norm is applied to all tokens or only to the class token.
+    With ``tokens_norm``, the second norm is applied to all tokens.
     """
 
-    def __init__(self, dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
+    def __init__(self, gamma: Tensor, num_heads: int, tokens_norm: bool) -> None:
         super().__init__()
+        dim = len(gamma)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
-        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
-        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma1, self.gamma2 = nn.Parameter(gamma.clone()), nn.Parameter(gamma.clone())
         self.tokens_norm = tokens_norm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,12 +88,12 @@ class SpecXCiTClassifier(SpecXCiT):
         super().__init__(arch, **backbone)
         del self.fpn1, self.fpn2, self.fpn3, self.fpn4  # only detectors use them
         first = self.blocks[0]
-        dim, eta = len(first.gamma1), first.gamma1[0].item()
+        gamma, dim = first.gamma1.detach(), len(first.gamma1)
         tokens_norm = arch != 'nano_12' if tokens_norm is None else tokens_norm
         self.num_classes = num_classes
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.cls_attn_blocks = nn.ModuleList(
-            ClassAttentionBlock(dim, first.attn.num_heads, eta, tokens_norm) for _ in range(2)
+            ClassAttentionBlock(gamma, first.attn.num_heads, tokens_norm) for _ in range(2)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
@@ -125,8 +121,7 @@ class ImageClassifier(BaseModel):
         backbone: config of a :class:`SpecXCiTClassifier`.
         mixing: arguments of timm.data.Mixup; None disables mixing.
         smoothing: label smoothing.
-        data_preprocessor: MMEngine's.
-        init_cfg: MMEngine's.
+        data_preprocessor, init_cfg: MMEngine's.
     """
 
     def __init__(
@@ -149,10 +144,7 @@ class ImageClassifier(BaseModel):
     def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'tensor') -> dict[str, Tensor] | Tensor:
         """Return the loss of a batch in mode 'loss', else its logits, shape (B, num_classes).
 
-        Args:
-            inputs: normalised images, shape (B, 3, H, W). To be mixed, they must be an even number.
-            targets: their classes, shape (B,).
-            mode: MMEngine's.
+        ``inputs`` are normalised images, shape (B, 3, H, W); mixing needs an even B. Targets are classes, shape (B,).
         """
         if mode != 'loss':
             return self.backbone(inputs)

@@ -17,8 +17,7 @@ from .attention import XCA
 class JacobianSpectrum:
     """Extreme singular values of a layer's Jacobian with respect to its query, key and value projections.
 
-    A head does not depend on other heads' projections, so the layer's extremes are the extremes over its heads. They
-    are exact if ``heads`` contains all heads.
+    A head does not depend on other heads' projections, so they are exact if ``heads`` contains all heads.
     """
 
     name: str
@@ -33,13 +32,6 @@ class JacobianSpectrum:
         return self.sigma_max / self.sigma_min if self.sigma_min else float('inf')
 
 
-def _choose_heads(num_heads: int, head_dim: int, wanted: int | None) -> tuple[int, ...]:
-    if wanted is None:
-        wanted = num_heads if head_dim <= 32 else 1
-    wanted = min(wanted, num_heads)
-    return tuple(i * num_heads // wanted for i in range(wanted))
-
-
 @torch.no_grad()
 def compute_jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None = None) -> list[JacobianSpectrum]:
     """Compute the Jacobian spectrum of every XCA layer in a model, its correction included, on one image.
@@ -49,9 +41,6 @@ def compute_jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None 
         image: the backbone's input, shape (1, 3, H, W).
         heads: number of heads per layer. By default all if they have at most 32 channels (hundredths of a second
             each), otherwise one (about a second).
-
-    Returns:
-        One spectrum for each XCA layer, in the order of the model.
     """
     model = copy.deepcopy(model).cpu().double()
     model.eval()
@@ -68,10 +57,11 @@ def compute_jacobian_spectra(model: nn.Module, image: Tensor, heads: int | None 
         # The bias becomes one more row of the projection, and each token gets a last entry of 1.
         W = torch.cat([W, attention.qkv.bias.view(3, -1, 1)], dim=2).unflatten(1, (attention.num_heads, -1))
         X = torch.cat([X, X.new_ones(len(X), 1)], dim=1)
-        chosen = _choose_heads(attention.num_heads, W.shape[2], heads)
-        sigma = [
-            compute_xca_singular_values(X, *W[:, head].mT, attention.temperature[head].squeeze()) for head in chosen
-        ]
+        number = attention.num_heads
+        wanted = min(heads or (number if W.shape[2] <= 32 else 1), number)
+        chosen = tuple(i * number // wanted for i in range(wanted))
+        temperatures = attention.temperature.flatten()
+        sigma = [compute_xca_singular_values(X, *W[:, head].mT, temperatures[head]) for head in chosen]
         extremes = min(low for low, _ in sigma), max(high for _, high in sigma)
-        spectra.append(JacobianSpectrum(name, chosen, attention.num_heads, *extremes))
+        spectra.append(JacobianSpectrum(name, chosen, number, *extremes))
     return spectra

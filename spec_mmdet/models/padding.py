@@ -12,10 +12,7 @@ class MaskedDataPreprocessor(DetDataPreprocessor):
     """MMDetection's data preprocessor with a fourth channel: 1 inside an image, 0 in its padding.
 
     SpecXCiT excludes the padding from the attention's statistics, its convolutions and the position encoding. The
-    reference does not, and published checkpoints were trained without a mask.
-
-    Args:
-        kwargs: as for MMDetection's.
+    reference does not, and published checkpoints were trained without a mask. Arguments are MMDetection's.
 
     Raises:
         ValueError: if there are batch augmentations, which would not resize the mask.

@@ -30,26 +30,17 @@ def uses_onednn(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)
 
 
-def view_as_row(x: Tensor) -> Tensor:
-    """View tokens, shape (B, N, C), as a channels_last image one pixel high, shape (B, C, 1, N)."""
-    return x.mT.unsqueeze(2)
-
-
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """Compute ``x W^T + b``.
+    """Compute ``x W^T + b``, shape (B, N, D), for tokens x, shape (B, N, C).
 
     Args:
-        x: tokens, shape (B, N, C).
         W: shape (D, C), or (B, D, C) with one matrix for each image.
         b: shape (D,) or None; with one matrix for each image, shape (B, D).
-
-    Returns:
-        Tensor of shape (B, N, D).
     """
     if not uses_onednn(x):
         return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
-    if W.ndim == 2:
-        return F.conv2d(view_as_row(x), W[:, :, None, None], b).squeeze(2).mT
+    if W.ndim == 2:  # the tokens are a channels_last image one pixel high
+        return F.conv2d(x.mT.unsqueeze(2), W[:, :, None, None], b).squeeze(2).mT
     ys = [linear(*own) for own in zip(x.split(1), W, b)]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
 
@@ -68,7 +59,7 @@ def compute_gram(x: Tensor) -> Tensor:
     if not uses_onednn(x):
         return x.mT @ x
     C = x.shape[2]  # the Gram matrix is the gradient of a 1 x 1 convolution with respect to its weight
-    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in view_as_row(x).split(1)])
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in x.mT.unsqueeze(2).split(1)])
 
 
 def compute_weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
@@ -80,9 +71,6 @@ def compute_weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, p
         x: shape (B, C, H, W).
         by_y: the gradient with respect to the output, shape (B, D, h, w).
         kernel, stride, padding: of the convolution, equal in both directions.
-
-    Returns:
-        Tensor of shape (D, C, kernel, kernel).
     """
     windows = F.pad(x, (padding,) * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
     windows = windows.permute(0, 2, 3, 4, 5, 1)  # (B, h, w, kernel, kernel, C): the inputs of each output
@@ -115,10 +103,8 @@ class _Convolution(torch.autograd.Function):
             by_x, _, _ = torch.ops.aten.convolution_backward(
                 by_y, x, W, None, [ctx.stride] * 2, [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
             )
-        by_W = (
-            compute_weight_gradient(x, by_y, W.shape[2], ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
-        )
-        return by_x, by_W, None, None
+        shape = W.shape[2], ctx.stride, ctx.padding
+        return by_x, compute_weight_gradient(x, by_y, *shape) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Transposed(torch.autograd.Function):

@@ -45,10 +45,7 @@ class MaskTTAModel(DetTTAModel):
 def use_augmentation(cfg: Config, masks: bool) -> None:
     """Enable test-time augmentation in a config, by default with horizontal flips; changes ``cfg``.
 
-    Args:
-        cfg: the complete config.
-        masks: whether the detector predicts masks. MMDetection's DetTTAModel, which cannot merge them, is then replaced
-            by :class:`MaskTTAModel`.
+    If the detector predicts masks, :class:`MaskTTAModel` replaces MMDetection's DetTTAModel, which cannot merge them.
     """
     if masks and 'tta_model' in cfg and MODELS.get(cfg.tta_model.type.removeprefix('mmdet.')) is DetTTAModel:
         print('tta_model: replaced DetTTAModel, which cannot merge masks, by MaskTTAModel')

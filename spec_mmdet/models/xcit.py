@@ -94,19 +94,13 @@ class PatchEmbed(nn.Module):
 
 
 def encode_positions(n: int, hidden: int, temperature: float, last: Tensor) -> Tensor:
-    """Compute sines and cosines of n positions along a side.
+    """Compute ``hidden`` sines and cosines of n positions along a side: shape (B, hidden, n).
 
     Args:
-        n: the number of positions.
-        hidden: the number of sines and cosines of each.
         temperature: the longest period over the shortest.
         last: each image's last position, where the phase is 2 pi; float32, shape (B, 1).
-
-    Returns:
-        float32, shape (B, hidden, n).
     """
-    # Always in float32 and in the reference's order of operations, because its checkpoints were trained with these
-    # values.
+    # In float32 and in the reference's order of operations: its checkpoints were trained with these values.
     period = temperature ** (2 * (torch.arange(hidden, device=last.device) // 2).float() / hidden)
     position = torch.arange(1, n + 1, device=last.device).float()
     phase = (position / (last + 1e-6) * (2 * math.pi))[..., None] / period
@@ -137,18 +131,16 @@ class PositionEncoding(nn.Module):
         self.hidden, self.temperature = hidden, temperature
         self.token_projection = nn.Conv2d(2 * hidden, dim, 1)
 
-    def encode_masked(self, mask: Tensor) -> Tensor:
-        """Encode each image's own grid for a mask of shape (B, 1, h, w): shape (B, dim, h, w), zero in the padding."""
-        rows, columns = mask[:, 0, :, 0].float().sum(dim=1), mask[:, 0, 0].float().sum(dim=1)
-        features = encode_grid(*mask.shape[-2:], self.hidden, self.temperature, rows[:, None], columns[:, None])
-        return self.token_projection(features.to(self.token_projection.weight)) * mask
-
-    def forward(self, h: int, w: int) -> Tensor:
-        """Return the encoding of a grid, shape (1, dim, h, w)."""
+    def forward(self, h: int, w: int, mask: Tensor | None = None) -> Tensor:
+        """Encode a grid, shape (1, dim, h, w), or the one in each mask, shape (B, 1, h, w): 0 in the padding."""
         weight = self.token_projection.weight
-        return self.token_projection(
-            compute_fourier_features(h, w, self.hidden, self.temperature, weight.device).to(weight)
-        )
+        if mask is None:
+            features = compute_fourier_features(h, w, self.hidden, self.temperature, weight.device)
+        else:
+            rows, columns = (first.float().sum(dim=1)[:, None] for first in (mask[:, 0, :, 0], mask[:, 0, 0]))
+            features = encode_grid(h, w, self.hidden, self.temperature, rows, columns)
+        encoded = self.token_projection(features.to(weight))
+        return encoded if mask is None else encoded * mask
 
 
 class LPI(nn.Module):
@@ -251,10 +243,8 @@ class Block(nn.Module):
 def _frozen_statistics(block: Block):
     """Freeze a block's running statistics while activation checkpointing runs it a second time."""
     bn = block.local_mp.bn
-    if not hasattr(bn, 'momentum'):  # without running statistics
-        yield
-        return
-    momentum, bn.momentum = bn.momentum, 0.0
+    momentum = getattr(bn, 'momentum', None)
+    bn.momentum = 0.0
     try:
         yield
     finally:
@@ -322,24 +312,21 @@ class SpecXCiT(BaseModule):
         if set(arch) | {'eta'} != {'dim', 'depth', 'num_heads', 'eta'}:
             raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
         dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
-        if depth < 4:
-            raise ValueError(f'SpecXCiT: depth must be at least 4, because features come from four blocks; got {depth}')
-        if dim % num_heads or dim % 8:
-            raise ValueError(f'SpecXCiT: dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}')
-        if patch_size not in (8, 16):
-            raise ValueError(f'SpecXCiT: patch_size must be 8 or 16, got {patch_size}')
         if out_indices is None:
             out_indices = (depth // 3 - 1, depth // 2 - 1, max(2 * depth // 3 - 1, depth // 2), depth - 1)
-        if (
-            len(out_indices) != 4
-            or list(out_indices) != sorted(set(out_indices))
-            or not (0 <= out_indices[0] and out_indices[-1] < depth)
+        rising = len(out_indices) == 4 and list(out_indices) == sorted({*out_indices} & {*range(depth)})
+        for valid, rule in (
+            (depth >= 4, f'depth must be at least 4, because features come from four blocks; got {depth}'),
+            (
+                dim % num_heads == dim % 8 == 0,
+                f'dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}',
+            ),
+            (patch_size in (8, 16), f'patch_size must be 8 or 16, got {patch_size}'),
+            (rising, f'out_indices must be four rising block indices below {depth}, got {out_indices}'),
+            (-1 <= frozen_stages <= 4, f'frozen_stages must be from -1 to 4, got {frozen_stages}'),
         ):
-            raise ValueError(
-                f'SpecXCiT: out_indices must be four rising block indices below {depth}, got {out_indices}'
-            )
-        if not -1 <= frozen_stages <= 4:
-            raise ValueError(f'SpecXCiT: frozen_stages must be from -1 to 4, got {frozen_stages}')
+            if not valid:
+                raise ValueError(f'SpecXCiT: {rule}')
         norm_cfg = norm_cfg or dict(type='BN')
 
         self.out_indices = tuple(out_indices)
@@ -350,21 +337,12 @@ class SpecXCiT(BaseModule):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, eta, conditioning, drop_path_rate, norm_cfg) for _ in range(depth)
         )
+        up = nn.Sequential(Upsample(dim, dim, 2))
         if patch_size == 16:
-            self.fpn1 = nn.Sequential(
-                Upsample(dim, dim, 2),
-                build_norm(norm_cfg, dim),
-                nn.GELU(),
-                Upsample(dim, dim, 2),
-            )
-            self.fpn2 = nn.Sequential(Upsample(dim, dim, 2))
-            self.fpn3 = nn.Identity()
-            self.fpn4 = nn.MaxPool2d(2, 2)
+            self.fpn1 = nn.Sequential(*up, build_norm(norm_cfg, dim), nn.GELU(), Upsample(dim, dim, 2))
+            self.fpn2, self.fpn3, self.fpn4 = nn.Sequential(Upsample(dim, dim, 2)), nn.Identity(), nn.MaxPool2d(2, 2)
         else:
-            self.fpn1 = nn.Sequential(Upsample(dim, dim, 2))
-            self.fpn2 = nn.Identity()
-            self.fpn3 = nn.MaxPool2d(2, 2)
-            self.fpn4 = nn.MaxPool2d(4, 4)
+            self.fpn1, self.fpn2, self.fpn3, self.fpn4 = up, nn.Identity(), nn.MaxPool2d(2, 2), nn.MaxPool2d(4, 4)
         for block in self.blocks if compile is not None else ():
             block.compile(**compile)
         unused = self.blocks[self.out_indices[-1] + 1 :]  # DDP raises an error for parameters without gradient
@@ -394,7 +372,7 @@ class SpecXCiT(BaseModule):
         h, w = x.shape[-2:]
         # As in the reference, under autocast the residual stream is in float32 and the branches in half precision.
         x = x.to(self.blocks[0].gamma1.dtype)
-        x = x + (self.pos_embeder(h, w) if mask is None else self.pos_embeder.encode_masked(mask))
+        x = x + self.pos_embeder(h, w, mask)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         if mask is not None:
             mask = mask.flatten(2).transpose(1, 2)
