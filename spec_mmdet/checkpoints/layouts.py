@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..conditioning import Correction, describe_conditioning
 from ..errors import InputError, list_briefly, prefix_errors
+from ..models.classifier import SpecXCiTClassifier
 from ..models.xcit import ARCHS, SpecXCiT
 from .reading import find_nonfinite, is_state_dict
 
@@ -48,27 +49,16 @@ _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sig
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in SpecXCiT's names, and its original layout.
+    """A checkpoint in SpecXCiT's names, and its original layout."""
 
-    Attributes:
-        backbone: the state dict; complete, except that classifiers have no fpn1 to fpn4.
-        layout: 'reference', 'timm' or 'mmpretrain'.
-        wrapper: the key of the weights; '' if there was none.
-        arch: a name in ARCHS, or a dict of dim, depth and num_heads.
-        patch_size: 8 or 16.
-        detector: the remaining weights of a detector, with their prefixes.
-        dropped: original names of the tensors that a detection backbone does not use.
-        missing: names of the tensors that the checkpoint lacks; SpecXCiT initialises them.
-    """
-
-    backbone: dict[str, Tensor]
-    layout: str
-    wrapper: str
-    arch: str | dict
+    backbone: dict[str, Tensor]  # the state dict; complete, except that classifiers have no fpn1 to fpn4
+    layout: str  # 'reference', 'timm' or 'mmpretrain'
+    wrapper: str  # the key of the weights; '' if there was none
+    arch: str | dict  # a name in ARCHS, or dim, depth and num_heads
     patch_size: int
-    detector: dict[str, Tensor] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    detector: dict[str, Tensor]  # the remaining weights of a detector, with their prefixes
+    dropped: list[str]  # original names of the tensors that a detection backbone does not use
+    missing: list[str]  # names of the tensors that the checkpoint lacks; SpecXCiT initialises them
 
     @property
     def conditioning(self) -> str:
@@ -162,42 +152,39 @@ def _infer(weights: dict[str, Tensor]) -> tuple[str | dict, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _own_shapes(dim: int, depth: int, num_heads: int, patch_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a SpecXCiT's state dict."""
+def _own_shapes(dim: int, depth: int, num_heads: int, patch_size: int) -> list[dict[str, tuple[int, ...]]]:
+    """Return the shapes of the state dicts of a SpecXCiT and of its classifier."""
+    arch = dict(dim=dim, depth=depth, num_heads=num_heads)
     try:
         with torch.device('meta'):
-            model = SpecXCiT(dict(dim=dim, depth=depth, num_heads=num_heads), patch_size)
+            models = SpecXCiT(arch, patch_size), SpecXCiTClassifier(1, arch, patch_size=patch_size)
     except ValueError as error:
         raise InputError(f'its shapes are invalid for an XCiT: {error}') from error
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
 
 
 def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return names and shapes of an XCiT's tensors in groups; a checkpoint contains all of a group or nothing."""
     kind = ARCHS[arch] if isinstance(arch, str) else arch
-    own = _own_shapes(kind['dim'], kind['depth'], kind['num_heads'], patch_size)
-    dim = own['blocks.0.gamma1'][0]
-
-    linears = {'mlp.fc1': (4 * dim, dim), 'mlp.fc2': (dim, 4 * dim), 'attn.proj': (dim, dim)}
-    fused = 'cls_attn_blocks.0.attn.qkv.weight' in tensors
-    linears |= {'attn.qkv': (3 * dim, dim)} if fused else {f'attn.{name}': (dim, dim) for name in 'qkv'}
-    block = {f'{name}.weight': shape for name, shape in linears.items()}
-    block |= {f'{name}.bias': shape[:1] for name, shape in linears.items()}
-    block |= {f'{norm}.{name}': (dim,) for norm in ('norm1', 'norm2') for name in ('weight', 'bias')}
-    block |= {'gamma1': (dim,), 'gamma2': (dim,)}
-    classifier = {'cls_token': (1, 1, dim), 'norm.weight': (dim,), 'norm.bias': (dim,)}
-    classifier |= {f'cls_attn_blocks.{i}.{name}': shape for i in range(2) for name, shape in block.items()}
+    own, classifier = _own_shapes(kind['dim'], kind['depth'], kind['num_heads'], patch_size)
+    dim, heads = kind['dim'], (kind['num_heads'],)
     classes = tensors['head.weight'].shape[:1] if 'head.weight' in tensors else ()
+    classifier = {name: shape for name, shape in classifier.items() if name not in own and 'head' not in name}
+    if 'cls_attn_blocks.0.attn.qkv.weight' not in tensors:  # as three layers
+        classifier = {
+            name.replace('.qkv.', f'.{role}.'): (shape[0] // 3, *shape[1:]) if '.qkv.' in name else shape
+            for role in 'qkv'
+            for name, shape in classifier.items()
+        }
 
     # All layers have the same form of correction. That of class attention is dropped with the classifier.
-    heads = (own['blocks.0.attn.temperature'][0],)
-    corrections = {}
+    corrections = dict(correction={}, class_correction={})
     for group, weights in dict(
         correction={f'blocks.{i}.attn.correction.': (3 * dim, dim) for i in range(kind['depth'])},
         class_correction={
-            f'{name}.parametrizations.weight.0.': shape
-            for name, shape in ((n.removesuffix('.weight'), s) for n, s in classifier.items())
-            if name.endswith(('.attn.qkv', '.attn.q', '.attn.k', '.attn.v'))
+            re.sub(r'\.weight$', '.parametrizations.weight.0.', name): shape
+            for name, shape in classifier.items()
+            if re.search(r'\.attn\.(qkv|q|k|v)\.weight$', name)
         },
     ).items():
         kinds = {kind for kind in ('lam', 'sigmas', 'C') for layer in weights if f'{layer}{kind}' in tensors}
@@ -206,7 +193,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
         for layer, shape in weights.items():
             blocks = (shape[0] // dim,) if relative else ()  # a relative lambda has one entry per projection
             shapes = dict(lam=blocks + (heads if per_head else ()), sigmas=(), C=shape)
-            corrections.setdefault(group, {}).update({f'{layer}{kind}': shapes[kind] for kind in kinds})
+            corrections[group] |= {f'{layer}{kind}': shapes[kind] for kind in kinds}
     return dict(
         backbone={name: shape for name, shape in own.items() if not name.startswith('fpn')},
         fpn={name: shape for name, shape in own.items() if name.startswith('fpn')},
@@ -216,16 +203,14 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
     )
 
 
-def _some(names: list[str]) -> str:
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-
-
 def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     weights, wrapper = _unwrap(checkpoint, key)
     inside, beside, outside = _strip(weights)
     layout = next((name for name, rules in _PATTERNS.items() if any(re.match(rules[0][0], n) for n in inside)), None)
     if layout is None:
-        raise InputError(f'not a known layout of XCiT (reference, timm, mmpretrain); contains {_some(list(inside))}')
+        raise InputError(
+            f'not a known layout of XCiT (reference, timm, mmpretrain); contains {list_briefly(list(inside))}'
+        )
     names = _rename(inside, layout)
     original = {new: old for old, new in names.items()}
     tensors = {new: inside[old] for old, new in names.items()}
@@ -248,7 +233,7 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     }.items():
         if faults:
             raise InputError(
-                f'{what}: {_some(faults)} ({len(faults)} tensors; read as {arch} with patch size {patch_size} in '
+                f'{what}: {list_briefly(faults)} (read as {arch} with patch size {patch_size} in '
                 f'the layout of {layout})'
             )
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
@@ -273,9 +258,6 @@ def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoi
         checkpoint: the result of :func:`~spec_mmdet.checkpoints.reading.load`.
         name: its name in messages.
         key: the key of the weights; by default the first of :data:`WRAPPERS` that exists.
-
-    Returns:
-        The checkpoint, which shares the given tensors.
 
     Raises:
         InputError: if the layout is unknown, or tensors are missing, unknown, inconsistent in shape, or not finite.
@@ -320,13 +302,7 @@ def state_conditioning(backbone: dict[str, Tensor], type: str, lam: float | None
 def condition(
     backbone: dict[str, Tensor], type: str, lam: float | None = None, sigmas: float | None = None
 ) -> dict[str, Tensor]:
-    """Condition plain weights and keep their function: replace W by W - C and store the correction.
-
-    Args:
-        backbone: SpecXCiT's state dict.
-        type: see :class:`~spec_mmdet.conditioning.Correction`.
-        lam: see there.
-        sigmas: see there; relative to sigma_max of the plain weights.
+    """Condition plain weights and keep their function: replace W by W - C and store the :class:`Correction`.
 
     Raises:
         InputError: if the weights are conditioned already.
@@ -343,9 +319,9 @@ def condition(
 
 
 def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Rename a SpecXCiT's state dict for the layout 'reference' or 'timm'; corrections become parametrizations.
+    """Rename a SpecXCiT's state dict for the layout 'reference' or 'timm' (without fpn1 to fpn4).
 
-    The layers fpn1 to fpn4 are left out for timm, whose model has none.
+    Corrections become parametrizations.
     """
     renamed, conditioned = {}, describe_conditioning(backbone) != 'None'
     for name, value in backbone.items():

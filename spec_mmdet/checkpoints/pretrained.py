@@ -19,10 +19,8 @@ from .reading import describe_mismatches, load
 def load_backbone(backbone: SpecXCiT, path: str | Path) -> None:
     """Load a checkpoint in any layout of :func:`recognise` into a backbone; on an error, nothing is loaded.
 
-    Args:
-        backbone: fpn1 to fpn4 are unchanged if the checkpoint lacks them. Class attention, norm and head of a
-            classifier are never loaded.
-        path: a file or URL.
+    fpn1 to fpn4 are unchanged if the checkpoint lacks them. A classifier's class attention, norm and head are never
+    loaded.
 
     Raises:
         InputError: if the checkpoint cannot be read, is not an XCiT, or differs from the backbone in architecture or

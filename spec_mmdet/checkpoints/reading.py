@@ -32,9 +32,7 @@ NO_CONFIG = 'raise ValueError("the config in a checkpoint is code and is not run
 def convert_to_data(content: object, size: int | None = None) -> object:
     """Return the result of torch.load with its records as plain data and without the configs that MMEngine would run.
 
-    Args:
-        content: the result of torch.load.
-        size: the file's size in bytes; None skips the check that the tensors fit into it.
+    The tensors must fit into ``size``, the file's size in bytes.
     """
     done: dict[int, tuple] = {}
     content = rebuild(content, done)
@@ -97,10 +95,7 @@ def fetch(path: str) -> str:
 
 
 def load(
-    path: str | Path,
-    map_location: str | torch.device | None = 'cpu',
-    mmap: bool = False,
-    trust_pickle: bool = False,
+    path: str | Path, map_location: str | torch.device | None = 'cpu', mmap: bool = False, trust_pickle: bool = False
 ) -> object:
     """Read a checkpoint: tensors, plain containers and a few harmless records, without running code.
 
@@ -168,12 +163,8 @@ def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
 
     Counts of batches are integers again where a script that averages checkpoints has made them floats.
 
-    Args:
-        checkpoint: the result of :func:`load`.
-        name: its name in messages.
-
     Raises:
-        InputError: if there are no weights, or they contain NaN or infinity.
+        InputError: if there are no weights, or they contain NaN or infinity; ``name`` is the checkpoint's.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else {}
     if not is_state_dict(weights):
@@ -188,15 +179,7 @@ def get_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
 
 
 def require_training_state(checkpoint: object, name: str) -> None:
-    """Check that a checkpoint contains everything that MMEngine needs to resume training.
-
-    Args:
-        checkpoint: the result of :func:`load`.
-        name: its name in messages.
-
-    Raises:
-        InputError: if something is missing.
-    """
+    """Raise an InputError if a checkpoint lacks something that MMEngine needs to resume training."""
     content = checkpoint if isinstance(checkpoint, dict) else {}
     meta, hub = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ('meta', 'message_hub'))
     places = dict(epoch=meta.get('epoch'), iter=meta.get('iter'))
@@ -212,11 +195,7 @@ def require_training_state(checkpoint: object, name: str) -> None:
 
 
 def verify_checkpoint(path: str | Path, resume: bool = False) -> dict:
-    """Read a detector's checkpoint and check its weights.
-
-    Args:
-        path: file or URL.
-        resume: whether a training resumes from it.
+    """Read a detector's checkpoint, and check its weights and, to ``resume``, its training state.
 
     Raises:
         InputError: if it cannot be read, is not a detector's, or lacks the state for resuming.
@@ -274,10 +253,7 @@ def describe_state(checkpoint: object) -> dict[str, object]:
 def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
     """Describe missing and unknown tensors and wrong shapes of a model's weights; '' if they fit.
 
-    Args:
-        model: the configured model.
-        weights: the state dict to check.
-        part: prefix of the names to compare.
+    Only names that begin with ``part`` are compared.
     """
     own = {k.removeprefix('module.'): v for k, v in model.state_dict().items()}
     own = {k: v for k, v in own.items() if k.startswith(part)}
@@ -290,8 +266,4 @@ def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str 
             k for k in own if k in theirs and own[k].is_floating_point() != theirs[k].is_floating_point()
         ],
     }
-    return '; '.join(
-        f'{len(names)} {fault} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
-        for fault, names in faults.items()
-        if names
-    )
+    return '; '.join(f'{len(names)} {fault} ({list_briefly(names)})' for fault, names in faults.items() if names)

@@ -46,9 +46,8 @@ class Dtype:
             dtype = np.dtype(self.order.replace('|', '=') + self.code)
         except TypeError as error:
             raise InputError(f'contains NumPy data of the unknown type {self.code!r}') from error
-        if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 8:
-            raise InputError('contains a corrupt NumPy array')
-        if math.prod(shape) * dtype.itemsize != len(content):
+        plain = all(type(side) is int and side >= 0 for side in shape) and len(shape) <= 8
+        if not plain or math.prod(shape) * dtype.itemsize != len(content):
             raise InputError('contains a NumPy array whose shape does not match its content')
         return np.frombuffer(content, dtype).copy()
 
@@ -185,8 +184,7 @@ def rebuild(content: object, done: dict[int, tuple], strict: bool = True) -> obj
         strict: whether to refuse tensors that are not plain, and keys other than text and numbers.
 
     Raises:
-        InputError: if something is corrupt, or a tensor is not plain.
-        RecursionError: if the content is nested too deeply.
+        InputError: if something is corrupt; a RecursionError, if it is nested too deeply.
     """
     if id(content) in done:
         return done[id(content)][1]
