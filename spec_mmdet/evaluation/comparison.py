@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -36,56 +36,32 @@ LEVEL = 0.95
 
 @dataclass
 class Run:
-    """An evaluated training run.
+    """An evaluated training run."""
 
-    Attributes:
-        arm: its group; runs of an arm differ only in their seed.
-        seed: seed of the training.
-        folder: the work directory.
-        ap: AP by kind, 'bbox' and, with masks, 'segm'.
-        drawn: AP on each resample of the images by kind, shape (draws,).
-        facts: metadata that the training recorded.
-        curves: iterations and values by name.
-        detections: files of the newest report by kind.
-        truth: annotation file of the evaluation.
-        classes: names of the evaluated classes.
-        weights: digest of the evaluated weights.
-    """
-
-    arm: str
+    arm: str  # its group; runs of an arm differ only in their seed
     seed: int | None
-    folder: Path
-    ap: dict[str, float] = field(default_factory=dict)
-    drawn: dict[str, np.ndarray] = field(default_factory=dict)
-    facts: dict = field(default_factory=dict)
-    curves: dict[str, tuple[list, list]] = field(default_factory=dict)
-    detections: dict[str, Path] = field(default_factory=dict)
-    truth: Path | None = None
-    classes: list[str] = field(default_factory=list)
-    weights: str = ''
+    folder: Path  # the work directory
+    ap: dict[str, float] = field(default_factory=dict)  # by kind: 'bbox' and, with masks, 'segm'
+    drawn: dict[str, np.ndarray] = field(default_factory=dict)  # AP on each resample of the images, shape (draws,)
+    facts: dict = field(default_factory=dict)  # metadata that the training recorded
+    curves: dict[str, tuple[list, list]] = field(default_factory=dict)  # iterations and values by name
+    detections: dict[str, Path] = field(default_factory=dict)  # files of the newest report by kind
+    truth: Path | None = None  # annotation file of the evaluation
+    classes: list[str] = field(default_factory=list)  # the evaluated ones
+    weights: str = ''  # digest of the evaluated weights
 
 
 @dataclass
 class Difference:
-    """The difference between two arms' mean AP.
-
-    Attributes:
-        arm, reference: their names.
-        kind: of AP.
-        value: arm minus reference.
-        images: 95 % interval over resampled images, for the same detectors.
-        seeds: 95 % interval over seeds, by Student's t (paired if both arms have the same seeds); None if an arm has
-            only one run.
-        paired: whether the runs are paired by seed.
-    """
+    """The difference between two arms' mean AP."""
 
     arm: str
     reference: str
     kind: str
-    value: float
-    images: tuple[float, float]
-    seeds: tuple[float, float] | None
-    paired: bool
+    value: float  # arm minus reference
+    images: tuple[float, float]  # 95 % interval over resampled images, for the same detectors
+    seeds: tuple[float, float] | None  # 95 % interval over seeds, by Student's t; None if an arm has only one run
+    paired: bool  # by seed
 
     @property
     def verdict(self) -> str:
@@ -112,48 +88,38 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
         InputError: if there is no report, its annotation file is missing or has changed, or its weights are of another
             training.
     """
-    found = sorted(folder.rglob('detections.bbox.json'), key=lambda path: path.stat().st_mtime)
+    advice = f'Run "spec-mmdet test {folder}/CONFIG.py {folder}/CHECKPOINT --report {folder}/report"'
+    found = sorted(folder.rglob(DATA), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(f'{folder}: contains no report of an evaluation. Run "spec-mmdet test {folder}/CONFIG.py '
-                         f'{folder}/CHECKPOINT --report {folder}/report"')  # fmt: skip
-    files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
-    arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
-    report = found[-1].parent
-    again = f'Evaluate {folder} again with "spec-mmdet test CONFIG CHECKPOINT --report DIR"'
-    if not (report / DATA).is_file():
-        raise InputError(f'{report}: lacks {DATA}, which records the data and weights of the evaluation. {again}')
-    record = json.loads((report / DATA).read_text('utf-8'))
-    truth, weights = Path(record['annotations']), record['weights']
+        raise InputError(f'{folder}: contains no report of an evaluation ({DATA}). {advice}')
+    record = json.loads(found[-1].read_text('utf-8'))
+    truth = Path(record['annotations'])
     if not truth.is_file() or compute_digest(truth) != record['sha256']:
         fault = 'has changed since' if truth.is_file() else 'does not exist'
-        raise InputError(f'{truth}: the annotation file of {report} {fault}. {again}')
+        raise InputError(f'{truth}: the annotation file of {found[-1].parent} {fault}. {advice}')
+    files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
+    arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
+    weights = record['weights']
     if None not in (seeds := (facts.get('seed'), weights['seed'])) and seeds[0] != seeds[1]:
-        raise InputError(
-            f'{report}: its weights are of a training with the seed {seeds[1]}, but that of {folder} has the seed '
-            f'{seeds[0]}. {again}'
-        )
-    return Run(
-        arm, facts.get('seed'), folder, {}, {}, facts, curves, files, truth, record['classes'], weights['sha256']
-    )
+        raise InputError(f'{found[-1].parent}: its weights are of a training with the seed {seeds[1]}, but that of '
+                         f'{folder} has the seed {seeds[0]}. {advice}')  # fmt: skip
+    run = Run(arm, facts.get('seed'), folder, facts=facts, curves=curves, detections=files, truth=truth)
+    run.classes, run.weights = record['classes'], weights['sha256']
+    return run
 
 
 def require_comparable(runs: Sequence[Run]) -> None:
-    """Check that there are several arms, no copied runs, and the same data, classes and kinds of AP in all runs.
-
-    Raises:
-        InputError: naming the runs.
-    """
+    """Raise an InputError unless there are several arms without copied runs, of the same data, classes and kinds."""
     arms = group_runs(runs)
     if len(arms) < 2:
         raise InputError(f'all runs belong to one arm ({runs[0].arm}). Name the arms, as in plain=DIR conditioned=DIR')
     for arm, members in arms.items():
-        for i, run in enumerate(members):
-            for other in members[:i]:
-                copied = is_copy(run, other)
-                if copied or run.seed == other.seed:
-                    fault = 'copies of one run' if copied else f'both of the arm {arm}'
-                    raise InputError(f'{other.folder} and {run.folder} are {fault} with the seed {other.seed}. Leave '
-                                     'one out, or name the arms, as in plain=DIR conditioned=DIR')  # fmt: skip
+        for other, run in combinations(members, 2):
+            copied = is_copy(run, other)
+            if copied or run.seed == other.seed:
+                fault = 'copies of one run' if copied else f'both of the arm {arm}'
+                raise InputError(f'{other.folder} and {run.folder} are {fault} with the seed {other.seed}. Leave one '
+                                 'out, or name the arms, as in plain=DIR conditioned=DIR')  # fmt: skip
     if len({frozenset(run.detections) for run in runs}) > 1:
         raise InputError('some runs have masks and others do not. Compare runs of the same kind')
     digests = {path: compute_digest(path) for path in {run.truth for run in runs}}
@@ -168,19 +134,13 @@ def require_comparable(runs: Sequence[Run]) -> None:
 
 def is_copy(run: Run, other: Run) -> bool:
     """Return whether two runs started in the same second with the same seed, or have the same weights or detections."""
-    began, other_began = (r.facts.get('started') and (r.facts['started'], r.seed) for r in (run, other))
-    if bool(began) and began == other_began or run.weights == other.weights:
-        return True
+    began, other_began = ((r.facts.get('started'), r.seed) for r in (run, other))
     digest, other_digest = (compute_digest(r.detections['bbox']) for r in (run, other))
-    return digest == other_digest
+    return began == other_began != (None, run.seed) or run.weights == other.weights or digest == other_digest
 
 
 def measure_runs(runs: Sequence[Run], draws: int = DRAWS) -> None:
-    """Compute AP of all runs on all images and on resamples of them, in several processes; changes ``runs``.
-
-    Args:
-        runs: runs that :func:`require_comparable` accepts.
-        draws: number of resamples; these are the same for all runs.
+    """Compute AP of all runs on all images and on ``draws`` resamples of them, in several processes; changes ``runs``.
 
     Raises:
         InputError: if detections do not match the annotation file, or memory is insufficient.
@@ -247,14 +207,11 @@ def compute_seed_interval(ours: Sequence[float], theirs: Sequence[float], paired
     """
     if min(len(ours), len(theirs)) < 2:
         return None
-    apart = np.subtract(ours, theirs) if paired else None
-    if paired and not apart.std():  # t is undefined
-        return float(apart[0]), float(apart[0])
-    test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-    low, high = map(float, test.confidence_interval(LEVEL))
-    if math.isnan(low) or math.isnan(high):  # all values of an arm are equal
+    values = [np.subtract(ours, theirs)] if paired else [ours, theirs]
+    if not any(map(np.std, values)):  # t is undefined
         return (float(np.mean(ours) - np.mean(theirs)),) * 2
-    return low, high
+    test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+    return tuple(map(float, test.confidence_interval(LEVEL)))
 
 
 def compare_two_arms(arm: Sequence[Run], reference: Sequence[Run], kind: str) -> Difference:

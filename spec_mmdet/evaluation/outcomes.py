@@ -42,10 +42,7 @@ class Outcome:
 def match_detections(annotations: AnnotationFile, detections: Path, summary: COCOeval) -> COCOeval:
     """Match detections with objects as pycocotools does, only at :data:`MIN_IOU` and for all sizes together.
 
-    Args:
-        annotations: the objects.
-        detections: a file in COCO's format for results.
-        summary: an evaluation of the same detections; defines their kind, the classes and the limit of detections.
+    ``summary`` is an evaluation of the same detections; it defines their kind, the classes and the limit of detections.
     """
     kind = summary.params.iouType
     with redirect_stdout(None):

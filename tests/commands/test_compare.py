@@ -94,7 +94,7 @@ def test_runs_that_cannot_be_compared(monkeypatch, runs, tmp_path, trained, shap
         ([f'x={runs / "a"}', tmp_path / 'absent'], 'absent: no such folder'),
         ([f'x={runs / "a"}', f'y={trained}'], '--report'),
         ([f'x={runs / "a"}', f'y={other}'], 'instances_train.json'),
-        ([f'x={runs / "a"}', f'y={unrecorded}'], 'lacks data.json'),
+        ([f'x={runs / "a"}', f'y={unrecorded}'], 'contains no report'),
         ([f'x={runs / "a"}', f'y={mixed}'], 'training with the seed 0'),
         ([f'x={runs / "a"}', f'x={copy}', f'y={runs / "b"}'], 'copies of one run'),
         ([f'x={runs / "a"}', f'x={reseeded}', f'y={runs / "b"}'], 'copies of one run'),
