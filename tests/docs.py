@@ -58,7 +58,7 @@ SKIPPED = {
     'make torture': 'takes half an hour; a short form of it is in the suite',
     'make paper-figures': 'takes 11 minutes; it runs the training of make demo twice',
     'python -m research.paper_figures': 'likewise',
-    'spec-mmdet gpu-check': 'needs a GPU; the suite runs it on the CPU',
+    'python -m benchmarks.gpu': 'needs a GPU; the suite runs it on the CPU',
     'spec-mmdet test work_dirs/plain_0/xcit_spec_shapes.py': 'needs trainings that take an hour; the suite runs it',
     'spec-mmdet compare': 'needs trainings that take an hour; the suite runs it',
     'make experiment': 'takes hours; the commands of the page about pretraining run the same code',

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..data.shapes import write_split
 from ..files import write
-from ..models.attention import compute_xca, compute_xca_by_gram
-from ..models.products import Upsample, compute_gram
-from ..models.xcit import SpecXCiT
-from .speed import AMP, Setting, build_detector, make_objects, measure_models, measure_seconds
+from ..models.attention import compute_xca_by_gram
+from ..models.products import Upsample
+from .speed import AMP, Setting, build_detector, make_objects, measure_models
 
 LIMIT = 6 * 60  # seconds after which no part starts
 TOLERANCE = 2e-4  # relative to the largest number, in float32 without TF32
@@ -54,6 +53,11 @@ class GpuCheck:
     @property
     def size(self) -> tuple[int, int]:
         return (64, 64) if self.small else (800, 1216)
+
+    def setting(self, detector: bool, amp: str | None = 'bf16') -> Setting:
+        """Return the settings of timings."""
+        batch, rounds = (1, 1) if self.small else (4, 10)
+        return Setting(self.arch, 16, batch, self.size, amp, self.device, detector, rounds, memory=not self.small)
 
 
 def disable_tf32(part: Callable[[GpuCheck], Iterator[Row]]) -> Callable[[GpuCheck], Iterator[Row]]:
@@ -132,30 +136,6 @@ def check_operators(check: GpuCheck) -> Iterator[Row]:
     yield dict(operator='nms', value=float(kept[0] != kept[1]), passed=kept[0] == kept[1])
 
 
-def check_half_precision(check: GpuCheck) -> Iterator[Row]:
-    """Compare the errors under autocast, relative to float64, of the Gram form and the plain form."""
-    x = torch.randn(2, 4000, 192, device=check.device).bfloat16()
-    exact = x.double().mT @ x.double()
-    error = ((compute_gram(x) - exact).norm() / exact.norm()).item()
-    passed = compute_gram(x).dtype == torch.float32 and error < 2**-9
-    yield dict(product='Gram matrix of bfloat16', value=error, passed=passed)
-    for lam in (0.0, 10.0):
-        inputs = make_xca_arguments(2000, 4, 48, lam)
-        by_y = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        expected = compute_gradients(compute_xca, inputs, by_y)
-        on_device = [tensor.float().to(check.device) for tensor in inputs]
-        for dtype in (torch.bfloat16, torch.float16):
-            errors = []
-            for form in (compute_xca_by_gram, compute_xca):
-                with torch.autocast(torch.device(check.device).type, dtype):
-                    own = compute_gradients(form, on_device, by_y)
-                relative = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(own, expected)]
-                errors.append([relative[0], np.linalg.norm(relative[1:])])
-            value, gradient = (float(gram / plain) for gram, plain in zip(*errors))
-            passed = value <= 1.05 and gradient <= 1.1  # False for NaN
-            yield dict(product=f'XCA, lambda = {lam:g}, {dtype}', value=value, gradient=gradient, passed=passed)
-
-
 def check_training_steps(check: GpuCheck) -> Iterator[Row]:
     """Run a training step of the detector in every precision and conditioning."""
     kind = torch.device(check.device).type
@@ -198,79 +178,18 @@ def check_resuming(check: GpuCheck) -> Iterator[Row]:
     yield dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], passed=passed)
 
 
-@disable_tf32
-def check_compiled(check: GpuCheck) -> Iterator[Row]:
-    """Compare compiled with plain blocks at several sizes, without graph breaks."""
-    backend = 'aot_eager' if check.small else 'inductor'
-    torch.compiler.reset()
-    arch = dict(dim=32, depth=4, num_heads=4) if check.small else check.arch
-    own = SpecXCiT(arch, compile=dict(dynamic=True, fullgraph=True, backend=backend)).to(check.device)
-    plain = SpecXCiT(arch).to(check.device)
-    plain.load_state_dict(own.state_dict())
-    for height, width in ((64, 96), (96, 128)) if check.small else ((800, 1216), (640, 960), (1216, 800)):
-        images = torch.randn(1, 3, height, width, device=check.device)
-        start = time.perf_counter()
-        results = []
-        for model in (own, plain):
-            model.zero_grad()
-            y = model(images)[0]
-            y.square().mean().backward()
-            results.append([y.detach(), model.blocks[0].mlp.fc1.weight.grad])
-        value, gradient = (measure_difference(a, b.cpu()) for a, b in zip(*results))
-        seconds = time.perf_counter() - start
-        passed = max(value, gradient) < 10 * TOLERANCE
-        yield dict(size=f'{height}x{width}', value=value, gradient=gradient, seconds=seconds, passed=passed)
-
-
-@disable_tf32
-def measure_limits(check: GpuCheck) -> Iterator[Row]:
-    """Measure the device's limits: rates of large matrix products and of copying."""
-    n = 256 if check.small else 8192
-    cuda = torch.device(check.device).type == 'cuda'
-    for name, dtype, tf32 in (
-        ('float32', torch.float32, False),
-        ('TF32', torch.float32, True),
-        ('bfloat16', torch.bfloat16, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        a = torch.randn(n, n, device=check.device, dtype=dtype)
-        seconds = min(measure_seconds(partial(torch.mm, a, a), cuda) for _ in range(6))
-        yield dict(limit=f'{name} products', rate=f'{2 * n**3 / seconds / 1e12:.2f} TFLOP/s')
-    a = torch.empty(n * n * 4, device=check.device)
-    seconds = min(measure_seconds(a.clone, cuda) for _ in range(6))
-    yield dict(limit='copying', rate=f'{2 * a.numel() * 4 / seconds / 1e9:.0f} GB/s')
-
-
-def measure_speed(what: str, amp: str | None, check: GpuCheck) -> Iterator[Row]:
-    """Yield the rows of spec-mmdet benchmark."""
-    names = ['timm', 'timm-compiled', 'plain-form', 'ours', 'ours-compiled', 'identity']
-    if what == 'detector':
-        names = ['plain-form', 'ours', 'ours-compiled', 'resnet-50', 'swin-t']
-    if check.small:
-        names = [name for name in names if name in ('timm', 'ours')]
-    setting = Setting(
-        check.arch,
-        batch=1 if check.small else 4,
-        size=check.size,
-        amp=amp,
-        device=check.device,
-        detector=what == 'detector',
-        rounds=1 if check.small else 10,
-        memory=not check.small,
+def measure_detectors(check: GpuCheck) -> Iterator[Row]:
+    """Time Mask R-CNNs in bfloat16, as spec-mmdet benchmark does."""
+    yield from measure_models(
+        ['ours'] if check.small else ['ours', 'resnet-50', 'swin-t'], check.setting(detector=True)
     )
-    yield from measure_models(names, setting)
 
 
 PARTS: dict[str, Callable[[GpuCheck], Iterator[Row]]] = {
     'operators': check_operators,
-    'half precision': check_half_precision,
-    'limits of the device': measure_limits,
     'training steps': check_training_steps,
     'demo and resuming': check_resuming,
-    'compiled': check_compiled,
-    'backbone, bf16': partial(measure_speed, 'backbone', 'bf16'),
-    'detector, bf16': partial(measure_speed, 'detector', 'bf16'),
-    'backbone, float32': partial(measure_speed, 'backbone', None),
+    'detector, bf16': measure_detectors,
 }
 
 
@@ -310,14 +229,9 @@ def format_report(head: str, parts: dict[str, dict]) -> str:
 
 
 def run_checks(check: GpuCheck, head: str) -> Iterator[tuple[str, str]]:
-    """Run all parts; write gpu_check.md and gpu_check.json after each.
+    """Run all parts; yield each one's name and failure ('' if it passed), and write gpu_check.md and gpu_check.json.
 
-    Args:
-        check: the settings.
-        head: first line of the report.
-
-    Yields:
-        A part's name and its failure, empty if it passed.
+    ``head`` is the first line of the report.
     """
     start, parts = time.time(), {}
     for name, part in PARTS.items():

@@ -150,18 +150,13 @@ def advise(runner: Runner) -> str:
 def to_floats(numbers: dict[str, Tensor | float]) -> dict[str, float]:
     """Convert losses to floats with a single copy from the GPU."""
     tensors = {name: value.detach().float().reshape(()) for name, value in numbers.items() if torch.is_tensor(value)}
-    if not tensors:
-        return numbers
-    device = next(iter(tensors.values())).device
-    values = torch.stack([value.to(device) for value in tensors.values()]).tolist()
+    first = next(iter(tensors.values()), None)
+    values = torch.stack([value.to(first.device) for value in tensors.values()]).tolist() if tensors else []
     return {**numbers, **dict(zip(tensors, values))}
 
 
 def end_worker(error: Exception, content: object) -> None:
-    """Exit a data-loader worker that cannot send a batch, for instance because shared memory is full.
-
-    Otherwise the worker would continue, and training would wait for the batch.
-    """
+    """Exit a data-loader worker that cannot send a batch, for which training would wait (shared memory is full)."""
     os.write(2, f'a data-loader worker exits: {str(error).partition(chr(10))[0]}\n'.encode())
     os._exit(1)
 
@@ -207,9 +202,6 @@ def find_loaders(runner: Runner) -> list[DataLoader]:
 
 
 def end_workers(runner: Runner) -> None:
-    """End the persistent workers of a runner's loaders.
-
-    If they were only garbage-collected with the runner, PyTorch would wait 5 seconds for each.
-    """
+    """End the persistent workers of a runner's loaders; garbage collection would take 5 seconds for each."""
     for loader in find_loaders(runner):
         end_loader_workers(loader)

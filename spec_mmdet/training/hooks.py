@@ -109,21 +109,13 @@ def check_schedule(runner: Runner) -> list[str]:
 def describe_pretrained_weights(backbone: dict) -> str:
     """Return the advice to use published weights for a backbone, given its config; nothing is downloaded."""
     name = f'xcit_{backbone.get("arch", "small_12")}_p{backbone.get("patch_size", 16)}'
-    conditioned = (
-        ', where FILE is the output of spec-mmdet convert SOURCE FILE --condition ...'
-        if backbone.get('conditioning')
-        else ''
-    )
-    published = (
-        f" (published by XCiT's authors as {name}_224.pth, {name}_224_dist.pth and {name}_384_dist.pth, and by timm as "
-        f'{name}_224.fb_in1k etc.)'
-        if isinstance(backbone.get('arch', ''), str)
-        else ''
-    )
-    return (
-        'Use pretrained weights: --cfg-options model.backbone.init_cfg.type=Pretrained '
-        f'model.backbone.init_cfg.checkpoint=FILE{conditioned}{published}'
-    )
+    advice = 'Use pretrained weights: --cfg-options model.backbone.init_cfg.type=Pretrained '
+    advice += 'model.backbone.init_cfg.checkpoint=FILE'
+    if backbone.get('conditioning'):
+        advice += ', where FILE is the output of spec-mmdet convert SOURCE FILE --condition ...'
+    if isinstance(backbone.get('arch', ''), str):
+        advice += f" (published by XCiT's authors and timm as {name}_224 and so on: see docs/guide/checkpoints.md)"
+    return advice
 
 
 @HOOKS.register_module()
@@ -153,6 +145,8 @@ class HistoryLimit(Hook):
 
 CONDITIONING = 'conditioning'  # prefix of the curves, and name of the table
 MEDIANS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J', 'sigma_min')
+VALUES = ('sigma_min', 'sigma_max', 'kappa', 'conditioned_sigma_min', 'conditioned_sigma_max', 'conditioned_kappa')
+COLUMNS = ('iter', 'layer', 'matrix', *VALUES)
 
 
 @HOOKS.register_module()
@@ -161,18 +155,14 @@ class ConditioningHook(Hook):
 
     ``conditioning.csv`` in the work directory gets sigma_min, sigma_max and kappa of every projection of the backbone,
     without and with its correction, and of each layer's Jacobian on the first image of the batch (see
-    :func:`compute_jacobian_spectra`). MMEngine's visualiser gets medians over the layers, with corrections if there
-    are any: 'conditioning/' kappa_Q, kappa_K, kappa_V, kappa_J, sigma_min of the projections, and the seconds of the
-    record. In distributed training, an additional process computes the record in the background. An error is logged
-    once as a warning, and training continues.
+    :func:`compute_jacobian_spectra`). MMEngine's visualiser gets :data:`MEDIANS` over the layers, with corrections if
+    there are any, and the seconds of the record. In distributed training, a process in the background computes the
+    record. An error is logged once as a warning, and training continues.
 
     Args:
         interval: iterations between records. The default costs less than 1 % of the training time.
         heads: number of heads of each layer to use for the Jacobian.
     """
-
-    columns = ('iter', 'layer', 'matrix', 'sigma_min', 'sigma_max', 'kappa')
-    columns += ('conditioned_sigma_min', 'conditioned_sigma_max', 'conditioned_kappa')
 
     def __init__(self, interval: int = 5000, heads: int = 1) -> None:
         self.interval = interval
@@ -184,7 +174,7 @@ class ConditioningHook(Hook):
         if is_main_process():
             with self._continue_on_error(runner):
                 if not (is_resuming(runner) and self.table.exists()):
-                    self.table.write_text(','.join(self.columns) + '\n')
+                    self.table.write_text(','.join(COLUMNS) + '\n')
                 if worsened := measure_backbone(unwrap_model(runner).backbone).describe_worsened():
                     runner.logger.warning(worsened)
 
@@ -249,11 +239,11 @@ def measure_backbone(backbone: nn.Module) -> Report:
 def compute_rows(iteration: int, backbone: nn.Module, image: Tensor, heads: int) -> tuple[list[tuple], float]:
     """Compute the rows of ConditioningHook's table on an image, shape (1, 3, H, W), and the time in seconds."""
     start = time.perf_counter()
-    rows = [(iteration, row.name, row.role, row.sigma_min, row.sigma_max, row.kappa,
-             row.conditioned_sigma_min, row.conditioned_sigma_max, row.conditioned_kappa)
-            for row in measure_backbone(backbone)]  # fmt: skip
-    rows += [(iteration, row.name, 'J', row.sigma_min, row.sigma_max, row.kappa, None, None, None)
-             for row in compute_jacobian_spectra(backbone, image, heads)]  # fmt: skip
+    spectra = [*measure_backbone(backbone), *compute_jacobian_spectra(backbone, image, heads)]
+    rows = [
+        (iteration, row.name, getattr(row, 'role', 'J'), *(getattr(row, name, None) for name in VALUES))
+        for row in spectra
+    ]
     return rows, time.perf_counter() - start
 
 
@@ -264,11 +254,7 @@ def send_rows(pipe: Connection, *job: object) -> None:
 
 
 def compute_medians(rows: Sequence[tuple]) -> dict[str, float]:
-    """Compute the existing :data:`MEDIANS` over the layers, of corrected matrices if there are any.
-
-    Args:
-        rows: rows of ConditioningHook's table.
-    """
+    """Compute the :data:`MEDIANS` of rows of ConditioningHook's table, of corrected matrices if there are any."""
     values: dict[str, list[float]] = {}
     for _, _, matrix, sigma_min, _, kappa, conditioned_sigma_min, _, conditioned_kappa in rows:
         corrected = conditioned_kappa is not None

@@ -8,9 +8,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -58,7 +58,6 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
-        """True if the device is a GPU."""
         return torch.device(self.device).type == 'cuda'
 
 
@@ -144,7 +143,7 @@ def describe_processor(device: str) -> str:
 
 
 def count_convolution_gradients(by_y: torch.Size, x: torch.Size, W: torch.Size, *args, **kwargs) -> int:
-    """Count the operations of aten's convolution_backward; PyTorch's count is too high for grouped convolutions."""
+    """Count the operations of convolution_backward; PyTorch's count is too high for grouped convolutions."""
     transposed, wanted = args[4], args[7]
     places = (x if transposed else by_y)[2:].numel() * x[0]
     return 2 * places * W.numel() * sum(wanted[:2])
@@ -256,39 +255,24 @@ def read_memory(setting: Setting, peak: bool) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
 
 
-def send_peak_memory(name: str, setting: Setting, pipe: Connection) -> None:
-    """Measure the memory of a training step and send it; runs in a separate process."""
+def measure_peak_memory(name: str, setting: Setting) -> int:
+    """Return the memory of a training step in bytes, without model and images; call it in a new process."""
     train = make_jobs(name, setting)['training']
     if setting.on_gpu:
         train()
         torch.cuda.reset_peak_memory_stats()
     before = read_memory(setting, peak=False)
     train()
-    pipe.send(read_memory(setting, peak=True) - before)
-
-
-def measure_peak_memory(name: str, setting: Setting) -> int:
-    """Return the memory of a training step in bytes, without model and images."""
-    context = multiprocessing.get_context('spawn')
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=send_peak_memory, args=(name, setting, send))
-    process.start()
-    send.close()
-    peak = receive.recv()
-    process.join()
-    return peak
+    return read_memory(setting, peak=True) - before
 
 
 def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
     """Time models in turns, so that a busy machine slows all of them alike, and measure their peak memory.
 
-    Args:
-        names: names in :data:`BACKBONES` or :data:`DETECTORS`.
-        setting: the settings.
-
     Yields:
-        A dict for each model: seconds, ratio of the first model's seconds to its own, multiply-adds, their rate as a
-        share of the device's matrix products (all medians over the rounds), and bytes.
+        A dict for each name in :data:`BACKBONES` or :data:`DETECTORS`: seconds, ratio of the first model's seconds to
+        its own, multiply-adds, their rate as a share of the device's matrix products (all medians over the rounds), and
+        bytes.
 
     Raises:
         InputError: for an unknown name.
@@ -320,5 +304,6 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
                 row[f'{job}_multiply_adds'] = count // 2
                 row[f'{job}_share'] = statistics.median(count / s / rate for s, rate in zip(times, rates))
         if setting.memory:
-            row['training_peak_bytes'] = measure_peak_memory(name, setting)
+            with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
+                row['training_peak_bytes'] = process.submit(measure_peak_memory, name, setting).result()
         yield row

@@ -112,15 +112,13 @@ class Terminal(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Print model, data, schedule, device and log file."""
-        print_lines(
-            '', *describe_model(runner), *describe_schedule(runner), *describe_device(runner), describe_log(runner), ''
-        )
+        print_lines('', *describe_model(runner), *describe_schedule(runner), *describe_device(runner))
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._begin('training', runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
         """Print model, device and log file."""
-        print_lines('', *describe_model(runner), *describe_device(runner), describe_log(runner), '')
+        print_lines('', *describe_model(runner), *describe_device(runner))
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Start an epoch's progress bar."""
@@ -139,21 +137,17 @@ class Terminal(Hook):
             line = format_progress(runner, len(data_batch['inputs']), min(done, self.interval))
             print_lines(f'{where}{done:{len(str(total))}}/{total}  {line}')
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Start a progress bar."""
-        self._begin('validating', len(runner.val_dataloader))
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Start a progress bar."""
-        self._begin('testing', len(runner.test_dataloader))
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        self.title, loader = dict(val=('validating', 'val_dataloader'), test=('testing', 'test_dataloader'))[mode]
+        self.batches = len(getattr(runner, loader))
+        self._begin(self.title, self.batches)
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train') -> None:
-        total = len(runner.val_dataloader if mode == 'val' else runner.test_dataloader)
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=batch_idx + 1)
         elif (batch_idx + 1) % self.interval == 0:
-            print_lines(f'{dict(val="validating", test="testing")[mode]}  {batch_idx + 1}/{total} batches')
-        if batch_idx + 1 == total:
+            print_lines(f'{self.title}  {batch_idx + 1}/{self.batches} batches')
+        if batch_idx + 1 == self.batches:
             self._end()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -189,13 +183,10 @@ class Terminal(Hook):
         loop = runner.train_loop
         if getattr(loop, 'stop_training', False):
             by_epoch = isinstance(loop, EpochBasedTrainLoop)
-            reached = (
-                f'epoch {loop.epoch} of {loop.max_epochs}' if by_epoch else f'iteration {loop.iter} of {loop.max_iters}'
-            )
-            print_lines(f'stopped early, after {reached}')
-        saved = {name: runner.message_hub.runtime_info.get(f'{key}_ckpt') for name, key in
-                 (('last checkpoint', 'last'), ('best checkpoint', 'best'))}  # fmt: skip
-        print_lines('', *(f'{name}: {display_path(path)}' for name, path in saved.items() if path))
+            where = ('epoch', loop.epoch, loop.max_epochs) if by_epoch else ('iteration', loop.iter, loop.max_iters)
+            print_lines('stopped early, after {} {} of {}'.format(*where))
+        saved = {name: runner.message_hub.runtime_info.get(f'{name}_ckpt') for name in ('last', 'best')}
+        print_lines('', *(f'{name} checkpoint: {display_path(path)}' for name, path in saved.items() if path))
 
 
 def pluralise(number: int, what: str) -> str:
@@ -211,7 +202,7 @@ def describe_model(runner: Runner) -> list[str]:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     what = f'{type(model).__name__} on {type(backbone).__name__}' if backbone else type(model).__name__
     lines = [
-        f'model     {what}, {count / 1e6:.1f} M parameters' + f', {frozen / 1e6:.1f} M of them frozen' * (frozen > 0)
+        f'model     {what}, {count / 1e6:.1f} M parameters{f", {frozen / 1e6:.1f} M of them frozen" * bool(frozen)}'
     ]
     if isinstance(backbone, SpecXCiT):
         conditioning = describe_conditioning(backbone.state_dict())
@@ -234,14 +225,13 @@ def describe_schedule(runner: Runner) -> list[str]:
         length = f'{pluralise(runner.max_epochs, "epoch")} of {pluralise(len(loader), "iteration")}'
     warm_up, drops = summarise_schedule(runner)
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-    rate = f', {type(optimizer).__name__}, learning rate {get_peak_rate(optimizer):.2g}' if optimizer else ''
+    rate = ''
+    if optimizer:
+        peak = max(group.get('initial_lr', group['lr']) for group in optimizer.param_groups)
+        rate = f', {type(optimizer).__name__}, learning rate {peak:.2g}'
     rate += f' after {pluralise(warm_up, "iteration")} of warm-up' * (warm_up > 0)
     rate += f', lower from iteration {" and ".join(map(str, sorted(drops)))}' * bool(drops)
     return [f'data      {of_images}', f'schedule  {length}{rate}']
-
-
-def get_peak_rate(optimizer: torch.optim.Optimizer) -> float:
-    return max(group.get('initial_lr', group['lr']) for group in optimizer.param_groups)
 
 
 def describe_device(runner: Runner) -> list[str]:
@@ -251,26 +241,26 @@ def describe_device(runner: Runner) -> list[str]:
     threads = f', {pluralise(torch.get_num_threads(), "thread")}' * (device.type == 'cpu')
     several = f', {get_world_size()} processes' * (get_world_size() > 1)
     mixed = isinstance(getattr(runner, 'optim_wrapper', None), AmpOptimWrapper)
-    return [f'device    {name}{threads}{several}, {"mixed precision" if mixed else "float32"}']
-
-
-def describe_log(runner: Runner) -> str:
     path = display_path(runner.logger.log_file)
-    return f'log       {path} (config, environment and everything else; --verbose shows it)'
+    return [
+        f'device    {name}{threads}{several}, {"mixed precision" if mixed else "float32"}',
+        f'log       {path} (config, environment and everything else; --verbose shows it)',
+        '',
+    ]
 
 
 def format_progress(runner: Runner, images: int, window: int) -> str:
     """Format losses, learning rate, images per second, memory and remaining time, averaged over ``window``."""
     hub = runner.message_hub
     means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
-             if name.startswith('train/') and re.search('loss|^train/time$', name)}  # fmt: skip
-    parts = ', '.join(f'{name.removeprefix("loss_")} {value:.3f}' for name, value in means.items()
-                      if name not in ('loss', 'time'))  # fmt: skip
+             if re.match('train/(.*loss|time$)', name)}  # fmt: skip
+    loss, seconds = means.pop('loss', float('nan')), means.pop('time', None)
+    parts = ', '.join(f'{name.removeprefix("loss_")} {value:.3f}' for name, value in means.items())
     logged = hub.log_scalars.get('train/lr')  # of the iteration that has just ended
     rate = logged.current() if logged else find_learning_rate(runner)
-    line = f'loss {means.get("loss", float("nan")):.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
-    if 'time' in means:
-        line += f'  {images * get_world_size() / means["time"]:.1f} images/s'
+    line = f'loss {loss:.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
+    if seconds is not None:
+        line += f'  {images * get_world_size() / seconds:.1f} images/s'
     line += f'  {measure_peak_memory() / 2**30:.1f} GiB'
     eta = hub.runtime_info.get('eta')
     return line + f'  {timedelta(seconds=int(eta))} left' * (eta is not None)

@@ -1,10 +1,11 @@
-"""gpu-check runs on the CPU at a small size, records what fails and goes on."""
+"""gpu-check, with the parts of benchmarks/gpu.py, runs on the CPU at a small size, records what fails and goes on."""
 
 import json
 
 import pytest
 import torch
 
+from benchmarks.gpu import MORE
 from spec_mmdet import InputError
 from spec_mmdet.commands import gpu_check
 from spec_mmdet.training import gpu_checks
@@ -17,7 +18,8 @@ def test_all_parts_run_on_the_cpu_and_failures_are_recorded(tmp_path, monkeypatc
         yield dict(operator='third', value=0.125, passed=False)
         raise RuntimeError('no more\nand a second line')
 
-    monkeypatch.setitem(gpu_checks.PARTS, 'wrong', wrong)
+    for name, part in dict(MORE, wrong=wrong).items():
+        monkeypatch.setitem(gpu_checks.PARTS, name, part)
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(['--device', 'cpu', '--out', str(tmp_path)])
     assert ended.value.code == 1

@@ -20,6 +20,7 @@ from mmengine.hub import get_config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from benchmarks.gpu import check_half_precision
 from spec_mmdet import ops
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.shapes import write_split
@@ -137,9 +138,9 @@ class SmallCheck(gpu_checks.GpuCheck):
 def test_gpu_check_passes_on_a_correct_gpu_with_tf32(monkeypatch, tmp_path):
     monkeypatch.setenv('PRETEND_TF32', '1')
     check = SmallCheck('cuda', tmp_path)
-    for name in ('operators', 'half precision', 'training steps'):
-        rows, failed = gpu_checks.run_part(gpu_checks.PARTS[name], check)
-        assert rows and not failed, name
+    for part in (gpu_checks.check_operators, check_half_precision, gpu_checks.check_training_steps):
+        rows, failed = gpu_checks.run_part(part, check)
+        assert rows and not failed, part
     assert 'operator convolution' in gpu_checks.run_part(gpu_checks.check_operators.__wrapped__, check)[1]
 
 
