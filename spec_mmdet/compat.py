@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import _weights_only_unpickler, nn
@@ -135,8 +134,3 @@ def get_step_pre_hooks(optimizer: Optimizer) -> list[Callable]:
 def has_one_projection(attention: nn.MultiheadAttention) -> bool:
     """Return whether Q, K and V are projected by one matrix."""
     return attention._qkv_same_embed_dim
-
-
-def set_filename(cfg: Config, path: Path) -> None:
-    """Set the file that a config states as its own."""
-    object.__setattr__(cfg, '_filename', str(path))

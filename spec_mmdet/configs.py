@@ -5,15 +5,12 @@ A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``.
 
 from __future__ import annotations
 
-import ast
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
-from .compat import set_filename
 from .errors import InputError
 
 # MMEngine's convention is PACKAGE/.mim/configs/FOLDER/NAME.py; in the repository, this is a link to configs/.
@@ -71,48 +68,13 @@ def find_run_config(work_dir: Path) -> Path:
 def read_config(path: Path) -> Config:
     """Read a config file as a :class:`CachedTextConfig`.
 
-    Entries of ``_base_`` may be ``spec_mmdet::NAME.py``, without the subfolder that MMEngine demands before NAME.
-    """
-    with TemporaryDirectory() as folder:
-        cfg = Config.fromfile(add_folders(path, Path(folder)))
-    set_filename(cfg, path)
-    object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
-    return cfg
-
-
-def add_folders(path: Path, folder: Path) -> Path:
-    """Return a config file whose bases have the folder that MMEngine demands, ``spec_mmdet::xcit/NAME.py``.
-
-    Args:
-        path: a config file.
-        folder: for a copy of the file, and of those that it inherits, where a base lacks the folder. MMEngine resolves
-            bases in a function that cannot be extended, so the file itself must name them in its form.
-
-    Returns:
-        The file itself if nothing lacks a folder.
+    Raises:
+        InputError: if the file, or one that it inherits, is invalid.
     """
     try:
-        text = path.read_text(encoding='utf-8')
-        statement = next(s for s in ast.parse(text).body if isinstance(s, ast.Assign) and s.targets[0].id == '_base_')
-        bases = ast.literal_eval(statement.value)
-    except (OSError, SyntaxError, ValueError, AttributeError, StopIteration):
-        return path  # no Python, no bases or a fault that MMEngine explains
-    named = [bases] if isinstance(bases, str) else list(bases)
-    found, changed = [], False
-    for base in named:
-        scope, _, name = base.rpartition('::')
-        if scope == 'spec_mmdet' and '/' not in name:
-            base, changed = f'{scope}::xcit/{name}', True
-        elif not scope:
-            own = path.parent / base
-            copied = add_folders(own, folder)
-            base, changed = str(copied.resolve()), changed or copied != own
-        found.append(base)
-    if not changed:
-        return path
-    lines = text.splitlines(keepends=True)
-    lines[statement.lineno - 1 : statement.end_lineno] = [f'_base_ = {found!r}\n']
-    copy = folder / str(len(list(folder.iterdir()))) / path.name
-    copy.parent.mkdir()
-    copy.write_text(''.join(lines), encoding='utf-8')
-    return copy
+        cfg = Config.fromfile(path)
+    except Exception as error:  # the file is Python
+        first = str(error).strip().partition('\n')[0]
+        raise InputError(f'config {path}: {type(error).__name__}: {first}') from error
+    object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
+    return cfg

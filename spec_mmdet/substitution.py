@@ -78,8 +78,7 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
 
     Args:
         cfg: the complete config, in MMEngine's old or new style.
-        testing: whether to also substitute the loading transforms in the test pipeline. MMDetection's DetInferencer
-            does not accept such a config.
+        testing: whether to also substitute the loading transforms in the test pipeline, where DetInferencer needs them.
 
     Returns:
         The substitutions, for instance "CocoDataset -> CheckedCocoDataset".
@@ -109,15 +108,10 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
 def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
     """Add the hooks of :data:`GUARDS` that a config lacks to its default_hooks; changes ``cfg``.
 
-    Args:
-        cfg: the complete config, its types substituted.
-        keep_types: whether a config without a checkpoint hook gets MMEngine's.
+    Unless ``keep_types``, a config without a checkpoint hook gets ours.
 
     Returns:
         Names of the added hooks, and of those that ``default_hooks.NAME=None`` turns off.
-
-    Raises:
-        InputError: if ``custom_hooks`` is not a list of dicts.
     """
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     custom = cfg.get('custom_hooks') or []
@@ -140,7 +134,6 @@ def protect(cfg: Config, keep_types: bool = False, testing: bool = False, runnin
     """Substitute types, add guards, and print the changes in one line; changes ``cfg``.
 
     Args:
-        cfg: the complete config.
         keep_types: whether to only replace classes by their names.
         testing: see :func:`substitute_types`.
         running: whether the config is for a runner, which needs the guards.

@@ -183,8 +183,11 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     assert without_scopes(cfg.model) == without_scopes(Config.fromfile(shipped).model)
     own.write_text("_base_ = 'spec_mmdet::_base_/runtime.py'\nmodel = dict(type='MaskRCNN', backbone=_base_.xcit)\n")
     assert Config.fromfile(own).model.backbone.type == 'SpecXCiT'
-    arch = "model = dict(backbone=dict(arch='nano_12'))"
-    own.write_text(f"_base_ = ['spec_mmdet::xcit_spec_maskrcnn.py']  # without a folder\n{arch}\n")
+    own.write_text("_base_ = 'spec_mmdet::xcit/xcit_spec_maskrcnn.py'\nmodel = dict(backbone=dict(arch='nano_12'))\n")
+    no_folder = tmp_path / 'no_folder.py'
+    no_folder.write_text("_base_ = 'spec_mmdet::xcit_spec_maskrcnn.py'\n")
+    with pytest.raises(InputError, match='config .*no_folder.py'):
+        read_config(no_folder)
     inheriting = tmp_path / 'inheriting.py'
     inheriting.write_text("_base_ = 'mine.py'\nmax_epochs = _base_.max_epochs + 1\n")
     cfg = read_config(inheriting)
