@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -23,17 +23,20 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .findings import Findings, Place
+from .rules import MAX_PIXELS
 
 EXIF_ORIENTATION = 0x0112
 IMAGE_SUFFIXES = frozenset(  # OpenCV decodes these
     '.jpg .jpeg .jpe .jfif .png .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2'.split()  # noqa: SIM905
 )
-JPEG, PNG = b'\xff\xd8', b'\x89PNG'  # first bytes
+JPEG, PNG, BMP, RIFF = b'\xff\xd8', b'\x89PNG', b'BM', b'RIFF'  # first bytes; RIFF of WebP
 SCAN = b'\xff\xda'  # where the pixels of a JPEG begin
 ENDS = {JPEG: b'\xff\xd9', PNG: b'IEND\xaeB`\x82'}  # last bytes of an intact file
+ANNOUNCED = 1000  # number of images from which decoding takes seconds and is announced
 DAMAGED = 'corrupt or truncated images'
 DEEP = 'images with more than 8 bits per channel (only the upper 8 are used)'
 MANY_BANDS = 'images with more than three bands (only the first three are used)'
+TOO_LARGE = 'images of more than 2^30 pixels, which OpenCV does not decode: cut them into tiles'
 TOO_MANY_BANDS = 'images with more than four bands, which cannot be decoded: save them with three'
 
 
@@ -83,7 +86,9 @@ def decode(content: bytes, flag: str = 'color', backend: str | None = None) -> n
     except Exception:  # decoders raise errors of any type for corrupt files
         image = None
     if image is None:
-        raise InputError(TOO_MANY_BANDS if count_bands(content) > 4 else DAMAGED)
+        height, width = read_orientation(content)[1]
+        is_large = height * width > MAX_PIXELS
+        raise InputError(TOO_LARGE if is_large else TOO_MANY_BANDS if count_bands(content) > 4 else DAMAGED)
     return image
 
 
@@ -128,7 +133,9 @@ def read_orientation(content: bytes) -> tuple[bool, tuple[int, int]]:
     """Return whether an image has an EXIF orientation, and its height and width before that is applied."""
     try:
         with allow_large_images(), Image.open(io.BytesIO(content)) as image:
-            return image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1), image.size[::-1]
+            # Pillow decodes a PNG to look for EXIF data behind its pixels.
+            has_exif = not content.startswith(PNG) or b'eXIf' in content or b'Raw profile type' in content
+            return has_exif and image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1), image.size[::-1]
     except Exception:  # a format that Pillow does not support
         return False, (0, 0)
 
@@ -153,7 +160,7 @@ def find_losses(content: bytes) -> list[str]:
         return []
     is_wide = count_bands(content) > 3
     deep = content[24:25] == b'\x10'  # bit depth in the header of a PNG
-    if is_wide or not content.startswith(PNG):
+    if is_wide or not content.startswith((PNG, BMP, RIFF)):
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None:
             return []
@@ -163,7 +170,7 @@ def find_losses(content: bytes) -> list[str]:
 
 
 def check_image(path: Path, height: float, width: float) -> tuple[str, list[str], bytes]:
-    """Decode an image as for training, and, unless it is a JPEG, with Pillow, too.
+    """Decode an image as for training, a JPEG or PNG once; of a PNG, verify the checksums, too.
 
     MMDetection and labelling tools apply the EXIF orientation, so the annotation file should contain the size of the
     rotated image.
@@ -176,11 +183,15 @@ def check_image(path: Path, height: float, width: float) -> tuple[str, list[str]
     except (OSError, ValueError):
         return 'images that are folders' if os.path.isdir(path) else 'missing images', [], b''
     try:
-        if has_end(content) and not content.startswith(JPEG):  # decode checks the others
-            require_complete(content)
         size = decode(content).shape[:2]
     except InputError as error:
         return str(error), [], b''
+    try:
+        if content.startswith(PNG):  # OpenCV 4.10 returns grey pixels for damaged ones
+            with allow_large_images(), Image.open(io.BytesIO(content)) as image:
+                image.verify()
+    except Exception:  # Pillow raises errors of several types
+        return DAMAGED, [], b''
     digest = hashlib.blake2b(content, digest_size=16).digest()
     doubts = find_losses(content)
     turned, before = read_orientation(content)
@@ -205,12 +216,16 @@ def check_images(images: Iterable[tuple[int, dict]], folder: Path, name: str, fo
         A digest of each intact image.
     """
     images, digests, names = list(images), {}, {}
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        results = pool.map(
-            lambda entry: check_image(folder / entry[1]['file_name'], entry[1]['height'], entry[1]['width']), images
-        )
-        results = tqdm(results, f'images of {name}', len(images), leave=False, disable=None)
-        for (error, doubts, digest), (position, image) in zip(results, images):
+    if len(images) > ANNOUNCED:
+        print(f'decoding {len(images)} images of {name}', flush=True)
+
+    def check(entry: tuple[int, dict]) -> tuple[str, list[str], bytes]:
+        return check_image(folder / entry[1]['file_name'], entry[1]['height'], entry[1]['width'])
+
+    # Threads suffice: a 640 x 480 JPEG holds Python's lock for 0.1 of 2.6 ms. An interrupt cancels what has not begun.
+    with ThreadPoolExecutor() as pool, closing(pool.map(check, images)) as results:
+        progress = tqdm(results, f'images of {name}', len(images), leave=False, disable=None)
+        for (error, doubts, digest), (position, image) in zip(progress, images):
             place = Place(str(folder), image['file_name'])
             if error:
                 found.errors[error].append(place)

@@ -1,8 +1,11 @@
 """The loader, the checks and the classifiers decode images once and completely."""
 
 import io
+import struct
 import threading
+import time
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -10,11 +13,13 @@ import mmcv
 import numpy as np
 import pytest
 from mmcv.transforms import LoadImageFromFile
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from spec_mmdet import InputError
 from spec_mmdet.data import images
+from spec_mmdet.data.findings import Findings
+from spec_mmdet.data.formats.export import read_size
 from spec_mmdet.data.images import CheckedLoadImageFromFile, allow_large_images, check_image
 
 
@@ -59,11 +64,54 @@ def test_files_are_read_and_decoded_once(folder, monkeypatch):
 
     monkeypatch.setattr(images.fileio, 'get', count('read', read))
     monkeypatch.setattr(mmcv, 'imfrombytes', count('decoded', decode))
-    monkeypatch.setattr(images, 'require_complete', lambda content: pytest.fail('decoded by Pillow'))
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: pytest.fail('decoded by Pillow'))
     CheckedLoadImageFromFile().transform(dict(img_path=str(folder / 'plain.jpg')))
     assert counts == dict(read=1, decoded=1)
     assert check_image(folder / 'plain.jpg', 80, 120)[:2] == ('', [])
-    assert counts['decoded'] == 2
+    assert check_image(folder / 'plain.png', 80, 120)[:2] == ('', [])
+    assert counts['decoded'] == 3
+
+
+def test_sizes_are_those_of_the_header(folder, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: pytest.fail('decoded'))
+    for path in folder.iterdir():
+        assert read_size(path) == ((80, 120) if path.stem == 'turned' else (120, 80))
+
+
+def test_a_damaged_png_is_found_even_if_opencv_reads_it(folder, monkeypatch):
+    path = folder / 'plain.png'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert check_image(path, 80, 120)[0] == images.DAMAGED
+    monkeypatch.setattr(mmcv, 'imfrombytes', lambda content, **kwargs: np.full((80, 120, 3), 128, np.uint8))
+    assert check_image(path, 80, 120)[0] == images.DAMAGED
+
+
+def test_an_image_beyond_opencvs_limit_is_named(folder):
+    """The header of a PNG claims 40,000 x 40,000 pixels."""
+    content = (folder / 'plain.png').read_bytes()
+    header = b'IHDR' + struct.pack('>II', 40000, 40000) + content[24:29]
+    (folder / 'plain.png').write_bytes(content[:12] + header + struct.pack('>I', zlib.crc32(header)) + content[33:])
+    assert check_image(folder / 'plain.png', 40000, 40000)[0] == images.TOO_LARGE
+
+
+def test_an_interrupt_does_not_wait_for_all_images(folder, monkeypatch):
+    """Of a thousand images, few are decoded after the one that raises KeyboardInterrupt."""
+    checked = []
+
+    def interrupt(path, height, width):
+        checked.append(path)
+        if len(checked) == 5:
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+        return '', [], b''
+
+    monkeypatch.setattr(images, 'check_image', interrupt)
+    entries = enumerate([dict(file_name='plain.jpg', height=80, width=120)] * 1000)
+    with pytest.raises(KeyboardInterrupt):
+        images.check_images(entries, folder, 'plain.json', Findings())
+    assert len(checked) < 500
 
 
 @pytest.mark.parametrize('name', ['plain.jpg', 'plain.png', 'plain.webp'])
