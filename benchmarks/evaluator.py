@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -27,38 +25,21 @@ from spec_mmdet.data.reading import read_coco
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.metrics import make_fast_evaluation
 
-PER_IMAGE = 100
-
-
-def repeat_images(coco: dict, images: int) -> dict:
-    """Return the content of an annotation file with its images repeated under new ids up to this number."""
-    of_image = {image['id']: [] for image in coco['images']}
-    for annotation in coco['annotations']:
-        of_image[annotation['image_id']].append(annotation)
-    repeated = dict(coco, images=[], annotations=[])
-    for new_id, image in zip(range(1, images + 1), itertools.cycle(coco['images'])):
-        repeated['images'].append(dict(image, id=new_id))
-        for annotation in of_image[image['id']]:
-            repeated['annotations'].append(dict(annotation, id=len(repeated['annotations']) + 1, image_id=new_id))
-    return repeated
+from .coco_scale import PER_IMAGE, displace, repeat_images
 
 
 def detect(image: dict, objects: list[dict], categories: list[int], rng: np.random.Generator) -> list[dict]:
     """Generate detections for an image by moving and stretching its objects: boxes as [x, y, w, h], masks as RLE."""
     found = []
     for i in rng.integers(len(objects), size=PER_IMAGE if objects else 0):
-        corner, extent = np.array(objects[i]['bbox']).reshape(2, 2)
-        new_extent = extent * np.exp(rng.normal(0, rng.choice([0.02, 0.3]), 2))
-        new_corner = corner + extent * rng.normal(0, rng.choice([0.02, 0.3]), 2)
-        parts = [np.reshape(part, (-1, 2)) for part in objects[i]['segmentation']]
-        parts = [((part - corner) / extent * new_extent + new_corner).ravel().tolist() for part in parts]
+        (x0, y0, x1, y1), mask = displace(objects[i], image, rng)
         found.append(
             dict(
                 image_id=image['id'],
                 category_id=objects[i]['category_id'] if rng.random() < 0.6 else int(rng.choice(categories)),
                 score=rng.random(),
-                bbox=[*new_corner, *new_extent],
-                segmentation=mask_utils.merge(mask_utils.frPyObjects(parts, image['height'], image['width'])),
+                bbox=[x0, y0, x1 - x0, y1 - y0],
+                segmentation=mask,
             )
         )
     return found

@@ -130,6 +130,7 @@ APPENDED = {
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
     'python -m benchmarks.evaluator': '--images 200',
+    'python -m benchmarks.coco_scale': '--fraction 0.002 --parts train',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
 

@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 from conftest import error_line, run_tool
+from pycocotools.coco import COCO
 
+from benchmarks import coco_scale
 from spec_mmdet.training.speed import build_backbone, count_operations
 
 
@@ -54,6 +56,28 @@ def test_loading_is_timed_by_steps(monkeypatch, tmp_path, capsys, shapes):
     run_tool(monkeypatch, 'benchmarks.loading', shapes)
     shown = capsys.readouterr().out
     assert float(re.search(r'([\d.]+) images per second', shown)[1]) > 0 and '| CheckedLoadImageFromFile | ' in shown
+
+
+def test_data_of_cocos_shape_and_its_table(coco_mini, tmp_path, capsys):
+    coco_scale.build_data(coco_mini, tmp_path / 'data', 0.003)
+    for split, images, annotations in (('train', 355, 2580), ('val', 15, 110)):
+        coco = json.loads((tmp_path / f'data/annotations/instances_{split}2017.json').read_bytes())
+        assert (len(coco['images']), len(coco['annotations'])) == (images, annotations)
+        for key in ('images', 'annotations'):
+            assert [entry['id'] for entry in coco[key]] == list(range(1, len(coco[key]) + 1))
+        assert all((tmp_path / f'data/{split}2017' / image['file_name']).is_file() for image in coco['images'])
+        of_source = COCO(str(coco_mini / f'annotations/instances_{split}2017.json'))
+        polygons = {str(annotation['segmentation']) for annotation in of_source.anns.values()}
+        assert {str(annotation['segmentation']) for annotation in coco['annotations']} <= polygons
+
+    rows = [dict.fromkeys(coco_scale.COLUMNS, '') | dict(part='train', processes='1', workers='4', arm=arm,
+            fraction=fraction, main_s=seconds) for arm, fraction, seconds in
+            (('plain', '0.25', '10'), ('plain', '1', '25'), ('ours', '0.25', '12'), ('ours', '1', '30'))]  # fmt: skip
+    capsys.readouterr()
+    coco_scale.print_table(rows)
+    lines = [line.split(' | ')[3:7] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [['0.25', '12.0', '1.20', ''], ['1', '30.0', '1.20', '24'],
+                     ['0.25', '10.0', '1.00', ''], ['1', '25.0', '1.00', '20']]  # fmt: skip
 
 
 def test_unknown_models_and_sizes(monkeypatch, tmp_path):
