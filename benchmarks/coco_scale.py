@@ -78,6 +78,7 @@ train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3, val_begi
 param_scheduler = []
 custom_hooks = [dict(type='RecordSeconds', folder={records!r})]
 env_cfg = dict(dist_cfg=dict(backend='gloo'))
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)  # of several processes on a CPU
 """
 REPLAY = "model = dict(_delete_=True, type='ReplayDetector', file={file!r}, mask_head=dict(num_classes=80))\n"
 

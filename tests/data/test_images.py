@@ -97,7 +97,7 @@ def test_an_image_beyond_opencvs_limit_is_named(folder):
 
 
 def test_an_interrupt_does_not_wait_for_all_images(folder, monkeypatch):
-    """Of a thousand images, few are decoded after the one that raises KeyboardInterrupt."""
+    """Few of a thousand images are decoded after the one that raises KeyboardInterrupt."""
     checked = []
 
     def interrupt(path, height, width):
