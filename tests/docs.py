@@ -155,6 +155,7 @@ PLACEHOLDERS = {
     'init_cfg.checkpoint=FILE': 'init_cfg.checkpoint=made/timm.pth',
     'EXPORT': 'made/export',
     'DATA': 'data/mine',
+    'benchmarks.masks FOLDER': f'benchmarks.masks {shlex.quote(str(COCO.resolve()))}',
     'NEW.pth': 'made/new.pth',
     'NEW': 'made/boxes',
     'IMAGENET': 'data/scenes/pretraining',

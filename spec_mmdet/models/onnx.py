@@ -268,7 +268,7 @@ class OnnxDetector(BaseModel):
         for image, sample in zip(inputs, data_samples, strict=True):
             if min(image.shape[1:]) < self.least:
                 raise InputError(
-                    f'an image has a side below {self.least} pixels after scaling, which the exported detector needs'
+                    f'an image has a side below {self.least} pixels after scaling, the minimum of the exported detector'
                 )
             feed = dict(image=image.flip(0)[None], size=torch.tensor(sample.ori_shape), score=torch.tensor(self.score))
             found = self.session.run(self.outputs, {name: value.cpu().numpy() for name, value in feed.items()})

@@ -361,7 +361,7 @@ class SpecXCiT(BaseModule):
             Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
         """
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
-            raise InputError(f'an image has a side below {MIN_IMAGE_SIZE} pixels after scaling, which SpecXCiT needs')
+            raise InputError(f'an image has a side below {MIN_IMAGE_SIZE} pixels after scaling, the least for SpecXCiT')
         return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.compute_tokens(x)))
 
     def compute_tokens(self, x: Tensor) -> list[Tensor]:
