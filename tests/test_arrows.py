@@ -19,6 +19,7 @@ GROUND = {
     'startup',
     'configs',
     'processes',
+    'status',
 }  # modules outside the layers, which import errors at most
 LAYERS = ('conditioning', 'models', 'checkpoints', 'data', 'evaluation', 'training', 'inference', 'commands')
 KNOWS = {

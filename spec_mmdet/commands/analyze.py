@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..status import show_status
 from .common import add_config, load_config, make_parser
 
 
@@ -50,14 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_current_instance().setLevel('ERROR')  # it lists every weight that it initialises
     register_all_modules()
     cfg = load_config(args)
-    backbone = build_backbone(cfg, args.checkpoint)
-    report = measure_backbone(backbone)
+    with show_status('measuring projections'):
+        backbone = build_backbone(cfg, args.checkpoint)
+        report = measure_backbone(backbone)
     if not report:
         raise InputError(f'config {args.config}: {cfg.model.backbone.type} has no attention. Use another backbone')
     print(report)
     if worsened := report.describe_worsened():
         print(f'\nwarning: {worsened}')
-    spectra = measure_jacobians(cfg, backbone, images, args.heads)
+    with show_status('measuring Jacobians'):
+        spectra = measure_jacobians(cfg, backbone, images, args.heads)
     if spectra:
         print(f'\n{format_jacobians(spectra)}\non {len(images)} images: {", ".join(path.name for path in images)}')
     elif images:

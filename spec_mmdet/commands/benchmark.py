@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..status import show_status
 from .common import make_parser, require_positive
 
 
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = height, width
         shared = dict(detector=args.detector, rounds=args.rounds, memory=not args.no_memory)
         setting = Setting(args.arch, args.patch_size, args.batch, size, args.amp, device, **shared)
-        rows += (found := list(measure_models(names, setting)))
+        with show_status(f'timing at {text}'):
+            rows += (found := list(measure_models(names, setting)))
         print_table(found, text)
     settings = {k: str(v) for k, v in vars(args).items()} | dict(device_name=processor, torch=torch.__version__)
     write(args.out / 'benchmark.json', json.dumps(dict(settings=settings, rows=rows), indent=1))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..status import show_status
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -93,16 +94,6 @@ def collect_parsers() -> Iterator[list[Parser]]:
         yield Parser.made
     finally:
         Parser.made = None
-
-
-@contextmanager
-def show_status(text: str) -> Iterator[None]:
-    """Show a line with a spinner on stderr, if that is a terminal, while the block runs; it must not print."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status(f'{text} ...') if console.is_terminal else nullcontext():
-        yield
 
 
 def wrap_text(text: str) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..status import show_status
 from .common import make_parser
 
 
@@ -53,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not folder.is_dir():
             raise InputError(f'{folder}: no such folder. Pass the work directory of a training')
         runs.append(read_run(folder, name, read_facts(folder), read_curves(folder)))
-    require_comparable(runs)
+    with show_status('comparing detections'):
+        require_comparable(runs)
     measure_runs(runs, DRAWS)
     found = compare_arms(runs)
-    with write_folder_atomically(args.out) as temporary:
+    with show_status('writing the page'), write_folder_atomically(args.out) as temporary:
         write_comparison(temporary, runs, found)
     print(*describe_arms(runs), *map(describe_difference, found), f'wrote {args.out / PAGE}', sep='\n')

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..status import show_status
 from .common import make_parser
 
 
@@ -68,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError('--sigmas needs --condition identity and excludes --lam. Change the options')
     if args.trust_pickle:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
-    loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
-    found = layouts.recognise(loaded, name, args.key)
+    with show_status(f'reading {source.name}'):
+        loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
+        found = layouts.recognise(loaded, name, args.key)
     classes = get_classes(loaded)
     print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
 
@@ -80,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.fold:
             backbone = layouts.fold(backbone)
         if args.condition:
-            backbone = layouts.condition(backbone, args.condition, args.lam, args.sigmas)
+            with show_status('conditioning'):
+                backbone = layouts.condition(backbone, args.condition, args.lam, args.sigmas)
     weights, dropped = backbone, found.dropped + list(found.detector)
     if args.detector:
         weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector
@@ -113,5 +116,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = dict(converted=record)
     if args.detector and classes:
         meta['dataset_meta'] = dict(classes=classes)
-    save_weights(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
+    with show_status(f'writing {destination.name}'):
+        save_weights(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
     print(f'wrote {destination}: arch={found.arch!r}, patch_size={found.patch_size}, conditioning={conditioning}')

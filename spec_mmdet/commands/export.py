@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..status import show_status
 from .common import add_config, load_config, make_parser
 
 
@@ -62,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args)
     if args.backbone and cfg.get('model', {}).get('backbone', {}).get('type') != 'SpecXCiT':
         raise InputError(f'config {args.config}: has no SpecXCiT, which --backbone needs. Leave out --backbone')
-    if args.backbone:
-        metadata = export_backbone(cfg, args.checkpoint, args.out)
-    else:
-        metadata = export_detector(cfg, args.checkpoint, args.out, find_inputs(args.images or []))
+    with show_status('exporting, and comparing with PyTorch'):
+        if args.backbone:
+            metadata = export_backbone(cfg, args.checkpoint, args.out)
+        else:
+            metadata = export_detector(cfg, args.checkpoint, args.out, find_inputs(args.images or []))
     for key, value in metadata.items():
         print(f'{key + ":":14}{value}')
     print(f'wrote {args.out}')

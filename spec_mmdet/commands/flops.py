@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..status import show_status
 from .common import make_parser
 
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     register_all_modules()
     print('| config | detector, M parameters | backbone, M parameters | backbone, G multiply-adds |\n|---|---|---|---|')
     for path in configs:
-        detector, backbone, multiply_adds = count_multiply_adds(read_config(path))
+        with show_status(f'counting {path.stem}'):
+            detector, backbone, multiply_adds = count_multiply_adds(read_config(path))
         print(
             f'| `{path.name}` | {detector / 1e6:.1f} | {backbone / 1e6:.1f} | {multiply_adds / 1e9:.0f} |', flush=True
         )

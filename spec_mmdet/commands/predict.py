@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from ..status import show_status
 from .common import add_config, add_keep_types, load_config, make_parser
 
 
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     require_device(args.device)
     paths = find_inputs(args.inputs)
-    inferencer = load_inferencer(cfg, args.checkpoint, args.device, args.score)
+    with show_status('loading the detector'):
+        inferencer = load_inferencer(cfg, args.checkpoint, args.device, args.score)
     info = dict(config=args.config, checkpoint=args.checkpoint, score=args.score)
     pictures = not args.no_pictures
     count, damaged, doubts = predict_files(inferencer, paths, out, info, args.score, args.batch_size, pictures)

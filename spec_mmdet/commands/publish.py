@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..status import show_status
 from .common import make_parser
 
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..inference.publishing import publish
 
     out = args.out or args.checkpoint.parent / 'published'
-    sums, ap = publish(args.checkpoint, args.config, out, args.name, args.licence)
+    with show_status('verifying and writing the detector'):
+        sums, ap = publish(args.checkpoint, args.config, out, args.name, args.licence)
     print(sums, end='')
     if not args.licence:
         print('without --licence, the model card states that the licence is not specified')

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import InputError, list_briefly
+from ..status import show_status
 from .common import add_run_options, load_run_config, make_parser
 
 
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_measured(metrics)
         if reported:
             command = ['spec-mmdet', 'test', *(sys.argv[1:] if argv is None else argv)]
-            report.write(temporary, cfg, args.checkpoint, command, tested)
+            with show_status('writing the report'):
+                report.write(temporary, cfg, args.checkpoint, command, tested)
     if reported:
         print(f'report: {display_path(reported / PAGE)}')

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from ..errors import InputError, list_briefly
+from ..status import show_status
 from . import rules
 from .findings import Findings, Place
 from .fitting import (
@@ -37,6 +38,7 @@ ADVICE = (
 )
 
 
+@show_status('checking annotations')
 def check_annotations(
     coco: dict, name: str, found: Findings, masks: bool | None = None, classes: Sequence[str] | None = None
 ) -> None:
@@ -113,6 +115,7 @@ def check_object(annotation: dict, image: dict, with_mask: bool) -> tuple[str, s
     return fault, doubt
 
 
+@show_status('checking annotations')
 def check_contents(
     coco: dict,
     name: str,

@@ -18,6 +18,7 @@ from mmengine.dist import is_main_process
 from pycocotools import mask as mask_utils
 
 from ..errors import InputError
+from ..status import show_status
 from .findings import Findings, Place
 from .rules import find_mask_fault, find_size_fault, rasterise
 
@@ -206,6 +207,7 @@ def compute_object_area(annotation: dict, image: dict | None) -> float:
 _shared: dict[Path, tuple[tuple[int, int], dict, Findings]] = {}
 
 
+@show_status('reading annotations')
 def share_coco(path: Path, annotated: bool = True, found: Findings | None = None) -> dict:
     """Read an annotation file with :func:`read_coco`, or return the result of an earlier call if it is unchanged.
 

@@ -97,7 +97,7 @@ class Terminal(Hook):
         for_users = category is UserWarning and not UNIMPORTANT.search(str(message))
         print_log(str(message).strip(), 'current', logging.WARNING if for_users else logging.INFO)
 
-    def _begin(self, title: str, total: int, done: int = 0) -> None:
+    def _begin(self, title: str, total: int | None, done: int = 0) -> None:
         self._end()
         if console.is_terminal:
             columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -148,7 +148,7 @@ class Terminal(Hook):
         elif (batch_idx + 1) % self.interval == 0:
             print_lines(f'{self.title}  {batch_idx + 1}/{self.batches} batches')
         if batch_idx + 1 == self.batches:
-            self._end()
+            self._begin('computing metrics', None)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the metrics in one line."""

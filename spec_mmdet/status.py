@@ -1,0 +1,26 @@
+"""Show in a terminal that work is in progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+
+@contextmanager
+def show_status(text: str) -> Iterator[None]:
+    """Show a line with the elapsed time on stderr, if that is a terminal, while the block (or function) runs."""
+    if not sys.stderr.isatty() or os.environ.get('LOCAL_RANK', '0') != '0':
+        line = nullcontext()
+    else:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        # What the block prints goes to stdout as it is, which may be a file.
+        redirect = dict(redirect_stdout=sys.stdout.isatty())
+        columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
+        line = Progress(*columns, console=Console(stderr=True), transient=True, **redirect)
+        line.add_task(text, total=None)
+    with line:
+        yield
