@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not report:
         raise InputError(f'config {args.config}: {cfg.model.backbone.type} has no attention. Use another backbone')
     print(report)
-    if worsened := report.describe_worsened():
+    # Of trained weights, or those of convert --condition, W alone has no meaning.
+    is_random = not args.checkpoint and not cfg.model.backbone.get('init_cfg')
+    if is_random and (worsened := report.describe_worsened()):
         print(f'\nwarning: {worsened}')
     with show_status('measuring Jacobians'):
         spectra = measure_jacobians(cfg, backbone, images, args.heads)

@@ -258,7 +258,8 @@ def explain_config_error(error: BaseException) -> str | None:
         kind = (frames[-1].f_locals.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
         names = sorted(OPTIMIZERS.module_dict.keys() | OPTIMIZERS.parent.module_dict.keys())
         near = get_close_matches(str(kind), names, 3, 0)
-        return f'config: there is no optimiser {kind}. Use another one, for instance {", ".join(near)}'
+        advice = 'Run: pip install lion-pytorch' if kind == 'Lion' else f'Use {" or ".join(near)}'
+        return f'config: there is no optimiser {kind}. {advice}'
     name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
     return f'config: {kind} cannot be built: {name}{to_one_line(error)}{suggest(near)}'
 

@@ -59,6 +59,15 @@ class CheckpointGuard(Hook):
         faults = describe_mismatches(model, weights, part='backbone.' if fine_tuning else '')
         if faults:
             raise InputError(f'{name} does not fit the configured model: {faults}. Use the config of its training')
+        if fine_tuning:
+            own = model.state_dict()
+            renewed = {k: own[k] for k, value in weights.items() if k in own and own[k].shape != value.shape}
+            weights |= renewed
+            if renewed:
+                runner.logger.info(
+                    f'{name}: {len(renewed)} tensors of the heads have other shapes, because its classes differ, and '
+                    f'start from random values ({list_briefly(list(renewed))})'
+                )
         checkpoint['state_dict'] = weights
         if is_training(runner) and is_resuming(runner):
             apply_configured_schedule(runner, checkpoint)

@@ -53,7 +53,7 @@ class ScheduleGuard(Hook):
                                   'pretrained weights')  # fmt: skip
         backbone = getattr(unwrap_model(runner), 'backbone', None)
         is_exempt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
-        if is_exempt or backbone.init_cfg or get_load_path(runner) or is_resuming(runner):
+        if is_exempt or has_trained_weights(runner):
             return
         if backbone.frozen_stages >= 0:
             raise InputError(
@@ -65,6 +65,12 @@ class ScheduleGuard(Hook):
         if images < LITTLE_DATA:
             runner.logger.warning(f'the backbone starts from random weights, and {images} images are few for that. '
                                   f'{describe_pretrained_weights(runner.cfg.model.backbone)}')  # fmt: skip
+
+
+def has_trained_weights(runner: Runner) -> bool:
+    """Return whether a training starts from the weights of a file, of the backbone or of the detector."""
+    backbone = getattr(unwrap_model(runner), 'backbone', None)
+    return bool(getattr(backbone, 'init_cfg', None) or get_load_path(runner) or is_resuming(runner))
 
 
 def summarise_schedule(runner: Runner) -> tuple[int, list[int]]:
@@ -169,13 +175,15 @@ class ConditioningHook(Hook):
         self.heads = heads
 
     def before_train(self, runner: Runner) -> None:
-        """Warn if the corrections do not improve the condition numbers; create the table."""
+        """Warn if the corrections do not improve the condition numbers of random weights; create the table."""
         self.table, self.failed, self.pending = Path(runner.work_dir, f'{CONDITIONING}.csv'), False, None
         if is_main_process():
             with self._continue_on_error(runner):
                 if not (is_resuming(runner) and self.table.exists()):
                     self.table.write_text(','.join(COLUMNS) + '\n')
-                if worsened := measure_backbone(unwrap_model(runner).backbone).describe_worsened():
+                # Of trained weights, or those of convert --condition, W alone has no meaning.
+                backbone = unwrap_model(runner).backbone
+                if not has_trained_weights(runner) and (worsened := measure_backbone(backbone).describe_worsened()):
                     runner.logger.warning(worsened)
 
     @contextmanager

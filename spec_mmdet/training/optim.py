@@ -8,6 +8,9 @@ from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from ..errors import InputError
+from ..models.xcit import SpecXCiT
+
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
@@ -19,12 +22,22 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
-        """Add the parameters of a module to the groups; see MMEngine."""
+        """Add the parameters of a module to the groups; see MMEngine.
+
+        Raises:
+            InputError: if the detector's backbone is not a SpecXCiT.
+        """
+        backbone = getattr(module, 'backbone', None)
+        if not prefix and not isinstance(backbone, SpecXCiT):
+            raise InputError(
+                f'LayerDecayConstructor, which --preset finetune uses, needs the backbone SpecXCiT, but the model has '
+                f'{type(backbone).__name__}. Leave the preset out, and set a schedule with --epochs and --lr'
+            )
         super().add_params(params, module, prefix, **kwargs)
         if prefix:  # called recursively for a part
             return
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        depth = len(module.backbone.blocks)
+        depth = len(backbone.blocks)
         for group in params:  # one for each parameter
             layer = find_layer(names[id(group['params'][0])], depth)
             group['lr'] = group.get('lr', self.base_lr) * self.paramwise_cfg['layer_decay'] ** (depth + 1 - layer)

@@ -28,7 +28,10 @@ from ..training.saving import unwrap_model
 
 PACKAGE = Path(__file__).parents[1]
 # Warnings of libraries for developers, and those that our own errors replace.
-UNIMPORTANT = re.compile(r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources', re.I)
+UNIMPORTANT = re.compile(
+    r'deprecat|is the alias of|dataset_meta or class names|visualization|pkg_resources|skipped since its requires_grad',
+    re.I,
+)
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SIZES = dict(AP='', AP50='_50', AP75='_75', small='_s', medium='_m', large='_l')
 

@@ -117,7 +117,7 @@ def test_dependent_settings_are_adjusted(capsys):
         (['default_hooks.more.type=Zqxvvw'], 'Zqxvvw is not in the hook registry'),
         (['model.backbone.type=SpecXCit'], 'SpecXCit is not in the model registry; did you mean SpecXCiT?'),
         (['train_dataloader.dataset.type=CocoDatasets'], 'did you mean CocoDataset?'),
-        (['optim_wrapper.optimizer.type=Lion'], 'there is no optimiser Lion'),
+        (['optim_wrapper.optimizer.type=Lion'], 'pip install lion-pytorch'),
         (["visualizer.vis_backends=[{'type':'ClearMLVisBackend'}]"], None),
     ],
 )
