@@ -1,6 +1,7 @@
 """Checkpoints are read without running their code, and rejected if they do not fit."""
 
 import argparse
+import logging
 import pickle
 import random
 from collections import Counter, OrderedDict
@@ -138,10 +139,14 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def runner(model, training=False, resume=False):
     """The part of a Runner that the guard reads."""
-    return SimpleNamespace(model=model, _load_from='some.pth', _resume=resume, _train_loop=object() if training else {})
+    return SimpleNamespace(
+        model=model, _load_from='some.pth', _resume=resume, _train_loop=object() if training else {},
+        logger=logging.getLogger('runner'),
+    )  # fmt: skip
 
 
-def test_the_guard_requires_every_weight_except_new_heads():
+def test_the_guard_requires_every_weight_except_new_heads(caplog):
+    caplog.set_level(logging.INFO)
     model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2), head=torch.nn.Linear(2, 3)))
     guard, weights = CheckpointGuard(), model.state_dict()
     modes = dict(test=runner(model), resume=runner(model, True, True), fine_tune=runner(model, True))
@@ -165,10 +170,12 @@ def test_the_guard_requires_every_weight_except_new_heads():
             guard.after_load_checkpoint(mode, {**weights, 'backbone.blocks.0.attn.correction.lam': torch.tensor(10.0)})
     for name, other_head in (('fewer', {}), ('others', {'head.weight': torch.ones(7, 2), 'head.bias': torch.ones(7)})):
         loaded = {k: v for k, v in weights.items() if 'backbone' in k} | other_head
-        guard.after_load_checkpoint(modes['fine_tune'], loaded)
         for mode in ('test', 'resume'):
             with pytest.raises(InputError, match='head.weight'):
-                guard.after_load_checkpoint(modes[mode], loaded), name
+                guard.after_load_checkpoint(modes[mode], dict(loaded)), name
+        guard.after_load_checkpoint(modes['fine_tune'], loaded)
+    assert loaded['state_dict']['head.weight'].shape == (3, 2)  # the model's own, of which MMEngine does not warn
+    assert '2 tensors of the heads' in caplog.text
 
 
 def test_quoted_contents_of_a_file_stay_on_one_line():

@@ -100,6 +100,8 @@ def test_layer_decay():
         assert rate == pytest.approx(1e-4 * 0.8 ** (6 - block)), name
         assert decay == (0 if name.endswith(('bias', 'temperature')) or '.norm' in name or '.gamma' in name
                          or '.bn.' in name or '.fpn1.1.' in name else 0.05), name  # fmt: skip
+    with pytest.raises(InputError, match='needs the backbone SpecXCiT, but the model has Linear'):
+        build_optim_wrapper(torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(1, 1))), cfg.optim_wrapper)
 
 
 def doubts(iterations: int, epoch: int, *schedulers, hooks=()) -> list[str]:
