@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         splits = operations.drop_faulty(splits, found, args.drop_objects)
     names = [split.name for split in splits]
     if args.val and 'val' in names:
-        raise InputError(f'{args.folder}: contains images for validation. Leave out --val')
+        raise InputError(f'{args.folder}: has images for validation already. Leave out --val')
     if not found.errors:
         if WHOLE in names or args.val:
             whole = WHOLE if WHOLE in names else 'train'
