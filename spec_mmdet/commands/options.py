@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from ..compat import get_content
 from ..data.fitting import walk
 from ..errors import InputError, list_briefly
-from ..models.xcit import ARCHS
+from ..models.connecting import connect_backbone
 
 # Top-level names that MMEngine's runner and the commands read; others are helper variables of the config file.
 TOP = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg', 'launcher'}
@@ -87,22 +87,15 @@ def remove_none_parents(cfg: Config, key: str) -> None:
 
 
 def adjust_dependent_settings(cfg: Config) -> None:
-    """Adjust dependent settings (neck channels, persistent workers) and report each change; changes ``cfg``."""
+    """Adjust dependent settings (maps of the backbone, persistent workers) and report each change; changes ``cfg``."""
     for loop in ('train', 'val', 'test'):
         loader = cfg.get(f'{loop}_dataloader') or {}
         if not loader.get('num_workers', 0) and loader.pop('persistent_workers', False):
             print(f'{loop}_dataloader.persistent_workers: removed, because num_workers is 0', file=sys.stderr)
         if not loader.get('num_workers', 0):
             loader.pop('prefetch_factor', None)
-    model = cfg.get('model') or {}
-    backbone, neck = model.get('backbone') or {}, model.get('neck') or {}
-    arch = backbone.get('arch', 'small_12')
-    arch = ARCHS.get(arch, {}) if isinstance(arch, str) else arch
-    if backbone.get('type') == 'SpecXCiT' and neck.get('type') == 'FPN' and arch.get('dim'):
-        channels = [arch['dim']] * len(neck['in_channels'])
-        if list(neck['in_channels']) != channels:
-            print(f'model.neck.in_channels: set to {channels}, as in the backbone', file=sys.stderr)
-            neck['in_channels'] = channels
+    if changes := connect_backbone(cfg.get('model') or {}):
+        print(f'set to fit SpecXCiT: {", ".join(changes)}', file=sys.stderr)
 
 
 def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:

@@ -33,7 +33,6 @@ from ..models.xcit import SpecXCiT
 from .inferencer import load_inferencer, remove_padding
 from .media import decode_file
 
-STRIDES = (4, 8, 16, 32)
 MIN_SIZE = 64  # torch.export makes a constant of a size of 1, which a smaller image has at stride 32
 ALLOWANCE = 10  # times the rounding error of PyTorch in float32
 # The smaller size uses the plain attention; the larger one has more tokens than the MLP processes at a time.
@@ -57,7 +56,7 @@ class Features(nn.Module):
     def __init__(self, backbone: SpecXCiT) -> None:
         super().__init__()
         self.backbone = backbone
-        self.fpn = nn.ModuleList((backbone.fpn1, backbone.fpn2, backbone.fpn3, backbone.fpn4))
+        self.fpn = nn.ModuleList(getattr(backbone, fpn) for fpn in backbone.pyramid)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(fpn(tap) for fpn, tap in zip(self.fpn, self.backbone.compute_tokens(image)))
@@ -116,7 +115,7 @@ def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object
         mean=preprocessor.get('mean'),
         std=preprocessor.get('std'),
         channels='RGB' if preprocessor.get('bgr_to_rgb') else 'BGR',
-        strides=STRIDES,
+        strides=backbone.out_strides,
         conditioning=describe_conditioning(backbone.state_dict()),
         checkpoint=Path(checkpoint).name,
     )
@@ -127,7 +126,7 @@ def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object
         rounding = compute_largest_difference([backbone(x) for x in images], exact)
 
     sides = {0: Dim('batch'), 2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
-    outputs = [f'stride{stride}' for stride in STRIDES]
+    outputs = [f'stride{stride}' for stride in backbone.out_strides]
     with write_atomically(out) as temporary:
         example = (torch.zeros(2, 3, 128, 192),)
         export(Features(backbone), example, (sides,), temporary, ['image'], outputs, metadata)

@@ -86,7 +86,8 @@ class SpecXCiTClassifier(SpecXCiT):
         self, num_classes: int, arch: str | dict = 'small_12', tokens_norm: bool | None = None, **backbone
     ) -> None:
         super().__init__(arch, **backbone)
-        del self.fpn1, self.fpn2, self.fpn3, self.fpn4  # only detectors use them
+        for fpn in self.pyramid:  # only detectors use them
+            delattr(self, fpn)
         first = self.blocks[0]
         gamma, dim = first.gamma1.detach(), len(first.gamma1)
         tokens_norm = arch != 'nano_12' if tokens_norm is None else tokens_norm

@@ -31,6 +31,7 @@ ARCHS = {
     'medium_24': dict(dim=512, depth=24, num_heads=8, eta=1e-5),
     'large_24': dict(dim=768, depth=24, num_heads=16, eta=1e-5),
 }
+STRIDES = (4, 8, 16, 32)  # of the reference's feature maps fpn1 to fpn4
 MIN_IMAGE_SIZE = 32  # the coarsest level has stride 32
 
 
@@ -263,8 +264,8 @@ def load_strictly(init_cfg: dict | list[dict] | None) -> dict | list[dict] | Non
 class SpecXCiT(BaseModule):
     """XCiT (arXiv 2106.09681) with spectrally conditioned attention (arXiv 2603.07162), as a detection backbone.
 
-    Parameter names are those of the reference implementation (facebookresearch/xcit, detection). Four feature maps
-    of strides 4, 8, 16 and 32, all ``dim`` channels wide, are made from the tokens after four of the blocks.
+    Parameter names are those of the reference implementation (facebookresearch/xcit, detection). Feature maps of
+    strides 4, 8, 16 and 32, all ``dim`` channels wide, are made from the tokens after four of the blocks.
 
     Args:
         arch: a name in :data:`ARCHS`, or a dict of ``dim``, ``depth``, ``num_heads`` and, optionally, ``eta``.
@@ -277,8 +278,9 @@ class SpecXCiT(BaseModule):
         norm_cfg: normalisation of the convolutions: BN (default), SyncBN, LN (over the channels) or GN. The statistics
             of GN include the padding, with or without a mask.
         drop_path_rate: stochastic depth, the same in every block.
-        out_indices: the four blocks whose outputs become features; by default 3, 5, 7, 11 of 12 blocks and 7, 11, 15,
-            23 of 24. Later blocks are not run.
+        out_strides: strides of the feature maps, of 4, 8, 16 and 32; other maps are not made.
+        out_indices: the block from which each map is made; by default 3, 5, 7, 11 of 12 blocks and 7, 11, 15, 23 of
+            24, for strides 4, 8, 16, 32. Later blocks are not run.
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
             ``out_indices``. Frozen parts keep their normalisation statistics, too.
         compile: None, or arguments of torch.nn.Module.compile for each block; use ``dict(dynamic=True)`` for images of
@@ -298,6 +300,7 @@ class SpecXCiT(BaseModule):
         conditioning: dict | None = None,
         norm_cfg: dict | None = None,
         drop_path_rate: float = 0.0,
+        out_strides: tuple[int, ...] = STRIDES,
         out_indices: tuple[int, ...] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
@@ -312,9 +315,12 @@ class SpecXCiT(BaseModule):
         if set(arch) | {'eta'} != {'dim', 'depth', 'num_heads', 'eta'}:
             raise ValueError(f'SpecXCiT: an arch dict has dim, depth, num_heads and optionally eta, got {sorted(arch)}')
         dim, depth, num_heads, eta = arch['dim'], arch['depth'], arch['num_heads'], arch.get('eta', 1.0)
+        strides = [stride for stride in STRIDES if stride in out_strides]
         if out_indices is None:
-            out_indices = (depth // 3 - 1, depth // 2 - 1, max(2 * depth // 3 - 1, depth // 2), depth - 1)
-        rising = len(out_indices) == 4 and list(out_indices) == sorted({*out_indices} & {*range(depth)})
+            blocks = depth // 3 - 1, depth // 2 - 1, max(2 * depth // 3 - 1, depth // 2), depth - 1
+            out_indices = tuple(block for block, stride in zip(blocks, STRIDES) if stride in strides)
+        maps = len(strides)
+        rising = len(out_indices) == maps and list(out_indices) == sorted({*out_indices} & {*range(depth)})
         for valid, rule in (
             (depth >= 4, f'depth must be at least 4, because features come from four blocks; got {depth}'),
             (
@@ -322,14 +328,15 @@ class SpecXCiT(BaseModule):
                 f'dim must be a multiple of 8 and of num_heads, got {dim} and {num_heads}',
             ),
             (patch_size in (8, 16), f'patch_size must be 8 or 16, got {patch_size}'),
-            (rising, f'out_indices must be four rising block indices below {depth}, got {out_indices}'),
-            (-1 <= frozen_stages <= 4, f'frozen_stages must be from -1 to 4, got {frozen_stages}'),
+            (maps and strides == [*out_strides], f'out_strides must be some of {STRIDES}, rising; got {out_strides}'),
+            (rising, f'out_indices must be {maps} rising block indices below {depth}, got {out_indices}'),
+            (-1 <= frozen_stages <= maps, f'frozen_stages must be from -1 to {maps}, got {frozen_stages}'),
         ):
             if not valid:
                 raise ValueError(f'SpecXCiT: {rule}')
         norm_cfg = norm_cfg or dict(type='BN')
 
-        self.out_indices = tuple(out_indices)
+        self.out_strides, self.out_indices = tuple(out_strides), tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.patch_embed = PatchEmbed(patch_size, dim, norm_cfg)
@@ -343,6 +350,10 @@ class SpecXCiT(BaseModule):
             self.fpn2, self.fpn3, self.fpn4 = nn.Sequential(Upsample(dim, dim, 2)), nn.Identity(), nn.MaxPool2d(2, 2)
         else:
             self.fpn1, self.fpn2, self.fpn3, self.fpn4 = up, nn.Identity(), nn.MaxPool2d(2, 2), nn.MaxPool2d(4, 4)
+        pyramid = {stride: f'fpn{i}' for i, stride in enumerate(STRIDES, 1)}
+        self.pyramid = [pyramid[stride] for stride in strides]
+        for stride in {*STRIDES} - {*strides}:
+            delattr(self, pyramid[stride])
         for block in self.blocks if compile is not None else ():
             block.compile(**compile)
         unused = self.blocks[self.out_indices[-1] + 1 :]  # DDP raises an error for parameters without gradient
@@ -358,11 +369,11 @@ class SpecXCiT(BaseModule):
                 padding. With it, each image's features do not depend on the padding.
 
         Returns:
-            Four tensors of shape (B, dim, about H / s, about W / s) for s = 4, 8, 16, 32.
+            A tensor of shape (B, dim, about H / s, about W / s) for each s in ``out_strides``.
         """
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise InputError(f'an image has a side below {MIN_IMAGE_SIZE} pixels after scaling, the least for SpecXCiT')
-        return tuple(fpn(tap) for fpn, tap in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), self.compute_tokens(x)))
+        return tuple(getattr(self, fpn)(tap) for fpn, tap in zip(self.pyramid, self.compute_tokens(x)))
 
     def compute_tokens(self, x: Tensor) -> list[Tensor]:
         """Return the tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before rescaling."""

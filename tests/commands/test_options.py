@@ -106,7 +106,7 @@ def test_dependent_settings_are_adjusted(capsys):
     adjust_dependent_settings(cfg)
     assert not cfg.train_dataloader.get('persistent_workers') and cfg.model.neck.in_channels == [64] * 4
     told = capsys.readouterr().err
-    assert 'num_workers is 0' in told and 'set to [64, 64, 64, 64]' in told
+    assert 'num_workers is 0' in told and 'in_channels=[64, 64, 64, 64]' in told
 
 
 @pytest.mark.parametrize(
