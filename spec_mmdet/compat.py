@@ -5,6 +5,7 @@ Checked against torch 2.14.1, MMEngine 0.10.7 and onedl-mmengine 0.10.12.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,3 +135,16 @@ def get_step_pre_hooks(optimizer: Optimizer) -> list[Callable]:
 def has_one_projection(attention: nn.MultiheadAttention) -> bool:
     """Return whether Q, K and V are projected by one matrix."""
     return attention._qkv_same_embed_dim
+
+
+@contextmanager
+def accept_bases_without_folder(folder: str) -> Iterator[None]:
+    """Make MMEngine accept ``spec_mmdet::NAME.py`` instead of ``spec_mmdet::FOLDER/NAME.py`` in ``_base_``."""
+    from mmengine.config import config
+
+    resolve = config._get_package_and_cfg_path
+    config._get_package_and_cfg_path = lambda name: resolve(re.sub('^spec_mmdet::(?!.*/)', rf'\g<0>{folder}/', name))
+    try:
+        yield
+    finally:
+        config._get_package_and_cfg_path = resolve

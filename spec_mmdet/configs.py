@@ -1,6 +1,6 @@
 """Find configs: shipped ones by name, and a training's in its work directory.
 
-A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``.
+A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``; our commands need no folder before NAME.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
+from .compat import accept_bases_without_folder
 from .errors import InputError
 
 # MMEngine's convention is PACKAGE/.mim/configs/FOLDER/NAME.py; in the repository, this is a link to configs/.
@@ -72,7 +73,8 @@ def read_config(path: Path) -> Config:
         InputError: if the file, or one that it inherits, is invalid.
     """
     try:
-        cfg = Config.fromfile(path)
+        with accept_bases_without_folder(CONFIGS.name):
+            cfg = Config.fromfile(path)
     except Exception as error:  # the file is Python
         first = str(error).strip().partition('\n')[0]
         raise InputError(f'config {path}: {type(error).__name__}: {first}') from error

@@ -18,9 +18,11 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 
 from ..errors import InputError, list_briefly
 from .checks import LOOKED_AT
+from .formats.export import is_junk
 from .images import read
 
 SPLITS = ('train', 'val')
@@ -53,6 +55,10 @@ def read_rgb(path: str) -> Image.Image:
         raise InputError(f'{path}: {error}') from error
 
 
+def is_visible_image(path: str) -> bool:
+    return is_image_file(path) and not is_junk(Path(path).name)
+
+
 @DATASETS.register_module()
 class ClassFolder(ImageFolder):
     """Images in folders named after their classes, as in ImageNet.
@@ -67,13 +73,18 @@ class ClassFolder(ImageFolder):
 
     def __init__(self, root: str, transform: dict) -> None:
         try:
-            super().__init__(root, build_transform(**transform), loader=read_rgb)
+            super().__init__(root, build_transform(**transform), loader=read_rgb, is_valid_file=is_visible_image)
         except OSError as error:
             raise InputError(
                 f'{root}: {error}. --data FOLDER needs FOLDER/train/CLASS/ and FOLDER/val/CLASS/ with the images of '
                 'each class'
             ) from error
         self.metainfo = dict(classes=tuple(self.classes))
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Find the class folders; those of Jupyter, macOS and others are none."""
+        names = [name for name in super().find_classes(directory)[0] if not is_junk(name)]
+        return names, {name: index for index, name in enumerate(names)}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         """Return an image, float32, shape (3, H, W), under 'inputs', and the index of its class under 'targets'."""
@@ -147,6 +158,8 @@ def check_class_folders(cfg: Config, thorough: bool, processes: int = 1) -> list
             f'train_dataloader.batch_size is {batch}. Use an even number, because images are mixed in pairs'
         )
     for dataset in splits.values() if thorough else ():
+        if hidden := [path.name for path in Path(dataset.root).iterdir() if is_junk(path.name)]:
+            print(f'{dataset.root}: skipped hidden files and folders: {list_briefly(hidden)}')
         faults, doubts = [], {}
         for path, _ in dataset.samples[:: max(1, len(dataset) // LOOKED_AT)]:
             try:

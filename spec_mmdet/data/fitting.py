@@ -238,6 +238,9 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
             if isinstance(weights, (list, tuple)) and len(set(weights[: head[key]])) == 1 and len(weights) >= head[key]:
                 loss['class_weight'] = [weights[0]] * len(classes) + list(weights[head[key] :])
         head[key] = len(classes)
+        if 'num_queries' in head and key == 'num_things_classes':  # MaskFormer fails where it has fewer detections
+            most, test_cfg = head['num_queries'] * len(classes), cfg.model.setdefault('test_cfg', {})
+            test_cfg['max_per_image'] = min(test_cfg.get('max_per_image', 100), most)
     metainfo = dict(classes=tuple(classes))
     if len(classes) > 80:
         metainfo['palette'] = None  # COCO's palette has 80 colours; None generates one

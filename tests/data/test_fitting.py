@@ -174,6 +174,10 @@ def test_heads_of_mask2former_follow_the_data():
     head = cfg.model.panoptic_head
     assert head.num_things_classes == cfg.model.panoptic_fusion_head.num_things_classes == 4
     assert head.loss_cls.class_weight == [1.0] * 4 + [0.1]
+    assert cfg.model.test_cfg.max_per_image == 100
+    head.num_queries = 10
+    set_classes(cfg, NAMES)
+    assert cfg.model.test_cfg.max_per_image == 40
     require_class_weights(cfg)
     head.loss_cls.class_weight.pop()
     with pytest.raises(InputError, match='has 4 numbers .* Use 5'):
