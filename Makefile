@@ -1,5 +1,6 @@
 # make demo    train, evaluate and report on generated data: from data to COCO AP, in minutes on a CPU
 # make paper-figures    condition numbers during the demo's training, plain and conditioned, in minutes on a CPU
+# make pictures    redraw the pictures of the README and docs/: an hour on two idle CPU cores; needs Chromium
 # make experiment    does the conditioning help a detector: four hours on two CPU cores; continues where it stopped
 # make systems    the same question for ListOps, a ViT and BERT: half an hour on one core
 # make followup    size or conditioning: a pre-registered experiment, eight hours on one core; continues where it stopped
@@ -19,6 +20,9 @@ comma := ,
 
 demo: $(VENV)/mmdet
 	$(VENV)/bin/spec-mmdet demo
+
+pictures: $(VENV)/mmdet
+	$(VENV)/bin/python -m research.pictures
 
 paper-figures: $(VENV)/mmdet
 	$(VENV)/bin/python -m research.paper_figures
@@ -94,4 +98,4 @@ endef
 clean:
 	rm -rf $(VENV) $(VENV)-onedl
 
-.PHONY: demo paper-figures experiment systems followup bench torture test test-gpu test-onedl docs-test lint clean
+.PHONY: demo pictures paper-figures experiment systems followup bench torture test test-gpu test-onedl docs-test lint clean

@@ -21,7 +21,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
             points = [(row['height'] * row['width'], row[f'{job}_s']) for row in rows if row['model'] == name]
             axis.loglog(*zip(*points), marker='o', label=name)
         axis.set(xlabel='pixels', ylabel='seconds', title=job)
-        axis.legend()
+        axis.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 

@@ -20,6 +20,7 @@ import matplotlib
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import make_parser, run_command
 from spec_mmdet.data.shapes import write_shapes
+from spec_mmdet.evaluation.plots import add_legend
 from spec_mmdet.files import replace_folder, write_atomically
 from spec_mmdet.training.results import read_scalars
 
@@ -76,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for axis, (kind, matrix) in zip(axes.flat, panels):
             title = r"$\kappa$ of the attention's Jacobian" if matrix == 'J' else rf'$\kappa$ of $W_{matrix}$'
             axis.set(yscale='log', xlabel='iteration', title=title if kind == 'kappa' else 'smallest singular value')
-            axis.legend()
+            add_legend(axis)
         axes[1, 2].set(xlabel='epoch', xticks=[entry['step'] for entry in epochs], title='validation images')
-        axes[1, 2].legend()
+        add_legend(axes[1, 2])
         with write_atomically(WORK / 'conditioning.png') as file:
             figure.savefig(file, dpi=80, format='png')
     print(f'\nwrote {WORK / "conditioning.png"}; took {time.time() - start:.0f} s')

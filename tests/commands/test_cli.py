@@ -115,12 +115,19 @@ def test_exit_codes_and_one_line_errors(tmp_path):
     assert ended.returncode == 1 and ended.stderr.count('\n') == 1 and 'opencv-python-headless' in ended.stderr
 
 
-def test_help_is_fast(tmp_path):
-    code = 'import sys; from spec_mmdet.commands import main; main(["--help"]); print(*sys.modules)'
+@pytest.mark.parametrize('argv', [['--help'], ['train', '--help'], ['export', '--help']], ids=' '.join)
+def test_help_is_fast(tmp_path, argv):
+    code = f"""
+import atexit, sys
+from spec_mmdet.commands import main
+atexit.register(lambda: print('imported:', *sys.modules))
+main({argv})
+"""
     script = tmp_path / 'spec-mmdet'
     script.write_text(code)
     shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    assert 'gpu-check' in shown and not {'torch', 'mmengine', 'mmdet', 'cv2'} & {*shown.split()}
+    text, imported = shown.split('imported:')
+    assert 'spec-mmdet' in text and not {'torch', 'mmengine', 'mmdet', 'cv2', 'rich'} & {*imported.split()}
 
 
 def options_of(script: Path) -> set[str]:
