@@ -8,6 +8,7 @@ checkpoints go through the commands themselves; tests/fuzzing.py contains the fu
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import http.server
 import io
@@ -81,6 +82,7 @@ def child(action: Callable[[], None]) -> int:
     """Run a function in a fork without output; return its process id."""
     process = os.fork()
     if process == 0:
+        faulthandler.disable()  # pytest enables it with a copy of stderr
         with contextlib.suppress(BaseException), Path(os.devnull).open('w') as silence:
             sys.stdout = sys.stderr = silence  # pytest replaces them by files
             os.dup2(silence.fileno(), 1)
