@@ -8,7 +8,8 @@
     spec-mmdet prepare IMAGES --annotations FILE --val 0.2 --out DIR
 
 EXPORT is a folder or a .zip in one of these formats:
-{formats}
+    COCO (also of Roboflow, CVAT, Label Studio and FiftyOne), CVAT for images 1.1, Label Studio (JSON, JSON-MIN),
+    YOLO (Ultralytics, Darknet, labelImg), Pascal VOC, LabelMe
 
 The command reads every annotation and decodes every image. Errors would stop training or make its result useless.
 Warnings may be intended; they include every unused file. All findings are written to a CSV file. DIR is
@@ -18,20 +19,19 @@ written only if there are no errors or, with --drop, without the faulty images. 
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from ..data import splits as operations
-from ..data.findings import Findings
-from ..data.formats import READERS, find_splits, read_annotations
-from ..data.splits import MASKS, WHOLE, Split
-from ..data.tiles import write_tiles
 from ..errors import InputError, prefix_errors
 from ..files import is_empty, write_folder_atomically
 from .common import make_parser
+
+if TYPE_CHECKING:  # imported after parsing: --help is fast
+    from ..data.findings import Findings
+    from ..data.splits import Split
 
 
 def print_counts(splits: Sequence[Split]) -> None:
@@ -57,13 +57,15 @@ def parse_amount(text: str) -> float:
 
 def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path) -> None:
     """Print the findings, write them to a file, and raise InputError if there are errors."""
+    from ..data.splits import count_missing_masks
+
     print_counts(splits)
     found.print()
     if any(found.list_rows()):
         found.write(listing)
         print(f'\nfull list: {listing}')
     print()
-    missing, total = operations.count_missing_masks(splits)
+    missing, total = count_missing_masks(splits)
     advice = f'All errors are listed in {listing}. Pass --drop --out DIR to leave out the faulty images'
     if missing:
         advice = (
@@ -75,8 +77,7 @@ def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formats = textwrap.fill(', '.join(READERS) + '.', 118, initial_indent='    ', subsequent_indent='    ')
-    options = make_parser('prepare', __doc__.format(formats=formats))
+    options = make_parser('prepare', __doc__)
     options.add_argument('folder', type=Path, help='folder or .zip file of the data set; with --annotations, the '
                          'folder of the images')  # fmt: skip
     options.add_argument(
@@ -86,8 +87,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                          'object')  # fmt: skip
     options.add_argument('--drop-objects', action='store_true', help='like --drop, but leave out only faulty '
                          'objects, which become background')  # fmt: skip
-    options.add_argument('--masks', choices=MASKS, help='from-boxes: use rectangles as masks of objects with only '
-                         'a box; none: remove all masks, for box detectors (default: keep masks)')  # fmt: skip
+    options.add_argument('--masks', choices=['from-boxes', 'none'], help='from-boxes: use rectangles as '
+                         'masks of objects with only a box; none: remove all masks, for box detectors (default: keep '
+                         'masks)')  # fmt: skip
     options.add_argument(
         '--zero-based', action='store_true', help="Pascal VOC's coordinates start at 0 (default: at 1)"
     )
@@ -136,6 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace, scratch: Path) -> None:
     """Read, check and write the data set; ``scratch`` is a temporary folder."""
+    from ..data import splits as operations
+    from ..data.findings import Findings
+    from ..data.formats import find_splits, read_annotations
+    from ..data.tiles import write_tiles
+
     found = Findings()
     if args.annotations:
         splits = [read_annotations(args.folder, args.annotations, found, scratch)]
@@ -151,8 +158,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
     if args.val and 'val' in names:
         raise InputError(f'{args.folder}: has images for validation already. Leave out --val')
     if not found.errors:
-        if WHOLE in names or args.val:
-            whole = WHOLE if WHOLE in names else 'train'
+        if operations.WHOLE in names or args.val:
+            whole = operations.WHOLE if operations.WHOLE in names else 'train'
             if whole not in names:
                 raise InputError(f'{args.folder}: has no images for training that --val could split. Leave out --val')
             index = names.index(whole)

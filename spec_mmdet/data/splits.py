@@ -17,7 +17,6 @@ from .findings import Findings, Place
 from .images import check_images
 
 WHOLE = 'all'  # name of a data set that is not split yet
-MASKS = ('from-boxes', 'none')
 
 
 @dataclass
