@@ -10,11 +10,11 @@ only if every tensor of the source is known.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import InputError
 from ..status import show_status
 from .common import make_parser
 
@@ -42,80 +42,40 @@ def main(argv: Sequence[str] | None = None) -> None:
                         'your permissions (default: reject such a file)')  # fmt: skip
     args = options.parse_args(argv)
 
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.logging import MMLogger
-
-    from ..checkpoints import layouts
-    from ..checkpoints.reading import describe_mismatches, fetch_file, get_classes, load
-    from ..checkpoints.writing import describe_tensors, save_weights
-    from ..conditioning import describe_conditioning
-    from ..configs import find_config, read_config
-    from ..data.fitting import set_classes
-    from ..errors import InputError, prefix_errors
-    from ..files import compute_digest
-
-    MMLogger.get_current_instance().setLevel('ERROR')
-
-    destination, name = args.destination, f'checkpoint {args.source}'
-    if destination.suffix not in ('.pth', '.safetensors'):
-        raise InputError(f'{destination}: the name must end in .pth or .safetensors')
-    source = fetch_file(args.source)
-    if destination.exists() and destination.samefile(source):
-        raise InputError(f'{destination}: is the source. Pass another destination')
     if args.lam is not None and 'identity' not in (args.conditioning, args.condition):
         raise InputError('--lam needs --conditioning identity or --condition identity. Add one of them')
     if args.sigmas is not None and (args.condition != 'identity' or args.lam is not None):
         raise InputError('--sigmas needs --condition identity and excludes --lam. Change the options')
     if args.trust_pickle:
         os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
-    with show_status(f'reading {source.name}'):
-        loaded = load(source, mmap=True, trust_pickle=args.trust_pickle)
-        found = layouts.recognise(loaded, name, args.key)
-    classes = get_classes(loaded)
-    print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
 
-    backbone = found.backbone
-    with prefix_errors(name):
-        if args.conditioning:
-            backbone = layouts.state_conditioning(backbone, args.conditioning, args.lam)
-        if args.fold:
-            backbone = layouts.fold(backbone)
-        if args.condition:
-            with show_status('conditioning'):
-                backbone = layouts.condition(backbone, args.condition, args.lam, args.sigmas)
-    weights, dropped = backbone, found.dropped + list(found.detector)
+    from mmengine.logging import MMLogger
+
+    from ..checkpoints.conversion import convert, read_source
+    from ..checkpoints.writing import describe_tensors
+
+    MMLogger.get_current_instance().setLevel('ERROR')
+    with show_status(f'reading {args.source}'):
+        source = read_source(args.source, args.destination, args.key, args.trust_pickle)
+    found = source.content
+    print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
+    detector = None
     if args.detector:
-        weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector
-        dropped = found.dropped
+        from mmdet.registry import MODELS
+        from mmdet.utils import register_all_modules
+
+        from ..configs import find_config, read_config
+        from ..data.fitting import set_classes
+
         register_all_modules()
         cfg = read_config(find_config(args.detector))
-        if classes:
-            set_classes(cfg, classes)
-        faults = describe_mismatches(MODELS.build(cfg.model), weights)
-        if faults:
-            raise InputError(f'{name} does not fit the detector of {args.detector}: {faults}. Pass its own config')
-    elif args.to:
-        weights = layouts.to_layout(backbone, args.to)
-        dropped = dropped + [key for key in backbone if key.startswith('fpn') and key not in weights]
-    print(describe_tensors('taken', list(weights)))
+        if source.classes:
+            set_classes(cfg, source.classes)
+        detector = MODELS.build(cfg.model)
+    changes = args.conditioning, args.fold, args.condition, args.lam, args.sigmas
+    with show_status(f'writing {args.destination.name}'):
+        taken, dropped, conditioning = convert(source, args.destination, *changes, args.to, detector)
+    print(describe_tensors('taken', taken))
     print(describe_tensors('dropped', dropped))
     print(describe_tensors('missing', found.missing) + (', will be initialised' if found.missing else ''))
-
-    conditioning = describe_conditioning(backbone)
-    record = dict(
-        source=args.source if '://' in args.source else source.name,
-        sha256=compute_digest(source),
-        layout=found.layout,
-        key=found.wrapper,
-        arch=json.dumps(found.arch),
-        patch_size=str(found.patch_size),
-        source_conditioning=found.conditioning,
-        conditioning=conditioning,
-    )
-    meta = dict(converted=record)
-    if args.detector and classes:
-        meta['dataset_meta'] = dict(classes=classes)
-    with show_status(f'writing {destination.name}'):
-        save_weights(weights, meta, 'model' if args.to == 'reference' else 'state_dict', destination)
-    print(f'wrote {destination}: arch={found.arch!r}, patch_size={found.patch_size}, conditioning={conditioning}')
+    print(f'wrote {args.destination}: arch={found.arch!r}, patch_size={found.patch_size}, conditioning={conditioning}')
