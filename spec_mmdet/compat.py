@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import _weights_only_unpickler, nn
@@ -55,6 +56,22 @@ def use_globals(allowed: dict[str, object]) -> Iterator[None]:
         finally:
             for name, get in before.items():
                 setattr(_weights_only_unpickler, name, get)
+
+
+@contextmanager
+def cache_packages() -> Iterator[None]:
+    """Let MMEngine look for a package and read its index of configs (100 YAML files) once, not for every ``_base_``."""
+    from mmengine.config import config, utils
+
+    before = config.is_installed, utils.load
+    config.is_installed, utils.load = map(_make_cached, before)
+    try:
+        yield
+    finally:
+        config.is_installed, utils.load = before
+
+
+_make_cached = cache(cache)  # the same cached function for the same function
 
 
 def get_content(cfg: Config) -> ConfigDict:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
-from .compat import accept_bases_without_folder
+from .compat import accept_bases_without_folder, cache_packages
 from .errors import InputError
 
 # MMEngine's convention is PACKAGE/.mim/configs/FOLDER/NAME.py; in the repository, this is a link to configs/.
@@ -73,7 +73,7 @@ def read_config(path: Path) -> Config:
         InputError: if the file, or one that it inherits, is invalid.
     """
     try:
-        with accept_bases_without_folder(CONFIGS.name):
+        with accept_bases_without_folder(CONFIGS.name), cache_packages():
             cfg = Config.fromfile(path)
     except Exception as error:  # the file is Python
         first = str(error).strip().partition('\n')[0]

@@ -5,7 +5,8 @@ import torch
 from conftest import ROOT
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
+from mmengine import fileio
+from mmengine.config import Config, utils
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
@@ -105,6 +106,15 @@ def test_schedule_and_augmentation_are_xcits():
     assert [min(scale) for scale in resize[0].scales] == list(range(480, 801, 32))
     assert crop[1].crop_size == (384, 600)
     assert cfg.optim_wrapper.optimizer.type == 'AdamW' and cfg.optim_wrapper.get('clip_grad') is None
+
+
+def test_files_of_packages_are_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr(utils, 'load', lambda path: read.append(path) or fileio.load(path))
+    cfg = read_config(ROOT / 'configs' / 'xcit_maskrcnn.py')
+    assert len(read) == len({*read}) > 50
+    assert utils.load.__name__ == '<lambda>'  # restored
+    assert cfg.to_dict() == load('xcit_maskrcnn').to_dict()
 
 
 def test_the_text_of_a_config_follows_its_changes():
