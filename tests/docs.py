@@ -56,6 +56,8 @@ SKIPPED = {
     'pip install --no-index': 'the same',
     'make clean': 'would remove the environment that the other commands need',
     'make torture': 'takes half an hour; a short form of it is in the suite',
+    'make pictures': 'takes an hour; the pages it shows are tested',
+    'python -m research.pictures': 'likewise',
     'make paper-figures': 'takes 11 minutes; it runs the training of make demo twice',
     'python -m research.paper_figures': 'likewise',
     'python -m benchmarks.gpu': 'needs a GPU; the suite runs it on the CPU',

@@ -1,6 +1,7 @@
 """Test spec-mmdet's commands, its errors for wrong names, and MMDetection's own options and scripts."""
 
 import ast
+import io
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from spec_mmdet.commands import COMMANDS, REMOVED, command_line, main
 from spec_mmdet.commands import test as testing
 from spec_mmdet.commands import train as training
 from spec_mmdet.configs import read_config
+from spec_mmdet.status import show_status
 from spec_mmdet.training.running import one_line_errors
 
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
@@ -43,6 +45,29 @@ def test_every_command_lists_its_options(monkeypatch, capsys):
         assert max(map(len, printed.splitlines())) <= 80
         doc = import_module(f'spec_mmdet.commands.{name.replace("-", "_")}').__doc__
         assert not Counter(doc.split()) - Counter(printed.split())
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_status_is_shown_in_terminals_only(monkeypatch, capsys):
+    @show_status('counting sheep')
+    def work():
+        print('a result')
+
+    work()
+    assert capsys.readouterr() == ('a result\n', '')
+    terminal = FakeTerminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    work()  # stdout is a file
+    assert 'counting sheep' in terminal.getvalue() and 'a result' not in terminal.getvalue()
+    assert capsys.readouterr().out == 'a result\n'
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr(sys, 'stderr', other := FakeTerminal())
+    work()
+    assert not other.getvalue()
 
 
 def test_suggestions_for_mistyped_names(capsys):
