@@ -7,11 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+_shown: list[str] = []  # texts of the current blocks
+
 
 @contextmanager
 def show_status(text: str) -> Iterator[None]:
-    """Show a line with the elapsed time on stderr, if that is a terminal, while the block (or function) runs."""
-    if not sys.stderr.isatty() or os.environ.get('LOCAL_RANK', '0') != '0':
+    """Show a line with the elapsed time on stderr, if that is a terminal, while the block (or function) runs.
+
+    Within another status, nothing is shown.
+    """
+    if _shown or not sys.stderr.isatty() or os.environ.get('LOCAL_RANK', '0') != '0':
         line = nullcontext()
     else:
         from rich.console import Console
@@ -22,5 +27,9 @@ def show_status(text: str) -> Iterator[None]:
         columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
         line = Progress(*columns, console=Console(stderr=True), transient=True, **redirect)
         line.add_task(text, total=None)
-    with line:
-        yield
+    _shown.append(text)
+    try:
+        with line:
+            yield
+    finally:
+        _shown.pop()

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_classes(cfg, source.classes)
         detector = MODELS.build(cfg.model)
     changes = args.conditioning, args.fold, args.condition, args.lam, args.sigmas
-    with show_status(f'writing {args.destination.name}'):
+    with show_status(f'converting to {args.destination.name}'):
         taken, dropped, conditioning = convert(source, args.destination, *changes, args.to, detector)
     print(describe_tensors('taken', taken))
     print(describe_tensors('dropped', dropped))

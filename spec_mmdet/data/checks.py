@@ -38,7 +38,6 @@ ADVICE = (
 )
 
 
-@show_status('checking annotations')
 def check_annotations(
     coco: dict, name: str, found: Findings, masks: bool | None = None, classes: Sequence[str] | None = None
 ) -> None:

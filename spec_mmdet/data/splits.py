@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError
+from ..status import show_status
 from .checks import check_annotations, check_contents, remove_faults
 from .findings import Findings, Place
 from .images import check_images
@@ -152,6 +153,7 @@ def compare_splits(splits: Sequence[Split], digests: dict[Path, bytes], found: F
                 found.warnings[kind].append(Place(split.title, image['file_name']))
 
 
+@show_status('writing images and annotations')
 def write_split(out: Path, name: str, split: Split) -> None:
     """Write a split in COCO's layout under a name; images are hard links if the file system supports them."""
     (out / 'annotations').mkdir(parents=True, exist_ok=True)

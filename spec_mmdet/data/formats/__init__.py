@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import InputError
+from ...status import show_status
 from ..checks import check_categories
 from ..findings import Findings
 from ..folders import find_split, list_pairs
@@ -62,6 +63,7 @@ FOREIGN = (
 )
 
 
+@show_status('reading the data set')
 def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool = False) -> list[Split]:
     """Read a data set in COCO's layout or in one of the formats above.
 
