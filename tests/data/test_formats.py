@@ -355,6 +355,28 @@ def yolo_split_beside_kind(root):
     put(root / 'labels.txt', '\n'.join(CLASSES))
 
 
+@writer(dict(train=ITEMS, val=ITEMS))
+def yolo_gaps_in_numbers(root):
+    put_yolo(root / 'images', root / 'labels')
+    for path in (root / 'labels').iterdir():
+        path.write_text(re.sub('^[012]', lambda m: '037'[int(m[0])], path.read_text(), flags=re.MULTILINE))
+    put_yaml(root / 'data.yaml', names=dict(zip((0, 3, 7), CLASSES)), train='images', val='images')
+
+
+@writer(WHOLE)
+def names_in_upper_case(root):
+    put_yolo(root / 'images', root / 'labels')
+    put(root / 'classes.txt', '\n'.join(CLASSES))
+    for path in [*(root / 'images').iterdir(), *(root / 'labels').iterdir()]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+
+
+@writer(WHOLE)
+def makesense(root):
+    put_yolo(root / 'images', root / 'labels_my-project_2026-01-01')
+    put(root / 'labels_my-project_2026-01-01' / 'labels.txt', '\n'.join(CLASSES))
+
+
 @writer(SPLITS)
 def darknet_other_names(root):
     for split, items in SPLITS.items():
@@ -410,6 +432,14 @@ def voc_lists(root):
     for split, items in SPLITS.items():
         put(root / f'ImageSets/Main/{split}.txt', '\n'.join(f'{item.stem} 1' for item in items))
     put(root / 'ImageSets/Main/trainval.txt', '\n'.join(item.stem for item in of(TRAIN) + of(VAL)))
+
+
+@writer(SPLITS)
+def voc_of_two_years(root):
+    for year, split in (('VOC2007', TRAIN), ('VOC2007', TEST), ('VOC2012', VAL)):
+        put_voc(root / year / 'JPEGImages', root / year / 'Annotations', SPLITS[split])
+        put(root / year / f'ImageSets/Main/{split}.txt', '\n'.join(item.stem for item in SPLITS[split]))
+    put_voc(root / 'VOC2012/JPEGImages', root / 'VOC2012/Annotations', ITEMS[:1])  # the name of one of VOC2007
 
 
 @writer(SPLITS)

@@ -197,6 +197,7 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
             first = re.sub(r'^.*JPEGImages/', '', re.split(r'\s+\S*Annotations/', line)[0])  # PaddleDetection's lists
             names = [line, re.sub(r'\s+-?[01]$', '', line), re.sub(r'\.\w{3,4}$', '', first)]
             found = next((by_name[name] for name in names if name in by_name), [])
+            found = [image for image in found if image.is_relative_to(path.parents[2])] or found  # VOC2007 or VOC2012
             if len(found) == 1:
                 images[found[0]] = None
             else:
