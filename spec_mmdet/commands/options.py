@@ -6,8 +6,9 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 
 import mmcv.ops.nms
 import mmdet.registry
@@ -147,14 +148,13 @@ def find_readable_keys(cfg: Config, above: list[str], node: dict, options: dict[
     return {*node, *new, *(name for name in unlike if not get_close_matches(name, node, cutoff=0.75))}
 
 
-def find_classes(kind: object) -> Iterator[type]:
-    """Yield the classes and functions of a type in a config, from all of MMDetection's registries."""
+@cache  # a registry searches Python's modules for each name that it does not have
+def find_classes(kind: object) -> list[type]:
+    """List the classes and functions of a type in a config, from all of MMDetection's registries."""
     if not isinstance(kind, str):
-        yield kind
-        return
-    for registry in vars(mmdet.registry).values():
-        if isinstance(registry, Registry) and (found := registry.get(kind)) is not None:
-            yield found
+        return [kind]
+    registries = [registry for registry in vars(mmdet.registry).values() if isinstance(registry, Registry)]
+    return [found for registry in registries if (found := registry.get(kind)) is not None]
 
 
 def find_arguments(kind: object) -> set[str] | None:
