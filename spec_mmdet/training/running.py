@@ -97,6 +97,17 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
     adapt(cfg, decide_on_main(lambda: adapt(copy.deepcopy(cfg), classes, check=True)), check=False)
 
 
+def require_complete_models(cfg: Config) -> None:
+    """Raise InputError if a config shards the model (FSDP, DeepSpeed), whose checkpoints one process cannot write."""
+    wrapper = str((cfg.get('model_wrapper_cfg') or {}).get('type'))
+    if 'strategy' in cfg or 'FullySharded' in wrapper:
+        setting = 'strategy' if 'strategy' in cfg else f'model_wrapper_cfg.type={wrapper}'
+        raise InputError(
+            f'{setting}: sharded models are not supported. Remove it; to save memory, use --cfg-options '
+            'model.backbone.with_cp=True'
+        )
+
+
 def set_precision(cfg: Config, amp: bool) -> None:
     """Set mixed precision if wanted, and float32 without a GPU, as MMEngine requires one; changes ``cfg``."""
     if amp:
@@ -194,6 +205,7 @@ def train(
 
     def choose() -> tuple[str | None, list[str] | None]:
         """Return the checkpoint to resume from and its classes."""
+        require_complete_models(cfg)
         if resume is None:
             require_no_checkpoints(work, cfg)
         chosen = find_newest_checkpoint(work, cfg) if resume == 'auto' else resume

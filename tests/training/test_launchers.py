@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 
 from spec_mmdet import InputError, processes
+from spec_mmdet.training.running import train
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostname host1" ] && echo 127.0.0.1\n'
 
@@ -111,6 +112,14 @@ def test_a_launcher_without_its_variables_is_an_error(launcher, missing, monkeyp
     with pytest.raises(InputError, match=f'--launcher {launcher}: .* {missing} is not set'):
         processes.connect_processes(Config(dict(launcher=launcher)))
     assert torch.cuda.set_device is select
+
+
+@pytest.mark.parametrize(
+    ('key', 'kind'), [('model_wrapper_cfg', 'MMFullyShardedDataParallel'), ('strategy', 'FSDPStrategy')]
+)
+def test_a_sharded_model_is_refused(tmp_path, key, kind):
+    with pytest.raises(InputError, match=f'{key}.*with_cp'):
+        train(Config({'work_dir': str(tmp_path), key: dict(type=kind)}), lambda classes: None)
 
 
 def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[int, str]]:
