@@ -6,7 +6,7 @@
 # make followup    size or conditioning: a pre-registered experiment, eight hours on one core; continues where it stopped
 # make bench    speed and memory of the backbone and of timm's XCiT on this machine
 # make test    all tests;  make test-onedl  the unit tests on the maintained fork of MMDetection;  make lint
-# make test-gpu    training, resuming and prediction on a simulated GPU, part of make test; needs a PyTorch with CUDA
+# make test-gpu    tests on a simulated GPU, part of make test; skipped without a PyTorch built with CUDA
 # make torture    kill trainings, break writes, forge checkpoints, fuzz readers: half an hour on an idle machine
 # make docs-test    every command of the README and docs/ as written, in a fresh clone and environment
 PYTHON ?= python3
@@ -15,6 +15,8 @@ VENV ?= .venv
 # An extra index for PyTorch. auto: the index of CPU wheels, if the machine has no NVIDIA GPU. Set TORCH_INDEX= to use
 # only pip's own index, or TORCH_INDEX=URL to use another one.
 TORCH_INDEX ?= auto
+# required: test-gpu fails instead of skipping its tests without a PyTorch built with CUDA.
+PRETEND_GPU ?= 1
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 comma := ,
 
@@ -44,7 +46,7 @@ test: $(VENV)/mmdet
 	$(MAKE) test-gpu
 
 test-gpu: $(VENV)/mmdet
-	PRETEND_GPU=1 $(VENV)/bin/python -m pytest -m gpu tests/gpu
+	PRETEND_GPU=$(PRETEND_GPU) $(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 test-onedl: $(VENV)-onedl/onedl
 	$(VENV)-onedl/bin/python -m pytest -m 'not slow'

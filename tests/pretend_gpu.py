@@ -448,6 +448,56 @@ def _(func, x, mask, scale):
     return x * mask * scale
 
 
+@emulate('batch_norm_stats')
+def _(func, x, eps):
+    dims = [d for d in range(x.dim()) if d != 1]
+    wide = x.float()
+    return wide.mean(dims), (wide.var(dims, unbiased=False) + eps).rsqrt()
+
+
+@emulate('batch_norm_gather_stats_with_counts')
+def _(func, x, mean, invstd, running_mean, running_var, momentum, eps, counts):
+    var = invstd.float().pow(-2) - eps
+    n = counts.float()[:, None]
+    total = n.sum()
+    whole = (mean * n).sum(0) / total
+    variance = ((var + (mean - whole).square()) * n).sum(0) / total
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(momentum * whole)
+        running_var.mul_(1 - momentum).add_(momentum * variance * total / (total - 1))
+    return whole, (variance + eps).rsqrt()
+
+
+def _channels(v, x):
+    """Give a vector of channels the dimensions of images."""
+    return v.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+@emulate('batch_norm_elemt')
+def _(func, x, weight, bias, mean, invstd, eps):
+    y = (x.float() - _channels(mean, x)) * _channels(invstd, x)
+    if weight is not None:
+        y = y * _channels(weight, x) + _channels(bias, x)
+    return y.to(x.dtype)
+
+
+@emulate('batch_norm_backward_reduce')
+def _(func, grad, x, mean, invstd, weight, need_x, need_weight, need_bias):
+    dims = [d for d in range(x.dim()) if d != 1]
+    g, c = grad.float(), x.float() - _channels(mean, x)
+    sum_dy, sum_dy_xmu = g.sum(dims), (g * c).sum(dims)
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd if need_weight else None, sum_dy if need_bias else None
+
+
+@emulate('batch_norm_backward_elemt')
+def _(func, grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+    n = count.sum()
+    scale = invstd if weight is None else invstd * weight
+    c = x.float() - _channels(mean, x)
+    g = grad.float() - _channels(sum_dy / n, x) - c * _channels(invstd.square() * sum_dy_xmu / n, x)
+    return (g * _channels(scale, x)).to(x.dtype)
+
+
 def _with_out_dtype(plain):
     def run(func, *args, **kwargs):
         if func._overloadname not in ('dtype', 'dtype_out'):

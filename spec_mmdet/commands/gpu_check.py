@@ -2,8 +2,10 @@
 
     spec-mmdet gpu-check [--out work_dirs/gpu_check]
 
-Nothing is downloaded. No part starts after 6 minutes, so that the command ends after about 8. After a failed comparison
-the other parts run, and the exit status is 1. The report is written to gpu_check.md and gpu_check.json. --device cpu
+Nothing is downloaded. The command ends within 4 minutes: each part has a limit. After a failed part the others run, and
+the exit status is 1. The parts compare operators, training steps in every precision, and loss curves over 200
+iterations in float32, float16 and bfloat16, and time Mask R-CNN on small_12 at 800 x 1216 pixels against ResNet-50 and
+Swin-T. The report with the device's name is written to gpu_check.md, gpu_check.csv and gpu_check.json. --device cpu
 runs the same checks at a small size, to test this command.
 """
 
@@ -39,6 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, fault in run_checks(check, head):
         print(f'{name}: {fault or "passed"}', flush=True)
         failed |= bool(fault)
-    print(f'wrote {args.out / "gpu_check.md"} and gpu_check.json')
+    print(f'wrote {args.out / "gpu_check.md"}, gpu_check.csv and gpu_check.json')
     if failed:
         sys.exit(1)

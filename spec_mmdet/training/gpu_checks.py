@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
+import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -16,15 +17,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss
+from mmengine.config import Config
 from torch import Tensor
 
+from ..configs import find_config, read_config
+from ..data.folders import use_folder
 from ..data.shapes import write_split
-from ..files import write
+from ..files import format_csv, write
 from ..models.attention import compute_xca_by_gram
 from ..models.products import Upsample
-from .speed import AMP, Setting, build_detector, make_objects, measure_models
+from .results import read_scalars
+from .running import adapt_to_data, train
+from .speed import AMP, Setting, build_detector, describe_processor, make_objects, measure_models
 
-LIMIT = 6 * 60  # seconds after which no part starts
 TOLERANCE = 2e-4  # relative to the largest number, in float32 without TF32
 
 Row = dict[str, object]
@@ -160,51 +165,101 @@ def check_training_steps(check: GpuCheck) -> Iterator[Row]:
             yield dict(**row, gradient_norm=norm, passed=passed)
 
 
-def check_resuming(check: GpuCheck) -> Iterator[Row]:
-    """Train on generated shapes and resume the training."""
-    data, work = check.out / 'shapes', check.out / 'demo'
-    count = 8 if check.small else 800
-    for split, images in dict(train=count, val=8).items():
-        write_split(data, split, images, 256, np.random.default_rng(images))
-    for epochs in ('1', '2'):
-        options = ['--cfg-options', 'default_hooks.logger.interval=1', 'param_scheduler.0.end=1', 'val_cfg=None']
-        options += ['val_dataloader=None', 'val_evaluator=None', *(['--resume'] if epochs == '2' else [])]
-        command = ['train', 'xcit_spec_shapes', '--data', data, '--work-dir', work, '--no-check', '--epochs', epochs]
-        subprocess.run([sys.executable, '-m', 'spec_mmdet', *command, *options], check=True)
-    logs = [path.read_text() for path in sorted(work.glob('*/vis_data/scalars.json'))]
-    losses = [entry['loss'] for entry in map(json.loads, ''.join(logs).splitlines()) if 'loss' in entry]
-    falls = check.small or bool(np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20]))
-    passed = falls and len(losses) == 2 * (count // 8)  # --resume added only the second epoch
-    yield dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], passed=passed)
+def check_loss_curves(check: GpuCheck) -> Iterator[Row]:
+    """Train 200 iterations on generated shapes in each precision, resuming in the middle, and compare the losses."""
+    data, count = check.out / 'shapes', 8 if check.small else 400
+    write_split(data, 'train', count, 64 if check.small else 128, np.random.default_rng(0))
+    expected = 0.0
+    for amp, dtype in AMP.items():
+        if check.small and amp == 'bf16':
+            continue
+        work = check.out / f'train_{amp or "fp32"}'
+        shutil.rmtree(work, ignore_errors=True)
+        for epochs in (2, 4):
+            train(*configure_training(data, work, epochs, dtype), resume='auto')
+        losses = [entry['loss'] for entry in read_scalars(work) if 'loss' in entry]
+        means = [float(np.mean(part)) for part in np.array_split(losses, 4)]
+        expected = expected or means[-1]
+        difference = abs(means[-1] / expected - 1)
+        passed = check.small or (means[-1] < 0.9 * means[0] and difference < 0.1)
+        quarters = {f'loss, quarter {i}': mean for i, mean in enumerate(means, 1)}
+        row = dict(precision=amp or 'fp32', iterations=len(losses), **quarters, difference=difference)
+        yield dict(**row, passed=passed and len(losses) == count // 2)
+
+
+def configure_training(data: Path, work: Path, epochs: int, dtype: torch.dtype | None) -> tuple[Config, Callable]:
+    """Return the config of a training of a small detector at a constant learning rate, and its check of the data."""
+    cfg = read_config(find_config('xcit_spec_shapes'))
+    use_folder(cfg, data, ['train'])
+    cfg.launcher, cfg.work_dir = 'none', str(work)
+    cfg.train_cfg.max_epochs, cfg.default_hooks.logger.interval = epochs, 1
+    cfg.param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50)]
+    cfg.default_hooks.update(conditioning=None, results=None)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.optim_wrapper.type = 'AmpOptimWrapper' if dtype else 'OptimWrapper'
+    if dtype:
+        cfg.optim_wrapper.dtype = str(dtype).removeprefix('torch.')
+    return cfg, lambda classes: adapt_to_data(cfg, ['train'], classes, thorough=False)
+
+
+def measure_speed(names: Sequence[str], setting: Setting) -> Iterator[Row]:
+    """Measure images per second, relative to the first model's, and peak memory of models in turns."""
+    for row in measure_models(names, setting):
+        found: Row = dict(model=row['model'])
+        for job in ('inference', 'training'):
+            found[f'{job}, images/s'] = setting.batch / row[f'{job}_s']
+            found[f'{job}, ratio'] = row[f'{job}_ratio']
+        if 'training_peak_bytes' in row:
+            found['training, GiB'] = row['training_peak_bytes'] / 2**30
+        yield found
 
 
 def measure_detectors(check: GpuCheck) -> Iterator[Row]:
-    """Time Mask R-CNNs in bfloat16, as spec-mmdet benchmark does."""
-    yield from measure_models(
-        ['ours'] if check.small else ['ours', 'resnet-50', 'swin-t'], check.setting(detector=True)
-    )
+    """Time Mask R-CNNs in bfloat16."""
+    names = ['ours'] if check.small else ['ours', 'ours-compiled', 'resnet-50', 'swin-t']
+    yield from measure_speed(names, check.setting(detector=True))
 
 
-PARTS: dict[str, Callable[[GpuCheck], Iterator[Row]]] = {
-    'operators': check_operators,
-    'training steps': check_training_steps,
-    'demo and resuming': check_resuming,
-    'detector, bf16': measure_detectors,
+# Each part with its seconds; a part may also use what the earlier ones have left.
+PARTS: dict[str, tuple[int, Callable[[GpuCheck], Iterator[Row]]]] = {
+    'operators': (15, check_operators),
+    'training steps': (35, check_training_steps),
+    'loss curves': (75, check_loss_curves),
+    'detector, bf16': (80, measure_detectors),
 }
 
 
-def run_part(part: Callable[[GpuCheck], Iterator[Row]], check: GpuCheck) -> tuple[list[Row], str]:
+@contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after some seconds."""
+
+    def stop(*args: object) -> None:
+        raise TimeoutError(f'stopped after {seconds:.0f} s')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 5)  # again, if something catches the exception
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_part(
+    part: Callable[[GpuCheck], Iterator[Row]], check: GpuCheck, seconds: float = 3600
+) -> tuple[list[Row], str]:
     """Run a part of the GPU check; return its table rows and a description of failed comparisons or an exception."""
     rows, faults = [], []
     try:
-        for row in part(check):
-            rows.append(row)
-            if not row.get('passed', True):
-                faults.append(
-                    ', '.join(f'{key} {format_value(value)}' for key, value in row.items() if key != 'passed')
-                )
+        with limit_time(seconds):
+            for row in part(check):
+                rows.append(row)
+                if not row.get('passed', True):
+                    faults.append(
+                        ', '.join(f'{key} {format_value(value)}' for key, value in row.items() if key != 'passed')
+                    )
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != 'stop'][-1]
         first = str(error).partition('\n')[0]
         faults.append(f'{type(error).__name__}: {first} ({Path(frame.filename).name}:{frame.lineno}, {frame.line})')
     return rows, '; '.join(faults)
@@ -228,18 +283,33 @@ def format_report(head: str, parts: dict[str, dict]) -> str:
     return '\n'.join(lines)
 
 
-def run_checks(check: GpuCheck, head: str) -> Iterator[tuple[str, str]]:
-    """Run all parts; yield each one's name and failure ('' if it passed), and write gpu_check.md and gpu_check.json.
+def format_table(device: str, parts: dict[str, dict]) -> str:
+    """Return all numbers of the report as CSV, one in each line."""
+    lines = []
+    for part, content in parts.items():
+        for row in content['rows']:
+            case = ', '.join(value for value in row.values() if isinstance(value, str))
+            numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
+            lines += [
+                dict(device=device, part=part, case=case, quantity=key, value=format_value(value))
+                for key, value in numbers.items()
+            ]
+    return format_csv(lines)
 
-    ``head`` is the first line of the report.
+
+def run_checks(check: GpuCheck, head: str) -> Iterator[tuple[str, str]]:
+    """Run all parts; yield each one's name and failure ('' if it passed).
+
+    gpu_check.md, gpu_check.csv and gpu_check.json are written after each; ``head`` is the first line of the report.
     """
-    start, parts = time.time(), {}
-    for name, part in PARTS.items():
+    start, parts, budget = time.time(), {}, 0.0
+    for name, (seconds, part) in PARTS.items():
         begin = time.time()
-        rows, failed = [], f'not started: {LIMIT} s had passed'
-        if begin - start < LIMIT:
-            rows, failed = run_part(part, check)
+        budget += seconds
+        # Small sizes test the checks, on machines that may be busy.
+        rows, failed = run_part(part, check, 3600 if check.small else budget - (begin - start))
         parts[name] = dict(failed=failed, seconds=time.time() - begin, rows=rows)
         write(check.out / 'gpu_check.json', json.dumps(dict(head=head, parts=parts), indent=1))
         write(check.out / 'gpu_check.md', format_report(head, parts))
+        write(check.out / 'gpu_check.csv', format_table(describe_processor(check.device), parts))
         yield name, failed

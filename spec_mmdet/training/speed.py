@@ -255,15 +255,18 @@ def read_memory(setting: Setting, peak: bool) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
 
 
-def measure_peak_memory(name: str, setting: Setting) -> int:
-    """Return the memory of a training step in bytes, without model and images; call it in a new process."""
-    train = make_jobs(name, setting)['training']
+def measure_growth(train: Callable[[], None], setting: Setting) -> int:
+    """Return by how many bytes a training step increases the memory of this process at most."""
     if setting.on_gpu:
-        train()
         torch.cuda.reset_peak_memory_stats()
     before = read_memory(setting, peak=False)
     train()
     return read_memory(setting, peak=True) - before
+
+
+def measure_peak_memory(name: str, setting: Setting) -> int:
+    """Return the memory of a training step on the CPU, without model and images; call it in a new process."""
+    return measure_growth(make_jobs(name, setting)['training'], setting)
 
 
 def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
@@ -293,6 +296,8 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
             rates.append(rate)
             for key, value in times.items():
                 seconds[key].append(value)
+    measured = names if setting.memory and setting.on_gpu else ()
+    memory = {name: measure_growth(jobs[name, 'training'], setting) for name in measured}
     jobs.clear()
     for name in names:
         row = dict(model=name, height=setting.size[0], width=setting.size[1], matrix_rate=statistics.median(rates))
@@ -303,7 +308,9 @@ def measure_models(names: Sequence[str], setting: Setting) -> Iterator[dict]:
             if count := operations.get((name.removesuffix(COMPILED), job)):
                 row[f'{job}_multiply_adds'] = count // 2
                 row[f'{job}_share'] = statistics.median(count / s / rate for s, rate in zip(times, rates))
-        if setting.memory:
+        if name in memory:
+            row['training_peak_bytes'] = memory[name]
+        elif setting.memory:
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
                 row['training_peak_bytes'] = process.submit(measure_peak_memory, name, setting).result()
         yield row

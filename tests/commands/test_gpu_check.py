@@ -1,6 +1,8 @@
 """gpu-check, with the parts of benchmarks/gpu.py, runs on the CPU at a small size, records what fails and goes on."""
 
+import csv
 import json
+import time
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def test_all_parts_run_on_the_cpu_and_failures_are_recorded(tmp_path, monkeypatc
         yield dict(operator='third', value=0.125, passed=False)
         raise RuntimeError('no more\nand a second line')
 
-    for name, part in dict(MORE, wrong=wrong).items():
+    for name, part in dict(MORE, wrong=(10, wrong)).items():
         monkeypatch.setitem(gpu_checks.PARTS, name, part)
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(['--device', 'cpu', '--out', str(tmp_path)])
@@ -31,6 +33,21 @@ def test_all_parts_run_on_the_cpu_and_failures_are_recorded(tmp_path, monkeypatc
     assert faults[:2] == ['operator first, value 0.5', 'operator third, value 0.125']
     assert faults[2].startswith('RuntimeError: no more (')
     assert '## wrong\n\n**failed**: operator first' in (tmp_path / 'gpu_check.md').read_text()
+    table = [*csv.DictReader((tmp_path / 'gpu_check.csv').open())]
+    device = table[0]['device']
+    assert dict(device=device, part='wrong', case='second', quantity='value', value='0.25') in table
+    assert device and {row['part'] for row in table} == parts.keys()
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path):
+    def endless(check):
+        yield dict(value=1.0)
+        while True:
+            time.sleep(0.01)
+
+    rows, failed = gpu_checks.run_part(endless, gpu_checks.GpuCheck('cpu', tmp_path), 0.2)
+    assert rows == [dict(value=1.0)] and failed.startswith('TimeoutError')
+    assert sum(seconds for seconds, _ in (gpu_checks.PARTS | MORE).values()) <= 6 * 60
 
 
 def test_tf32_is_off_only_in_comparisons(tmp_path):

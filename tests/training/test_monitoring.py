@@ -94,6 +94,7 @@ def test_a_record_is_the_same_in_a_process_of_its_own(tmp_path, monkeypatch, pro
     hook.before_train(run)
     monkeypatch.setattr(hook, 'is_last_train_iter', lambda runner: False)
     hook.after_train_iter(run, 0, batch)
+    assert (hook.pending is not None) == (len(written) == 0) == (processes == 2)  # the training does not wait
     hook.after_train(run)
     expected, _ = hooks.compute_rows(1, run.model.backbone, batch['inputs'][:1], 1)
     assert len(expected) == 12 * 4
