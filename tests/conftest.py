@@ -60,6 +60,7 @@ SLOW = {
         'test_compare',
         'test_pretrain',
         'test_publish',
+        'test_reported_runs',
         'test_cases',
         'test_zoo',
     ),
