@@ -31,6 +31,7 @@ from .reading import CheckedCocoDataset, forget_coco, share_coco
 FILTER = MappingProxyType(dict(filter_empty_gt=True, min_size=32))  # COCO's configs
 # Detections that MMDetection's configs keep per image, and that COCO's AP counts per image and class.
 LIMITS = MappingProxyType({'model.test_cfg.rcnn.max_per_img': 100, 'test_evaluator.proposal_nums': 100})
+PORTION = 20_000  # annotations that are checked together, which needs memory
 LOOKED_AT = 500  # maximum number of images that train and test decode before they start
 ADVICE = (
     'Run "spec-mmdet prepare" for the full list, "spec-mmdet prepare --drop" to write a copy without faulty items, or '
@@ -65,14 +66,20 @@ def check_annotations(
         found.notes['files without masks, usable only for detectors of boxes'].append(Place(name))
     images = {image['id']: image for image in coco['images']}
     categories = {category['id']: category['name'] for category in coco['categories']}
-    annotations = tqdm(coco['annotations'], f'annotations of {name}', leave=False, disable=None, delay=1)
+    sizes = {key: (i['width'], i['height']) for key, i in images.items()}
+    sizes = {key: size for key, size in sizes.items() if not rules.find_size_fault(*size)}
+    annotations, sound = coco['annotations'], set()
+    for start in range(0, len(annotations), PORTION) if masks is not False else ():
+        portion = annotations[start : start + PORTION]
+        sound |= {start + place for place in rules.find_sound_objects(portion, sizes)}
+    annotations = tqdm(annotations, f'annotations of {name}', leave=False, disable=None, delay=1)
     for position, annotation in enumerate(annotations):
         image, category = images.get(annotation['image_id']), categories.get(annotation['category_id'])
         if image is None:
             fault, doubt = 'annotations with an unknown image_id', ''
         elif category is None:
             fault, doubt = 'annotations with an unknown category_id', ''
-        elif classes is not None and category not in classes:
+        elif classes is not None and category not in classes or position in sound:
             continue
         else:
             fault, doubt = check_object(annotation, image, masks is not False)

@@ -250,3 +250,46 @@ def compare_mask_and_box(mask: list | dict, box: Sequence[float], width: int, he
         return 'masks that lie outside of their boxes', ''
     doubt = min(w, h) > 4 * TOLERANCE and iou < 0.5
     return '', 'masks that fill less than half of their boxes' * doubt
+
+
+def find_sound_objects(annotations: Sequence[dict], sizes: Mapping[object, tuple[int, int]]) -> set[int]:
+    """Return the positions of objects with a single polygon that break no rule of this module.
+
+    NumPy tests all objects together, which is several times faster. An object that is not returned may be sound, too.
+
+    Args:
+        annotations: entries of an annotation file.
+        sizes: width and height of each valid image by its id.
+    """
+    places, rows, polygons = [], [], []
+    for place, annotation in enumerate(annotations):
+        mask, size, box = annotation.get('segmentation'), sizes.get(annotation['image_id']), annotation['bbox']
+        if size is None or len(box) != 4 or annotation['iscrowd'] != 0 or annotation.get('ignore'):
+            continue
+        if not isinstance(mask, list) or len(mask) != 1 or not isinstance(mask[0], list):
+            continue
+        if len(mask[0]) >= 6 and len(mask[0]) % 2 == 0:
+            places.append(place)
+            rows.append([*box, annotation['area'], *size])
+            polygons.append(mask[0])
+    if not places or set(map(type, chain(*rows, *polygons))) - {int, float}:
+        return set()
+    try:
+        x, y, w, h, area, width, height = np.array(rows, float).T
+        points = np.fromiter(chain.from_iterable(polygons), float).reshape(-1, 2)
+    except OverflowError:
+        return set()
+    ends = np.cumsum([len(polygon) // 2 for polygon in polygons])
+    starts = np.r_[0, ends[:-1]]
+    following = np.arange(1, len(points) + 1)
+    following[ends - 1] = starts
+    with np.errstate(all='ignore'):
+        (x0, y0), (x1, y1) = (bound.reduceat(points, starts).T for bound in (np.minimum, np.maximum))
+        cross = points[:, 0] * points[following, 1] - points[:, 1] * points[following, 0]
+        shared = np.maximum(0, np.minimum(x1, x + w) - np.maximum(x0, x))
+        shared *= np.maximum(0, np.minimum(y1, y + h) - np.maximum(y0, y))
+        union = (x1 - x0) * (y1 - y0) + w * h - shared
+        sound = (abs(np.add.reduceat(cross, starts)) >= 8) & (area > 0) & (w >= 1) & (h >= 1) & (shared >= 0.9 * union)
+        sound &= (np.minimum(x, x0) >= -TOLERANCE) & (np.maximum(x + w, x1) <= width + TOLERANCE)
+        sound &= (np.minimum(y, y0) >= -TOLERANCE) & (np.maximum(y + h, y1) <= height + TOLERANCE)
+    return {places[i] for i in np.flatnonzero(sound)}

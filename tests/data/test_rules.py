@@ -12,7 +12,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from spec_mmdet.configs import find_config, read_config
-from spec_mmdet.data.checks import LIMITS, check_annotations, check_contents, find_limits
+from spec_mmdet.data.checks import LIMITS, check_annotations, check_contents, check_object, find_limits
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.rules import (
     compare_mask_and_box,
@@ -20,6 +20,7 @@ from spec_mmdet.data.rules import (
     explain_exclusion,
     explain_image_exclusion,
     find_mask_fault,
+    find_sound_objects,
     rasterise,
 )
 
@@ -115,6 +116,35 @@ def test_masks_against_boxes(mask, box, fault, doubt):
         if not (mask_utils.area(rasterise(mask, *SIZE)) == 0 and same is not mask):  # rejected as an empty RLE
             found = compare_mask_and_box(same, box, *SIZE)
             assert fault in found[0] and doubt in found[1] and bool(found[0]) == bool(fault), (found, same)
+
+
+def test_objects_that_are_sound_together_are_sound_one_by_one():
+    """Only objects that break no rule are found by NumPy, and ordinary ones are."""
+    draw, values = random.Random(0), [-50, -1, 0, 0.5, 1, 30, 70, 1e300, float('nan'), float('inf')]
+    image = dict(width=SIZE[0], height=SIZE[1])
+    ordinary = [dict(image_id=1, bbox=[9, 8, 20, 15], area=300, iscrowd=0, segmentation=square(9, 8, 20, 15))]
+    annotations = ordinary * 3
+    for _ in range(3000):
+        x, y, w, h = (draw.choice((5, 9.5, 20)) for _ in range(4))
+        entry = dict(image_id=draw.choice((1, 1, 2)), bbox=[x, y, w, h], area=w * h, iscrowd=0)
+        entry['segmentation'] = square(x, y, w, h) * draw.choice((1, 1, 1, 2))
+        for place in (entry['bbox'], entry['segmentation'][0]):
+            if draw.random() < 0.4:
+                place[draw.randrange(len(place))] = draw.choice(values)
+        if draw.random() < 0.2:
+            entry[draw.choice(('area', 'iscrowd', 'ignore'))] = draw.choice((0, 1, -1, float('nan')))
+        if draw.random() < 0.1:
+            entry['segmentation'] = draw.choice((None, [], [[]], dict(counts='', size=[1, 1]), [[1, 2, 3, 4, 5]]))
+        annotations.append(entry)
+    found = find_sound_objects(annotations, {1: SIZE})
+    assert {0, 1, 2} < found and len(found) > 300
+    for place in found:
+        assert check_object(annotations[place], image, True) == ('', ''), annotations[place]
+        assert annotations[place]['image_id'] == 1
+    assert not find_sound_objects([{**ordinary[0], 'bbox': [9, 8, 20, 15, 60, 40], 'image_id': 2}], {1: SIZE})
+    for odd in (True, '3', None, 10**400):  # types that NumPy would convert
+        for changed in (dict(area=odd), dict(bbox=[9, 8, 20, odd]), dict(segmentation=[[9, 8, 29, 8, odd, 23]])):
+            assert not find_sound_objects([{**ordinary[0], **changed}], {1: SIZE})
 
 
 def test_the_training_objects_equal_those_of_mmdetection(tmp_path):
