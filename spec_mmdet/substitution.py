@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mmdet.registry
+from mmdet.evaluation import CocoMetric
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-from .data.fitting import walk
+from .data.fitting import list_coco_metrics, list_kinds, walk
 from .errors import InputError
 
 # Registry, name there, and our type: a subclass, which accepts the same arguments.
@@ -130,6 +131,26 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
     return done
 
 
+def add_records(cfg: Config) -> list[str]:
+    """Add what our configs record to one of MMDetection's: the results and the best checkpoint; changes ``cfg``.
+
+    Only a config that evaluates COCO's metrics during training is changed.
+
+    Returns:
+        Names of the added hook and setting.
+    """
+    metrics, hooks, done = list_coco_metrics(cfg, 'val'), cfg.default_hooks, []
+    if metrics and 'results' not in hooks:
+        hooks['results'] = dict(type='ResultsHook' if cfg.get('default_scope') == 'mmdet' else 'mmdet.ResultsHook')
+        done.append('results')
+    kinds = [kind for metric in metrics for kind in list_kinds(metric) if kind in ('bbox', 'segm')]
+    if kinds and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:
+        prefix = metrics[0].get('prefix') or CocoMetric.default_prefix
+        hooks.checkpoint.save_best = f'{prefix}/{"segm" if "segm" in kinds else "bbox"}_mAP'
+        done.append(f'checkpoint.save_best={hooks.checkpoint.save_best}')
+    return done
+
+
 def protect(cfg: Config, keep_types: bool = False, testing: bool = False, running: bool = True) -> None:
     """Substitute types, add guards, and print the changes in one line; changes ``cfg``.
 
@@ -142,6 +163,7 @@ def protect(cfg: Config, keep_types: bool = False, testing: bool = False, runnin
         name_types(cfg)
     types = [] if keep_types else substitute_types(cfg, testing)
     guards = add_guards(cfg, keep_types) if running else []
+    guards += add_records(cfg) if running and not testing and not keep_types else []
     parts = [f'types substituted: {", ".join(types)} (--keep-types keeps them)'] if types else []
     parts += [f'hooks added: {", ".join(guards)} (default_hooks.NAME=None turns one off)'] if guards else []
     if parts and is_main_process():

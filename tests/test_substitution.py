@@ -136,6 +136,21 @@ def test_hooks_of_ones_own_do_not_remove_the_guards(monkeypatch, shapes, tmp_pat
     assert (tmp_path / 'work' / 'last_checkpoint').read_text() == 'epoch_1.pth'
 
 
+def test_a_detector_of_mmdetection_in_two_lines(monkeypatch, shapes, tmp_path, capsys):
+    """The base's R50 is replaced; neck, classes and records follow."""
+    own = tmp_path / 'own.py'
+    backbone = dict(_delete_=True, type='SpecXCiT', arch=dict(dim=32, depth=4, num_heads=4))
+    own.write_text(f"_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'\nmodel = dict(backbone={backbone!r})\n")
+    few = ['train_dataloader.dataset.indices=4', 'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0']
+    work = tmp_path / 'work'
+    run_tool(monkeypatch, 'train', own, '--data', shapes, '--work-dir', work, '--image-size', 64, '--epochs', 1,
+             '--no-check', '--cfg-options', *few)  # fmt: skip
+    told = capsys.readouterr()
+    assert 'model.neck.in_channels=[32, 32, 32]' in told.err and 'checkpoint.save_best=coco/bbox_mAP' in told.out
+    written = {path.name for path in work.iterdir()}
+    assert {'epoch_1.pth', 'run.json', 'results.csv', 'results.png'} <= written
+
+
 def test_custom_hooks_that_are_no_list_of_hooks_are_rejected():
     for hooks in ('[{type:EMAHook}]', [None], dict(type='EMAHook')):
         with pytest.raises(InputError, match='custom_hooks'):
