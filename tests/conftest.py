@@ -1,10 +1,12 @@
 """Fixtures and helpers that all tests share."""
 
+import fcntl
 import gc
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +23,8 @@ if os.environ.get('PRETEND_GPU'):
     with suppress(Exception):
         pretend_gpu.install()  # before MMEngine is imported, which looks for a GPU
 
+import mmengine.config.config
+import yapf.yapflib.yapf_api
 from hypothesis import settings
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
@@ -29,6 +33,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spec_mmdet.commands import command_line, run
+from spec_mmdet.compat import cache_packages
 from spec_mmdet.data.shapes import write_split
 from spec_mmdet.evaluation.drawing import LabelVisualizer
 
@@ -40,51 +45,30 @@ CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
+_CACHE = cache_packages()  # tests read hundreds of configs, also by MMEngine's own function
+_CACHE.__enter__()
+for _module in (mmengine.config.config, yapf.yapflib.yapf_api):  # the fork imports it when needed
+    _module.FormatCode = lambda text, **style: (text, True)  # formatting a config's text takes 0.3 s
 gc.freeze()  # MMDetection collects garbage often: exclude what has been imported
 
-# Modules of end-to-end tests: trainings, exports, other libraries. They run on one of the two MMDetection stacks.
-SLOW = {
-    *(
-        'test_launchers',
-        'test_forged',
-        'test_gpu_check',
-        'test_export',
-        'test_prepare',
-        'test_schedule',
-        'test_resuming',
-    ),
-    *('test_several_processes', 'test_torture', 'test_workers', 'test_processes', 'test_predict', 'test_first_contact'),
-    *(
-        'test_train_and_test',
-        'test_benchmark',
-        'test_compare',
-        'test_pretrain',
-        'test_publish',
-        'test_reported_runs',
-        'test_cases',
-        'test_zoo',
-    ),
-    *('test_recipes', 'test_families', 'test_disks', 'test_report', 'test_configs', 'test_experiment', 'test_systems'),
-    *(
-        'test_listops',
-        'test_scenes',
-        'test_monitoring',
-        'test_formats',
-        'test_docs',
-        'test_arrows',
-        'test_verification',
-    ),
-    *('test_options', 'test_convert', 'test_saving', 'test_inert'),
-}
+# Modules of end-to-end tests: trainings, exports, other libraries. They run on one of the two MMDetection stacks, and
+# first, the longest ones before the others.
+SLOW = [
+    'test_families', 'test_train_and_test', 'test_cases', 'test_export', 'test_inert', 'test_forged',
+    'test_gpu_check', 'test_predict', 'test_first_contact', 'test_convert', 'test_options', 'test_prepare',
+    'test_launchers', 'test_resuming', 'test_report', 'test_torture', 'test_several_processes', 'test_configs',
+    'test_benchmark', 'test_arrows', 'test_recipes', 'test_zoo', 'test_experiment', 'test_systems', 'test_formats',
+    'test_pretrain', 'test_saving', 'test_monitoring', 'test_verification', 'test_workers', 'test_processes',
+    'test_compare', 'test_schedule', 'test_disks', 'test_publish', 'test_reported_runs', 'test_listops',
+    'test_scenes', 'test_docs',
+]  # fmt: skip
 # Both stacks must add names only, train, evaluate with pycocotools' AP, and resume.
-ON_BOTH = {
-    *(
-        'test_an_import_only_adds_names',
-        'test_reported_ap_is_pycocotools_own',
-        'test_features_equal_those_of_mmpretrain',
-    ),
-    *('test_resuming_goes_on_where_training_stopped', 'test_a_missing_name_is_an_attribute_error'),
-}
+ON_BOTH = [
+    'test_an_import_only_adds_names', 'test_reported_ap_is_pycocotools_own',
+    'test_features_equal_those_of_mmpretrain', 'test_resuming_continues_where_training_stopped',
+    'test_a_missing_name_is_an_attribute_error',
+]  # fmt: skip
+INDEPENDENT = ('conditioning', 'research')  # folders whose tests do not use MMDetection
 
 
 def pytest_configure(config) -> None:
@@ -95,10 +79,12 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Mark end-to-end tests as slow."""
+    """Mark end-to-end tests as slow, and put the longest modules first."""
     for item in items:
-        if item.path.stem in SLOW and item.originalname not in ON_BOTH:
+        independent = item.path.parent.name in INDEPENDENT
+        if (item.path.stem in SLOW or independent) and item.originalname not in ON_BOTH:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 def run_tool(monkeypatch, name: str, *args) -> None:
@@ -167,12 +153,25 @@ def options(root: Path) -> list[str]:
     return ['--data', root, '--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """Return a folder that one of the processes of pytest-xdist fills for all."""
+    root = factory.getbasetemp()
+    folder = (root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root) / name
+    with Path(f'{folder}.lock').open('a+') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            fill(folder)
+    return folder
+
+
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp('shapes')
-    for split, images in dict(train=160, val=12).items():
-        write_split(root, split, images, 128, np.random.default_rng(len(split)))
-    return root
+    def fill(folder: Path) -> None:
+        for split, images in dict(train=160, val=12).items():
+            write_split(folder, split, images, 128, np.random.default_rng(len(split)))
+
+    return make_once(tmp_path_factory, 'shapes', fill)
 
 
 @pytest.fixture(scope='session')
@@ -181,12 +180,14 @@ def trained(tmp_path_factory, shapes) -> Path:
 
     The AP is small, but not zero. terminal.txt contains the command's output.
     """
-    work = tmp_path_factory.mktemp('work')
-    command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
-    command.append('default_hooks.conditioning.interval=20')
-    with (work / 'terminal.txt').open('w') as file:
-        subprocess.run(command, cwd=work, check=True, stdout=file, stderr=subprocess.STDOUT)
-    return work
+
+    def fill(work: Path) -> None:
+        command = [sys.executable, ROOT / 'tools' / 'train.py', CONFIG, '--work-dir', work, *options(shapes)]
+        command.append('default_hooks.conditioning.interval=20')
+        with (work / 'terminal.txt').open('w') as file:
+            subprocess.run(command, cwd=work, check=True, stdout=file, stderr=subprocess.STDOUT)
+
+    return make_once(tmp_path_factory, 'work', fill)
 
 
 # Parts of the reasons for which a test may skip in CI: what its machines lack, and tests of the other stack.
