@@ -47,14 +47,13 @@ def forged_detectors(trained, tmp_path_factory):
     return write_forged(folder, load(trained / 'epoch_1.pth'), folder / 'trace'), folder / 'trace'
 
 
-# `make torture` tests all files with all commands.
+# `make torture` tests all files with all commands, and test_forged_files_are_rejected_or_harmless the reader.
 OF_TRAINING = [
     'a place within the epoch that lies',
     'a place without end',
     'an optimiser that lies',
     'schedules that lie',
 ]
-SOME = ['os.system', 'objects as a history', 'a tensor without end']
 CONFIGS = {'train --resume': ['config of the resumed run', 'config in the message hub']}
 
 
@@ -62,7 +61,7 @@ def test_no_entry_runs_code(monkeypatch, shapes, forged_detectors, tmp_path):
     forged, trace = forged_detectors
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
     for name, enter in entries(monkeypatch, shapes, tmp_path).items():
-        for what in SOME + (OF_TRAINING if name == 'train --resume' else []):
+        for what in ['os.system', *(OF_TRAINING if name == 'train --resume' else [])]:
             assert try_entry(enter, forged[what]), (name, what)
             assert not trace.exists(), (name, what)
         for what in CONFIGS.get(name, ()):

@@ -148,6 +148,8 @@ def test_four_commands(monkeypatch, source, configs, tmp_path, capsys, make, con
     data = Path('data' if split else 'export')
     run_tool(monkeypatch, 'prepare', 'export', *(['--val', 0.2, '--out', data] if split else []))
     assert f'ready for training: spec-mmdet train CONFIG --data {data}' in capsys.readouterr().out
+    if make in (label_studio, voc):
+        return  # written as those of the other formats that are converted
 
     small = ['--epochs', 1, '--batch-size', 4, '--image-size', 64]
     run_tool(monkeypatch, 'train', configs / f'{config}.py', '--data', data, '--work-dir', 'work', *small)

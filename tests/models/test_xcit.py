@@ -234,6 +234,7 @@ def test_registered_and_initialised_from_a_checkpoint(tmp_path):
     assert isinstance(model.blocks[0].local_mp.bn, torch.nn.SyncBatchNorm)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_with_few_compilations():
     counter = CompileCounterWithBackend('aot_eager')
     model = SpecXCiT(TINY, compile=dict(dynamic=True, backend=counter, fullgraph=True)).double()

@@ -6,7 +6,7 @@ PARTS = [part for part in torture.PARTS if part != 'forged']  # tested in test_f
 
 
 def test_nothing_is_lost(tmp_path):
-    rows = torture.torture(kill_count=8, seconds=4, forged_count=0, seed=1, folder=tmp_path, only=PARTS, guided=False)
+    rows = torture.torture(kill_count=8, seconds=2, forged_count=0, seed=1, folder=tmp_path, only=PARTS, guided=False)
     assert {row.name: row.losses for row in rows} == {row.name: [] for row in rows}
     assert all(row.tried >= 4 for row in rows[2:]) and rows[0].tried + rows[1].tried >= 8
     assert rows[1].tried >= 2 and all(row.tried > 20 for row in rows[-3:])
