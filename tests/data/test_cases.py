@@ -42,7 +42,7 @@ def cases() -> dict:
 
 
 CASES = cases()
-OTHER_PIXELS = ('image_grey',)  # valid, but treated differently by the commands
+OTHER_PIXELS = ('image_grey', 'rle_compressed')  # valid, with other pixels or mask targets (bitmaps, not polygons)
 DRAWN = ('class_names_with_dollar', 'class_names_not_latin', 'file_names_not_latin', 'equal_names_in_two_folders')
 
 
