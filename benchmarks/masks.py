@@ -23,7 +23,7 @@ from mmdet.registry import DATASETS, TRANSFORMS
 from mmdet.utils import register_all_modules
 
 from spec_mmdet.commands import command_line
-from spec_mmdet.commands.common import parser
+from spec_mmdet.commands.common import make_parser
 from spec_mmdet.configs import find_config, read_config
 from spec_mmdet.data.folders import use_folder
 from spec_mmdet.training.running import adapt_to_data
@@ -103,7 +103,7 @@ def load_large_image(polygons: bool, objects: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser('masks', __doc__, 'python -m benchmarks.')
+    options = make_parser('masks', __doc__, 'python -m benchmarks.')
     options.add_argument('folder', type=Path, help="a data set in COCO's layout")
     options.add_argument('--images', type=int, default=50, help='images to compare targets on (default: 50)')
     options.add_argument('--large', nargs=2, type=json.loads, help=argparse.SUPPRESS)  # of a process of its own
