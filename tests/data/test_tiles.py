@@ -31,8 +31,8 @@ def test_tiles_cover_an_image_and_overlap(width, height, size, overlap):
 
 def make_polygon(rng: np.random.Generator, side: int) -> list[float]:
     """Make a concave polygon without self-intersections: radii around a centre."""
-    count = rng.integers(3, 30)
-    angles = np.sort(rng.uniform(0, 2 * np.pi, count))
+    count = rng.integers(5, 30)  # gaps below half a turn
+    angles = (np.arange(count) + rng.uniform(0, 1, count)) * 2 * np.pi / count
     radii = rng.uniform(2, 0.3 * side, count)
     points = np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None] + rng.uniform(0.3, 0.7, 2) * side
     return points.ravel().tolist()
