@@ -157,7 +157,7 @@ def test_tiles_of_a_data_set(monkeypatch, large, tmp_path, capsys):
 def test_unusable_sizes(monkeypatch, large, tmp_path):
     args = ['prepare', large / 'images', '--annotations', large / 'labels.json', '--out', tmp_path / 'out']
     for options, says in (
-        (['--overlap', 5], 'needs --tiles'),
+        (['--overlap', 5], '--tiles SIZE'),
         (['--tiles', 16], 'at least 32'),
         (['--tiles', 64, '--overlap', 64], 'below SIZE'),
     ):
