@@ -41,8 +41,8 @@ class CfgOptions(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """Argument parser of a command.
 
-    --cfg-options ends at the last KEY=VALUE, so that a config file may follow. Parsing also registers this package's
-    modules with MMDetection.
+    --cfg-options ends at the first argument that is not KEY=VALUE, so that a config file may follow. Parsing also
+    registers this package's modules with MMDetection.
 
     Attributes:
         made: if this is a list, parsing only adds the parser to it and exits.
@@ -241,4 +241,4 @@ def run_command(*command: str | Path) -> None:
     """
     print('\n$ spec-mmdet', *command, flush=True)
     if subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)]).returncode:
-        raise InputError(f'this command failed; its error is above: spec-mmdet {" ".join(map(str, command))}')
+        raise InputError(f'"spec-mmdet {" ".join(map(str, command))}" failed. Its error message is above')

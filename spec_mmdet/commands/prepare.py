@@ -187,7 +187,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         print(f"no errors. To train, write the data in COCO's layout: spec-mmdet prepare {args.folder} --out DIR")
         return
     if 'test' in names:
-        print('the split test is not used for training; spec-mmdet test evaluates on the split val')
+        print('the split "test" is not used for training; the command "spec-mmdet test" evaluates on the split "val"')
     if 'train' in names:
         print(f'ready for training: spec-mmdet train CONFIG --data {args.out or args.folder}')
     else:

@@ -90,7 +90,7 @@ def list_classes(metainfo: dict | None) -> list[str]:
 
 
 def list_configured_classes(dataset: dict) -> list[str]:
-    """List the classes of a data set in COCO's format: those of its metainfo, or else of its type."""
+    """List the classes of a data set's config: those of its metainfo, or else of its class's METAINFO."""
     return list_classes(dataset.get('metainfo')) or list(find_class(dataset, DATASETS).METAINFO.get('classes') or ())
 
 

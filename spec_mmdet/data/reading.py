@@ -239,7 +239,9 @@ def forget_coco(path: str | Path) -> None:
 
 
 def number_ids(ids: list[int | str], least: int = 0, ascending: bool = False) -> dict[int | str, int]:
-    """Map each id to a number above all numeric ids; {} if the evaluators accept all ids.
+    """Map all ids to new numbers, if the evaluators do not accept one of them; otherwise return {}.
+
+    The new numbers are above all numeric ids, so that none is both an old and a new id.
 
     The evaluators store ids as int64 and float64, use an annotation's id of 0 for "no match", and sort classes by id.
     """

@@ -129,11 +129,11 @@ def name_tile(file_name: str, x: int, y: int) -> str:
 
 
 def write_tiles(out: Path, name: str, split: Split, size: int, overlap: int) -> None:
-    """Cut a split into tiles, and write them in COCO's layout under a name; one image is in memory at a time.
+    """Cut a split into tiles, and write them in COCO's layout as the split ``name``; one image is in memory at a time.
 
-    Parts of objects with less than :data:`MIN_SHARE` of their area become crowd regions; parts below a pixel in width
-    or height are left out. For training, tiles without objects are left out, as training would; for evaluation they
-    stay, because false positives count there.
+    A part of an object with less than :data:`MIN_SHARE` of the object's area becomes a crowd region; parts below
+    a pixel in width or height are left out. For training, tiles without objects are left out, as training would; for
+    evaluation they stay, because false positives count there.
 
     Args:
         out: folder of the data set.

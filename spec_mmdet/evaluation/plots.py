@@ -97,7 +97,7 @@ def draw_training(curves: dict[str, tuple[list, list]]) -> list[Figure]:
 
 
 def select_confused(matrix: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices of the most confused classes, ascending; ties go to those confused most with the background.
+    """Return the indices, sorted, of the most confused classes; ties go to those confused most with the background.
 
     Args:
         matrix: confusion matrix, shape (classes + 1, classes + 1); the last row and column are the background.

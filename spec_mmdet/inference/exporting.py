@@ -74,9 +74,10 @@ def export(
     """Write a model as ONNX.
 
     Args:
-        model: the model, in evaluation mode. Its corrections are folded, and it uses the Gram form for any image.
+        model: the model. This function sets it to evaluation mode, folds its corrections, and makes its attention use
+            the Gram form for images of any size.
         example: its arguments.
-        dynamic: their dynamic dimensions.
+        dynamic: the dynamic dimensions of each argument, as for torch.export.
         path: the file to write.
         inputs: names of the arguments.
         outputs: names of the outputs.

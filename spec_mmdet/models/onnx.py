@@ -260,7 +260,9 @@ class OnnxDetector(BaseModel):
         self.score = max(score, json.loads(metadata['score_thr']))
 
     def forward(self, inputs: list[Tensor], data_samples: list[DetDataSample], mode: str = 'predict'):
-        """Add predictions to the samples of images (uint8, BGR, as MMDetection's pipelines pack them).
+        """Add the predictions for images to their data samples.
+
+        The images are uint8 and BGR, as MMDetection's pipelines pack them.
 
         Raises:
             InputError: if an image is smaller than the graph allows.

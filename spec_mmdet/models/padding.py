@@ -11,8 +11,9 @@ from mmdet.registry import MODELS
 class MaskedDataPreprocessor(DetDataPreprocessor):
     """MMDetection's data preprocessor with a fourth channel: 1 inside an image, 0 in its padding.
 
-    SpecXCiT excludes the padding from the attention's statistics, its convolutions and the position encoding. The
-    reference does not, and published checkpoints were trained without a mask. Arguments are MMDetection's.
+    SpecXCiT excludes the padding from the attention's statistics, its convolutions and the position encoding. XCiT's
+    reference implementation does not, so published checkpoints were trained with padding in these
+    places. Arguments are MMDetection's.
 
     Raises:
         ValueError: if there are batch augmentations, which would not resize the mask.

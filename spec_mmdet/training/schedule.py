@@ -117,7 +117,8 @@ def set_image_size(cfg: Config, size: int) -> None:
     scales = [node['scale'] for _, node in walk(test) if node.get('type') == 'Resize' and 'scale' in node]
     if not scales:
         raise InputError(
-            '--image-size: the test pipeline of the config has no Resize with a scale. Set the size with --cfg-options'
+            '--image-size: the test pipeline of the config has no Resize with a scale, so its image size is unknown. '
+            'Leave the option out, and set the sizes of the transforms in the config'
         )
     scale = scales[0] if isinstance(scales[0], (list, tuple)) else [scales[0]]
     factor = size / min(scale)
