@@ -16,7 +16,8 @@ def show_status(text: str) -> Iterator[None]:
 
     Within another status, nothing is shown.
     """
-    if _shown or not sys.stderr.isatty() or os.environ.get('LOCAL_RANK', '0') != '0':
+    silent = sys.stdout is None or not sys.stderr.isatty()  # redirect_stdout(None) is used around pycocotools
+    if _shown or silent or os.environ.get('LOCAL_RANK', '0') != '0':
         line = nullcontext()
     else:
         from rich.console import Console

@@ -77,7 +77,8 @@ class _Prediction(TorchFunctionMode):
 
     def __init__(self, changes: Changes) -> None:
         super().__init__()
-        self.values = {id(getattr(module, tensor)): value for (module, tensor), value in changes.items()}
+        self.weights = [getattr(module, tensor) for module, tensor in changes]  # kept, so that no id is used again
+        self.values = {id(weight): value for weight, value in zip(self.weights, changes.values())}
         self.used: set[int] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

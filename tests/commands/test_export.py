@@ -119,7 +119,7 @@ def small(name: str, **preprocessor) -> Config:
     cfg = Config.fromfile(find_config(name))
     cfg.model.data_preprocessor.update(preprocessor)
     cfg.model.backbone.update(arch=dict(dim=32, depth=4, num_heads=2), norm_cfg=dict(type='BN'))
-    cfg.model.neck.update(in_channels=[32] * 4, out_channels=64)
+    cfg.model.neck.update(in_channels=[32] * len(cfg.model.neck.in_channels), out_channels=64)
     roi_head = cfg.model.get('roi_head', {})
     for part in ('bbox_head', 'rpn_head'):
         cfg.model.get(part, {}).update(in_channels=64, feat_channels=64)
