@@ -101,13 +101,17 @@ LAST_EPOCH = 'for f in work_dirs/*/last_checkpoint; do (cd ${f%/*} && cp $(cat l
 
 # A training does not start in a directory that contains the checkpoints of another.
 ANEW = 'rm -rf work_dirs/xcit_maskrcnn &&'
+MAKE_IMAGENET = (
+    'rm -rf work_dirs/pretrain_xcit_small_12_p16 made/imagenet && '
+    'python -m research.scenes made/imagenet --train 1 --val 1 --crops 128 &&'
+)
 PREPENDED = {
     'spec-mmdet train xcit_maskrcnn --data data/coco': ANEW,
     'spec-mmdet train xcit_maskrcnn --data data/mine --preset': ANEW,
     'tools/dist_train.sh xcit_maskrcnn': ANEW,
     'torchrun --nproc_per_node 8 -m spec_mmdet train xcit_maskrcnn': ANEW,
-    'spec-mmdet pretrain pretrain_xcit_small_12_p16': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
-    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': 'rm -rf work_dirs/pretrain_xcit_small_12_p16 &&',
+    'spec-mmdet pretrain pretrain_xcit_small_12_p16': MAKE_IMAGENET,
+    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': MAKE_IMAGENET,
 }
 
 # The longest matching key counts.
@@ -160,7 +164,7 @@ PLACEHOLDERS = {
     'benchmarks.masks FOLDER': f'benchmarks.masks {shlex.quote(str(COCO.resolve()))}',
     'NEW.pth': 'made/new.pth',
     'NEW': 'made/boxes',
-    'IMAGENET': 'data/scenes/pretraining',
+    'IMAGENET': 'made/imagenet/pretraining',
     'SOURCE': 'made/timm.pth',
     'DESTINATION.pth': 'made/converted.pth',
     '[CHECKPOINT] [--images DIR]': 'work_dirs/xcit_maskrcnn/epoch_36.pth --images data/coco/val2017',
