@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.05
+CHANCE_LEVEL = 0.01  # a run is at chance if guessing reaches its accuracy with a greater probability
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Effect:
     def __str__(self) -> str:
         low, high = self.interval
         return f'{100 * self.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
+
+
+def compute_chance_limit(tests: int, chance: float) -> float:
+    """Return the highest accuracy on ``tests`` examples that is at chance: a binomial test against guessing."""
+    return float(stats.binom.isf(CHANCE_LEVEL, tests, chance)) / tests
 
 
 def adjust_p_values(p: Sequence[float]) -> list[float]:

@@ -72,6 +72,11 @@ def name_types(cfg: Config) -> None:
             node['type'] = kind.removeprefix('mmdet.')
 
 
+def add_scope(cfg: Config, name: str) -> str:
+    """Return the name by which a config finds one of our types: with MMDetection's scope, if that is not its own."""
+    return name if cfg.get('default_scope') == 'mmdet' else f'mmdet.{name}'
+
+
 def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
     """Substitute this package's types for those of :data:`TABLE` in a config; changes ``cfg``.
 
@@ -89,7 +94,7 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
     for registry, name, ours in TABLE:
         registry = getattr(mmdet.registry, registry)
         theirs = next(base for base in registry.get(ours).__mro__[1:] if base.__name__ == name)
-        rows[name] = registry, theirs, ours if cfg.get('default_scope') == 'mmdet' else f'mmdet.{ours}'
+        rows[name] = registry, theirs, add_scope(cfg, ours)
     done = {}
     loop = cfg.get('train_cfg') or {}
     if loop and 'type' not in loop:
@@ -124,7 +129,7 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
         if name in hooks and hooks[name] is None:
             done.append(f'{name} (turned off)')
         elif name not in hooks and kind not in present:
-            hooks[name] = dict(type=kind if cfg.get('default_scope') == 'mmdet' else f'mmdet.{kind}')
+            hooks[name] = dict(type=add_scope(cfg, kind))
             done.append(name)
     if 'checkpoint' not in hooks and not keep_types:
         hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1)
@@ -141,7 +146,7 @@ def add_records(cfg: Config) -> list[str]:
     """
     metrics, hooks, done = list_coco_metrics(cfg, 'val'), cfg.default_hooks, []
     if metrics and 'results' not in hooks:
-        hooks['results'] = dict(type='ResultsHook' if cfg.get('default_scope') == 'mmdet' else 'mmdet.ResultsHook')
+        hooks['results'] = dict(type=add_scope(cfg, 'ResultsHook'))
         done.append('results')
     kinds = [kind for metric in metrics for kind in list_kinds(metric) if kind in ('bbox', 'segm')]
     if kinds and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:

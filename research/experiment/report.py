@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 from scipy import stats
 
-from research.statistics import LEVEL, Effect, estimate_effects
+from research.markdown import format_table
+from research.statistics import LEVEL, Effect, compute_chance_limit, estimate_effects
 from spec_mmdet.evaluation.comparison import Run, draw_curve, format_spread, group_runs
 from spec_mmdet.files import write, write_atomically
 
@@ -30,7 +31,6 @@ CONTROLS = {
 MOMENTS = {'at the start': ('pretraining', 0), 'pretrained': ('pretraining', -1), 'fine-tuned': ('detection', -1)}
 # The paper's gains with lambda = 10, for its detector and its largest classifier.
 GAINS = {'box AP': 0.007, 'mask AP': 0.004, 'top-1': 0.009}
-CHANCE_LEVEL = 0.01  # a pretraining is at chance if guessing reaches its top-1 with a greater probability
 
 
 def write_report(folder: Path, path: Path) -> Path:
@@ -118,11 +118,6 @@ def get_form_and_lambda(log: dict) -> tuple[bool, float]:
     return conditioning['per_head'], conditioning['lam']
 
 
-def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Format a table as lines of Markdown."""
-    return ['| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)]
-
-
 def group_by_arm(logs: Sequence[dict]) -> dict[str, list[dict]]:
     """Group logs by arm, in the logs' order."""
     arms: dict[str, list[dict]] = {}
@@ -197,7 +192,7 @@ def count_runs_at_chance(logs: Sequence[dict], size: str) -> list[str]:
     """Report how many pretrainings of each arm are at chance: a binomial test against guessing."""
     classes = len((Garments if size.endswith('-garments') else Figures()).pretraining)
     crops = SIZES[size.removesuffix('-garments')].crops // 10
-    limit = stats.binom.isf(CHANCE_LEVEL, crops, 1 / classes) / crops
+    limit = compute_chance_limit(crops, 1 / classes)
     lines = []
     for arm, runs in group_by_arm(logs).items():
         at_chance = sum(get_outcomes(log)['top-1'] <= limit for log in runs)

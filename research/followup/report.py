@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from jinja2 import Template
-from scipy import stats
 
-from research.statistics import LEVEL, Contrast, adjust_p_values, fit_block_design
+from research.markdown import format_table
+from research.statistics import LEVEL, Contrast, adjust_p_values, compute_chance_limit, fit_block_design
 from spec_mmdet.files import write
 
 from .arms import PLAIN, WIDE
 from .plan import BOUND, SYSTEMS, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
-
-CHANCE_LEVEL = 0.01  # a run is at chance if guessing reaches its accuracy with a greater probability
 
 
 def write_report(protocol: Protocol, path: Path) -> Path:
@@ -24,11 +22,6 @@ def write_report(protocol: Protocol, path: Path) -> Path:
     sections = [*report_scale(protocol), *report_xcit(protocol), *report_bert(protocol)]
     write(path, Template(template, keep_trailing_newline=True).render(sections='\n'.join(sections)))
     return path
-
-
-def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Format a table as lines of Markdown, with an empty line after it."""
-    return [*('| ' + ' | '.join(map(str, row)) + ' |' for row in (columns, ['---'] * len(columns), *rows)), '']
 
 
 def tabulate(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
@@ -43,7 +36,7 @@ def tabulate(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
                          f'{100 * mean(log.accuracy for log in logs):.2f}', '{:.3g} / {:.3g}'.format(*kappas),
                          f'{logs[0].settings["lr"]:g}'])  # fmt: skip
     columns = ['arm', 'runs', 'cross-entropy', 'range', 'accuracy, %', 'kappa of a head, before / after', 'rate']
-    return format_table(columns, rows)
+    return [*format_table(columns, rows), '']
 
 
 def format_contrast(contrast: Contrast) -> str:
@@ -88,10 +81,13 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
         if contrast := fit_block_design(losses, names, reference).get(arm):
             others.append((f'{arm} - {reference}', contrast))
     adjusted = adjust_p_values([contrast.p for _, contrast in others])
-    return lines + format_table(
-        ['secondary contrast', 'difference, nats', 'p after Holm'],
-        [[name, format_contrast(contrast), f'{p:.2g}'] for (name, contrast), p in zip(others, adjusted)],
-    )
+    return lines + [
+        *format_table(
+            ['secondary contrast', 'difference, nats', 'p after Holm'],
+            [[name, format_contrast(contrast), f'{p:.2g}'] for (name, contrast), p in zip(others, adjusted)],
+        ),
+        '',
+    ]
 
 
 def report_scale(protocol: Protocol) -> list[str]:
@@ -121,7 +117,7 @@ def report_xcit(protocol: Protocol) -> list[str]:
     three = [plain, conditioned, larger]
     secondary = [(conditioned, plain, three), (larger, plain, three), (dosed, plain, [plain, dosed])]
     system = SYSTEMS['xcit']
-    chance = stats.binom.isf(CHANCE_LEVEL, system.tests, system.score_rules()['chance']) / system.tests
+    chance = compute_chance_limit(system.tests, system.score_rules()['chance'])
     logs = [log for run in runs if (log := protocol.read(run))]
     at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '
                  f'{sum(log.arm == name for log in logs)}' for name in (*three, dosed)]  # fmt: skip

@@ -182,13 +182,13 @@ def count_confusions(evaluation: COCOeval, outcome_of: dict[int, Outcome]) -> np
         return place[found[detection]['category_id']]
 
     for outcome in outcome_of.values():
-        confused = dict(outcome.confused)
+        confused, objects = ({pair[i] for pair in outcome.confused} for i in (0, 1))
         for detection, object_id in (*outcome.true_positives, *outcome.confused):
             matrix[find_row(object_id), find_column(detection)] += 1
         for detection in outcome.false_positives:
             if detection not in confused:
                 matrix[-1, find_column(detection)] += 1
         for object_id in outcome.false_negatives:
-            if object_id not in confused.values():
+            if object_id not in objects:
                 matrix[find_row(object_id), -1] += 1
     return matrix

@@ -52,7 +52,9 @@ def connect_backbone(model: dict) -> list[str]:
         return []
     name, reader = find_reader(model)
     channels = reader.get('in_channels')
-    count = len(channels) if isinstance(channels, (list, tuple)) else 1
+    reads_one = not isinstance(channels, (list, tuple))
+    channels = [channels] if reads_one else list(channels)
+    count = len(channels)
     if any(str(key).endswith('backbone') for key in reader):
         raise InputError(f'{name}: {reader.get("type")} has a backbone of its own, which SpecXCiT cannot replace. Use '
                          'another neck, for instance FPN')  # fmt: skip
@@ -76,8 +78,7 @@ def connect_backbone(model: dict) -> list[str]:
         changes[f'{name}.start_level'] = reader['start_level'] = 0
     if tuple(strides) != tuple(backbone.get('out_strides', STRIDES)):
         changes['model.backbone.out_strides'] = backbone['out_strides'] = tuple(strides)
-    if 'dim' in arch:
-        fitting = [arch['dim']] * len(strides) if isinstance(channels, (list, tuple)) else arch['dim']
-        if fitting != (list(channels) if isinstance(channels, (list, tuple)) else channels):
-            changes[f'{name}.in_channels'] = reader['in_channels'] = fitting
+    if 'dim' in arch and channels != [arch['dim']] * len(strides):
+        fitting = arch['dim'] if reads_one else [arch['dim']] * len(strides)
+        changes[f'{name}.in_channels'] = reader['in_channels'] = fitting
     return [f'{key}={value}' for key, value in changes.items()]

@@ -18,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import fetch, get_classes, verify_checkpoint
+from ..checkpoints.reading import fetch, get_classes, load, verify_checkpoint
 from ..data.checks import check_inputs
 from ..data.fitting import (
     drop_pretrained,
@@ -209,9 +209,13 @@ def train(
         if resume is None:
             require_no_checkpoints(work, cfg)
         chosen = find_newest_checkpoint(work, cfg) if resume == 'auto' else resume
-        if not chosen and cfg.get('load_from'):
-            verify_checkpoint(cfg.load_from)  # a new training may have other classes
-        return chosen and str(chosen), get_classes(verify_checkpoint(str(chosen), resume=True)) if chosen else None
+        if not chosen:
+            if cfg.get('load_from'):
+                verify_checkpoint(cfg.load_from)  # a new training may have other classes
+            return None, None
+        # find_newest_checkpoint has verified its choice.
+        content = load(chosen, mmap=True) if resume == 'auto' else verify_checkpoint(chosen, resume=True)
+        return str(chosen), get_classes(content)
 
     chosen, classes = decide_on_main(choose)
     if chosen:

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoints.layouts import to_layout
 from ..configs import find_config, read_config
 from ..errors import InputError
+from ..models.connecting import connect_backbone
 from ..models.products import linear
 from ..models.xcit import ARCHS, SpecXCiT
 
@@ -123,7 +124,7 @@ def build_detector(name: str, arch: str, patch_size: int) -> nn.Module:
             cfg.backbone.compile = dict(dynamic=True)
         if name in ('identity', 'svd'):
             cfg.backbone.conditioning = dict(type=name)
-        cfg.neck.in_channels = [ARCHS[arch]['dim']] * 4
+        connect_backbone(cfg)
     torch.manual_seed(0)
     model = MODELS.build(cfg)
     return use_plain_form(model) if name == 'plain-form' else model
