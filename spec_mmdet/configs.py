@@ -5,11 +5,14 @@ A config inherits a shipped one by ``_base_ = 'spec_mmdet::xcit/NAME.py'``; our 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import Registry
 
 from .compat import accept_bases_without_folder, cache_packages
 from .errors import InputError
@@ -80,3 +83,31 @@ def read_config(path: Path) -> Config:
         raise InputError(f'config {path}: {type(error).__name__}: {first}') from error
     object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
     return cfg
+
+
+def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
+    """Yield every dict in (a part of) a config with its name for --cfg-options, outer dicts first."""
+    if isinstance(node, dict):
+        yield name, node
+        for key, child in node.items():
+            yield from walk(child, f'{name}.{key}' if name else str(key))
+    elif isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            yield from walk(child, f'{name}.{i}' if name else str(i))
+
+
+def find_class(node: dict, registry: Registry) -> type | None:
+    """Return the class of a config's ``type``, which may be a name (with or without scope) or a class; or None."""
+    kind = node.get('type')
+    if isinstance(kind, str):
+        owner = registry
+        while owner is not None and kind not in owner.module_dict:
+            owner = owner.parent
+        # Registry.get is not called with an unknown name, because MMEngine would import a module of that name.
+        kind = owner.module_dict[kind] if owner else registry.get(kind) if kind.startswith('mmdet.') else None
+    return kind if inspect.isclass(kind) else None
+
+
+def is_kind_of(node: dict, registry: Registry, kinds: type | tuple[type, ...]) -> bool:
+    """Return whether the type of a config's dict is one of these classes or a subclass."""
+    return issubclass(find_class(node, registry) or object, kinds)

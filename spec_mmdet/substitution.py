@@ -14,7 +14,8 @@ from mmengine.dist import is_main_process
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-from .data.fitting import list_coco_metrics, list_kinds, walk
+from .configs import walk
+from .data.fitting import list_coco_metrics, list_kinds
 from .errors import InputError
 
 # Registry, name there, and our type: a subclass, which accepts the same arguments.

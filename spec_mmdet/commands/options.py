@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from ..compat import get_content
-from ..data.fitting import walk
+from ..configs import walk
 from ..errors import InputError, list_briefly
 from ..models.connecting import connect_backbone
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,31 +11,14 @@ from mmdet.datasets.transforms import CachedMixUp, CachedMosaic, LoadAnnotations
 from mmdet.evaluation import CocoMetric, LVISMetric
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
-from mmengine.registry import Registry
 
+from ..configs import find_class, is_kind_of, walk
 from ..errors import InputError, list_briefly
 
 LOOPS = ('train', 'val', 'test')
 NOT_OF_THE_CLASSES = ('rpn_head', 'semantic_head')  # predict proposals without class, and stuff classes
 MASK_HEADS = ('mask_head', 'panoptic_head')
 OTHER_FORMATS = (CocoPanopticDataset, LVISV05Dataset)  # subclasses of CocoDataset with a different file format
-
-
-def find_class(node: dict, registry: Registry) -> type | None:
-    """Return the class of a config's ``type``, which may be a name (with or without scope) or a class; or None."""
-    kind = node.get('type')
-    if isinstance(kind, str):
-        owner = registry
-        while owner is not None and kind not in owner.module_dict:
-            owner = owner.parent
-        # Registry.get is not called with an unknown name, because MMEngine would import a module of that name.
-        kind = owner.module_dict[kind] if owner else registry.get(kind) if kind.startswith('mmdet.') else None
-    return kind if inspect.isclass(kind) else None
-
-
-def is_kind_of(node: dict, registry: Registry, kinds: type | tuple[type, ...]) -> bool:
-    """Return whether the type of a config's dict is one of these classes or a subclass."""
-    return issubclass(find_class(node, registry) or object, kinds)
 
 
 def is_coco_dataset(node: dict) -> bool:
@@ -68,17 +50,6 @@ def list_evaluators(cfg: Config, loop: str) -> list[dict]:
     """List the configs of a loop's evaluators."""
     found = cfg.get(f'{loop}_evaluator') or []
     return found if isinstance(found, list) else [found]
-
-
-def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
-    """Yield every dict in (a part of) a config with its name for --cfg-options, outer dicts first."""
-    if isinstance(node, dict):
-        yield name, node
-        for key, child in node.items():
-            yield from walk(child, f'{name}.{key}' if name else str(key))
-    elif isinstance(node, (list, tuple)):
-        for i, child in enumerate(node):
-            yield from walk(child, f'{name}.{i}' if name else str(i))
 
 
 def list_classes(metainfo: dict | None) -> list[str]:

@@ -10,7 +10,8 @@ from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from .fitting import LOOPS, find_class, is_kind_of, walk
+from ..configs import find_class, is_kind_of, walk
+from .fitting import LOOPS
 
 # Transforms and heads of MMDetection, MMCV and this package that accept polygons.
 SUITABLE_TRANSFORMS = frozenset(

@@ -25,7 +25,8 @@ from torch import nn
 
 from ..conditioning import measure
 from ..conditioning.correction import describe_conditioning
-from ..data.fitting import is_kind_of, list_coco_datasets, list_coco_metrics, list_configured_classes
+from ..configs import is_kind_of
+from ..data.fitting import list_coco_datasets, list_coco_metrics, list_configured_classes
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError

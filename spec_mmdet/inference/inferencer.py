@@ -21,7 +21,8 @@ from mmengine.logging import MMLogger
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
-from ..data.fitting import has_masks, is_kind_of, list_configured_classes, set_classes, walk
+from ..configs import is_kind_of, walk
+from ..data.fitting import has_masks, list_configured_classes, set_classes
 from ..errors import InputError
 from ..evaluation.drawing import use_font_for
 from ..files import write_folder_atomically

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from mmdet.registry import MODELS
+
+from ..configs import is_kind_of
 from ..errors import InputError
 from .xcit import ARCHS, STRIDES, SpecXCiT
 
@@ -48,7 +51,7 @@ def connect_backbone(model: dict) -> list[str]:
         InputError: if the detector does not read maps of these strides.
     """
     backbone = model.get('backbone') or {}
-    if backbone.get('type') not in ('SpecXCiT', 'mmdet.SpecXCiT', SpecXCiT):
+    if not is_kind_of(backbone, MODELS, SpecXCiT):
         return []
     name, reader = find_reader(model)
     channels = reader.get('in_channels')

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints.reading import verify_checkpoint
 from ..compat import get_load_path
-from ..data.fitting import is_kind_of
+from ..configs import is_kind_of
 from ..errors import InputError, list_briefly
 from ..files import LEFTOVERS
 from .saving import INTERRUPTED

@@ -19,11 +19,11 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 
 from ..checkpoints.reading import fetch, get_classes, load, verify_checkpoint
+from ..configs import is_kind_of
 from ..data.checks import check_inputs
 from ..data.fitting import (
     drop_pretrained,
     has_masks,
-    is_kind_of,
     report_caches,
     require_class_weights,
     require_monitored_metrics,

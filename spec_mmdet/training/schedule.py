@@ -13,7 +13,8 @@ from mmengine.optim.scheduler.param_scheduler import ReduceOnPlateauParamSchedul
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from ..data.fitting import LOOPS, walk
+from ..configs import walk
+from ..data.fitting import LOOPS
 from ..errors import InputError, list_briefly
 
 WARM_UP = 0.05  # fraction of the training

@@ -44,8 +44,14 @@ def test_detectors_train_all_parameters(tmp_path, base, strides):
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_a_head_without_neck_is_fitted(tmp_path):
+class OwnXCiT(SpecXCiT):
+    pass
+
+
+@pytest.mark.parametrize('kind', ['SpecXCiT', 'mmdet.SpecXCiT', OwnXCiT])
+def test_a_head_without_neck_is_fitted(tmp_path, kind):
     cfg = load(tmp_path, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco', arch='tiny_12')
+    cfg.backbone.type = kind
     assert connect_backbone(cfg) == ['model.panoptic_head.in_channels=[192, 192, 192, 192]']
 
 
