@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,6 +192,25 @@ def zipped(root):
     label_studio_coco(root / 'inside')
     shutil.make_archive(str(root / 'export'), 'zip', root / 'inside')
     shutil.rmtree(root / 'inside')
+
+
+@writer(WHOLE, masks=True)
+def zipped_on_windows(root):
+    label_studio_coco(root / 'inside')
+    with zipfile.ZipFile(root / 'export.zip', 'w') as archive:
+        for path in (root / 'inside').rglob('*.*'):
+            archive.writestr(str(path.relative_to(root / 'inside')).replace('/', '\\'), path.read_bytes())
+    shutil.rmtree(root / 'inside')
+
+
+@writer(SPLITS, masks=True)
+def lvis(root):
+    for split, items in SPLITS.items():
+        put_images(root / f'{split}2017', items)
+        content = coco(items)
+        for image in content['images']:
+            image['coco_url'] = f'http://images.cocodataset.org/{split}2017/{image.pop("file_name")}'
+        put(root / f'lvis_v1_{split}.json', content)
 
 
 @writer(SPLITS, masks=True)
@@ -450,6 +470,13 @@ def voc_lists_of_paths(root):
         put(root / f'{split}_list.txt', '\n'.join(lines))
 
 
+@writer(SPLITS)
+def imagenet_detection(root):
+    for split, items in SPLITS.items():
+        put_voc(root / 'Data/DET' / split, root / 'Annotations/DET' / split, items)
+        put(root / f'ImageSets/DET/{split}.txt', '\n'.join(f'{item.stem} {i}' for i, item in enumerate(items, 1)))
+
+
 @writer(WHOLE)
 def voc_masks_of_segments(root):
     put_voc(root / 'JPEGImages', root / 'Annotations')
@@ -626,6 +653,13 @@ def label_studio_json(root):
     put(root / 'project.json', tasks)
 
 
+@writer(WHOLE)
+def label_studio_before_1(root):
+    label_studio_json(root)
+    path = root / 'project.json'
+    path.write_text(path.read_text().replace('"annotations"', '"completions"'))
+
+
 @writer(WHOLE, masks=True)
 def label_studio_min(root):
     put_images(root / 'images')
@@ -787,6 +821,9 @@ FAULTS = {
     'VOC: damaged XML': ('voc_from_zero', drop_first_lines('007.xml'), 'errors', '007.xml'),
     'VOC: no number': ('voc_from_zero', rewrite('007.xml', '<xmin>', '<xmin>a'), 'errors', 'xmin'),
     'VOC: no box': ('voc_from_zero', rewrite('007.xml', 'bndbox', 'robndbox'), 'errors', '007.xml'),
+    'VOC: two boxes': ('voc_from_zero', rewrite('007.xml', '<bndbox>', '<bndbox/><bndbox>'), 'errors', '2 <bndbox>'),
+    'VOC: field of the file': ('voc_from_zero', rewrite('007.xml', '<size>', '<weather>rain</weather><size>'), 'notes',
+                               '"weather"'),
     'VOC: other size': ('voc_from_zero', resize_image('007.png'), 'errors', '007.png'),
     'VOC: another filename': ('voc_from_zero', rewrite('007.xml', '007.png', '0_1.png'), 'errors', '0_1.png'),
     'VOC: truncated': ('voc_from_zero', rewrite('007.xml', '<difficult>0', '<truncated>1</truncated><difficult>0'),
@@ -825,6 +862,8 @@ FAULTS = {
                                  'warnings', 'instances_more.json'),
     'COCO: attributes': ('fiftyone_coco', change_json('labels.json', lambda content: content['annotations'][0].update(
         attributes=dict(occluded=True))), 'notes', '"attributes"'),
+    'COCO: field of an image': ('fiftyone_coco', change_json('labels.json', lambda content: content['images'][0].update(
+        neg_category_ids=[1])), 'notes', '"neg_category_ids"'),
     'COCO: captions': ('coco_2017', add('annotations/captions_train2017.json', '{}'), 'warnings', 'captions'),
     'COCO: image nowhere named': ('fiftyone_coco', add('data/more.png', picture(ITEMS[0])), 'warnings', 'more.png'),
     'Label Studio: image missing': ('label_studio_json', delete('images/007.png'), 'errors', '007.png'),
@@ -834,6 +873,10 @@ FAULTS = {
         predictions=[dict(result=[dict(id='p')])])), 'notes', '"predictions"'),
     'Label Studio: choices': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0]['annotations'][0][
         'result'].append(dict(type='choices', id='c', value=dict(choices=['a'])))), 'warnings', 'choices'),
+    'Label Studio: text of an object': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0][
+        'annotations'][0]['result'][0].update(meta=dict(text=['blurred']))), 'notes', '"meta"'),
+    'Label Studio: two labels': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0]['annotations'][
+        0]['result'][0]['value']['rectanglelabels'].append('apfel')), 'errors', '2 labels instead of one'),
     'Label Studio: two images': ('label_studio_json', change_json('project.json', lambda tasks: tasks[0]['data'].update(
         right='/data/upload/1/x.png')), 'errors', 'several images'),
     'Label Studio: short brush': ('label_studio_brushes', change_json('project.json', lambda tasks: tasks[0][
@@ -908,6 +951,18 @@ TOOLS = {
     'Labelbox': ('a.ndjson', '{"data_row": {"id": "1"}, "projects": {}}'),
     'FiftyOne': ('samples.json', '{"samples": [{"filepath": "a.png", "truth": {"_cls": "Detections"}}]}'),
     'CreateML': ('a.json', '[{"image": "a.png", "annotations": [{"label": "x", "coordinates": {"x": 1}}]}]'),
+    'CVAT backup': ('annotations.json', '[{"version": 0, "tags": [], "shapes": [], "tracks": []}]'),
+    'ISAT': ('a.json', '{"info": {"description": "ISAT", "name": "a.png"}, "objects": []}'),
+    'VoTT': ('a-asset.json', '{"asset": {"name": "a.png"}, "regions": [{"tags": ["x"]}]}'),
+    'SuperAnnotate': ('a.png.json', '{"metadata": {}, "instances": [{"type": "bbox", "className": "x"}]}'),
+    'detections': ('results.json', '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'),
+    'Ultralytics HUB': ('data.ndjson', '{"type": "dataset", "task": "detect", "class_names": {"0": "x"}}'),
+    'Hugging Face': ('metadata.jsonl', '{"file_name": "a.png", "objects": {"bbox": []}}'),
+    'SageMaker': ('output.manifest', '{"source-ref": "s3://a/a.png"}'),
+    'CSV ': ('labels.csv', 'x,1,2,3,4,a.png,5,6\n'),
+    'TFRecord': ('train/a.tfrecord', 'x'),
+    'Parquet': ('data/train-0.parquet', 'PAR1'),
+    'Roboflow': ('README.roboflow.txt', 'exported via roboflow.com'),
     'CSV of TensorFlow': ('_annotations.csv', 'filename,width,height,class,xmin,ymin,xmax,ymax\n'),
     'masks of segments': ('labelmap.txt', '# label:color_rgb:parts:actions\nx:1,2,3::\n'),
     'Open Images': ('bbox.csv', 'ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n'),
@@ -928,8 +983,15 @@ def test_a_folder_without_labels_is_told_what_is_supported(tmp_path):
     put_images(tmp_path / 'export' / 'images')
     with pytest.raises(InputError, match='Supported formats: COCO.*LabelMe'):
         read(tmp_path / 'export', tmp_path / 'scratch')
-    put(tmp_path / 'export' / 'labels' / 'x.txt', '0 .5 .5 .1 .1')
+    labels = tmp_path / 'export' / 'labels' / 'x.txt'
+    put(labels, '0 .5 .5 .1 .1')
     with pytest.raises(InputError, match='x.txt .*classes.txt'):
+        read(tmp_path / 'export', tmp_path / 'scratch')
+    put(labels, 'Car 0.00 0 1.5 1 2 3 4')  # KITTI
+    with pytest.raises(InputError, match='a known format. Supported'):
+        read(tmp_path / 'export', tmp_path / 'scratch')
+    put(tmp_path / 'export' / 'train.tar.gz', 'x')
+    with pytest.raises(InputError, match='Unpack train.tar.gz'):
         read(tmp_path / 'export', tmp_path / 'scratch')
 
 

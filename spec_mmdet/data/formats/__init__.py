@@ -10,6 +10,7 @@ Pillow.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import zipfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ..folders import find_split, list_pairs
 from ..reading import read_coco
 from ..splits import WHOLE, Split
 from .coco import join_files, load_coco, read_any_coco
-from .export import NEUTRAL, SPLITS, Export, is_junk, parse_split
+from .export import LABELS, NEUTRAL, SPLITS, Export, is_junk, parse_split
 from .label_studio import read_label_studio
 from .labelme import read_labelme
 from .xml import read_cvat, read_voc
@@ -43,7 +44,7 @@ DATUM = (
     '--segmentation-mode polygons'  # by default, masks become crowds
 )
 # Formats that we do not read: the tool, the suffix and words (all) that identify a file, and datumaro 1.13's name of
-# the format if it can read it.
+# the format if it can read it. The first row that fits is named.
 FOREIGN = (
     ('VIA (VGG Image Annotator)', '.json', ('"regions"', '"shape_attributes"'), ''),
     ('VIA (VGG Image Annotator)', '.csv', ('region_shape_attributes',), ''),
@@ -57,9 +58,21 @@ FOREIGN = (
     ('FiftyOne (use COCODetectionDataset)', '.json', ('"classes"', '"labels"', '"bounding_box"'), ''),
     ('FiftyOne (use COCODetectionDataset)', '.json', ('"samples"', '"_cls"'), ''),
     ('CreateML', '.json', ('"annotations"', '"coordinates"'), ''),
+    ('CVAT backup', '.json', ('"shapes"', '"tracks"', '"version"'), ''),
+    ('ISAT', '.json', ('"ISAT"', '"objects"'), ''),
+    ('VoTT', '.json', ('"regions"', '"asset'), ''),
+    ('SuperAnnotate', '.json', ('"instances"', '"className"'), ''),
+    ('detections instead of annotations', '.json', ('"image_id"', '"category_id"', '"score"'), ''),
+    ('Ultralytics HUB', '.ndjson', ('"type"', '"dataset"'), ''),
+    ('Hugging Face (metadata.jsonl)', '.jsonl', ('"file_name"',), ''),
+    ('Amazon SageMaker', '.manifest', ('source-ref',), ''),
     ('CSV of TensorFlow', '.csv', ('filename,width,height,class,xmin',), ''),
     ('masks of segments', '.txt', ('# label:color_rgb:parts:actions',), 'voc_segmentation'),
     ('Open Images', '.csv', ('ImageID', 'LabelName', 'XMin'), 'open_images'),
+    ('CSV', '.csv', (), ''),
+    ('TFRecord', '.tfrecord', (), ''),
+    ('Parquet', '.parquet', (), ''),
+    ('Roboflow, not as COCO', '.txt', ('roboflow',), ''),
 )
 
 
@@ -113,7 +126,9 @@ def unpack(folder: Path, scratch: Path) -> Path:
         target = scratch / 'archive' / folder.stem
         try:
             with zipfile.ZipFile(folder) as archive:
-                archive.extractall(target)
+                for entry in archive.infolist():
+                    entry.filename = entry.filename.replace('\\', '/')  # written on Windows
+                    archive.extract(entry, target)
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
             raise InputError(f'{folder}: not a readable .zip ({error}). Unpack it, and pass the folder') from error
         folder = target
@@ -148,28 +163,30 @@ def describe_unknown(export: Export) -> str:
     supported = f'Supported formats: {", ".join(READERS)}'
     for tool, suffix, words, datumaro in FOREIGN:
         for path in export.list_files(suffix)[:20]:
-            text = path.read_bytes().decode('utf-8', 'replace')
+            text = path.read_bytes().decode('utf-8', 'replace') if words else ''
             if all(word in text for word in words):
-                how = 'Export it as COCO from this tool; datumaro cannot convert it, either'
+                how = 'Export the data as COCO from its tool; datumaro cannot convert this, either'
                 if datumaro:
                     how = f'Convert it: {DATUM.format(folder=shlex.quote(str(export.folder)), format=datumaro)}'
                 return f'{export.folder}: unsupported format {tool} ({export.format_path(path)}). {how}. {supported}'
+    hint = f' {export.found.describe_first_error()}.' * bool(export.found.errors)
+    stems = {path.stem for path in export.images}
+    labels = [path for path in export.list_files('.txt') if path.stem in stems]
+    if labels and not re.search(rb'[^-+.eE\d\s]', labels[0].read_bytes()):
+        hint += f' {export.format_path(labels[0])} may be labels of YOLO: add classes.txt with one class name per line.'
+    if archives := export.list_files('.tar', '.gz', '.tgz', '.rar', '.7z', '.zip'):
+        hint += f' Unpack {export.format_path(archives[0])}.'
+    if not export.images:
+        hint += ' It contains no images.'
+    elif not export.list_files(*LABELS):
+        hint += ' It contains no label files; folders that are classes are for "spec-mmdet pretrain".'
+    unknown = f'{export.folder}: contains neither annotations/instances_train*.json nor labels in a known format'
     try:
         for name in SPLITS:
             find_split(export.folder, name)
     except InputError as error:  # a part of COCO's layout is missing
-        return f'{error}. {supported}'
-    hint = f' {export.found.describe_first_error()}.' * bool(export.found.errors)
-    stems = {path.stem for path in export.images}
-    labels = [path for path in export.list_files('.txt') if path.stem in stems]
-    if labels:
-        hint += f' {export.format_path(labels[0])} may be labels of YOLO: add classes.txt with one class name per line.'
-    if not export.images:
-        hint += ' It contains no images.'
-    return (
-        f'{export.folder}: contains neither annotations/instances_train*.json nor labels in a known format.{hint} '
-        f'{supported}'
-    )
+        unknown = str(error)
+    return f'{unknown}.{hint} {supported}'
 
 
 def read_annotations(images: Path, ann_file: Path, found: Findings, scratch: Path) -> Split:

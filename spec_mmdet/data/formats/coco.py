@@ -8,9 +8,13 @@ from ...errors import InputError
 from ..findings import Findings, Place
 from ..reading import check_layout, read_json
 from ..splits import WHOLE, Split
-from .export import MISSING, SPLITS, Export, is_set, locate_images, parse_split
+from .export import MISSING, SPLITS, Export, find_split_words, is_set, locate_images, parse_split
 
-USED = {'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'ignore', 'segmentation'}
+# Fields of objects and images that are used, or contain nothing about the image's content.
+USED = dict(
+    annotations={'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'ignore', 'segmentation'},
+    images={'id', 'file_name', 'width', 'height', 'license', 'coco_url', 'flickr_url', 'date_captured'},
+)
 
 
 def read_any_coco(export: Export) -> list[Split] | None:
@@ -25,6 +29,10 @@ def read_any_coco(export: Export) -> list[Split] | None:
         return None
     contents = {path: contents[path] for path in instances or contents}
     splits = {path: parse_split(path.stem) or export.infer_split(path) for path in contents}
+    if not any(splits.values()):  # names with other words, like lvis_v1_train.json, if all files have them
+        words = {path: find_split_words(path.stem) for path in contents}
+        if all(len(found) == 1 for found in words.values()) and len(set(map(min, words.values()))) > 1:
+            splits = {path: min(found) for path, found in words.items()}
     if 'train' in splits.values():
         for path in [path for path, split in splits.items() if split is None]:
             export.add_warning('annotation files of subsets other than train, val and test, not used', path)
@@ -59,11 +67,15 @@ def load_coco(path: Path, found: Findings) -> tuple[dict, set] | None:
     raw = read_json(path)
     if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ('images', 'categories')):
         return None
+    for image in raw['images']:
+        if isinstance(image, dict) and isinstance(url := image.get('coco_url'), str):  # LVIS has no file_name
+            image.setdefault('file_name', '/'.join(url.split('/')[-2:]))
     coco = check_layout(raw, path, True, found)
-    for annotation in coco['annotations']:
-        for name in [name for name, value in annotation.items() if name not in USED and is_set(value)]:
-            place = Place(path.name, annotation=annotation['id'])
-            found.notes[f'objects with "{name}", which is not used'].append(place)
+    for key, things in (('images', 'images'), ('annotations', 'objects')):
+        for entry in coco[key]:
+            for name in [name for name, value in entry.items() if name not in USED[key] and is_set(value)]:
+                place = Place(path.name, entry.get('file_name', ''), entry['id'] if key == 'annotations' else '')
+                found.notes[f'{things} with "{name}", which is not used'].append(place)
     read = set(map(id, coco['annotations']))
     incomplete = {str(entry.get('image_id')) for entry in raw['annotations'] if id(entry) not in read}
     return coco, {image['id'] for image in coco['images'] if str(image['id']) in incomplete}

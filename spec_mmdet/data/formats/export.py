@@ -42,6 +42,11 @@ def parse_split(name: str) -> str | None:
     return next((split for split, known in SPLITS.items() if len(words) == 1 and words[0] in known), None)
 
 
+def find_split_words(name: str) -> set[str]:
+    """Return the splits that the words of a name contain, for instance {'train'} for 'lvis_v1_train'."""
+    return {split for split, known in SPLITS.items() if not {*known}.isdisjoint(list_words(name))}
+
+
 def strip_neutral(name: str) -> str:
     """Return a folder's name without words such as 'images' and 'labels'."""
     words = re.split('[ _.-]+', name)

@@ -15,6 +15,8 @@ from .export import MISSING, Builder, Export, build_splits, clip, compute_box, o
 # The shapes, each with a field that only its values have.
 SHAPES = dict(points='polygon', radiusX='ellipse', rle='brush', width='rectangle')
 LABELS = {'labels', 'rectanglelabels', 'polygonlabels', 'ellipselabels', 'brushlabels'}
+USED = LABELS | {*SHAPES, 'original_width', 'original_height', 'origin', 'from_name', 'to_name', 'format', 'closed'}
+USED |= {'id', 'type', 'value', 'x', 'y', 'height', 'radiusY', 'rotation'}
 
 
 def read_label_studio(export: Export) -> list[Split] | None:
@@ -51,7 +53,7 @@ def list_results(task: dict, annotations: list[dict]) -> Iterator[dict]:
     """Yield the results of a task's first annotation, merged with the fields of their values."""
     for result in annotations[0].get('result', ()) if annotations else ():
         yield {**result, **result.get('value', {})}
-    for value in task.values() if 'annotations' not in task else ():  # JSON-MIN: a list for each control
+    for value in task.values() if not isinstance(task.get('data'), dict) else ():  # JSON-MIN: a list for each control
         if isinstance(value, list):
             yield from (result for result in value if isinstance(result, dict))
 
@@ -67,8 +69,9 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
         export.used.update(named)
         return
     (image,) = set(named)
-    annotations = [entry for entry in task.get('annotations', ()) if not entry.get('was_cancelled')]
-    if 'annotations' in task and not annotations:
+    stated = task.get('annotations', task.get('completions'))  # the name before version 1.0
+    annotations = [entry for entry in stated or () if not entry.get('was_cancelled')]
+    if not annotations and (stated is not None or isinstance(task.get('data'), dict)):
         export.add_warning('tasks without an annotation, not used', path, export.format_path(image))
         export.used.add(image)
         return
@@ -91,9 +94,11 @@ def add_task(builder: Builder, path: Path, task: dict) -> None:
             kind = 'results other than rectangles, polygons, ellipses and brushes with a label, not used'
             export.add_warning(kind, path, where)
             continue
+        export.note_unused('results', result, USED, path, where)
         try:
-            (name,) = result[label]
-            add_result(builder, name, SHAPES[shape], result, size)
+            if len(result[label]) != 1:
+                raise ValueError(f'{len(result[label])} labels instead of one')
+            add_result(builder, *result[label], SHAPES[shape], result, size)
         except (KeyError, TypeError, ValueError) as error:
             detail = f'{where}: {type(error).__name__}: {error}'
             builder.add_fault('unreadable results of Label Studio', path, detail)

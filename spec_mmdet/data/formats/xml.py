@@ -146,12 +146,14 @@ def add_voc(builder: Builder, image: Path, file: VocFile) -> None:
     if builder.add_image(image, file.path, file.size) is None:
         return
     first = 0 if export.zero_based else 1
+    known = 'folder', 'filename', 'path', 'source', 'owner', 'size', 'object'
+    export.note_unused('XML files', {child.tag: [*child] or child.text for child in file.root}, known, file.path)
     for thing in file.root.findall('object'):
-        name, box = (thing.findtext('name') or '').strip(), thing.find('bndbox')
+        name, boxes = (thing.findtext('name') or '').strip(), thing.findall('bndbox')
         try:
-            if not name or box is None:
-                raise ValueError('<name> or <bndbox> is missing')
-            x0, y0, x1, y1 = read_numbers(box, ('xmin', 'ymin', 'xmax', 'ymax'))
+            if not name or len(boxes) != 1:
+                raise ValueError(f'{len(boxes)} <bndbox> instead of one' if name else '<name> is missing')
+            x0, y0, x1, y1 = read_numbers(boxes[0], ('xmin', 'ymin', 'xmax', 'ymax'))
         except ValueError as error:
             builder.add_fault('unreadable objects of XML files', file.path, str(error))
             continue
@@ -195,7 +197,7 @@ def read_image_sets(export: Export, pairs: dict[Path, Path]) -> dict[str, list[P
         for path, line in chain(*(((path, line) for line in read_lines(path)) for path in paths)):
             export.used.add(path)
             first = re.sub(r'^.*JPEGImages/', '', re.split(r'\s+\S*Annotations/', line)[0])  # PaddleDetection's lists
-            names = [line, re.sub(r'\s+-?[01]$', '', line), re.sub(r'\.\w{3,4}$', '', first)]
+            names = [line, re.sub(r'\s+-?\d+$', '', line), re.sub(r'\.\w{3,4}$', '', first)]
             found = next((by_name[name] for name in names if name in by_name), [])
             found = [image for image in found if image.is_relative_to(path.parents[2])] or found  # VOC2007 or VOC2012
             if len(found) == 1:
