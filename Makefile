@@ -1,6 +1,6 @@
 # make demo    train, evaluate and report on generated data: from data to COCO AP, in minutes on a CPU
 # make paper-figures    condition numbers during the demo's training, plain and conditioned, in minutes on a CPU
-# make pictures    redraw the pictures of the README and docs/: an hour on two idle CPU cores; needs Chromium
+# make pictures    redraw the pictures of the README and docs/: 45 minutes on two idle CPU cores; needs Chromium
 # make experiment    does the conditioning help a detector: four hours on two CPU cores; continues where it stopped
 # make systems    the same question for ListOps, a ViT and BERT: half an hour on one core
 # make followup    size or conditioning: a pre-registered experiment, eight hours on one core; continues where it stopped
