@@ -67,6 +67,7 @@ SKIPPED = {
     'python -m research.experiment': 'likewise',
     'make followup': 'likewise',
     'python -m research.followup': 'likewise',
+    'python -m research.systems --published': 'likewise',
 }
 
 # Options that make COCO's configs small for a CPU: images of 160 pixels, two for training and two for evaluation.
@@ -159,6 +160,8 @@ PLACEHOLDERS = {
         [f'{COCO.resolve()}/val2017', '--annotations', f'{COCO.resolve()}/annotations/instances_val2017.json']
     ),
     'init_cfg.checkpoint=FILE': 'init_cfg.checkpoint=made/timm.pth',
+    # An alternative of the preceding command, whose folder the following ones use.
+    'EXPORT --val 0.2 --out data/mine': 'made/export --val 0.2 --out data/export',
     'EXPORT': 'made/export',
     'DATA': 'data/mine',
     'benchmarks.masks FOLDER': f'benchmarks.masks {shlex.quote(str(COCO.resolve()))}',

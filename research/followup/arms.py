@@ -68,7 +68,7 @@ class Targets(dict[nn.Parameter, Tensor]):
                 for group in optimizer.param_groups:
                     for weight in group['params']:
                         if weight in self:
-                            weight.add_(self[weight], alpha=group['lr'] * group['weight_decay'])
+                            weight.add_(self[weight].to(weight.device), alpha=group['lr'] * group['weight_decay'])
 
         optimizer.register_step_post_hook(put_back)
 

@@ -22,6 +22,10 @@ from .arms import CONDITIONED, DOSED, LARGER, PLAIN, RANDOM, RESCALED, WIDE, Arm
 from .xcit import XCiT
 
 SYSTEMS: dict[str, System] = dict(xcit=XCiT(), bert=Bert(steps=2000, tests=10_000))
+# For one GPU: XCiT-S12 on ten times as many pictures, of 112 pixels, with 196 tokens; ten epochs, too.
+LARGE: dict[str, System] = dict(
+    xcit=XCiT(pictures=60_000, size=112, layers=12, width=384, heads=8, tokens=196, batch=256, lr=1e-3, steps=2340)
+)
 RATES = (1e-3, 2e-3, 4e-3)  # learning rates of BERT
 SCALE_SEEDS, TUNING_SEEDS, BERT_SEEDS = range(101, 104), range(111, 113), range(121, 136)
 XCIT_SEEDS, MORE_XCIT_SEEDS = range(141, 153), range(153, 157)
@@ -44,17 +48,20 @@ class Run:
         """Read its log; None if it has not finished. Raises: InputError, as read_log does."""
         return read_log(logs / self.stage, self.seed, self.arm.name, self.system)
 
-    def train(self) -> Log:
-        """Train it, on one thread: more do not help tensors this small, and would change the rounding."""
-        torch.set_num_threads(1)
-        return train(
-            self.system, self.arm.name, self.seed, lambda system, _, seed: build_initial_model(system, self.arm, seed)
-        )
+    def train(self, device: str) -> Log:
+        """Train it; on a CPU on one thread: more do not help tensors this small, and would change the rounding."""
+        if device == 'cpu':
+            torch.set_num_threads(1)
+
+        def build(system: System, _: str, seed: int) -> tuple:
+            return build_initial_model(system, self.arm, seed)
+
+        return train(self.system, self.arm.name, self.seed, build, device)
 
 
-def plan_scale(name: str) -> list[Run]:
+def plan_scale(name: str, system: System) -> list[Run]:
     """Plan F0 for a system: is plain badly scaled?"""
-    return [Run(f'scale_{name}', SYSTEMS[name], arm, seed)
+    return [Run(f'scale_{name}', system, arm, seed)
             for seed in SCALE_SEEDS for arm in (PLAIN, CONDITIONED, WIDE)]  # fmt: skip
 
 
@@ -70,9 +77,9 @@ def plan_bert(arms: Sequence[Arm], rates: dict[str, float]) -> list[Run]:
             for seed in BERT_SEEDS for arm in arms]  # fmt: skip
 
 
-def plan_xcit(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:
+def plan_xcit(system: System, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:
     """Plan F1."""
-    return [Run('xcit', SYSTEMS['xcit'], arm, seed) for seed in seeds for arm in arms]
+    return [Run('xcit', system, arm, seed) for seed in seeds for arm in arms]
 
 
 class Protocol:
@@ -80,9 +87,11 @@ class Protocol:
 
     Args:
         logs: folder of the logs.
+        systems: SYSTEMS or LARGE.
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, systems: dict[str, System] = SYSTEMS) -> None:
+        self.systems = systems
         self.read = partial(Run.read, logs=logs)
 
     def collect(self, runs: Sequence[Run]) -> Losses:
@@ -95,7 +104,7 @@ class Protocol:
 
     def choose_base(self, name: str) -> Callable[[Arm], Arm] | None:
         """Choose the baseline of F1 and F2: wide, if wide plain is at least as good as the conditioned arm on 0.02."""
-        runs = plan_scale(name)
+        runs = plan_scale(name, self.systems[name])
         if not self.have_finished(runs):
             return None
         losses = self.collect(runs)
@@ -129,19 +138,21 @@ class Protocol:
         if arms is None:
             return None
         plain, conditioned, larger, _ = (arm.name for arm in arms)
-        first, looked_at = plan_xcit(arms, XCIT_SEEDS[:LOOK_AFTER]), plan_xcit(arms[:3], XCIT_SEEDS[:LOOK_AFTER])
+        plan = partial(plan_xcit, self.systems['xcit'])
+        first, looked_at = plan(arms, XCIT_SEEDS[:LOOK_AFTER]), plan(arms[:3], XCIT_SEEDS[:LOOK_AFTER])
         if not self.have_finished(looked_at):
             return first
         if fit_block_design(self.collect(looked_at), [plain, conditioned], larger)[plain].residual > BOUND:
             return [*first,
-                    *plan_xcit(arms[:3], [*XCIT_SEEDS[LOOK_AFTER:], *MORE_XCIT_SEEDS])]  # fmt: skip
-        return plan_xcit(arms, XCIT_SEEDS)
+                    *plan(arms[:3], [*XCIT_SEEDS[LOOK_AFTER:], *MORE_XCIT_SEEDS])]  # fmt: skip
+        return plan(arms, XCIT_SEEDS)
 
     def plan(self) -> Iterator[list[Run]]:
         """Yield the stages; each is planned when the one before it has finished."""
-        for name in SYSTEMS:
-            yield plan_scale(name)
-        yield plan_tuning(self.list_arms('bert'))
-        yield plan_bert(self.list_arms('bert'), self.choose_rates())
+        for name, system in self.systems.items():
+            yield plan_scale(name, system)
+        if 'bert' in self.systems:
+            yield plan_tuning(self.list_arms('bert'))
+            yield plan_bert(self.list_arms('bert'), self.choose_rates())
         yield self.list_xcit_runs()
         yield self.list_xcit_runs()  # after the look

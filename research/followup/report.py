@@ -13,14 +13,16 @@ from research.statistics import LEVEL, Contrast, adjust_p_values, compute_chance
 from spec_mmdet.files import write
 
 from .arms import PLAIN, WIDE
-from .plan import BOUND, SYSTEMS, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
+from .plan import BOUND, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
 
 
 def write_report(protocol: Protocol, path: Path) -> Path:
     """Write the report as Markdown; returns ``path``."""
     template = Path(__file__).with_name('template.md').read_text('utf-8')
-    sections = [*report_scale(protocol), *report_xcit(protocol), *report_bert(protocol)]
-    write(path, Template(template, keep_trailing_newline=True).render(sections='\n'.join(sections)))
+    sections = [*report_scale(protocol), *report_xcit(protocol)]
+    sections += report_bert(protocol) if 'bert' in protocol.systems else []
+    text = Template(template, keep_trailing_newline=True).render(protocol.systems, sections='\n'.join(sections))
+    write(path, text)
     return path
 
 
@@ -93,8 +95,8 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
 def report_scale(protocol: Protocol) -> list[str]:
     """Report F0."""
     lines = ['## F0: the scale of plain', '']
-    for name in SYSTEMS:
-        runs = plan_scale(name)
+    for name, system in protocol.systems.items():
+        runs = plan_scale(name, system)
         base, losses = protocol.choose_base(name), protocol.collect(runs)
         chosen = {True: f'*{WIDE.name}*', False: f'*{PLAIN.name}*'}
         decision = 'not decided: runs are missing' if base is None else chosen[base(PLAIN).wide]
@@ -116,7 +118,7 @@ def report_xcit(protocol: Protocol) -> list[str]:
     }
     three = [plain, conditioned, larger]
     secondary = [(conditioned, plain, three), (larger, plain, three), (dosed, plain, [plain, dosed])]
-    system = SYSTEMS['xcit']
+    system = protocol.systems['xcit']
     chance = compute_chance_limit(system.tests, system.score_rules()['chance'])
     logs = [log for run in runs if (log := protocol.read(run))]
     at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '

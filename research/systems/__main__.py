@@ -7,7 +7,7 @@ initial weights and for the same number of steps. A table lists for each arm the
 difference from plain with the 95 % interval of Student's t over pairs of runs with the same seed, condition numbers
 before and after training, and the effective number of keys at the start. A finished run leaves a log and is not
 repeated; the logs of three seeds are in the repository. Without logs a system takes about ten minutes on one thread,
-the only one that it uses.
+the only one that it uses. --published trains ListOps at the size of the Long Range Arena, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from spec_mmdet.evaluation.comparison import compute_seed_interval
 from spec_mmdet.files import create_folder, display_path, one_line_write_errors
 
 from . import SYSTEMS
+from .listops import PublishedListOps
 from .runs import ARMS, Log, System, read_log, train, write_log
 
 LOGS = Path(__file__).with_name('logs')
@@ -68,7 +69,7 @@ def format_table(name: str, system: System, runs: dict[str, list[Log]]) -> str:
     )
 
 
-def complete(name: str, system: System, seeds: int, folder: Path) -> None:
+def complete(name: str, system: System, seeds: int, folder: Path, device: str) -> None:
     """Run the runs of a system that have no log yet, and print its table.
 
     Raises:
@@ -82,7 +83,7 @@ def complete(name: str, system: System, seeds: int, folder: Path) -> None:
     with one_line_write_errors(folder, folder), create_folder(folder):
         for seed, arm in planned:
             if (seed, arm) not in logs:
-                log = logs[seed, arm] = train(system, arm, seed)
+                log = logs[seed, arm] = train(system, arm, seed, device=device)
                 write_log(folder, log)
                 result = f'{100 * log.accuracy:.2f} % right, loss {log.loss:.3f}, {log.seconds:.0f} s'
                 print(f'seed {seed}, {arm}: {result}', flush=True)
@@ -92,19 +93,28 @@ def complete(name: str, system: System, seeds: int, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('research.systems', __doc__, 'python -m')
     options.add_argument('system', nargs='?', choices=list(SYSTEMS), help='by default all of them')
+    options.add_argument('--published', action='store_true', help='listops at its published size: on a GPU an '
+                         'estimated 4 hours for 24 runs, most of them for drawing expressions; on one CPU core 2 hours '
+                         'for each run')  # fmt: skip
     options.add_argument('--seeds', type=int, default=3, help='number of runs of each arm, from seed 0 (default: 3)')
     options.add_argument('--steps', type=int, help='of each training (default: those of the system, for ten minutes)')
     options.add_argument('--out', type=Path, default=LOGS, help='folder with a folder of logs for each system '
                          '(default: research/systems/logs)')  # fmt: skip
     args = options.parse_args(argv)
     torch.set_num_threads(1)  # for tensors this small more threads do not help, and they would change the rounding
-    for name in [args.system] if args.system else SYSTEMS:
-        system = SYSTEMS[name]()
+    systems = {args.system: SYSTEMS[args.system]} if args.system else SYSTEMS
+    if args.published:
+        if args.system not in (None, 'listops'):
+            raise InputError(f'--published: {args.system} has no published size here. Use listops')
+        systems = dict(listops_published=PublishedListOps)
+    for name, build in systems.items():
+        system = build()
         if args.steps is not None:
             system = dataclasses.replace(system, steps=args.steps)
         if args.seeds < 1 or system.steps < 1:
             raise InputError('--seeds and --steps must be at least 1')
-        complete(name, system, args.seeds, args.out / name)
+        device = 'cuda' if args.published and torch.cuda.is_available() else 'cpu'
+        complete(name, system, args.seeds, args.out / name, device)
 
 
 if __name__ == '__main__':

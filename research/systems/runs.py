@@ -150,25 +150,30 @@ def compute_kappa(model: nn.Module) -> dict[str, float]:
 def evaluate(system: System, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
     """Return accuracy and mean loss over the targets that are not ignored."""
     model.eval()
-    logits = torch.cat([system.compute_logits(model, batch) for batch in inputs.split(100)])
+    device = next(model.parameters()).device
+    logits = torch.cat([system.compute_logits(model, batch.to(device)).cpu() for batch in inputs.split(100)])
     model.train()
     logits, targets = (values[targets != IGNORED] for values in (logits, targets))
     return (logits.argmax(-1) == targets).double().mean().item(), cross_entropy(logits, targets).item()
 
 
-def train(system: System, arm: str, seed: int, build: Callable[..., tuple] = build_initial_model) -> Log:
+def train(
+    system: System, arm: str, seed: int, build: Callable[..., tuple] = build_initial_model, device: str = 'cpu'
+) -> Log:
     """Train a system's model once and evaluate it.
 
     Args:
         system: the model and the task.
         arm, seed: of the run.
         build: builds the initial model, as :func:`build_initial_model` does.
+        device: of the model; examples are drawn on the CPU.
 
     Raises:
         InputError: if the loss is not finite.
     """
     start = time.time()
     model, corrections, lam = build(system, arm, seed)
+    model.to(device)
     kappa = compute_kappa(model)
     keys = median(left for left, _ in measure(model).count_effective_keys(system.tokens))
     optimizer = torch.optim.AdamW(model.parameters(), system.lr, weight_decay=system.weight_decay)
@@ -182,7 +187,7 @@ def train(system: System, arm: str, seed: int, build: Callable[..., tuple] = bui
     generator = torch.Generator().manual_seed(seed)
     curve = []
     for step in range(1, system.steps + 1):
-        inputs, targets = system.draw(system.batch, generator)
+        inputs, targets = (values.to(device) for values in system.draw(system.batch, generator))
         error = cross_entropy(
             system.compute_logits(model, inputs).flatten(0, -2), targets.flatten(), ignore_index=IGNORED
         )

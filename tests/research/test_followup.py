@@ -104,10 +104,10 @@ def forge(logs, runs, get_loss):
 def test_decisions_and_report(tmp_path, wide_is_better, noise):
     rng, protocol = np.random.default_rng(0), Protocol(tmp_path)
     stages = protocol.plan()
-    for name in SYSTEMS:
+    for name, system in SYSTEMS.items():
         assert protocol.list_arms(name) is None
         runs = next(stages)
-        assert runs == plan_scale(name) and len(runs) == 9
+        assert runs == plan_scale(name, system) and len(runs) == 9
         forge(
             tmp_path, runs, lambda run: 0.5 if run.arm is WIDE and wide_is_better else 0.7 if run.arm is WIDE else 0.6
         )
@@ -137,8 +137,8 @@ def test_decisions_and_report(tmp_path, wide_is_better, noise):
 
 def test_a_training_leaves_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = dataclasses.replace(plan_scale('xcit')[1], system=TINY['xcit'])
-    log = run.train()
+    run = plan_scale('xcit', TINY['xcit'])[1]
+    log = run.train('cpu')
     assert log.arm == CONDITIONED.name and np.isfinite(log.loss) and log.settings['pictures'] == 16
     write_log(tmp_path / run.stage, log)
     assert run.read(tmp_path).loss == log.loss

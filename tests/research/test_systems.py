@@ -91,7 +91,7 @@ def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SYSTEMS, 'listops', partial(ListOps, tests=40))
     arguments = ['listops', '--seeds', '2', '--steps', '2', '--out', tmp_path]
     ran = []
-    monkeypatch.setattr(__main__, 'train', lambda *which: ran.append(which[1:]) or train(*which))
+    monkeypatch.setattr(__main__, 'train', lambda *which, **device: ran.append(which[1:]) or train(*which, **device))
     run_tool(monkeypatch, COMMAND, *arguments[:2], 1, *arguments[3:])
     assert ran == [(arm, 0) for arm in ARMS]
     (tmp_path / 'listops/svd_0.json').unlink()
@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path, capsys):
         if arm != 'plain':
             assert figures[2] == f'{100 * np.mean(np.subtract(own, right["plain"])):+.2f}'
 
-    monkeypatch.setattr(__main__, 'train', lambda *_: pytest.fail('must not start'))
+    monkeypatch.setattr(__main__, 'train', lambda *_, **__: pytest.fail('must not start'))
     assert 'steps 2, not 3' in error_line(monkeypatch, COMMAND, *arguments[:4], 3, *arguments[5:])
     (tmp_path / 'listops/plain_1.json').write_text('{}')
     assert 'plain_1.json is not the log' in error_line(monkeypatch, COMMAND, *arguments)
