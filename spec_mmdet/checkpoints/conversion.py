@@ -65,7 +65,7 @@ def convert(
     layout: str | None = None,
     detector: nn.Module | None = None,
 ) -> tuple[list[str], list[str], str]:
-    """Write a checkpoint as a backbone, or as a detector if one is given.
+    """Write a checkpoint as a backbone, or as a detector if one is given. With ``layout``, a classifier stays complete.
 
     Args:
         source: the checkpoint.
@@ -85,22 +85,26 @@ def convert(
         InputError: if the weights do not fit the detector, or their conditioning cannot be changed.
     """
     found, name = source.content, f'checkpoint {source.name}'
-    backbone, dropped = found.backbone, found.dropped
+    backbone, classifier = found.backbone, found.classifier
     with prefix_errors(name):
         if conditioning:
             backbone = layouts.state_conditioning(backbone, conditioning, lam)
         if fold:
-            backbone = layouts.fold(backbone)
+            backbone, classifier = layouts.fold(backbone), layouts.fold(classifier)
         if condition:
             backbone = layouts.condition(backbone, condition, lam, sigmas)
     if detector is not None:
         weights = {f'backbone.{key}': value for key, value in backbone.items()} | found.detector
         if faults := describe_mismatches(detector, weights):
             raise InputError(f'{name} does not fit the detector: {faults}. Pass its own config')
+        dropped = [*found.dropped, *classifier]
+    elif layout:
+        with prefix_errors(name):
+            weights = layouts.to_layout(backbone | classifier, layout)
+        unused = [key for key in backbone if key.startswith('fpn') and key not in weights]
+        dropped = [*found.dropped, *found.detector, *unused]
     else:
-        weights = layouts.to_layout(backbone, layout) if layout else backbone
-        unused = [key for key in backbone if key.startswith('fpn') and key not in weights] if layout else []
-        dropped = [*dropped, *found.detector, *unused]
+        weights, dropped = backbone, [*found.dropped, *found.detector, *classifier]
     result = describe_conditioning(backbone)
     record = dict(
         source=source.name if '://' in source.name else source.path.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # unused by a 
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
 _FIRST_BLOCK = re.compile(r'^(.*\.|)(?:xca_layers|blocks)\.0\.attn\.temperature$')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
+_CORRECTION = re.compile(r'^(?:(.*\.attn)\.correction|(.*)\.parametrizations\.weight\.0)\.(lam|sigmas|C)$')
 
 
 @dataclass
@@ -56,8 +58,9 @@ class Checkpoint:
     wrapper: str  # the key of the weights; '' if there was none
     arch: str | dict  # a name in ARCHS, or dim, depth and num_heads
     patch_size: int
+    classifier: dict[str, Tensor]  # class token, class attention, norm and head
     detector: dict[str, Tensor]  # the remaining weights of a detector, with their prefixes
-    dropped: list[str]  # original names of the tensors that a detection backbone does not use
+    dropped: list[str]  # original names of the remaining tensors
     missing: list[str]  # names of the tensors that the checkpoint lacks; SpecXCiT initialises them
 
     @property
@@ -211,6 +214,9 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
         raise InputError(
             f'not a known layout of XCiT (reference, timm, mmpretrain); contains {list_briefly(list(inside))}'
         )
+    head = {name: new for name, new in _rename(beside, layout).items() if new in ('head.weight', 'head.bias')}
+    if len(head) == 2 and not head.keys() & inside.keys():  # mmpretrain's is beside the backbone
+        inside |= {name: beside.pop(name) for name in head}
     names = _rename(inside, layout)
     original = {new: old for old, new in names.items()}
     tensors = {new: inside[old] for old, new in names.items()}
@@ -239,9 +245,10 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
     if ' and ' in describe_conditioning(taken):
         raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')
-    dropped = [original[n] for n in tensors if n not in taken] + [n for n in beside if n not in detector] + outside
+    classifier = {n: v for n, v in tensors.items() if n not in taken}
+    dropped = [n for n in beside if n not in detector] + outside
     missing = [] if 'fpn' in there else list(groups['fpn'])
-    return Checkpoint(taken, layout, wrapper, arch, patch_size, detector, dropped, missing)
+    return Checkpoint(taken, layout, wrapper, arch, patch_size, classifier, detector, dropped, missing)
 
 
 def recognise(checkpoint: object, name: str, key: str | None = None) -> Checkpoint:
@@ -270,14 +277,19 @@ def _blocks(weights: dict[str, Tensor]) -> list[str]:
     return [name.removesuffix('.qkv.weight') for name in weights if name.endswith('.attn.qkv.weight')]
 
 
-def fold(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a plain SpecXCiT with the same output: W + C instead of W, no corrections."""
-    folded = {name: value for name, value in backbone.items() if '.correction.' not in name}
-    for attn in _blocks(backbone):
-        W, prefix = backbone[f'{attn}.qkv.weight'], f'{attn}.correction.'
-        state = {name.removeprefix(prefix): value for name, value in backbone.items() if name.startswith(prefix)}
-        if state:
-            folded[f'{attn}.qkv.weight'] = Correction.from_state(W, state)(W)
+def _layer(correction: re.Match) -> str:
+    return f'{correction[1]}.qkv' if correction[1] else correction[2]
+
+
+def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a plain XCiT with the same output: W + C instead of W, no corrections."""
+    folded, states = dict(weights), defaultdict(dict)
+    for name in weights:
+        if record := _CORRECTION.match(name):
+            states[_layer(record)][record[3]] = folded.pop(name)
+    for layer, state in states.items():
+        W = weights[f'{layer}.weight']
+        folded[f'{layer}.weight'] = Correction.from_state(W, state, blocks=len(W) // W.shape[1])(W)
     return folded
 
 
@@ -318,21 +330,35 @@ def condition(
     return conditioned
 
 
-def to_layout(backbone: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Rename a SpecXCiT's state dict for the layout 'reference' or 'timm' (without fpn1 to fpn4).
+def to_layout(weights: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Rename a SpecXCiT's or its classifier's state dict for the layout 'reference' or 'timm' (without fpn1 to fpn4).
 
-    Corrections become parametrizations.
+    Corrections become parametrizations. Queries, keys and values of class attention are one layer in the reference and
+    three in timm.
+
+    Raises:
+        InputError: if layers to be joined or split have corrections.
     """
-    renamed, conditioned = {}, describe_conditioning(backbone) != 'None'
-    for name, value in backbone.items():
+    records = {name: record for name in weights if (record := _CORRECTION.match(name))}
+    conditioned = {_layer(record) for record in records.values()}
+    renamed = {}
+    for name, value in weights.items():
+        layer = name.removesuffix('.weight')
+        if name in records:
+            name = f'{_layer(records[name])}.parametrizations.weight.0.{records[name][3]}'
+        elif layer in conditioned:
+            name = f'{layer}.parametrizations.weight.original'
+        elif layout == 'timm' and name.startswith('fpn'):
+            continue
+        renamed[name.replace('pos_embeder.', 'pos_embed.') if layout == 'timm' else name] = value
+    joined, split = r'^(cls_attn_blocks\.\d+\.attn)\.qkv\.', r'^(cls_attn_blocks\.\d+\.attn)\.[qkv]\.'
+    for name in [name for name in renamed if re.match(joined if layout == 'timm' else split, name)]:
+        if '.parametrizations.' in name:
+            raise InputError(f'class attention is conditioned, and layers differ in the layout of {layout}. Add --fold')
         if layout == 'timm':
-            if name.startswith('fpn'):
-                continue
-            name = name.replace('pos_embeder.', 'pos_embed.')
-        attn, dot, record = name.partition('.correction.')
-        if dot:
-            name = f'{attn}.qkv.parametrizations.weight.0.{record}'
-        elif conditioned and name.endswith('.attn.qkv.weight'):
-            name = name.replace('.qkv.weight', '.qkv.parametrizations.weight.original')
-        renamed[name] = value
+            value = renamed.pop(name)
+            renamed |= {name.replace('.qkv.', f'.{role}.'): part for role, part in zip('qkv', value.chunk(3))}
+        elif '.q.' in name:
+            parts = [renamed.pop(name.replace('.q.', f'.{role}.')) for role in 'qkv']
+            renamed[name.replace('.q.', '.qkv.')] = torch.cat(parts)
     return renamed

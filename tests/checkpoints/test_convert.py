@@ -26,6 +26,7 @@ from spec_mmdet.checkpoints.layouts import recognise
 from spec_mmdet.checkpoints.pretrained import load_backbone
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.conditioning import Correction, find_projections
+from spec_mmdet.models.classifier import SpecXCiTClassifier
 
 CONDITIONINGS = [None, dict(type='identity', lam=3.0), dict(type='identity', sigmas=2.0), dict(type='svd')]
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -47,7 +48,7 @@ def complaint(*args) -> str:
 def randomise(model: nn.Module) -> nn.Module:
     """Give every weight and statistic distinct values, so that exchanged tensors are noticed."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith('.lam'):
             scale = 0.5 if 'gamma' in name else 0.2
             tensor.copy_(
                 torch.rand_like(tensor) + 0.5 if 'var' in name or 'temp' in name else scale * torch.randn_like(tensor)
@@ -139,19 +140,26 @@ def test_features_equal_those_of_mmpretrain(tmp_path, patch_size, conditioning):
     pytest.importorskip('mmpretrain', reason='mmpretrain is not installed; its maintained fork is for make test-onedl')
     from mmpretrain.models.backbones import XCiT
 
-    dims = dict(embed_dims=32, depth=6, num_heads=4, qkv_bias=True, layer_scale_init_value=1.0)
+    dims = dict(embed_dims=32, depth=6, num_heads=4, qkv_bias=True, layer_scale_init_value=1.0, tokens_norm=True)
     model = randomise(XCiT(patch_size=patch_size, **dims))
     # Every implementation computes the encoding in float32; mmpretrain also its projection's input.
     model.pos_embed.token_projection.register_forward_pre_hook(lambda module, args: args[0].double())
     classifier = nn.Module()
     classifier.backbone, classifier.head = model, nn.Module()
-    classifier.head.layers = nn.Sequential(OrderedDict(head=nn.Linear(32, 7)))
+    classifier.head.layers = nn.Sequential(OrderedDict(head=nn.Linear(32, 7).double()))
     if conditioning:
         correct(classifier, **conditioning)
     expected = block_outputs(model, model.xca_layers)
     torch.save(dict(state_dict=classifier.state_dict(), meta=dict(epoch=3)), tmp_path / 'source.pth')
     convert(tmp_path / 'source.pth', tmp_path / 'converted.pth')
     assert_features(tmp_path / 'converted.pth', expected, patch_size, conditioning)
+
+    convert(tmp_path / 'source.pth', tmp_path / 'timm.pth', '--to', 'timm')
+    inside_timm = timm_model(patch_size, conditioning)
+    inside_timm.load_state_dict(load(tmp_path / 'timm.pth')['state_dict'])
+    with torch.no_grad():
+        logits = classifier.head.layers(model(IMAGE)[-1])
+        torch.testing.assert_close(inside_timm(IMAGE), logits, rtol=0, atol=1e-9)
 
 
 def test_every_named_architecture_is_recognised():
@@ -217,14 +225,47 @@ def test_round_trips_are_bit_equal(tmp_path, conditioning):
 
     # The layout for timm has the names of timm's own model, conditioned if needed.
     theirs = timm_model(conditioning=conditioning)
-    backbone = {
-        k: v for k, v in theirs.state_dict().items() if k.split('.')[0] in ('patch_embed', 'pos_embed', 'blocks')
-    }
     torch.save(theirs.state_dict(), tmp_path / 'timm.pth')
     convert(tmp_path / 'timm.pth', tmp_path / 'ours.pth')
-    convert(tmp_path / 'ours.pth', tmp_path / 'timm again.pth', '--to', 'timm')
-    again = load(tmp_path / 'timm again.pth')['state_dict']
-    assert again.keys() == backbone.keys() and all(torch.equal(value, again[key]) for key, value in backbone.items())
+    convert(tmp_path / 'ours.pth', tmp_path / 'backbone.pth', '--to', 'timm')
+    convert(tmp_path / 'timm.pth', tmp_path / 'classifier.pth', '--to', 'timm')
+    for file, parts in (('backbone', ('patch_embed', 'pos_embed', 'blocks')), ('classifier', ('',))):
+        again = load(tmp_path / f'{file}.pth')['state_dict']
+        expected = {k: v for k, v in theirs.state_dict().items() if k.startswith(parts)}
+        assert again.keys() == expected.keys() and all(torch.equal(v, again[k]) for k, v in expected.items())
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS[:2])
+def test_a_pretrained_classifier_has_equal_logits_in_timm_and_the_reference(tmp_path, conditioning):
+    ours = SpecXCiTClassifier(7, SMALL, conditioning=conditioning).double()
+    randomise(ours)
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in ours.state_dict().items()}), tmp_path / 'ours.pth')
+    with torch.no_grad():
+        expected = ours(IMAGE)
+
+    convert(tmp_path / 'ours.pth', tmp_path / 'timm.pth', '--to', 'timm', *(['--fold'] if conditioning else []))
+    model = timm_model()
+    model.load_state_dict(load(tmp_path / 'timm.pth')['state_dict'])
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=1e-9)
+
+    convert(tmp_path / 'timm.pth', tmp_path / 'reference.pth', '--to', 'reference')
+    reference = SpecXCiTClassifier(7, SMALL).double().eval()  # it has the reference's names
+    reference.load_state_dict(load(tmp_path / 'reference.pth')['model'])
+    with torch.no_grad():
+        torch.testing.assert_close(reference(IMAGE), expected, rtol=0, atol=1e-9)
+
+
+def test_conditioned_class_attention_is_converted_only_folded(tmp_path):
+    model = timm_model(conditioning=dict(lam=3.0))
+    torch.save(model.state_dict(), tmp_path / 'timm.pth')
+    arguments = tmp_path / 'timm.pth', tmp_path / 'reference.pth', '--to', 'reference'
+    assert '--fold' in complaint(*arguments)
+    convert(*arguments, '--fold')
+    reference = SpecXCiTClassifier(7, SMALL).double().eval()
+    reference.load_state_dict(load(tmp_path / 'reference.pth')['model'])
+    with torch.no_grad():
+        torch.testing.assert_close(reference(IMAGE), model(IMAGE), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS[1:] + [dict(lam=3.0, per_head=True), dict(per_head=True)])
