@@ -70,10 +70,10 @@ lint: $(VENV)/mmdet
 
 # An environment is created again when setup.py changes; the target file is written last, when it is complete.
 $(VENV)/mmdet: setup.py
-	$(call environment,$(VENV),mmdet,test)
+	$(call environment,$(VENV),mmdet,test$(comma)seg)
 
 $(VENV)-onedl/onedl: setup.py
-	$(call environment,$(VENV)-onedl,onedl,test$(comma)test-onedl)
+	$(call environment,$(VENV)-onedl,onedl,test$(comma)test-onedl$(comma)seg-onedl)
 
 # --no-compile: Python compiles what it imports, a fraction of the 18,000 files.
 define environment

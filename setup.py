@@ -65,6 +65,9 @@ setup(
         # mmengine 0.10.7 imports pkg_resources, which setuptools 82 dropped.
         'mmdet': ['mmdet==3.3.0', 'mmengine==0.10.7', 'mmcv-lite==2.1.0', 'setuptools<82', *reports],
         'onedl': ['onedl-mmdetection==3.5.1', 'onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', *reports],
+        # Semantic segmentation, beside either set. mmsegmentation imports ftfy and regex without requiring them.
+        'seg': ['mmsegmentation==1.2.2', 'ftfy', 'regex'],
+        'seg-onedl': ['onedl-mmsegmentation==1.4.2'],
         'export': export,
         # Letters outside Latin, Greek and Cyrillic on pictures, where the system has no font for them.
         'fonts': ['mplfonts'],

@@ -156,11 +156,18 @@ def has_one_projection(attention: nn.MultiheadAttention) -> bool:
 
 @contextmanager
 def accept_bases_without_folder(folder: str) -> Iterator[None]:
-    """Make MMEngine accept ``spec_mmdet::NAME.py`` instead of ``spec_mmdet::FOLDER/NAME.py`` in ``_base_``."""
+    """Make MMEngine accept ``spec_mmdet::NAME.py`` instead of ``spec_mmdet::FOLDER/NAME.py`` in ``_base_``.
+
+    It also finds packages whose distribution has a name unknown to MMEngine, such as onedl-mmsegmentation.
+    """
     from mmengine.config import config
 
+    def find(name: str) -> tuple[str, str]:
+        package, path = resolve(re.sub('^spec_mmdet::(?!.*/)', rf'\g<0>{folder}/', name))
+        return package if config.is_installed(package) else name.partition('::')[0], path
+
     resolve = config._get_package_and_cfg_path
-    config._get_package_and_cfg_path = lambda name: resolve(re.sub('^spec_mmdet::(?!.*/)', rf'\g<0>{folder}/', name))
+    config._get_package_and_cfg_path = find
     try:
         yield
     finally:

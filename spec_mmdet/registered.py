@@ -1,5 +1,8 @@
 """Import everything that this package registers with MMDetection's and MMEngine's registries."""
 
+import mmdet.registry
+from mmengine.registry import Registry
+
 from .checkpoints import safe_loading  # noqa: F401, so that MMEngine runs no code from checkpoints
 from .checkpoints.pretrained import XCiTPretrained
 from .configs import find_config
@@ -52,3 +55,8 @@ __all__ = [
     'XCiTPretrained',
     'find_config',
 ]
+
+# Packages beside MMDetection, for instance MMSegmentation, find these names in MMEngine's registries.
+for _registry in [found for found in vars(mmdet.registry).values() if isinstance(found, Registry) and found.parent]:
+    for _name in _registry.module_dict.keys() & {*__all__} - _registry.parent.module_dict.keys():
+        _registry.parent.register_module(_name, module=_registry.module_dict[_name])

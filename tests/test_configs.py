@@ -15,7 +15,7 @@ from spec_mmdet.configs import read_config
 from spec_mmdet.models.xcit import ARCHS
 
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('xcit_*.py'))
-COCO = [name for name in CONFIGS if not name.endswith('shapes')]
+COCO = [name for name in CONFIGS if not name.endswith(('shapes', 'semanticfpn', 'upernet'))]
 SCHEDULES = ('1x', 'lsj_100e')
 TWINS = {name.replace('xcit_', 'xcit_spec_', 1): name for name in COCO if 'spec' not in name}
 

@@ -43,7 +43,7 @@ _PATTERNS = {
 }
 
 CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # unused by a detection backbone
-_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.')
+_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'decode_head.', 'auxiliary_head.')
 _FIRST_BLOCK = re.compile(r'^(.*\.|)(?:xca_layers|blocks)\.0\.attn\.temperature$')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
 _CORRECTION = re.compile(r'^(?:(.*\.attn)\.correction|(.*)\.parametrizations\.weight\.0)\.(lam|sigmas|C)$')

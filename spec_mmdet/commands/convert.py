@@ -4,8 +4,8 @@
 
 SOURCE is a classifier or backbone of the reference implementation (facebookresearch/xcit), DINO, timm or mmpretrain, a
 detector of the reference, or a checkpoint of this project, plain or conditioned. DESTINATION (.pth or .safetensors) is
-a backbone for `init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, or with --detector a detector. It is written
-only if every tensor of the source is known.
+a backbone for `init_cfg=dict(type='Pretrained', checkpoint=DESTINATION)`, with --detector a detector, or with --to a
+backbone or classifier for other programs. It is written only if every tensor of the source is known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--sigmas', type=float, help='lambda of --condition identity as a multiple of sigma_max of '
                          'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
-    to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone in this layout (default: SpecXCiT)')
+    to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone or classifier in this layout '
+                    '(default: the backbone in SpecXCiT\'s)')  # fmt: skip
     to.add_argument('--detector', metavar='CONFIG', help='write a detector for this config (default: a backbone)')
     options.add_argument('--trust-pickle', action='store_true', help='run code that the source may contain, with '
                         'your permissions (default: reject such a file)')  # fmt: skip
@@ -61,14 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'recognised {found}' + (f', under {found.wrapper!r}' if found.wrapper else ''))
     detector = None
     if args.detector:
-        from mmdet.registry import MODELS
-        from mmdet.utils import register_all_modules
+        from mmengine.registry import MODELS, init_default_scope
 
         from ..configs import find_config, read_config
         from ..data.fitting import set_classes
 
-        register_all_modules()
         cfg = read_config(find_config(args.detector))
+        init_default_scope(cfg.get('default_scope', 'mmdet'))
         if source.classes:
             set_classes(cfg, source.classes)
         detector = MODELS.build(cfg.model)

@@ -1,0 +1,4 @@
+# XCiT-M24/16 + UperNet on ADE20K, 160k iterations, with spectrally conditioned attention.
+_base_ = 'xcit_medium_24_p16_upernet.py'
+
+model = dict(backbone=dict(conditioning=dict(type='identity', lam=10.0)))

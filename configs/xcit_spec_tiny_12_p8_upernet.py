@@ -1,0 +1,4 @@
+# XCiT-T12/8 + UperNet on ADE20K, 160k iterations, with spectrally conditioned attention.
+_base_ = 'xcit_tiny_12_p8_upernet.py'
+
+model = dict(backbone=dict(conditioning=dict(type='identity', lam=10.0)))

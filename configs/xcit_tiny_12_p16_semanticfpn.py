@@ -1,0 +1,8 @@
+# XCiT-T12/16 + Semantic FPN on ADE20K, 80k iterations.
+_base_ = '_base_/semantic-fpn_xcit.py'
+
+model = dict(
+    backbone=dict(arch='tiny_12', drop_path_rate=0.0),
+    neck=dict(in_channels=[192] * 4, out_channels=192),
+    decode_head=dict(in_channels=[192] * 4),
+)
