@@ -25,7 +25,7 @@ from mmdet.utils import register_all_modules
 from spec_mmdet.commands import command_line
 from spec_mmdet.commands.common import make_parser
 from spec_mmdet.configs import find_config, read_config
-from spec_mmdet.data.folders import use_folder
+from spec_mmdet.data.tasks import use_folder
 from spec_mmdet.training.running import adapt_to_data
 
 SIDE, FINE = 28, 16  # pixels of a mask target; subdivisions of each for the reference

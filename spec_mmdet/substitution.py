@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mmdet.registry
-from mmdet.evaluation import CocoMetric
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 from .configs import walk
-from .data.fitting import list_coco_metrics, list_kinds
+from .data.tasks import find_task
 from .errors import InputError
 
 # Registry, name there, and our type: a subclass, which accepts the same arguments.
@@ -140,20 +139,18 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
 def add_records(cfg: Config) -> list[str]:
     """Add what our configs record to one of MMDetection's: the results and the best checkpoint; changes ``cfg``.
 
-    Only a config that evaluates COCO's metrics during training is changed.
+    Only a config that evaluates the metrics of a known task during training is changed.
 
     Returns:
         Names of the added hook and setting.
     """
-    metrics, hooks, done = list_coco_metrics(cfg, 'val'), cfg.default_hooks, []
-    if metrics and 'results' not in hooks:
+    best, hooks, done = find_task(cfg).find_best_metric(cfg), cfg.default_hooks, []
+    if best is not None and 'results' not in hooks:
         hooks['results'] = dict(type=add_scope(cfg, 'ResultsHook'))
         done.append('results')
-    kinds = [kind for metric in metrics for kind in list_kinds(metric) if kind in ('bbox', 'segm')]
-    if kinds and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:
-        prefix = metrics[0].get('prefix') or CocoMetric.default_prefix
-        hooks.checkpoint.save_best = f'{prefix}/{"segm" if "segm" in kinds else "bbox"}_mAP'
-        done.append(f'checkpoint.save_best={hooks.checkpoint.save_best}')
+    if best and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:
+        hooks.checkpoint.save_best = best
+        done.append(f'checkpoint.save_best={best}')
     return done
 
 

@@ -212,7 +212,7 @@ def load_run_config(
         change: function that applies a command's own options to the config, before --cfg-options.
     """
     from ..configs import find_config, read_config
-    from ..data.folders import use_folder
+    from ..data.tasks import use_folder
     from ..processes import connect_processes
     from ..substitution import protect
     from .options import adjust_dependent_settings, merge

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mmengine.registry import MODELS, init_default_scope
 
         from ..configs import find_config, read_config
-        from ..data.fitting import set_classes
+        from ..data.tasks import set_classes
 
         cfg = read_config(find_config(args.detector))
         init_default_scope(cfg.get('default_scope', 'mmdet'))

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmengine.dist import is_main_process
 
     from ..checkpoints.reading import describe_state, fetch, get_classes, get_run_info, load, verify_checkpoint
-    from ..data.fitting import has_masks, list_coco_datasets, list_configured_classes
+    from ..data.fitting import has_masks
+    from ..data.tasks import list_classes
     from ..evaluation import report
     from ..evaluation.drawing import use_font_for
     from ..evaluation.metrics import DumpPredictions
@@ -99,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_augmentation(cfg, has_masks(cfg.model))
 
     setup_cache_size_limit_of_dynamo()
-    datasets = list_coco_datasets(cfg.test_dataloader) if args.show or args.show_dir else ()
     terminal = None if args.verbose else Terminal()
-    names = [name for dataset in datasets for name in list_configured_classes(dataset)]
+    names = list_classes(cfg, 'test') if args.show or args.show_dir else ()
     with write_folder_atomically(reported) if reported else nullcontext() as temporary:
         with one_line_errors(), use_font_for(names), terminal or nullcontext():
             runner = build_runner(cfg, terminal)

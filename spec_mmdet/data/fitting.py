@@ -33,13 +33,6 @@ def list_coco_datasets(node: object) -> Iterator[dict]:
             yield found
 
 
-def list_annotation_files(cfg: Config, loop: str) -> list[Path]:
-    """List the local annotation files of a loop's data sets in COCO's format."""
-    datasets = list_coco_datasets(cfg.get(f'{loop}_dataloader'))
-    paths = [Path(dataset.get('data_root') or '', str(dataset.get('ann_file', ''))) for dataset in datasets]
-    return [path for path in paths if path.is_file()]
-
-
 def list_coco_metrics(cfg: Config, loop: str) -> list[dict]:
     """List the configs of a loop's evaluators for COCO metrics."""
     found = list_evaluators(cfg, loop)

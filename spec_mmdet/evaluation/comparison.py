@@ -314,6 +314,7 @@ def build_page(runs: Sequence[Run], found: Sequence[Difference]) -> str:
     curves = {name: draw_curve(runs, name, log=not name.endswith('AP')) for name in names}
     return render_page(
         'comparison',
+        'comparison',
         title=' against '.join(reversed(group_runs(runs))),
         arms=[
             dict(

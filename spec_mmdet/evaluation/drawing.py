@@ -15,13 +15,15 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
 from mmdet.engine.hooks import DetVisualizationHook
+from mmdet.evaluation import INSTANCE_OFFSET
 from mmdet.registry import HOOKS, VISUALIZERS
 from mmdet.structures.mask import BitmapMasks, PolygonMasks
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from PIL import Image, ImageDraw, ImageFont
 
 ADVICE = (
@@ -81,19 +83,21 @@ class Mark:
     """Drawing of an object.
 
     Attributes:
-        box: x0, y0, x1, y1 in pixels.
+        box: x0, y0, x1, y1 in pixels; None for that of the mask.
         text: its label; '' for none.
         colour: red, green and blue, 0 to 255.
         mask: shape (H, W), bool, or None; cropped to its bounding box.
         dashed: whether the box's lines are dashed.
+        framed: whether the box is drawn; otherwise the edge of the mask is.
         corner: x and y of the cropped mask's left upper corner.
     """
 
-    box: Sequence[float]
+    box: Sequence[float] | None
     text: str
     colour: tuple[int, int, int]
     mask: np.ndarray | None = None
     dashed: bool = False
+    framed: bool = True
     corner: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
@@ -102,12 +106,19 @@ class Mark:
             ys, xs = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
             self.corner = (int(xs[0]), int(ys[0])) if len(xs) else (0, 0)
             self.mask = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1].copy() if len(xs) else None
+            if self.box is None:
+                self.box = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1) if len(xs) else (0, 0, 0, 0)
 
 
 def choose_colour(label: int) -> tuple[int, int, int]:
     """Return the colour of a class, RGB, 0 to 255; all hues differ, the first ones clearly."""
     hue = (0.6 + label * 0.618034) % 1  # the golden ratio spreads the hues
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.45, 0.8))
+
+
+def to_rgb_bytes(colour: str) -> tuple[int, int, int]:
+    """Return a colour of matplotlib as red, green and blue, 0 to 255."""
+    return tuple(round(255 * part) for part in to_rgb(colour))
 
 
 def format_label(name: str, score: float | None = None) -> str:
@@ -185,6 +196,9 @@ def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str 
             (x, y), (height, width) = mark.corner, mark.mask.shape
             part = image[y : y + height, x : x + width]
             part[mark.mask] = 0.6 * part[mark.mask] + 0.4 * np.array(mark.colour)
+            if not mark.framed:
+                inner = cv2.erode(np.pad(mark.mask, 1).astype(np.uint8), np.ones((3, 3)))[1:-1, 1:-1]
+                part[mark.mask & (inner == 0)] = mark.colour
     if scale != 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     height, width = image.shape[:2]
@@ -195,7 +209,7 @@ def draw(image: np.ndarray, marks: Sequence[Mark], scale: float = 1, title: str 
     boxes = [[scale * float(edge) for edge in mark.box] for mark in marks]
     for mark, (x0, y0, x1, y1) in zip(marks, boxes):
         corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
-        for start, end in zip(corners, corners[1:]):
+        for start, end in zip(corners, corners[1:]) if mark.framed else ():
             for a, b in split_dashes(start, end, 5 * line) if mark.dashed else [(start, end)]:
                 pen.line([a, b], mark.colour, line)
     placer = LabelPlacer(boxes, (width, height))
@@ -273,6 +287,21 @@ def convert_to_marks(instances: InstanceData, classes: Sequence[str] | None, lea
     return marks
 
 
+def convert_map_to_marks(labels: np.ndarray, classes: Sequence[str]) -> list[Mark]:
+    """Convert a map of labels, or MMDetection's map of label + instance * INSTANCE_OFFSET, to marks.
+
+    Args:
+        labels: int, shape (H, W); those that are not a class are void.
+        classes: names of the labels.
+    """
+    marks = []
+    for number in np.unique(labels).tolist():
+        label = number % INSTANCE_OFFSET
+        if 0 <= number and label < len(classes):
+            marks.append(Mark(None, classes[label], choose_colour(label), labels == number, framed=False))
+    return marks
+
+
 @VISUALIZERS.register_module()
 class LabelVisualizer(DetLocalVisualizer):
     """MMDetection's DetLocalVisualizer, with this package's style of boxes, masks and labels."""
@@ -281,6 +310,11 @@ class LabelVisualizer(DetLocalVisualizer):
         self, image: np.ndarray, instances: InstanceData, classes: list[str] | None, palette: object
     ) -> np.ndarray:
         return draw(image, convert_to_marks(instances, classes))
+
+    def _draw_sem_seg(self, image: np.ndarray, sem_seg: PixelData, classes: list[str], palette: object) -> np.ndarray:
+        return draw(image, convert_map_to_marks(np.asarray(sem_seg.sem_seg)[0], classes))
+
+    _draw_panoptic_seg = _draw_sem_seg
 
 
 @HOOKS.register_module()

@@ -20,10 +20,10 @@ def make_mark(kind: str) -> str:
     return f'<meta name="generator" content="spec_mmdet {kind}">'
 
 
-def render_page(kind: str, **values: object) -> str:
-    """Render the template of a page, 'report' or 'comparison'."""
+def render_page(kind: str, name: str, **values: object) -> str:
+    """Render the template NAME.html of a page of a kind, 'report' or 'comparison'."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent, 'utf-8')
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template(f'{kind}.html')
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template(f'{name}.html')
     return template.render(values, mark=make_mark(kind))
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pycocotools.cocoeval import COCOeval
 
-from .drawing import Mark, draw, format_label, tile_pictures
+from .drawing import Mark, draw, format_label, tile_pictures, to_rgb_bytes
 from .outcomes import ERRORS, MIN_IOU, Outcome, Scores
 
 COLOURS = dict(true_positives='#2563eb', false_negatives='#f59e0b', false_positives='#dc2626', crowd='#6b7280')
@@ -82,17 +81,22 @@ def draw_scores(scores: Scores, name: str) -> Figure:
     return figure
 
 
-def draw_training(curves: dict[str, tuple[list, list]]) -> list[Figure]:
-    """Plot the loss and the AP of a training, from the iterations and values of its curves by name."""
-    figures = []
-    for title, names in (('loss', ['loss']), ('AP on the validation images', ['box AP', 'mask AP'])):
+def draw_training(curves: dict[str, tuple[list, list]], metrics: Iterable[str]) -> dict[str, Figure]:
+    """Plot the loss and metrics of a training; return the plots by their title.
+
+    Args:
+        curves: iterations and values by name.
+        metrics: names of curves.
+    """
+    figures = {}
+    for title, names in (('loss', ['loss']), ('metrics on the validation images', metrics)):
         drawn = [name for name in names if name in curves]
         figure, axis = start_plot(title, xlabel='iteration', **(dict(yscale='log') if title == 'loss' else {}))
         for name in drawn:
             axis.plot(*curves[name], marker='o' if len(curves[name][0]) < 20 else None, markersize=4, label=name)
         if drawn:
             add_legend(axis)
-            figures.append(figure)
+            figures[title] = figure
     return figures
 
 
@@ -182,9 +186,10 @@ def draw_sides(
             rle = masks[thing['id'] - 1] if 'score' in thing else thing['segmentation']
             mask = evaluation.cocoGt.annToMask(dict(image_id=image_id, segmentation=rle)).astype(bool)
         name = 'crowd' if kind == 'crowd' else evaluation.cocoGt.cats[thing['category_id']]['name']
-        colour = tuple(round(255 * part) for part in to_rgb(COLOURS[kind]))
         label = format_label(name, thing.get('score'))
-        return Mark((x, y, x + width, y + height), label, colour, mask, dashed=kind == 'false_negatives')
+        return Mark(
+            (x, y, x + width, y + height), label, to_rgb_bytes(COLOURS[kind]), mask, dashed=kind == 'false_negatives'
+        )
 
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # makes the colours of the marks stand out
     scale = longer / max(image.shape[:2])

@@ -22,9 +22,11 @@ from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
 from ..configs import is_kind_of, walk
-from ..data.fitting import has_masks, list_configured_classes, set_classes
+from ..data.fitting import has_masks, list_configured_classes
+from ..data.tasks import set_classes
 from ..errors import InputError
-from ..evaluation.drawing import use_font_for
+from ..evaluation.drawing import draw, use_font_for
+from ..evaluation.tasks import find_task
 from ..files import write_folder_atomically
 from .media import PictureWriter, count_frames, decode_files
 
@@ -115,7 +117,7 @@ def require_device(device: str | None) -> None:
 
 
 @contextmanager
-def write_json_list(path: Path, before: str = '[', after: str = ']') -> Iterator[Callable[[dict], None]]:
+def write_json_list(path: Path, before: str, after: str) -> Iterator[Callable[[dict], None]]:
     """Write a JSON file that ends in a list, one entry at a time."""
     with path.open('w') as file:
         file.write(before)
@@ -128,15 +130,6 @@ def write_json_list(path: Path, before: str = '[', after: str = ']') -> Iterator
 
         yield add
         file.write(f'\n{after}\n')
-
-
-def convert_to_coco(prediction: dict, image_id: int) -> Iterator[dict]:
-    """Yield the instances of an image, from DetInferencer.pred2dict, in COCO's results format."""
-    for i, (label, score, (x0, y0, x1, y1)) in enumerate(
-        zip(prediction['labels'], prediction['scores'], prediction['bboxes'])
-    ):
-        result = dict(image_id=image_id, category_id=label + 1, bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
-        yield result | (dict(segmentation=prediction['masks'][i]) if 'masks' in prediction else {})
 
 
 def detect(inferencer: DetInferencer, images: list[np.ndarray]) -> list[DetDataSample | str]:
@@ -179,7 +172,7 @@ def predict_files(
         used, by kind.
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
-    classes = inferencer.model.dataset_meta['classes']
+    task, classes = find_task(inferencer.cfg), inferencer.model.dataset_meta['classes']
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
     head = json.dumps(dict(info=dict(folder=str(root), **info), categories=categories))[:-1] + ', "images": ['
     damaged: dict[str, list[Path]] = {}
@@ -189,7 +182,7 @@ def predict_files(
     writer, image_id = PictureWriter(), 0
     with (
         write_folder_atomically(out) as temporary,
-        write_json_list(temporary / 'predictions.json') as add_result,
+        write_json_list(temporary / 'predictions.json', *task.ENVELOPE) as add_result,
         use_font_for(classes if pictures else ()),
         write_json_list(temporary / 'images.json', head, ']}') as add_image,
     ):
@@ -203,15 +196,14 @@ def predict_files(
                         writer.write(image, path, frame_id, temporary / name)
                     continue
                 image_id += 1
+                stem = name.with_suffix('') if frame_id is None else name.with_suffix('') / f'{frame_id:06}'
                 height, width = image.shape[:2]
                 entry = dict(id=image_id, file_name=name.as_posix(), width=width, height=height)
                 add_image(entry if frame_id is None else dict(entry, frame_id=frame_id))
-                found.pred_instances = found.pred_instances[found.pred_instances.scores >= score]
-                for result in convert_to_coco(inferencer.pred2dict(found), image_id):
+                for result in task.list_results(found, classes, score, image_id, temporary, stem):
                     add_result(result)
                 if pictures:
-                    visualizer = inferencer.visualizer
-                    visualizer.add_datasample(str(name), image[..., ::-1], found, draw_gt=False, pred_score_thr=0)
-                    writer.write(visualizer.get_image()[..., ::-1], path, frame_id, temporary / name)
+                    picture = draw(image[..., ::-1], task.mark_predictions(found, classes, score))
+                    writer.write(picture[..., ::-1], path, frame_id, temporary / name)
         writer.close()
     return image_id, damaged, doubts

@@ -19,7 +19,8 @@ from ..checkpoints.writing import serialize
 from ..compat import get_content
 from ..conditioning import describe_conditioning
 from ..configs import find_run_config, walk
-from ..data.fitting import drop_pretrained, list_configured_classes, set_classes
+from ..data.fitting import drop_pretrained, list_configured_classes
+from ..data.tasks import set_classes
 from ..errors import InputError
 from ..files import write
 from ..training.results import TABLE, is_of_training

@@ -21,8 +21,8 @@ from mmengine.config import Config
 from torch import Tensor
 
 from ..configs import find_config, read_config
-from ..data.folders import use_folder
 from ..data.shapes import write_split
+from ..data.tasks import use_folder
 from ..files import format_csv, write
 from ..models.attention import compute_xca_by_gram
 from ..models.products import Upsample

@@ -27,20 +27,21 @@ from mmengine.runner import Runner
 
 from ..compat import exchanges_channels
 from ..conditioning.correction import describe_conditioning
-from ..data.fitting import list_annotation_files
 from ..data.images import decode
+from ..data.tasks import list_annotation_files
 from ..errors import InputError
-from ..evaluation.drawing import convert_to_marks, draw, tile_pictures, use_font_for
+from ..evaluation.drawing import Mark, draw, tile_pictures, use_font_for
 from ..evaluation.plots import add_legend
+from ..evaluation.tasks import LABELS, find_task
 from ..files import compute_digest, format_csv, write
 from .hooks import CONDITIONING, MEDIANS, find_learning_rate
 from .saving import unwrap_model
 
 TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
-AP = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 BATCHES = 3  # training batches to draw
 IMAGES = 8  # images to draw of the validation, and maximum of a batch
 MIN_SCORE = 0.3
+PREFIXES = tuple({name.partition('/')[0] + '/' for name in LABELS})
 TILE = 320  # longer side of a drawn image in pixels
 
 
@@ -125,7 +126,7 @@ def is_of_training(run: dict, work_dir: Path) -> bool:
 
 
 def read_curves(work_dir: Path) -> dict[str, tuple[list, list]]:
-    """Read a training's learning curves: loss, 'box AP', 'mask AP', other metrics and median condition numbers.
+    """Read a training's learning curves: loss, metrics by their labels ('box AP'), median condition numbers.
 
     Returns:
         For each curve's name its iterations and values.
@@ -143,8 +144,8 @@ def read_curves(work_dir: Path) -> dict[str, tuple[list, list]]:
             last = entry['iter']
             add('loss', last, entry['loss'])
         for key, value in select_metrics(entry).items():
-            if not key.startswith('coco/') or key in AP:
-                add(AP.get(key, key), last, value)
+            if key in LABELS or not key.startswith(PREFIXES):
+                add(LABELS.get(key, key), last, value)
         for name in MEDIANS:
             if f'{CONDITIONING}/{name}' in entry:
                 add(name, entry['step'], entry[f'{CONDITIONING}/{name}'])
@@ -178,7 +179,7 @@ def choose_marker(points: Sequence) -> str | None:
 
 
 def draw_curves(records: Sequence[dict], title: str) -> Figure:
-    """Plot losses, AP, learning rate and condition numbers against the iteration."""
+    """Plot losses, metrics, learning rate and condition numbers against the iteration."""
     train = [entry for entry in records if 'loss' in entry]
     conditions = [entry for entry in records if f'{CONDITIONING}/seconds' in entry]
     rows = list(group_by_epoch(records))
@@ -191,14 +192,15 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
         style = dict(linewidth=2 if name == 'loss' else 1, marker=choose_marker(own))
         losses.plot([e['iter'] for e in own], [e[name] for e in own], label=label, **style)
     losses.set(title='loss', yscale='log')
-    for name in dict.fromkeys(key for row in rows for key in row if re.search('_mAP(_50)?$', key)):
-        label = (
-            name.removeprefix('coco/').replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_50', '50')
-        )
-        own = [row for row in rows if row.get(name, '') != '']
-        style = dict(linestyle='--' if name.endswith('_50') else '-', color='C0' if 'bbox' in name else 'C1')
-        scores.plot([row['iter'] for row in own], [row[name] for row in own], marker='o', label=label, **style)
-    scores.set(title='AP on the validation images', ylim=(0, 1))
+    measured = dict.fromkeys(key for row in rows for key in row if key in LABELS or re.search('_mAP(_50)?$', key))
+    colours = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(name.removesuffix('_50') for name in measured))}
+    for name in measured:
+        own, base = [row for row in rows if row.get(name, '') != ''], name.removesuffix('_50')
+        style = dict(linestyle='-' if name == base else '--', color=colours[base], marker='o')
+        label = LABELS.get(base, base) + '50' * (name != base)
+        scores.plot([row['iter'] for row in own], [row[name] for row in own], label=label, **style)
+    percent = any(line.get_ydata().max(initial=0) > 1 for line in scores.lines)
+    scores.set(title='metrics on the validation images', ylim=(0, 100 if percent else 1))
     rates = [entry.get('lr', float('nan')) for entry in train]
     rate.plot([entry['iter'] for entry in train], rates, marker=choose_marker(train))
     rate.set(title='learning rate, highest of all parameters', ylim=(0, None))
@@ -216,9 +218,9 @@ def draw_curves(records: Sequence[dict], title: str) -> Figure:
     return figure
 
 
-def draw_tile(image: np.ndarray, instances: object, classes: Sequence[str], title: str) -> np.ndarray:
-    """Draw instances on an image, RGB."""
-    return draw(image, convert_to_marks(instances, classes, MIN_SCORE), TILE / max(image.shape[:2]), title)
+def draw_tile(image: np.ndarray, marks: Sequence[Mark], title: str) -> np.ndarray:
+    """Draw marks on an image, RGB."""
+    return draw(image, marks, TILE / max(image.shape[:2]), title)
 
 
 @HOOKS.register_module()
@@ -264,13 +266,13 @@ class ResultsHook(Hook):
         number = runner.iter - self.started + 1
         if number > BATCHES or self.started:
             return
-        classes = runner.train_dataloader.dataset.metainfo['classes']
+        classes, task = runner.train_dataloader.dataset.metainfo['classes'], find_task(runner.cfg)
         tiles = []
         with use_font_for(classes):
             for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:IMAGES]:
                 pixels = torch.as_tensor(image).cpu().numpy().transpose(1, 2, 0)
                 pixels = pixels[..., ::-1] if self.bgr else pixels
-                tiles.append(draw_tile(pixels, sample.gt_instances, classes, Path(sample.img_path).name))
+                tiles.append(draw_tile(pixels, task.mark_truth(sample, classes), Path(sample.img_path).name))
         self._write_picture(runner, f'train_batch_{number}.jpg', tiles)
 
     @master_only
@@ -278,14 +280,15 @@ class ResultsHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[DetDataSample] | None = None
     ) -> None:
         """Draw predictions and truth of the first images."""
-        classes = runner.val_dataloader.dataset.metainfo['classes']
+        classes, task = runner.val_dataloader.dataset.metainfo['classes'], find_task(runner.cfg)
         wanted = (outputs or ())[: IMAGES - len(self.tiles)]
         with use_font_for(classes if wanted else ()):
             for sample in wanted:
                 image, name = decode(get(sample.img_path))[..., ::-1], Path(sample.img_path).name
-                pair = [draw_tile(image, sample.pred_instances, classes, f'{name}: predictions')]
-                if 'gt_instances' in sample:
-                    pair.insert(0, draw_tile(image, sample.gt_instances, classes, f'{name}: truth'))
+                marks = task.mark_predictions(sample, classes, MIN_SCORE)
+                pair = [draw_tile(image, marks, f'{name}: predictions')]
+                if marks := task.mark_truth(sample, classes):
+                    pair.insert(0, draw_tile(image, marks, f'{name}: truth'))
                 self.tiles.append(tile_pictures(pair, 2, 4))
 
     @master_only

@@ -20,20 +20,9 @@ from mmengine.runner import Runner
 
 from ..checkpoints.reading import fetch, get_classes, load, verify_checkpoint
 from ..configs import is_kind_of
-from ..data.checks import check_inputs
-from ..data.fitting import (
-    drop_pretrained,
-    has_masks,
-    report_caches,
-    require_class_weights,
-    require_monitored_metrics,
-    require_one_annotation_file,
-    set_classes,
-    state_classes_once,
-    use_masks_as_the_model,
-)
-from ..data.masks import use_polygons
-from ..errors import InputError, list_briefly
+from ..data.fitting import drop_pretrained
+from ..data.tasks import find_task
+from ..errors import InputError
 from ..processes import decide_on_main, leave_group
 from .guards import end_workers
 from .resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
@@ -73,28 +62,10 @@ def adapt_to_data(cfg: Config, loops: Sequence[str], classes: Sequence[str] | No
         thorough: whether to check each annotation and image.
     """
 
-    def adapt(config: Config, found: Sequence[str] | None, check: bool) -> Sequence[str] | None:
-        stated = state_classes_once(config)
-        masks_changed = use_masks_as_the_model(config)
-        bitmaps = use_polygons(config)
-        if check:
-            require_one_annotation_file(config, loops)
-            if 'train' in loops:
-                require_monitored_metrics(config)
-                report_caches(config)
-            if bitmaps:
-                print(f'masks are loaded as bitmaps, which need memory for large images: {", ".join(bitmaps)}')
-            if masks_changed and not has_masks(config.get('model')):
-                print('the detector has no mask head: masks are neither loaded nor evaluated')
-            found = check_inputs(config, loops, found, thorough)
-            print(f'{len(found)} classes: {list_briefly(found)}' if found else 'the classes are those of the config')
-        if found:
-            set_classes(config, found, "metainfo.classes of the config's data sets" if stated else 'the data')
-        if check and 'train' in loops:
-            require_class_weights(config)
-        return found
-
-    adapt(cfg, decide_on_main(lambda: adapt(copy.deepcopy(cfg), classes, check=True)), check=False)
+    task = find_task(cfg)
+    adapted = copy.deepcopy(cfg)
+    found = decide_on_main(lambda: task.adapt(adapted, loops, classes, True, thorough))
+    task.adapt(cfg, loops, found, False, thorough)
 
 
 def require_complete_models(cfg: Config) -> None:

@@ -23,7 +23,7 @@ from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data import shapes
 from spec_mmdet.data.checks import check_inputs
 from spec_mmdet.data.fitting import set_classes
-from spec_mmdet.data.folders import use_folder
+from spec_mmdet.data.tasks import use_folder
 from spec_mmdet.errors import InputError
 
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'

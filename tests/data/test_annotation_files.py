@@ -16,8 +16,8 @@ from spec_mmdet.data import reading
 from spec_mmdet.data.checks import check_inputs
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.fitting import set_classes
-from spec_mmdet.data.folders import use_folder
 from spec_mmdet.data.reading import AnnotationFile, forget_coco, read_coco, read_json
+from spec_mmdet.data.tasks import use_folder
 from spec_mmdet.errors import InputError
 
 

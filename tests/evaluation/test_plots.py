@@ -57,7 +57,9 @@ def test_legends_do_not_cover_curves():
     figures = [
         draw_scores(Scores(ramp, ramp, 1 - ramp, ramp * (1 - ramp)), 'Boxes'),
         draw_curves(records, 'a training'),
-        *draw_training({'loss': ([1, 2], [3.0, 2.0]), 'box AP': ([2], [0.5]), 'mask AP': ([2], [0.5])}),
+        *draw_training(
+            {'loss': ([1, 2], [3.0, 2.0]), 'box AP': ([2], [0.5]), 'mask AP': ([2], [0.5])}, ['box AP', 'mask AP']
+        ).values(),
     ]
     legends = []
     for figure in figures:

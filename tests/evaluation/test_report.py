@@ -81,8 +81,7 @@ def write_report(root: Path, found: list[dict]) -> str:
         metric.compute_metrics(metric.results)
         tested = report.TestResults(
             'None', [('queries', '12', '345', '–', '–')], '7 images per second', dict(seed=5, commit='abc'),
-            dict(position='after epoch 3', sha256='12ab', seed=5), {'loss': ([1, 2], [3.0, 2.0])}, metric.annotations,
-            metric.summaries,
+            dict(position='after epoch 3', sha256='12ab', seed=5), {'loss': ([1, 2], [3.0, 2.0])}, metric,
         )  # fmt: skip
         report.write(aside, cfg, 'epoch_<3>.pth', command, tested)
     return (folder / 'index.html').read_text('utf-8')

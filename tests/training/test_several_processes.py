@@ -15,8 +15,8 @@ from mmengine.runner import Runner
 from spec_mmdet import InputError
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.fitting import set_classes
-from spec_mmdet.data.folders import use_folder
 from spec_mmdet.data.shapes import CATEGORIES
+from spec_mmdet.data.tasks import use_folder
 
 
 def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
