@@ -2,31 +2,37 @@
 
     python -m benchmarks.detectors [NAME ...]
 
-Each detector is trained for two iterations on generated images, evaluated, used for prediction and exported, with a
-backbone of four blocks. The table, docs/results/detectors.csv, has a row for each; rows of finished detectors are kept
-unless they are named.
+Each detector is trained for two iterations on generated images, evaluated with a report, used for prediction and
+exported, with a backbone of four blocks. "amp" is a training step in bfloat16 on the CPU. The table,
+docs/results/detectors.csv, has a row for each; rows of finished detectors are kept unless they are named. The output of
+each step is in work_dirs/detectors.
 """
 
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
-from collections.abc import Sequence
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
-from spec_mmdet.commands import command_line
+from spec_mmdet import commands
 from spec_mmdet.commands.common import make_parser
 from spec_mmdet.data.shapes import write_split
 from spec_mmdet.files import write_atomically
 
-TABLE = Path('docs/results/detectors.csv')
+TABLE, WORK = Path('docs/results/detectors.csv'), Path('work_dirs/detectors')
 BACKBONE = "dict(_delete_=True, type='SpecXCiT', arch=dict(dim=32, depth=4, num_heads=4))"
-STEPS = ('train', 'test', 'predict', 'export')
-LIMIT = 900  # seconds for a command
+STEPS = ('train', 'test', 'predict', 'export', 'amp')
+LIMIT = 900  # seconds for a step
 # Configs of MMDetection, without the suffix of the file.
 CONFIGS = """
     retinanet/retinanet_r50_fpn_1x_coco faster_rcnn/faster-rcnn_r50_fpn_1x_coco mask_rcnn/mask-rcnn_r50_fpn_1x_coco
@@ -40,6 +46,7 @@ CONFIGS = """
     conditional_detr/conditional-detr_r50_8xb2-50e_coco dab_detr/dab-detr_r50_8xb2-50e_coco
     deformable_detr/deformable-detr_r50_16xb2-50e_coco dino/dino-4scale_r50_8xb2-12e_coco
     sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco queryinst/queryinst_r50_fpn_1x_coco
+    ddq/ddq-detr-4scale_r50_8xb2-12e_coco paa/paa_r50_fpn_1x_coco htc/htc_r50_fpn_1x_coco
     htc/htc-without-semantic_r50_fpn_1x_coco point_rend/point-rend_r50-caffe_fpn_ms-1x_coco
     solo/solo_r50_fpn_1x_coco solov2/solov2_r50_fpn_1x_coco condinst/condinst_r50_fpn_ms-poly-90k_coco_instance
     yolact/yolact_r50_1xb8-55e_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco
@@ -49,41 +56,86 @@ CONFIGS = """
 """.split()  # noqa: SIM905
 
 
-def run_step(*command: object) -> str:
-    """Run a command of spec-mmdet: '' if it succeeds, or else the last line that it prints."""
-    try:
-        done = subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)], capture_output=True, text=True,
-                              timeout=LIMIT)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f'longer than {LIMIT} s'
-    return '' if not done.returncode else (done.stderr.strip().splitlines() or ['no message'])[-1]
+def run_step(log: Path, step: Callable, *args: object) -> str:
+    """Run a step in a process of its own, with its output in a file.
 
-
-def try_detector(base: str, folder: Path, data: Path) -> dict[str, str]:
-    """Run the commands for a detector; those after a failed training are not tried.
+    The process is forked, because importing MMDetection takes longer than most steps.
 
     Returns:
-        'yes' or an error by command.
+        'yes', or the last line of the output if the step fails.
     """
-    config, work = folder / f'{Path(base).name}.py', folder / Path(base).name
+
+    def redirect_and_run() -> None:
+        with log.open('w') as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        step(*args)
+
+    process = multiprocessing.get_context('fork').Process(target=redirect_and_run)
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        return f'longer than {LIMIT} s'
+    return 'yes' if not process.exitcode else (log.read_text().strip().splitlines() or ['no message'])[-1]
+
+
+def train_in_half_precision(config: Path) -> None:
+    """Take a training step of a training's config under autocast.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).train()
+    batch = model.data_preprocessor(next(iter(Runner.build_dataloader(cfg.train_dataloader))), training=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, _ = model.parse_losses(model(**batch, mode='loss'))
+    loss.backward()
+    if not loss.isfinite():
+        raise FloatingPointError(f'the loss is {loss}')
+
+
+def write_data(data: Path) -> None:
+    """Write the images that all detectors are trained on."""
+    for split, images in dict(train=4, val=2).items():
+        write_split(data, split, images, 160, np.random.default_rng(len(split)))
+
+
+def try_detector(base: str, data: Path, wanted: Sequence[str]) -> dict[str, str]:
+    """Run some of the steps for a detector; those after a failed training are not tried.
+
+    Returns:
+        'yes' or an error by step.
+    """
+    work = WORK / Path(base).name
+    if 'train' in wanted:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    config, run = work / 'detector.py', work / 'run'
     config.write_text(f"_base_ = 'mmdet::{base}.py'\nmodel = dict(backbone={BACKBONE})\n")
-    last, complete = work / 'last.pth', work / config.name  # the training's config has its image size
+    last, complete = run / 'last.pth', run / config.name  # the training's config has its image size
     settings = [f'{loop}_dataloader.num_workers=0' for loop in ('train', 'val', 'test')]
-    commands = dict(
-        train=['train', config, '--data', data, '--work-dir', work, '--image-size', 128, '--epochs', 1, '--batch-size',
-               4, '--no-check', '--cfg-options', *settings[:2]],
-        test=['test', complete, last, '--data', data, '--work-dir', work, '--report', work / 'report', '--no-check',
-              '--cfg-options', settings[2]],
+    steps = dict(
+        train=['train', config, '--data', data, '--work-dir', run, '--image-size', 160, '--epochs', 1, '--batch-size',
+               2, '--no-check', '--cfg-options', *settings[:2]],
+        test=['test', complete, last, '--data', data, '--work-dir', work / 'test', '--report', work / 'report',
+              '--no-check', '--cfg-options', settings[2]],
         predict=['predict', complete, last, data / 'val', '--out', work / 'predicted'],
         export=['export', complete, last, work / 'detector.onnx'],
     )  # fmt: skip
     results = {}
-    for step in STEPS:
-        results[step] = run_step(*commands[step]) or 'yes'
+    for step, command in steps.items():
+        if step not in wanted:
+            continue
+        results[step] = run_step(work / f'{step}.log', commands.main, [str(part) for part in command])
         if step == 'train':
             if results[step] != 'yes':
-                break
-            last.symlink_to((work / 'last_checkpoint').read_text())
+                return results
+            last.symlink_to((run / 'last_checkpoint').read_text())
+    if 'amp' in wanted:
+        results['amp'] = run_step(work / 'amp.log', train_in_half_precision, complete)
     return results
 
 
@@ -91,23 +143,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('benchmarks.detectors', __doc__, 'python -m')
     options.add_argument('names', nargs='*', metavar='NAME', help='folders of configs, for instance retinanet '
                          '(default: all that have no row yet)')  # fmt: skip
+    options.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='steps to run; those after train '
+                         'continue from an earlier one (default: all)')  # fmt: skip
     args = options.parse_args(argv)
-    rows = {row['config']: row for row in csv.DictReader(TABLE.open())} if TABLE.is_file() else {}
-    with TemporaryDirectory() as temporary:
-        data = Path(temporary, 'data')
-        for split, images in dict(train=8, val=2).items():
-            write_split(data, split, images, 128, np.random.default_rng(len(split)))
-        for base in CONFIGS:
-            if base.split('/')[0] not in args.names and (args.names or base in rows):
-                continue
-            rows[base] = dict(config=base, lines='2') | try_detector(base, Path(temporary), data)
-            print(', '.join(f'{key}: {value}' for key, value in rows[base].items()), flush=True)
-            with write_atomically(TABLE) as path, path.open('w', newline='') as file:
-                table = csv.DictWriter(file, ['config', 'lines', *STEPS], restval='-')
-                table.writeheader()
-                table.writerows(rows[name] for name in CONFIGS if name in rows)
+    found = csv.DictReader(TABLE.read_text().splitlines()) if TABLE.is_file() else ()
+    rows = {row['config']: {key: value for key, value in row.items() if value != '-'} for row in found}
+    data = WORK.resolve() / 'data'
+    WORK.mkdir(parents=True, exist_ok=True)
+    run_step(WORK / 'data.log', write_data, data)
+    for base in CONFIGS:
+        if base.split('/')[0] not in args.names and (args.names or base in rows and {*args.steps} <= {*rows[base]}):
+            continue
+        rows[base] = rows.get(base, {}) | dict(config=base, lines='2') | try_detector(base, data, args.steps)
+        print(', '.join(f'{key}: {value}' for key, value in rows[base].items()), flush=True)
+        with write_atomically(TABLE) as path, path.open('w', newline='') as file:
+            table = csv.DictWriter(file, ['config', 'lines', *STEPS], restval='-')
+            table.writeheader()
+            table.writerows(rows[name] for name in CONFIGS if name in rows)
 
 
 if __name__ == '__main__':
-    with command_line():
+    with commands.command_line():
         main()

@@ -154,6 +154,15 @@ def add_records(cfg: Config) -> list[str]:
     return done
 
 
+def add_import(cfg: Config) -> None:
+    """Make a config import this package when it is read, as MMDetection's own tools need; changes ``cfg``."""
+    settings = cfg.get('custom_imports') or {}
+    names = settings.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    if __package__ not in names:
+        cfg.custom_imports = dict(settings, imports=[*names, __package__])
+
+
 def protect(cfg: Config, keep_types: bool = False, testing: bool = False, running: bool = True) -> None:
     """Substitute types, add guards, and print the changes in one line; changes ``cfg``.
 
@@ -165,6 +174,8 @@ def protect(cfg: Config, keep_types: bool = False, testing: bool = False, runnin
     if keep_types:
         name_types(cfg)
     types = [] if keep_types else substitute_types(cfg, testing)
+    if running:
+        add_import(cfg)
     guards = add_guards(cfg, keep_types) if running else []
     guards += add_records(cfg) if running and not testing and not keep_types else []
     parts = [f'types substituted: {", ".join(types)} (--keep-types keeps them)'] if types else []

@@ -63,6 +63,7 @@ def test_keep_types(tmp_path, capsys):
     protect(cfg, keep_types=True, running=False)
     assert capsys.readouterr().out == '' and cfg.to_dict() == before
     protect(cfg, keep_types=True)  # only types, no guards
+    assert cfg.custom_imports.imports == ['spec_mmdet']
     assert (
         cfg.default_hooks.finite_guard.type == 'FiniteGuard' and cfg.default_hooks.checkpoint.type == 'CheckpointHook'
     )

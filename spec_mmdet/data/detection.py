@@ -10,6 +10,7 @@ from mmengine.config import Config
 from ..errors import InputError, list_briefly
 from .checks import check_inputs
 from .fitting import (
+    drop_stuff_branch,
     has_masks,
     is_coco_dataset,
     list_coco_metrics,
@@ -69,6 +70,8 @@ def adapt(
     stated = state_classes_once(cfg)
     masks_changed = use_masks_as_the_model(cfg)
     bitmaps = use_polygons(cfg)
+    if 'train' in loops and drop_stuff_branch(cfg) and check:
+        print('no stuff maps (train_dataloader.dataset.data_prefix.seg): the detector is trained without them')
     if check:
         require_one_annotation_file(cfg, loops)
         if 'train' in loops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
 from mmdet.datasets.transforms import CachedMixUp, CachedMosaic, LoadAnnotations
 from mmdet.evaluation import CocoMetric, LVISMetric
-from mmdet.registry import DATASETS, METRICS, TRANSFORMS
+from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.config import Config
 
 from ..configs import find_class, is_kind_of, walk
@@ -169,12 +170,44 @@ def list_monitoring_hooks(cfg: Config) -> Iterator[tuple[dict, str]]:
 
 
 def find_class_heads(model: dict | None) -> Iterator[tuple[str, dict, str]]:
-    """Yield the name and config of every part of a head with a number of classes, and the key of that number."""
+    """Yield the name and config of every part of a head with a number of classes, and the key of that number.
+
+    The key may be absent if the part's class has a default.
+    """
     for name, node in walk(model or {}, 'model'):
         keys = name.split('.')
-        for key in ('num_classes', 'num_things_classes'):  # the latter of MaskFormer and Mask2Former
-            if key in node and any('head' in part for part in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
-                yield name, node, key
+        if any('head' in part for part in keys) and not set(keys) & {*NOT_OF_THE_CLASSES}:
+            for key in ('num_classes', 'num_things_classes'):  # the latter of MaskFormer and Mask2Former
+                if key in node or has_default_above_one(find_class(node, MODELS), key):
+                    yield name, node, key
+
+
+def has_default_above_one(kind: type | None, key: str) -> bool:
+    """Return whether a class has an argument with an integer above 1 as default."""
+    parameters = (inspect.signature(cls.__init__).parameters.get(key) for cls in inspect.getmro(kind or object))
+    default = next((parameter.default for parameter in parameters if parameter), None)
+    return isinstance(default, int) and default > 1
+
+
+def drop_stuff_branch(cfg: Config) -> bool:
+    """Remove the branch of a two-stage detector (HTC, SCNet) that is trained with stuff maps, if there are none.
+
+    Returns:
+        Whether ``cfg`` was changed.
+    """
+    head = (cfg.get('model') or {}).get('roi_head') or {}
+    if not head.get('semantic_head'):
+        return False
+    for dataset in list_coco_datasets(cfg.get('train_dataloader')):
+        maps = (dataset.get('data_prefix') or {}).get('seg')
+        if maps and Path(dataset.get('data_root') or '', maps).is_dir():
+            return False
+        dataset.get('data_prefix', {}).pop('seg', None)
+    head.update(semantic_head=None, semantic_roi_extractor=None)
+    for _, node in walk(cfg.get('train_dataloader')):
+        if node.get('with_seg'):
+            node['with_seg'] = False
+    return True
 
 
 def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -> None:
@@ -192,7 +225,7 @@ def set_classes(cfg: Config, classes: Sequence[str], source: str = 'the data') -
     inherited = {len(list_configured_classes(dataset)) for dataset in list_coco_datasets({**cfg})}
     inherited |= {len(CocoDataset.METAINFO['classes']), len(classes)}
     for name, head, key in find_class_heads(cfg.get('model')):
-        if head[key] not in inherited:
+        if head.setdefault(key, len(classes)) not in inherited:
             raise InputError(
                 f'{name}.{key} is {head[key]} in the config, but {source} has {len(classes)} classes '
                 f'({list_briefly(classes)}). Remove {key}; it is set from the data'
@@ -221,7 +254,7 @@ def require_class_weights(cfg: Config) -> None:
     for head, node, key in find_class_heads(cfg.get('model')):
         for name, loss in walk(node, head):
             weights = loss.get('class_weight')
-            count = node[key] + node.get('num_stuff_classes', 0) + (not loss.get('use_sigmoid'))
+            count = node.get(key, 0) + node.get('num_stuff_classes', 0) + (not loss.get('use_sigmoid'))
             if isinstance(weights, (list, tuple)) and len(weights) != count and not loss.get('use_mask'):
                 background = '' if loss.get('use_sigmoid') else ' and the background'
                 raise InputError(

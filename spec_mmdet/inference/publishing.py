@@ -23,6 +23,7 @@ from ..data.fitting import drop_pretrained, list_configured_classes
 from ..data.tasks import set_classes
 from ..errors import InputError
 from ..files import write
+from ..substitution import add_import
 from ..training.results import TABLE, is_of_training
 from .inferencer import load_inferencer
 
@@ -160,6 +161,7 @@ def publish(
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
     remove_local_settings(cfg)
+    add_import(cfg)
     run, state = get_run_info(content), describe_state(content)
     ap = read_metrics(checkpoint.parent, state, run)
     meta = dict(dataset_meta=dict(classes=tuple(classes)))

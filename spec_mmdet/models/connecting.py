@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmdet.models import DetDataPreprocessor
 from mmdet.registry import MODELS
 
 from ..configs import is_kind_of
@@ -39,7 +40,8 @@ def connect_backbone(model: dict) -> list[str]:
     """Fit the channels of the part that reads SpecXCiT's maps, and the maps to what it reads; changes ``model``.
 
     A part that reads one map gets stride 32, three maps 8, 16 and 32, four maps 4 to 32. Maps that it skips
-    (``start_level``) are not made, because distributed training fails on parameters without a gradient.
+    (``start_level``) are not made, because distributed training fails on parameters without a gradient. Images are
+    padded to multiples of 32, without which upsampled maps do not fit the next ones.
 
     Args:
         model: a detector's config. It is unchanged if its backbone is no SpecXCiT.
@@ -84,4 +86,8 @@ def connect_backbone(model: dict) -> list[str]:
     if 'dim' in arch and channels != [arch['dim']] * len(strides):
         fitting = arch['dim'] if reads_one else [arch['dim']] * len(strides)
         changes[f'{name}.in_channels'] = reader['in_channels'] = fitting
+    preprocessor = model.get('data_preprocessor') or {}
+    divisor = preprocessor.get('pad_size_divisor', 1)
+    if is_kind_of(preprocessor, MODELS, DetDataPreprocessor) and divisor % STRIDES[-1]:
+        changes['model.data_preprocessor.pad_size_divisor'] = preprocessor['pad_size_divisor'] = STRIDES[-1]
     return [f'{key}={value}' for key, value in changes.items()]

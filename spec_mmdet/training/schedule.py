@@ -7,18 +7,23 @@ import math
 import warnings
 from collections.abc import Callable
 
+from mmcv.transforms import Resize
+from mmdet.engine.schedulers import QuadraticWarmupLR
+from mmdet.registry import PARAM_SCHEDULERS as SCHEDULERS
+from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 from mmengine.optim import LinearLR, OptimWrapperDict
 from mmengine.optim.scheduler.param_scheduler import ReduceOnPlateauParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from ..configs import walk
+from ..configs import is_kind_of, walk
 from ..data.fitting import LOOPS
 from ..errors import InputError, list_briefly
 
 WARM_UP = 0.05  # fraction of the training
-SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size')  # arguments of transforms in pixels
+# Arguments of transforms and of augmentations of batches in pixels; a border is negative.
+SIZES = ('scale', 'scales', 'img_scale', 'image_size', 'crop_size', 'size', 'border', 'random_size_range')
 # Entries of a scheduler's state that change during training.
 PROGRESS = {'_global_step', '_last_value', 'base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs'}
 
@@ -68,17 +73,17 @@ def set_schedule(
 def set_epochs(cfg: Config, epochs: int) -> None:
     """Set the number of epochs and rescale the whole schedule to it; changes ``cfg``.
 
-    A warm-up in iterations becomes 5 % of the training.
+    A warm-up in iterations becomes 5 % of the training, and a quadratic one becomes linear.
 
     Raises:
         InputError: if the config trains by iterations.
     """
     if 'max_epochs' not in (cfg.get('train_cfg') or {}):
         raise InputError('--epochs: the config trains by iterations. Use --cfg-options train_cfg.max_iters=N')
-    factor = epochs / cfg.train_cfg.max_epochs
+    before = cfg.train_cfg.max_epochs
 
     def rescale(value: float) -> int:
-        return max(1, round(value * factor))
+        return max(1, round(value * epochs / before))
 
     cfg.train_cfg.max_epochs = epochs
     for scheduler in list_schedulers(cfg):
@@ -88,7 +93,9 @@ def set_epochs(cfg: Config, epochs: int) -> None:
                     type='WarmUpLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=WARM_UP * epochs
                 )
             continue
-        change = rescale if not scheduler.get('convert_to_iter_based') else lambda value: value * factor
+        if is_kind_of(scheduler, SCHEDULERS, QuadraticWarmupLR):  # wrong for fractions of an iteration
+            scheduler.update(type='WarmUpLR', start_factor=0.001)
+        change = rescale if not scheduler.get('convert_to_iter_based') else lambda value: value * epochs / before
         for key in ('end', 'T_max', 'step_size', 'total_steps'):
             if isinstance(scheduler.get(key), (int, float)) and math.isfinite(scheduler[key]):
                 scheduler[key] = change(scheduler[key])
@@ -96,6 +103,9 @@ def set_epochs(cfg: Config, epochs: int) -> None:
             scheduler.begin = change(scheduler.begin)
         if 'milestones' in scheduler:  # as integers: MMEngine ignores others
             scheduler.milestones = sorted({rescale(epoch) for epoch in scheduler.milestones} & set(range(1, epochs)))
+    # A phase can be shorter than half an epoch.
+    left = [s for s in list_schedulers(cfg) if s.get('begin', 0) < s.get('end', math.inf)]
+    cfg.param_scheduler = left or None
     for _, node in walk([cfg.train_cfg, cfg.get('default_hooks'), cfg.get('custom_hooks')]):
         for key in ('val_begin', 'begin_epoch', 'switch_epoch', 'num_last_epochs'):
             if node.get(key):
@@ -109,22 +119,23 @@ def set_image_size(cfg: Config, size: int) -> None:
 
     Args:
         cfg: the complete config.
-        size: shorter side of a test image in pixels, unless the longer side reaches its limit.
+        size: shorter side of a test image in pixels, unless the longer side reaches its limit. If test images are not
+            resized, it is that of training images.
 
     Raises:
-        InputError: if the config's test pipeline has no Resize.
+        InputError: if the config has no Resize.
     """
-    test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-    scales = [node['scale'] for _, node in walk(test) if node.get('type') == 'Resize' and 'scale' in node]
+    loops = [cfg.get(f'{loop}_dataloader') for loop in reversed(LOOPS)]
+    scales = [node['scale'] for _, node in walk(loops) if is_kind_of(node, TRANSFORMS, Resize) and node.get('scale')]
     if not scales:
         raise InputError(
-            '--image-size: the test pipeline of the config has no Resize with a scale, so its image size is unknown. '
-            'Leave the option out, and set the sizes of the transforms in the config'
+            '--image-size: the config has no Resize with a scale, so its image size is unknown. Leave the option out, '
+            'and set the sizes of the transforms in the config'
         )
     scale = scales[0] if isinstance(scales[0], (list, tuple)) else [scales[0]]
     factor = size / min(scale)
-    places = [cfg.get(f'{loop}_dataloader') for loop in LOOPS] + [cfg.get('tta_pipeline')]
-    places.append((cfg.get('model') or {}).get('data_preprocessor'))
+    places = [*loops, cfg.get('tta_pipeline'), (cfg.get('model') or {}).get('data_preprocessor')]
+    places += [hook for hook in cfg.get('custom_hooks') or [] if 'switch_pipeline' in hook]
     done: set[int] = set()  # configs share pipelines
     for _, node in walk(places):
         if 'type' in node and id(node) not in done:
@@ -136,7 +147,7 @@ def scale_pixels(value: object, scale: Callable[[float], int]) -> object:
     """Scale a size or a list of sizes of a transform; fractions of an image are unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(scale_pixels(part, scale) for part in value)
-    return max(1, scale(value)) if isinstance(value, (int, float)) and value > 1 else value
+    return scale(value) or 1 if isinstance(value, (int, float)) and abs(value) > 1 else value
 
 
 def apply_configured_schedule(runner: Runner, checkpoint: dict) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
 from conftest import CONFIG, error_line, run_tool
@@ -43,6 +44,32 @@ def test_a_published_detector_predicts_the_same(monkeypatch, trained, shapes, tm
         run_tool(monkeypatch, 'predict', config, model, image, '--score', 0, '--no-pictures', '--out', tmp_path / name)
     expected, found = (json.loads((tmp_path / name / 'predictions.json').read_text()) for name in 'ab')
     assert expected == found and len(found) > 10
+
+
+LOAD = """
+import sys
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+assert 'spec_mmdet.registered' not in sys.modules
+model = init_detector('config.py', 'model.pth', device='cpu')
+inferencer = DetInferencer('config.py', 'model.pth', device='cpu')
+print(type(model.backbone).__name__, *inferencer.visualizer.dataset_meta['classes'])
+a = inference_detector(model, sys.argv[1]).pred_instances
+b = inferencer(sys.argv[1], return_datasamples=True, no_save_vis=True)['predictions'][0].pred_instances
+assert (a.scores == b.scores).all() and len(a)
+"""
+
+
+def test_mmdetection_loads_a_published_detector(trained, shapes, tmp_path):
+    """In a new process, without an import by hand, also if the training's config lacks one."""
+    cfg = Config.fromfile(trained / 'xcit_spec_shapes.py')
+    del cfg.custom_imports
+    cfg.dump(tmp_path / 'training.py')
+    out = tmp_path / 'published'
+    run('publish', [str(trained / 'epoch_1.pth'), '--config', str(tmp_path / 'training.py'), '--out', str(out)])
+    command = [sys.executable, '-c', LOAD, str(shapes / 'val' / '000001.png')]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert 'SpecXCiT circle square' in done.stdout
 
 
 def test_ap_of_other_weights_is_not_on_the_card(trained, tmp_path, capsys):

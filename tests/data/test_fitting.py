@@ -10,12 +10,13 @@ from conftest import ROOT
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import CachedMosaic
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, METRICS, TRANSFORMS
+from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.config import Config
 
 from spec_mmdet import InputError
 from spec_mmdet.data.checks import check_inputs
 from spec_mmdet.data.fitting import (
+    drop_stuff_branch,
     list_coco_datasets,
     list_coco_metrics,
     list_configured_classes,
@@ -165,6 +166,27 @@ def test_class_weights_match_the_number_of_scores(tmp_path, weights, sigmoid, sa
     set_classes(cfg, NAMES)
     with pytest.raises(InputError, match=says) if says else nullcontext():
         require_class_weights(cfg)
+
+
+def test_default_numbers_of_classes_follow_the_data(tmp_path):
+    cfg = config(tmp_path, 'CocoDataset')
+    del cfg.model.roi_head.bbox_head.num_classes
+    cfg.model.roi_head.mask_head.loss_mask = dict(type='SeesawLoss')  # 1203
+    set_classes(cfg, NAMES)
+    assert widths(cfg) == {4} and cfg.model.roi_head.mask_head.loss_mask.num_classes == 4
+    assert 'num_classes' not in cfg.model.rpn_head
+
+
+def test_htc_without_stuff_maps(tmp_path):
+    cfg = Config.fromfile(Path(mmdet.__path__[0], '.mim/configs/htc/htc_r50_fpn_1x_coco.py'))
+    dataset = cfg.train_dataloader.dataset
+    dataset.data_root = f'{tmp_path}/'
+    (tmp_path / dataset.data_prefix.seg).mkdir(parents=True)
+    assert not drop_stuff_branch(cfg) and cfg.model.roi_head.semantic_head
+    (tmp_path / dataset.data_prefix.seg).rmdir()
+    assert drop_stuff_branch(cfg) and not drop_stuff_branch(cfg)
+    assert MODELS.build(cfg.model.roi_head | dict(train_cfg=None, test_cfg=None)).with_semantic is False
+    assert [step.with_seg for step in dataset.pipeline if step.type == 'LoadAnnotations'] == [False]
 
 
 def test_heads_of_mask2former_follow_the_data():

@@ -7,11 +7,12 @@ import pytest
 import torch
 import toy
 from conftest import CONFIG, ROOT
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mmdet.registry import HOOKS
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.hub import get_config
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 
@@ -22,8 +23,11 @@ from spec_mmdet.training.schedule import set_epochs, set_image_size
 FINETUNE = ROOT / 'configs' / 'presets' / 'finetune.py'
 
 
+YOLOX = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
+
+
 def load(name: str) -> Config:
-    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    return get_config(name) if '::' in name else Config.fromfile(ROOT / 'configs' / f'{name}.py')
 
 
 def test_epochs_rescale_the_complete_schedule():
@@ -39,10 +43,11 @@ def test_epochs_rescale_the_complete_schedule():
 
 
 @settings(max_examples=25)
-@given(epochs=st.integers(1, 12), length=st.integers(1, 8), preset=st.booleans())
-def test_the_learning_rate_rises_and_falls_within_any_training(epochs, length, preset):
+@given(epochs=st.integers(1, 12), length=st.integers(1, 8), name=st.sampled_from(('xcit_maskrcnn', 'preset', YOLOX)))
+def test_the_learning_rate_rises_and_falls_within_any_training(epochs, length, name):
     """Return the learning rate that the schedulers set, step by step: its peak and its end are within the training."""
-    cfg = load('xcit_maskrcnn')
+    assume(length > 1 or name != YOLOX)  # its last phase starts at 95 % of the training
+    cfg, preset = load('xcit_maskrcnn' if name == 'preset' else name), name == 'preset'
     if preset:
         cfg.merge_from_dict(Config.fromfile(FINETUNE).to_dict())
     set_epochs(cfg, epochs)
@@ -82,6 +87,21 @@ def test_image_size_reaches_scales_crops_and_test():
     set_image_size(cfg, 400)
     resize, crop = cfg.train_dataloader.dataset.dataset.pipeline[3:5]
     assert tuple(resize.scale) == tuple(crop.crop_size) == (512, 512) and tuple(resize.ratio_range) == (0.1, 2.0)
+
+
+def test_image_size_reaches_borders_batches_and_pipelines_of_hooks():
+    cfg = load(YOLOX)
+    set_image_size(cfg, 128)
+    mosaic, affine, mixup = cfg.train_dataloader.dataset.pipeline[:3]
+    assert tuple(mosaic.img_scale) == tuple(mixup.img_scale) == (128, 128) and tuple(affine.border) == (-64, -64)
+    assert tuple(cfg.model.data_preprocessor.batch_augments[0].random_size_range) == (96, 160)
+    cfg = load('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
+    set_image_size(cfg, 128)
+    resize, crop = cfg.custom_hooks[1].switch_pipeline[2:4]
+    assert tuple(resize.scale) == tuple(crop.crop_size) == (128, 128)
+    cfg = load('mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py')  # no Resize in tests
+    set_image_size(cfg, 128)
+    assert {tuple(t.scale) for t in cfg.train_dataloader.dataset.dataset.pipeline if t.type == 'Resize'} == {(128, 128)}
 
 
 def test_layer_decay():

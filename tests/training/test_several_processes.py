@@ -1,5 +1,6 @@
 """Several processes take the steps of one that accumulates gradients, and resume from each other's checkpoints."""
 
+import copy
 import os
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,11 @@ import pytest
 import torch
 import toy
 from conftest import CONFIG
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
 
 from spec_mmdet import InputError
@@ -17,6 +22,7 @@ from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.data.shapes import CATEGORIES
 from spec_mmdet.data.tasks import use_folder
+from spec_mmdet.models.connecting import connect_backbone
 
 
 def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
@@ -105,6 +111,28 @@ def test_two_processes_train_a_detector_like_one_that_accumulates(shapes, tmp_pa
     in_processes(2, tmp_path / 'two', lambda: detector(tmp_path / 'two', shapes, 2, 1).train())
     detector(tmp_path / 'one', shapes, 1, 2).train()
     assert_close(tmp_path / 'two' / 'epoch_1.pth', tmp_path / 'one' / 'epoch_1.pth', rtol=1e-4, atol=1e-6)
+
+
+def test_a_detector_that_reads_three_maps_leaves_no_parameter_unused(tmp_path):
+    """Distributed training without find_unused_parameters fails if the map of stride 4 is made."""
+    cfg = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model
+    cfg.backbone = dict(type='SpecXCiT', arch=dict(dim=32, depth=4, num_heads=4))
+    connected = copy.deepcopy(cfg)
+    connect_backbone(connected)
+    cfg.neck.in_channels = [32] * 4
+
+    def take_two_steps(cfg: dict) -> None:
+        model = MMDistributedDataParallel(MODELS.build(cfg).train())
+        for _ in range(2):
+            batch = model.module.data_preprocessor(demo_mm_inputs(1, [[3, 64, 64]]), training=True)
+            model.module.parse_losses(model(**batch, mode='loss'))[0].backward()
+
+    def train() -> None:
+        take_two_steps(connected)
+        with pytest.raises(RuntimeError, match='find_unused_parameters'):
+            take_two_steps(cfg)
+
+    in_processes(2, tmp_path, train)
 
 
 def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
