@@ -89,6 +89,8 @@ def train_in_half_precision(config: Path) -> None:
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model).train()
+    if hasattr(model, 'set_epoch'):  # TOOD and others; MMDetection's SetEpochInfoHook
+        model.set_epoch(0)
     batch = model.data_preprocessor(next(iter(Runner.build_dataloader(cfg.train_dataloader))), training=True)
     with torch.autocast('cpu', torch.bfloat16):
         loss, _ = model.parse_losses(model(**batch, mode='loss'))

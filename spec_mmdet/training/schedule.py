@@ -92,6 +92,8 @@ def set_epochs(cfg: Config, epochs: int) -> None:
                 scheduler.update(
                     type='WarmUpLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=WARM_UP * epochs
                 )
+                if 'factor' in scheduler:  # of ConstantLR
+                    scheduler['start_factor'] = scheduler.pop('factor')
             continue
         if is_kind_of(scheduler, SCHEDULERS, QuadraticWarmupLR):  # wrong for fractions of an iteration
             scheduler.update(type='WarmUpLR', start_factor=0.001)

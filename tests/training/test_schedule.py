@@ -24,6 +24,7 @@ FINETUNE = ROOT / 'configs' / 'presets' / 'finetune.py'
 
 
 YOLOX = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
+NAMES = ('xcit_maskrcnn', 'preset', YOLOX, 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
 
 
 def load(name: str) -> Config:
@@ -43,7 +44,7 @@ def test_epochs_rescale_the_complete_schedule():
 
 
 @settings(max_examples=25)
-@given(epochs=st.integers(1, 12), length=st.integers(1, 8), name=st.sampled_from(('xcit_maskrcnn', 'preset', YOLOX)))
+@given(epochs=st.integers(1, 12), length=st.integers(1, 8), name=st.sampled_from(NAMES))
 def test_the_learning_rate_rises_and_falls_within_any_training(epochs, length, name):
     """Return the learning rate that the schedulers set, step by step: its peak and its end are within the training."""
     assume(length > 1 or name != YOLOX)  # its last phase starts at 95 % of the training
