@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdet.models import DetDataPreprocessor
+from mmdet.models import CenterNetHead, DetDataPreprocessor
 from mmdet.registry import MODELS
 
 from ..configs import is_kind_of
@@ -86,6 +86,8 @@ def connect_backbone(model: dict) -> list[str]:
     if 'dim' in arch and channels != [arch['dim']] * len(strides):
         fitting = arch['dim'] if reads_one else [arch['dim']] * len(strides)
         changes[f'{name}.in_channels'] = reader['in_channels'] = fitting
+    if is_kind_of(model.get('bbox_head') or {}, MODELS, CenterNetHead) and not backbone.get('contiguous'):
+        changes['model.backbone.contiguous'] = backbone['contiguous'] = True
     preprocessor = model.get('data_preprocessor') or {}
     divisor = preprocessor.get('pad_size_divisor', 1)
     if is_kind_of(preprocessor, MODELS, DetDataPreprocessor) and divisor % STRIDES[-1]:

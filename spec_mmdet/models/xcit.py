@@ -283,6 +283,7 @@ class SpecXCiT(BaseModule):
             24, for strides 4, 8, 16, 32. Later blocks are not run.
         frozen_stages: -1 trains everything, 0 freezes stem and position encoding, n also the blocks up to the n-th of
             ``out_indices``. Frozen parts keep their normalisation statistics, too.
+        contiguous: return contiguous maps instead of channels_last ones, for heads that call ``view`` (CenterNet).
         compile: None, or arguments of torch.nn.Module.compile for each block; use ``dict(dynamic=True)`` for images of
             many sizes.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
@@ -304,6 +305,7 @@ class SpecXCiT(BaseModule):
         out_indices: tuple[int, ...] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        contiguous: bool = False,
         compile: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
@@ -338,7 +340,7 @@ class SpecXCiT(BaseModule):
 
         self.out_strides, self.out_indices = tuple(out_strides), tuple(out_indices)
         self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
+        self.with_cp, self.contiguous = with_cp, contiguous
         self.patch_embed = PatchEmbed(patch_size, dim, norm_cfg)
         self.pos_embeder = PositionEncoding(dim)
         self.blocks = nn.ModuleList(
@@ -373,7 +375,8 @@ class SpecXCiT(BaseModule):
         """
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise InputError(f'an image has a side below {MIN_IMAGE_SIZE} pixels after scaling, the least for SpecXCiT')
-        return tuple(getattr(self, fpn)(tap) for fpn, tap in zip(self.pyramid, self.compute_tokens(x)))
+        maps = (getattr(self, fpn)(tap) for fpn, tap in zip(self.pyramid, self.compute_tokens(x)))
+        return tuple(features.contiguous() if self.contiguous else features for features in maps)
 
     def compute_tokens(self, x: Tensor) -> list[Tensor]:
         """Return the tokens after each block in ``out_indices``, as maps of shape (B, dim, h, w), before rescaling."""

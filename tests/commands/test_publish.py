@@ -62,7 +62,7 @@ assert (a.scores == b.scores).all() and len(a)
 def test_mmdetection_loads_a_published_detector(trained, shapes, tmp_path):
     """In a new process, without an import by hand, also if the training's config lacks one."""
     cfg = Config.fromfile(trained / 'xcit_spec_shapes.py')
-    del cfg.custom_imports
+    cfg.pop('custom_imports')
     cfg.dump(tmp_path / 'training.py')
     out = tmp_path / 'published'
     run('publish', [str(trained / 'epoch_1.pth'), '--config', str(tmp_path / 'training.py'), '--out', str(out)])

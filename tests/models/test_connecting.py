@@ -27,6 +27,7 @@ def load(tmp_path, base, **backbone):
         ('yolof/yolof_r50-c5_8xb8-1x_coco', (32,)),
         ('rtmdet/rtmdet_tiny_8xb32-300e_coco', (8, 16, 32)),
         ('dyhead/atss_r50_fpn_dyhead_1x_coco', (8, 16, 32)),  # a list of necks
+        ('centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco', (32,)),  # a head that needs contiguous maps
     ],
 )
 def test_detectors_train_all_parameters(tmp_path, base, strides):
@@ -41,6 +42,7 @@ def test_detectors_train_all_parameters(tmp_path, base, strides):
     loss, _ = model.parse_losses(model(**batch, mode='loss'))
     loss.backward()
     assert loss.isfinite()
+    model.eval().predict(batch['inputs'], batch['data_samples'])
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
