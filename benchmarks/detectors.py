@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -89,6 +90,7 @@ def train_in_half_precision(config: Path) -> None:
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model).train()
+    MessageHub.get_current_instance().update_info_dict(dict(epoch=0, iter=0))  # of YOLOX's changing image sizes
     if hasattr(model, 'set_epoch'):  # TOOD and others; MMDetection's SetEpochInfoHook
         model.set_epoch(0)
     batch = model.data_preprocessor(next(iter(Runner.build_dataloader(cfg.train_dataloader))), training=True)

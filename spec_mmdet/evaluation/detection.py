@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from mmdet.registry import METRICS
 from mmdet.structures import DetDataSample
-from mmdet.structures.mask import encode_mask_results
+from mmdet.structures.mask import encode_mask_results, mask2bbox
 from mmengine.config import Config
 from mmengine.fileio import get, get_local_path
+from mmengine.structures import InstanceData
 from pycocotools.cocoeval import COCOeval
 
 from ..configs import is_kind_of
-from ..data.fitting import list_coco_datasets, list_coco_metrics, list_configured_classes
+from ..data.fitting import list_coco_datasets, list_coco_metrics, list_configured_classes, list_kinds
 from ..data.images import decode
 from ..data.reading import AnnotationFile
 from ..errors import InputError
@@ -62,7 +63,14 @@ def mark_truth(sample: DetDataSample, classes: Sequence[str]) -> list[Mark]:
 
 def mark_predictions(sample: DetDataSample, classes: Sequence[str], score: float) -> list[Mark]:
     """Return the marks of an image's detections from a score threshold on."""
-    return convert_to_marks(sample.pred_instances, classes, score)
+    return convert_to_marks(state_boxes(sample.pred_instances.cpu()), classes, score)
+
+
+def state_boxes(instances: InstanceData) -> InstanceData:
+    """Replace the boxes by those of the masks where a detector predicts none (SOLO: all are 0); returns instances."""
+    if 'masks' in instances and not instances.bboxes.any():
+        instances.bboxes = mask2bbox(instances.masks)
+    return instances
 
 
 def list_results(
@@ -77,7 +85,7 @@ def list_results(
         image_id: the image's id in the results.
         folder, stem: where the image's files belong, and their name without a suffix; unused.
     """
-    found = sample.pred_instances.cpu()
+    found = state_boxes(sample.pred_instances.cpu())
     found = found[found.scores >= score]
     masks = encode_mask_results(found.masks) if 'masks' in found else None
     fields = (found[key].tolist() for key in ('labels', 'scores', 'bboxes'))
@@ -149,8 +157,10 @@ def prepare_report(folder: Path, cfg: Config) -> None:
         InputError: if the config has no COCO evaluation.
     """
     evaluator = find_coco_evaluator(cfg)
-    if not evaluator.get('ann_file') or evaluator.get('format_only') or 'bbox' not in evaluator.get('metric', 'bbox'):
-        raise InputError("--report: test_evaluator needs an ann_file, the metric 'bbox' and no format_only. Set them")
+    kinds = {*list_kinds(evaluator)} & {*KINDS.values()}
+    if not evaluator.get('ann_file') or evaluator.get('format_only') or not kinds:
+        raise InputError("--report: test_evaluator needs an ann_file, the metric 'bbox' or 'segm', and no format_only. "
+                         'Set them')  # fmt: skip
     if evaluator.get('iou_thrs') is not None:
         raise InputError("--report: needs COCO's own IoU thresholds. Remove iou_thrs from test_evaluator")
     if not any(list_coco_datasets(cfg.test_dataloader)):
@@ -193,15 +203,18 @@ def describe_report(
     with get_local_path(evaluator.ann_file, backend_args=evaluator.get('backend_args')) as path:
         record_data(folder, Path(path), list_configured_classes(dataset), weights)
     files = {name: Path(f'{evaluator.outfile_prefix}.{KINDS[name]}.json') for name in summaries}
+    if 'Boxes' not in summaries:  # all are 0 in this file, which compare would read
+        Path(f'{evaluator.outfile_prefix}.bbox.json').unlink(missing_ok=True)
     counts = {name: Counts.from_detections(metric.annotations, files[name], summaries[name]) for name in summaries}
-    boxes = counts['Boxes'].evaluation
-    coco = boxes.cocoGt
-    names = [coco.cats[category]['name'] for category in boxes.params.catIds]
-    objects = [a for a in coco.anns.values() if a['category_id'] in boxes.params.catIds and not a['iscrowd']]
+    first = next(iter(counts))  # masks, if the detector has no boxes
+    main = counts[first].evaluation
+    coco = main.cocoGt
+    names = [coco.cats[category]['name'] for category in main.params.catIds]
+    objects = [a for a in coco.anns.values() if a['category_id'] in main.params.catIds and not a['iscrowd']]
     of_class = Counter(annotation['category_id'] for annotation in objects)
-    of_size = [sum(low <= a['area'] <= high for a in objects) for low, high in summaries['Boxes'].params.areaRng]
+    of_size = [sum(low <= a['area'] <= high for a in objects) for low, high in summaries[first].params.areaRng]
     images = os.path.join(dataset.get('data_root') or '', dataset.data_prefix.img)
-    matrix = counts['Boxes'].matrix
+    matrix = counts[first].matrix
 
     (folder / IMAGES).mkdir()
     for name, counted in counts.items():
@@ -213,8 +226,8 @@ def describe_report(
         examples = draw_examples(
             folder / IMAGES,
             lambda name: decode(get(os.path.join(images, name)))[..., ::-1],
-            boxes,
-            counts['Boxes'].outcomes,
+            main,
+            counts[first].outcomes,
             masks,
         )
         plots = dict(
@@ -226,9 +239,9 @@ def describe_report(
     return dict(
         counts={name: counted.describe(names) for name, counted in counts.items()},
         images=len(coco.imgs),
-        detections=len(boxes.cocoDt.anns),
+        detections=len(main.cocoDt.anns),
         stats={name: [format_metric(value) for value in summary.stats] for name, summary in summaries.items()},
-        stat_names=describe_stats(summaries['Boxes'].params.maxDets),
+        stat_names=describe_stats(summaries[first].params.maxDets),
         stat_objects=[of_size[i] for i in (0, 0, 0, 1, 2, 3) * 2],
         min_iou=MIN_IOU,
         plots=plots,
@@ -239,12 +252,12 @@ def describe_report(
             (
                 name,
                 *(format_metric(get_average_precision(summary, i)) for summary in summaries.values()),
-                format_metric(get_average_precision(summaries['Boxes'], i, MIN_IOU)),
+                format_metric(get_average_precision(summaries[first], i, MIN_IOU)),
                 of_class[category],
                 matrix[i, i],
                 matrix[:, i].sum() - matrix[i, i],
             )
-            for i, (name, category) in enumerate(zip(names, boxes.params.catIds))
+            for i, (name, category) in enumerate(zip(names, main.params.catIds))
         ],
         colours=COLOURS,
         examples=examples,

@@ -63,11 +63,12 @@ def settings(root: Path) -> dict:
     }
 
 
-def write_report(root: Path, found: list[dict]) -> str:
+def write_report(root: Path, found: list[dict], **evaluator) -> str:
     """Return the page for these detections."""
     folder = root / 'report'
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(settings(root))
+    cfg.test_evaluator.update(evaluator)
     set_classes(cfg, NAMES)
     report.prepare(folder, cfg)
     command = ['spec-mmdet', 'test', '--report', 'a & b', f'{Path.cwd()}/c']
@@ -188,6 +189,17 @@ def test_metrics_equal_those_of_pycocotools(data):
     assert links and all((data / 'report' / unquote(link)).is_file() for link in links)
 
 
+def test_masks_without_boxes(data):
+    """As of SOLO, whose boxes are all 0."""
+    path = str(data / 'annotations' / 'instances_val.json')
+    found = detections(COCO(path), np.random.default_rng(0))
+    masks = pycocotools(COCO(path), found, 'segm')
+    page = write_report(data, [dict(d, bbox=[0, 0, 0, 0]) for d in found], metric='segm')
+    assert [row[1] for row in table(page, 'stats')] == [printed(value) for value in masks.stats]
+    assert [row[0] for row in table(page, 'counts')] == ['Masks'] and len(table(page, 'classes')[0]) == 6
+    assert 'mask IoU ≥ 0.5' in page and not (data / 'report' / 'detections.bbox.json').exists()
+
+
 @pytest.mark.parametrize('kind', ['bbox', 'segm'])
 def test_kinds_of_errors_equal_tides(data, kind):
     """Compare with the package of TIDE's authors, on data without crowds, which it counts differently."""
@@ -301,7 +313,7 @@ def test_the_command(monkeypatch, data, tmp_path):
     (data / 'val' / 'index.html').write_text("somebody's")
     for other in (data / 'val', checkpoint):
         assert 'other than a report' in error_line(monkeypatch, 'test', *args, '--report', other)
-    for option in ('test_evaluator.format_only=True', 'test_evaluator.metric=segm'):
+    for option in ('test_evaluator.format_only=True', 'test_evaluator.metric=proposal'):
         assert "the metric 'bbox'" in error_line(monkeypatch, 'test', *args, option, '--report', tmp_path / 'new')
     assert 'needs a FastCocoMetric' in error_line(
         monkeypatch, 'test', *args, 'test_evaluator.type=VOCMetric', '--report', tmp_path / 'new'
