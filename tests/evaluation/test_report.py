@@ -190,7 +190,7 @@ def test_metrics_equal_those_of_pycocotools(data):
 
 
 def test_masks_without_boxes(data):
-    """As of SOLO, whose boxes are all 0."""
+    """Report only masks, as for SOLO, whose boxes are all 0."""
     path = str(data / 'annotations' / 'instances_val.json')
     found = detections(COCO(path), np.random.default_rng(0))
     masks = pycocotools(COCO(path), found, 'segm')
