@@ -53,8 +53,8 @@ def find_config(name: str) -> Path:
             return path
     names = sorted(path.stem for path in CONFIGS.glob('*.py'))
     near = get_close_matches(shipped.stem, names, 1)
-    hint = f'did you mean {near[0]}?' if near else f'Pass a path or one of: {", ".join(names)}'
-    raise InputError(f'config {name}: no such file or shipped config; {hint}')
+    hint = f'; did you mean {near[0]}?' if near else f'. Pass a path or one of: {", ".join(names)}'
+    raise InputError(f'config {name}: no such file or shipped config{hint}')
 
 
 def find_run_config(work_dir: Path) -> Path:

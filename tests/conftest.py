@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -42,6 +43,7 @@ collect_ignore = [] if os.environ.get('PRETEND_GPU') else ['gpu']
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / 'tests' / 'bare'
 CONFIG = ROOT / 'configs' / 'xcit_spec_shapes.py'
+REPORTS = Path(os.environ.get('SPEC_REPORTS', ROOT.parent / 'shared' / 'reports'))
 init_default_scope('mmdet')
 settings.register_profile('untimed', deadline=None)
 settings.load_profile('untimed')
@@ -99,6 +101,15 @@ def run_tool(monkeypatch, name: str, *args) -> None:
             import_module(name).main(argv)
     else:
         run(name, argv)
+
+
+def copy_reports(folder: Path) -> Path:
+    """Return a writable copy of the cases that users of such tools reported, which are outside of this repository."""
+    if not REPORTS.is_dir():
+        pytest.skip(f'no reports at {REPORTS}; set SPEC_REPORTS')
+    shutil.copytree(REPORTS, folder)
+    subprocess.run(['chmod', '-R', 'u+w', folder], check=True)
+    return folder
 
 
 def assert_ap_is_that_of_pycocotools(reported: dict, ann_file: Path, **results: list[dict]) -> None:

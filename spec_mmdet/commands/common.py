@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -32,6 +32,8 @@ class CfgOptions(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         from mmengine.config import DictAction
 
+        if wrong := [value for value in values if '=' not in value]:
+            raise argparse.ArgumentError(self, f'{wrong[0]}: write KEY=VALUE')
         try:
             DictAction(self.option_strings, self.dest)(parser, namespace, values, option_string)
         except (AssertionError, ValueError) as error:
@@ -129,12 +131,14 @@ def make_parser(command: str, doc: str, program: str = 'spec-mmdet') -> Parser:
 def require_positive(kind: type) -> Callable[[str], float]:
     """Return a type for argparse: a finite number above 0."""
 
-    def number(text: str) -> float:
-        if not 0 < kind(text) < float('inf'):
-            raise ValueError
-        return kind(text)
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < kind(text) < float('inf'):
+                return kind(text)
+        what = 'an integer from 1 on' if kind is int else 'a number above 0'
+        raise argparse.ArgumentTypeError(f'{text}: give {what}')
 
-    return number
+    return parse
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
+from traceback import extract_tb
 
 import mmcv.ops.nms
 import mmdet.registry
+from mmcv.transforms import BaseTransform
 from mmdet.registry import OPTIMIZERS
 from mmengine.config import Config
 from mmengine.registry import Registry
@@ -88,7 +90,17 @@ def remove_none_parents(cfg: Config, key: str) -> None:
 
 
 def adjust_dependent_settings(cfg: Config) -> None:
-    """Adjust dependent settings (maps of the backbone, persistent workers) and report each change; changes ``cfg``."""
+    """Adjust dependent settings (maps of the backbone, persistent workers) and report each change; changes ``cfg``.
+
+    Raises:
+        InputError: if the seed or the interval of evaluations is invalid.
+    """
+    seed = (cfg.get('randomness') or {}).get('seed')
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
+        raise InputError(f'randomness.seed in the config is {seed!r}. Use an integer from 0 to 2^32 - 1')
+    interval = (cfg.get('train_cfg') or {}).get('val_interval', 1)
+    if not (type(interval) is int and interval > 0):
+        raise InputError(f'train_cfg.val_interval in the config is {interval!r}. Use an integer from 1 on')
     for loop in ('train', 'val', 'test'):
         loader = cfg.get(f'{loop}_dataloader') or {}
         if not loader.get('num_workers', 0) and loader.pop('persistent_workers', False):
@@ -220,21 +232,32 @@ def walk_keys(cfg: Config) -> set[str]:
 def explain_config_error(error: BaseException) -> str | None:
     """Describe the fault of a config that caused an exception; None if the config is not the cause.
 
-    The config is the cause if the exception was raised in MMEngine's build_from_cfg or the runner's builders. However,
-    an exception of this package's own code, other than a ValueError, is a bug.
+    The config is the cause if the exception was raised in MMEngine's build_from_cfg, the runner's builders, or a
+    transform. However, an exception of this package's own code, other than a ValueError, is a bug.
     """
     if isinstance(error, ImportError) and not (error.name or '').startswith('spec_mmdet'):
         return to_one_line(error)
-    frames, last = [], None
+    frames, last, transform = [], None, ''
     traceback = error.__traceback__
     while traceback:
         last = traceback.tb_frame
         module = last.f_globals.get('__name__', '')
         if last.f_code.co_name.startswith('build') and module.startswith(('mmengine.registry', 'mmengine.runner')):
             frames.append(last)
+        if isinstance(last.f_locals.get('self'), BaseTransform):
+            transform = type(last.f_locals['self']).__name__
         traceback = traceback.tb_next
     own = last is not None and last.f_globals.get('__name__', '').startswith('spec_mmdet.')
-    if not frames or own and not isinstance(error, ValueError):
+    message = to_one_line(error)
+    if 'in DataLoader worker process' in message:  # with the worker's traceback
+        file = re.findall('File "(.*?)"', message)[-1]
+        own, transform = '/spec_mmdet/' in file, ''.join(re.findall(r'transforms/(\w+)', message)[-1:])
+        message = str(error).strip().splitlines()[-1]
+    if own and not isinstance(error, ValueError):
+        return None
+    if transform and not frames:
+        return f'config: a transform ({transform}) failed: {type(error).__name__}: {message}'
+    if not frames:
         return None
     kind = next(
         (f.f_locals['cfg'].get('type') for f in reversed(frames) if isinstance(f.f_locals.get('cfg'), dict)), ''
@@ -253,8 +276,9 @@ def explain_config_error(error: BaseException) -> str | None:
         near = get_close_matches(str(kind), names, 3, 0)
         advice = 'Run: pip install lion-pytorch' if kind == 'Lion' else f'Use {" or ".join(near)}'
         return f'config: there is no optimiser {kind}. {advice}'
-    name = '' if isinstance(error, (ValueError, AssertionError)) else f'{type(error).__name__}: '
-    return f'config: {kind} cannot be built: {name}{to_one_line(error)}{suggest(near)}'
+    name = '' if isinstance(error, (ValueError, AssertionError)) and message else f'{type(error).__name__}: '
+    message = message or extract_tb(error.__traceback__)[-1].line  # of an assertion without a message
+    return f'config: {kind} cannot be built: {name}{message}{suggest(near)}'
 
 
 def suggest(near: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ from .fitting import (
     is_coco_dataset,
     list_coco_metrics,
     list_kinds,
-    report_caches,
     require_class_weights,
     require_monitored_metrics,
     require_one_annotation_file,
@@ -76,7 +75,6 @@ def adapt(
         require_one_annotation_file(cfg, loops)
         if 'train' in loops:
             require_monitored_metrics(cfg)
-            report_caches(cfg)
         if bitmaps:
             print(f'masks are loaded as bitmaps, which need memory for large images: {", ".join(bitmaps)}')
         if masks_changed and not has_masks(cfg.get('model')):

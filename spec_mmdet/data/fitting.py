@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
-from mmdet.datasets.transforms import CachedMixUp, CachedMosaic, LoadAnnotations
+from mmdet.datasets.transforms import LoadAnnotations
 from mmdet.evaluation import CocoMetric, LVISMetric
 from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.config import Config
@@ -141,6 +141,8 @@ def require_monitored_metrics(cfg: Config) -> None:
         return
     names, unlisted = [], []  # names of metrics; parts of other names, which depend on classes or limits of detections
     for evaluator in metrics:
+        if unknown := {*list_kinds(evaluator)} - {'bbox', 'segm', 'proposal', 'proposal_fast'}:
+            raise InputError(f'val_evaluator.metric in the config is {", ".join(unknown)}. Use bbox or segm')
         prefix = evaluator.get('prefix') or find_class(evaluator, METRICS).default_prefix
         items = evaluator.get('metric_items') or ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
         names += [f'{prefix}/{kind}_{i}' for kind in list_kinds(evaluator) for i in items if kind in ('bbox', 'segm')]
@@ -261,15 +263,6 @@ def require_class_weights(cfg: Config) -> None:
                     f'{name}.class_weight in the config has {len(weights)} numbers for {node[key]} classes'
                     f'{background}. Use {count}'
                 )
-
-
-def report_caches(cfg: Config) -> None:
-    """Print which transforms of a config's training keep images between samples, so that resuming is inexact."""
-    nodes = [node for _, node in walk(cfg.get('train_dataloader'))]
-    if found := [node for node in nodes if is_kind_of(node, TRANSFORMS, (CachedMosaic, CachedMixUp))]:
-        names = ' and '.join(dict.fromkeys(find_class(node, TRANSFORMS).__name__ for node in found))
-        print(f'{names}: keeps images between samples, so a resumed training will not be bit-identical to one that was '
-              'never stopped')  # fmt: skip
 
 
 def drop_pretrained(model: dict | None) -> None:

@@ -142,6 +142,8 @@ def detect(inferencer: DetInferencer, images: list[np.ndarray]) -> list[DetDataS
     except Exception as error:  # of any type: a size that the model rejects, or too little memory
         if len(images) == 1:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, MemoryError) or 'allocate' in why:
+                why = 'too little memory. Pass a higher --score, which saves masks, or cut it into tiles'
             return [f'images of {images[0].shape[1]} x {images[0].shape[0]} pixels that the detector rejects: {why}']
     torch.cuda.empty_cache()
     return [found for image in images for found in detect(inferencer, [image])]

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmdet.registry import LOOPS
-from mmengine.dist import broadcast, get_rank, get_world_size
+from mmengine.dist import broadcast, get_rank, get_world_size, is_main_process
+from mmengine.hooks import EarlyStoppingHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
@@ -55,6 +56,22 @@ class SeededDataset:
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self.dataset, name, value)  # some hooks change the pipeline
+
+
+def keeps_state(dataset: SeededDataset) -> bool:
+    """Return whether an image depends on those before it, although all random numbers are the same.
+
+    Examples are CachedMosaic and CachedMixUp, which keep images, and Albu, which has its own random numbers.
+    """
+    keys = [(index, (0, 0, index)) for index in range(min(3, len(dataset)))]
+    before, after = ([get_image(dataset[key]) for key in keys] for _ in range(2))
+    return any(a is not None and not torch.equal(a, b) for a, b in zip(before, after))
+
+
+def get_image(sample: object) -> torch.Tensor | None:
+    """Return the image of a sample; None if it is not a single tensor."""
+    image = sample.get('inputs') if isinstance(sample, dict) else None
+    return image if isinstance(image, torch.Tensor) else None
 
 
 class SeededBatches:
@@ -149,7 +166,16 @@ class ExactLoop:
         }
 
     def _restore_run(self, may_differ: tuple[str, ...] = ()) -> None:
-        """Restore the seed of the resumed run; raise InputError if its ``step_settings`` differ."""
+        """Restore the seed and early stopping of the resumed run; raise InputError if its ``step_settings`` differ."""
+        if is_main_process() and keeps_state(self.dataloader.dataset):
+            self.runner.logger.warning(
+                'the training data depends on the images before (CachedMosaic, CachedMixUp and Albu do this), so a '
+                'resumed training will not be bit-identical to one that was never stopped'
+            )
+        for hook in self._list_early_stopping() if self.resumed_from else ():
+            history = self.runner.message_hub.log_scalars.get(f'val/{hook.monitor}')
+            for score in history.data[0] if history else ():
+                hook.after_val_epoch(self.runner, {hook.monitor: float(score)})
         theirs, ours = self.resumed_from.get('steps', {}), self.step_settings
         if not isinstance(theirs, dict) or any(type(number) is not int for number in theirs.values()):
             raise InputError('the checkpoint: its "steps" are not numbers. Use a checkpoint that train wrote')
@@ -166,9 +192,15 @@ class ExactLoop:
         if hasattr(batches.sampler, 'seed'):
             batches.sampler.seed = self.runner.seed
 
+    def _list_early_stopping(self) -> list[EarlyStoppingHook]:
+        return [hook for hook in self.runner.hooks if isinstance(hook, EarlyStoppingHook)]
+
     def _is_evaluated(self) -> bool:
-        record = Path(self.runner.work_dir, EVALUATED)
-        known = torch.tensor(int(record.is_file() and record.read_text() == str(count_progress(self.runner))))
+        record, done = Path(self.runner.work_dir, EVALUATED), count_progress(self.runner)
+        known = record.is_file() and record.read_text() == str(done)
+        if self._list_early_stopping():  # needs the result, which checkpoints contain if they were saved afterwards
+            known = self.runner.message_hub.runtime_info.get(EVALUATED) == done
+        known = torch.tensor(int(known))
         broadcast(known)  # the first process decides
         return bool(known)
 

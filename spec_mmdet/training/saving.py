@@ -219,6 +219,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
         for key in wanted:
             runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')
+        runner.message_hub.update_info(EVALUATED, count_progress(runner))
         super().after_val_epoch(runner, {**metrics, **dict.fromkeys(wanted)})
         if is_main_process():
             write(Path(runner.work_dir, EVALUATED), str(count_progress(runner)))

@@ -132,12 +132,15 @@ class Terminal(Hook):
         """Show losses, learning rate, images per second, memory and remaining time."""
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         done, total = (batch_idx + 1, len(runner.train_dataloader)) if by_epoch else (runner.iter + 1, runner.max_iters)
+        images = len(data_batch['inputs'])
+        # MMEngine's own number is negative after a resumption with shorter epochs.
+        remaining = total - done + (runner.max_epochs - runner.epoch - 1) * total * by_epoch
         if self.bar:
-            self.bar.metrics = format_progress(runner, len(data_batch['inputs']), runner.log_processor.window_size)
+            self.bar.metrics = format_progress(runner, images, runner.log_processor.window_size, remaining)
             self.bar.update(self.bar.task_ids[0], completed=done)
         if done == total or not self.bar and done % self.interval == 0:
             where = f'epoch {runner.epoch + 1}/{runner.max_epochs}  ' if by_epoch else ''
-            line = format_progress(runner, len(data_batch['inputs']), min(done, self.interval))
+            line = format_progress(runner, images, min(done, self.interval), remaining)
             print_lines(f'{where}{done:{len(str(total))}}/{total}  {line}')
 
     def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
@@ -252,8 +255,15 @@ def describe_device(runner: Runner) -> list[str]:
     ]
 
 
-def format_progress(runner: Runner, images: int, window: int) -> str:
-    """Format losses, learning rate, images per second, memory and remaining time, averaged over ``window``."""
+def format_progress(runner: Runner, images: int, window: int, remaining: int) -> str:
+    """Format losses, learning rate, images per second, memory and remaining time.
+
+    Args:
+        runner: the running training.
+        images: number of images in the iteration that has just ended.
+        window: number of iterations to average over.
+        remaining: number of iterations until the end of the training.
+    """
     hub = runner.message_hub
     means = {name.removeprefix('train/'): float(buffer.mean(window)) for name, buffer in hub.log_scalars.items()
              if re.match('train/(.*loss|time$)', name)}  # fmt: skip
@@ -262,11 +272,11 @@ def format_progress(runner: Runner, images: int, window: int) -> str:
     logged = hub.log_scalars.get('train/lr')  # of the iteration that has just ended
     rate = logged.current() if logged else find_learning_rate(runner)
     line = f'loss {loss:.3f}' + f' ({parts})' * bool(parts) + f'  rate {rate:.1e}'
-    if seconds is not None:
-        line += f'  {images * get_world_size() / seconds:.1f} images/s'
-    line += f'  {measure_peak_memory() / 2**30:.1f} GiB'
-    eta = hub.runtime_info.get('eta')
-    return line + f'  {timedelta(seconds=int(eta))} left' * (eta is not None)
+    memory = f'  {measure_peak_memory() / 2**30:.1f} GiB'
+    if seconds is None:
+        return line + memory
+    speed = f'  {images * get_world_size() / seconds:.1f} images/s'
+    return f'{line}{speed}{memory}  {timedelta(seconds=int(seconds * remaining))} left'
 
 
 def measure_peak_memory() -> float:

@@ -203,8 +203,15 @@ def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, c
         assert (ours['image_id'], ours['category_id']) == (theirs['image_id'], theirs['category_id'])
         np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
         assert (decode(ours['segmentation']) != decode(theirs['segmentation'])).sum() <= 2
+    padded = tmp_path / 'padded.py'  # the reported case predict_onnx_pad
+    pipeline = Config.fromfile(config).test_dataloader.dataset.pipeline
+    pipeline.insert(2, dict(type='mmdet.Pad', size=(192, 160)))
+    padded.write_text(f"_base_ = '{config}'\ntest_dataloader = dict(dataset=dict(pipeline={pipeline}))")
+    args = [f'{shapes}/val/00000[1-4].png', '--score', 0.1, '--no-pictures', '--out', tmp_path / 'padded']
+    run_tool(monkeypatch, 'predict', padded, out, *args)
+    assert json.loads((tmp_path / 'padded' / 'predictions.json').read_text()) == found
+    assert 'padding removed' in capsys.readouterr().out
     *_, last = csv.DictReader((trained / 'results.csv').open())
-    capsys.readouterr()
     run_tool(monkeypatch, 'test', config, out, '--data', shapes, '--work-dir', tmp_path / 'test')
     printed = capsys.readouterr().out
     for kind in ('bbox', 'segm'):  # of PyTorch, at the end of the training

@@ -1,8 +1,7 @@
 """Reports by users of such tools, rebuilt at a small size outside this repository: trainings and what follows them.
 
-The cases of ``prepare`` are in tests/data/test_reports.py. Five others would take too long or too much memory here:
-huge_image, compare_other_data (see test_compare.py), predict_onnx_pad (see test_export.py), publish_interrupted (see
-test_publish.py), and the training of 000_good.
+The cases of ``prepare`` are in tests/data/test_reports.py, and predict_onnx_pad is in tests/commands/test_export.py,
+which exports a detector.
 """
 
 import os
@@ -10,14 +9,15 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_tool
+from conftest import ROOT, copy_reports, run_tool
 
-REPORTS = Path(os.environ.get('SPEC_REPORTS', ROOT.parent / 'shared' / 'reports'))
 # The training that starts several cases, with or without the option after it. It runs once.
 SHARED = re.compile(
     r'spec-mmdet train ../fast.py --data data --batch-size 5 --epochs 2 --work-dir (\w+)'
@@ -30,16 +30,19 @@ CASES = {
     'cached_mosaic': (2, ['will not be bit-identical', 'last checkpoint']),
     'checkpoint_out_dir': (5, ['resumed from ckpts/w/epoch_2.pth', 'last checkpoint: ckpts/w/epoch_3.pth']),
     'class_weight': (2, ['error: .*class_weight .*2 numbers.* 3']),
+    'compare_other_data': (5, ['Evaluate both on the same annotation file']),
     'condition_lookahead': (1, ['C 1.000 times', 'InputError: keep_fixed: Lookahead']),
     'dense': (2, ['9  images with more than 100 objects']),
     'drop_last': (2, ['error: .*10 images are fewer than a batch of 64']),
     'ema_weights_alone': (5, ['from w/published/model.pth', 'from w/published/model.safetensors', 'box AP']),
+    'huge_image': (2, ['1 pictures; wrote out2']),
     'mask2former_heads': (2, ['last checkpoint']),
     'onnx_thin_image': (4, ['skipped 1 .*exported', 'skipped 1 .*SpecXCiT', 'OnnxDetector of det.onnx', 'box AP']),
     'other_optimizers': (3, ['betas: removed', 'schedule .*SGD', 'error: .* no optimiser Lion']),
     'own_hooks': (3, ['last checkpoint: other', 'error: .*other/epoch_1.pth does not fit .* 119 with a wrong shape']),
     'pretrain_checkpoints_folder': (2, ['hidden .*ipynb_checkpoints', '3 classes: a, b, c']),
     'pretrained_gone': (8, ['from backbone.pth', 'resumed from w/epoch_1.pth', 'box AP', 'wrote w/published']),
+    'publish_interrupted': (4, ['SIGTERM: saving', 'within epoch 2']),
     'resume_lr': (6, ['1e-06']),
     'save_best_name': (2, ['error: save_best .*bbox_mAP.* coco/bbox_mAP']),
 }
@@ -48,11 +51,7 @@ CASES = {
 @pytest.fixture(scope='module')
 def reports(tmp_path_factory) -> Path:
     """Return a writable copy of the cases; 000_good has the shared training instead of a longer one."""
-    if not REPORTS.is_dir():
-        pytest.skip(f'no reports at {REPORTS}; set SPEC_REPORTS')
-    folder = tmp_path_factory.mktemp('reports') / 'reports'
-    shutil.copytree(REPORTS, folder)
-    subprocess.run(['chmod', '-R', 'u+w', folder], check=True)
+    folder = copy_reports(tmp_path_factory.mktemp('reports') / 'reports')
     (folder / '000_good/make.py').write_text((folder / 'drop_last/make.py').read_text())
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder / '000_good')
@@ -75,12 +74,17 @@ def run_line(monkeypatch, line: str) -> None:
             run_tool(monkeypatch, *words)
         except SystemExit as ended:
             print(ended.code)
+    elif words[:1] == ['go.py']:  # it limits its memory
+        subprocess.run([sys.executable, *words], env=os.environ | dict(PYTHONPATH=str(ROOT)))
     elif name == 'python':
         sys.modules.pop('common', None)
         monkeypatch.syspath_prepend('..')
         monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)  # set by commands
         monkeypatch.setattr(sys, 'argv', words)
-        runpy.run_path(words[0], run_name='__main__')
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which stop.py sends to the training
+        with suppress(SystemExit):
+            runpy.run_path(words[0], run_name='__main__')
+        signal.signal(signal.SIGTERM, before)
     else:
         subprocess.run(['bash', '-c', line])
 

@@ -22,12 +22,15 @@ import torch
 from conftest import BARE, CONFIG, ROOT, assert_ap_is_that_of_pycocotools, error_line, options, run_tool
 from mmdet.registry import HOOKS
 from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.runner import EpochBasedTrainLoop
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
 from spec_mmdet.errors import InputError
 from spec_mmdet.models.tta import use_augmentation
 from spec_mmdet.training.results import group_by_epoch, read_scalars
+from spec_mmdet.training.terminal import Terminal
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
 DDP_ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
@@ -104,6 +107,18 @@ def test_terminal_output_of_training(trained):
         assert words in lines[first]
     assert any(line.startswith('epoch 1/1  validation: box AP 0.') for line in lines)
     assert lines[-1] == 'best checkpoint: best_coco_segm_mAP_epoch_1.pth'  # relative to the start folder
+
+
+def test_the_remaining_time_after_a_resumption_with_shorter_epochs(capsys):
+    """The total number of iterations, MMEngine's base, is below the number of the last iteration."""
+    hub = MessageHub('shorter')
+    hub.update_scalars({'train/time': 2.0, 'train/loss': 1.0, 'train/lr': 0.1})
+    runner = Mock(train_loop=Mock(spec=EpochBasedTrainLoop), train_dataloader=range(10), message_hub=hub)
+    runner.configure_mock(epoch=1, max_epochs=3, iter=150, max_iters=30)
+    terminal = Terminal()
+    terminal.interval = 4
+    terminal.after_train_iter(runner, 3, dict(inputs=[0]))
+    assert '0:00:32 left' in capsys.readouterr().out  # 6 + 10 iterations
 
 
 def test_a_bar_on_a_terminal_and_all_of_the_log(shapes, tmp_path):

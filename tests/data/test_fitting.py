@@ -8,9 +8,8 @@ import mmdet
 import pytest
 from conftest import ROOT
 from mmdet.datasets import CocoDataset
-from mmdet.datasets.transforms import CachedMosaic
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
 
 from spec_mmdet import InputError
@@ -21,7 +20,6 @@ from spec_mmdet.data.fitting import (
     list_coco_metrics,
     list_configured_classes,
     list_stated_classes,
-    report_caches,
     require_class_weights,
     require_monitored_metrics,
     require_one_annotation_file,
@@ -204,16 +202,3 @@ def test_heads_of_mask2former_follow_the_data():
     head.loss_cls.class_weight.pop()
     with pytest.raises(InputError, match='has 4 numbers .* Use 5'):
         require_class_weights(cfg)
-
-
-@pytest.mark.parametrize('kind', ['CachedMosaic', 'mmdet.CachedMixUp', 'OwnCachedMosaic', 'Mosaic'])
-def test_transforms_that_keep_images_are_reported(tmp_path, capsys, kind):
-    cfg = config(tmp_path, 'CocoDataset')
-    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type=kind))
-    own = type('OwnCachedMosaic', (CachedMosaic,), {})
-    TRANSFORMS.register_module(module=own)
-    try:
-        report_caches(cfg)
-    finally:
-        del TRANSFORMS.module_dict['OwnCachedMosaic']
-    assert ('bit-identical' in capsys.readouterr().out) == (kind != 'Mosaic')

@@ -1,7 +1,6 @@
 """Reports by users of such tools, rebuilt at a small size: prepare's cases in a folder outside this repository."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_tool
+from conftest import copy_reports, run_tool
 from PIL import Image
 
-REPORTS = Path(os.environ.get('SPEC_REPORTS', ROOT.parent / 'shared' / 'reports'))
 COLOURS = dict(red=(220, 30, 30), blue=(30, 30, 220))
 # The expected result of each command of a case: the images written in each split, or a part of its one-line error.
 CASES = {
@@ -55,10 +53,7 @@ def assert_boxes_are_where_the_colours_are(out: Path, split: str, count: int, ca
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_reported_case(monkeypatch, tmp_path, capsys, case):
-    if not REPORTS.is_dir():
-        pytest.skip(f'no reports at {REPORTS}; set SPEC_REPORTS')
-    shutil.copytree(REPORTS, tmp_path / 'reports')
-    monkeypatch.chdir(tmp_path / 'reports' / case)
+    monkeypatch.chdir(copy_reports(tmp_path / 'reports') / case)
     subprocess.run([sys.executable, 'make.py'], check=True)
     commands = re.findall('^spec-mmdet prepare (.+)$', Path('COMMAND').read_text(), re.MULTILINE)
     assert len(commands) == len(CASES[case])
@@ -85,10 +80,7 @@ def test_a_reported_case(monkeypatch, tmp_path, capsys, case):
 )
 def test_mixed_boxes_and_polygons(monkeypatch, tmp_path, options, images, objects, masks):
     """Half of the images have an object without a mask; leaving out the object alone would make it background."""
-    if not REPORTS.is_dir():
-        pytest.skip(f'no reports at {REPORTS}; set SPEC_REPORTS')
-    shutil.copytree(REPORTS, tmp_path / 'reports')
-    monkeypatch.chdir(tmp_path / 'reports' / 'mixed_masks')
+    monkeypatch.chdir(copy_reports(tmp_path / 'reports') / 'mixed_masks')
     subprocess.run([sys.executable, 'make.py'], check=True)
     run_tool(monkeypatch, 'prepare', 'data', *options, '--val', 2, '--out', 'out')
     contents = [json.loads(path.read_text()) for path in Path('out/annotations').iterdir()]

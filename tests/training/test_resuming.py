@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import CONFIG, run_tool
-from mmdet.registry import HOOKS
+from mmdet.registry import DATASETS, HOOKS, TRANSFORMS
+from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 
 from spec_mmdet.checkpoints.reading import load
-from spec_mmdet.data.shapes import write_split
+from spec_mmdet.data.shapes import CATEGORIES, write_split
+from spec_mmdet.training.exact import SeededDataset, keeps_state
 
 
 @HOOKS.register_module()
@@ -116,3 +119,38 @@ def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
     gone = ['model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=gone.pth']
     assert train(monkeypatch, few_shapes, tmp_path / 'moved', '--resume', *settings, *gone) == 0
     assert_same_run(tmp_path / 'whole', tmp_path / 'moved')
+
+
+class OwnGenerator:
+    """Transform with its own random numbers, like those of albumentations."""
+
+    generator = np.random.default_rng(0)
+
+    def __call__(self, results: dict) -> dict:
+        results['img'] = results['img'] + self.generator.integers(1, 9)
+        return results
+
+
+@pytest.mark.parametrize('kind', ['CachedMosaic', 'CachedMixUp', 'OwnGenerator', 'RandomAffine'])
+def test_data_that_depends_on_the_images_before(monkeypatch, few_shapes, kind):
+    monkeypatch.setitem(TRANSFORMS.module_dict, 'OwnGenerator', OwnGenerator)
+    cfg = Config.fromfile(CONFIG).train_dataloader.dataset
+    cfg.pipeline[1].with_mask = False
+    cfg.pipeline.insert(3, ConfigDict(type=kind))
+    cfg.update(data_root=str(few_shapes), metainfo=dict(classes=CATEGORIES))
+    if kind.startswith('Cached'):
+        cfg.pipeline[3].img_scale = (64, 64)
+    assert keeps_state(SeededDataset(DATASETS.build(cfg))) == (kind != 'RandomAffine')
+
+
+def test_early_stopping_remembers_the_evaluations_before_a_resumption(monkeypatch, tmp_path):
+    """The score of the second epoch, which is not better, is in no checkpoint: it is evaluated again."""
+    monkeypatch.setattr(toy, 'SCORES', [3.0, 2.0, 1.0, 0.0])
+    stop = [dict(type='EarlyStoppingHook', monitor='score', rule='greater', patience=2)]
+    whole = toy.runner(tmp_path / 'whole', custom_hooks=stop)
+    whole.train()
+    toy.runner(tmp_path / 'part', 2, custom_hooks=stop).train()
+    resumed = toy.runner(tmp_path / 'part', resume_from=tmp_path / 'part' / 'epoch_2.pth', custom_hooks=stop)
+    toy.Score.epoch = 1
+    resumed.train()
+    assert resumed.epoch == whole.epoch == 3
