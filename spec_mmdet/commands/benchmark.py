@@ -23,6 +23,7 @@ round. The command prints a table and writes a JSON file.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..errors import InputError
     from ..files import write
+    from ..inference.inferencer import require_device
     from ..models.xcit import ARCHS
     from ..training.speed import Setting, describe_processor, measure_models
 
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.models or ['plain-form', 'ours']
     if not args.models and not args.detector:
         names = [*(['timm'] if find_spec('timm') else []), *names, 'identity', 'svd']
+    require_device(args.device)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     processor = describe_processor(device)
     print(f'{"Mask R-CNN" if args.detector else "backbone"}, {args.arch} p{args.patch_size}, batch {args.batch}, '
@@ -89,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for text in args.sizes:
         try:
-            height, width = map(int, text.split('x'))
-        except ValueError as error:
+            height, width = map(require_positive(int), text.split('x'))
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise InputError(f'--sizes {text}: write HEIGHTxWIDTH in pixels, for instance 640x640') from error
         size = height, width
         shared = dict(detector=args.detector, rounds=args.rounds, memory=not args.no_memory)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..status import show_status
-from .common import make_parser
+from .common import make_parser, require_positive
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     change.add_argument('--fold', action='store_true', help='replace W by W + C, which gives a plain checkpoint')
     change.add_argument('--condition', choices=['identity', 'svd'], help='condition a plain checkpoint, keeping its '
                         'function: W is replaced by W - C')  # fmt: skip
-    options.add_argument('--lam', type=float, help='lambda of an identity conditioning (default: see --sigmas)')
-    options.add_argument('--sigmas', type=float, help='lambda of --condition identity as a multiple of sigma_max of '
+    positive = require_positive(float)
+    options.add_argument('--lam', type=positive, help='lambda of an identity conditioning (default: see --sigmas)')
+    options.add_argument('--sigmas', type=positive, help='lambda of --condition identity as a multiple of sigma_max of '
                          'each projection (default: 2, if --lam is not given)')  # fmt: skip
     to = options.add_mutually_exclusive_group()
     to.add_argument('--to', choices=['reference', 'timm'], help='write the backbone or classifier in this layout '

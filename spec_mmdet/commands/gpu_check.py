@@ -27,13 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from ..errors import InputError
+    from ..inference.inferencer import require_device
     from ..training.gpu_checks import GpuCheck, run_checks
     from ..training.speed import describe_processor
 
+    require_device(args.device)
     check = GpuCheck(args.device, args.out)
-    if not check.small and not torch.cuda.is_available():
-        raise InputError('PyTorch finds no GPU. Pass --device cpu to run the same checks at a small size')
     head = f'{describe_processor(args.device)}; torch {torch.__version__}, CUDA {torch.version.cuda}'
     head += f'; {check.arch}, {check.size}'
     print(head)

@@ -21,12 +21,13 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, prefix_errors
-from ..files import is_empty, write_folder_atomically
+from ..files import is_empty, one_line_write_errors, write_folder_atomically
 from .common import make_parser
 
 if TYPE_CHECKING:  # imported after parsing: --help is fast
@@ -49,10 +50,11 @@ def print_counts(splits: Sequence[Split]) -> None:
 
 def parse_amount(text: str) -> float:
     """Parse a number of images from 1 on, or a fraction below 1."""
-    value = float(text)
-    if not 0 < value < 1 and not (value >= 1 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f'{text}: give a number of images from 1 on, or a fraction below 1')
-    return value
+    with suppress(ValueError):
+        value = float(text)
+        if 0 < value < 1 or value >= 1 and value.is_integer():
+            return value
+    raise argparse.ArgumentTypeError(f'{text}: give a number of images from 1 on, or a fraction below 1')
 
 
 def report(splits: Sequence[Split], found: Findings, folder: Path, listing: Path) -> None:
@@ -132,8 +134,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     beside = args.out.absolute().parent if args.out else None  # the same file system, for space and hard links
-    with TemporaryDirectory(prefix='.prepare-', dir=beside if beside and beside.is_dir() else None) as scratch:
-        prepare(args, Path(scratch))
+    beside = beside if beside and beside.is_dir() else None
+    with one_line_write_errors(args.out or Path(gettempdir()), beside or Path(gettempdir())):
+        scratch = TemporaryDirectory(prefix='.prepare-', dir=beside)
+    with scratch:
+        prepare(args, Path(scratch.name))
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> None:

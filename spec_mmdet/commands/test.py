@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import InputError, list_briefly
+from ..files import one_line_write_errors
 from ..status import show_status
 from .common import add_run_options, load_run_config, make_parser
 
@@ -39,6 +40,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f'--tta is not possible with an exported detector, {args.checkpoint}. Test its checkpoint')
     if args.show_dir:
         # MMDetection resolves a relative folder for each batch anew, relative to that of the previous batch.
+        with one_line_write_errors(args.show_dir, args.show_dir):
+            args.show_dir.mkdir(parents=True, exist_ok=True)
         args.show_dir = str(args.show_dir.resolve())
     return args
 

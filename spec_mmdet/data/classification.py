@@ -76,8 +76,8 @@ class ClassFolder(ImageFolder):
             super().__init__(root, build_transform(**transform), loader=read_rgb, is_valid_file=is_visible_image)
         except OSError as error:
             raise InputError(
-                f'{root}: {error}. --data FOLDER needs FOLDER/train/CLASS/ and FOLDER/val/CLASS/ with the images of '
-                'each class'
+                f'{root}: {str(error).rstrip(".")}. --data FOLDER needs FOLDER/train/CLASS/ and FOLDER/val/CLASS/ with '
+                'the images of each class'
             ) from error
         self.metainfo = dict(classes=tuple(self.classes))
 

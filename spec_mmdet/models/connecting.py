@@ -7,6 +7,7 @@ from mmdet.registry import MODELS
 
 from ..configs import is_kind_of
 from ..errors import InputError
+from .classifier import SpecXCiTClassifier
 from .xcit import ARCHS, STRIDES, SpecXCiT
 
 # By the number of maps that a neck or head reads: what all of MMDetection's detectors with so many maps expect.
@@ -44,7 +45,7 @@ def connect_backbone(model: dict) -> list[str]:
     padded to multiples of 32, without which upsampled maps do not fit the next ones.
 
     Args:
-        model: a detector's config. It is unchanged if its backbone is no SpecXCiT.
+        model: a detector's config. It is unchanged if its backbone is no SpecXCiT, or a classifier.
 
     Returns:
         The settings that were changed, for instance "model.neck.in_channels=[384, 384, 384]".
@@ -53,7 +54,7 @@ def connect_backbone(model: dict) -> list[str]:
         InputError: if the detector does not read maps of these strides.
     """
     backbone = model.get('backbone') or {}
-    if not is_kind_of(backbone, MODELS, SpecXCiT):
+    if not is_kind_of(backbone, MODELS, SpecXCiT) or is_kind_of(backbone, MODELS, SpecXCiTClassifier):
         return []
     name, reader = find_reader(model)
     channels = reader.get('in_channels')

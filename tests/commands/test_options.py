@@ -2,14 +2,17 @@
 
 import json
 import logging
+import traceback
 
+import numpy as np
 import pytest
 from conftest import CONFIG, error_line, options, run_tool
+from mmcv.transforms import Compose
 from mmengine.config import Config
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
-from spec_mmdet.commands.options import adjust_dependent_settings, merge
+from spec_mmdet.commands.options import adjust_dependent_settings, explain_config_error, merge
 from spec_mmdet.errors import InputError
 
 FEW = ['train_dataloader.dataset.indices=8']  # two steps of four images
@@ -130,6 +133,41 @@ def test_a_config_that_cannot_be_built_is_one_line(monkeypatch, shapes, tmp_path
         return
     args = [CONFIG, '--work-dir', tmp_path / 'work', *options(shapes), *settings]
     assert says in error_line(monkeypatch, 'train', *args)
+
+
+@pytest.mark.parametrize(
+    ('command', 'says'),
+    [
+        ('train CONFIG --epochs 0', '0: give an integer from 1 on'),
+        ('train CONFIG --epochs 1.5', '1.5: give an integer from 1 on'),
+        ('train CONFIG --lr nan', 'nan: give a number above 0'),
+        ('train CONFIG --cfg-options seed', 'seed: write KEY=VALUE'),
+        ('train CONFIG --work-dir x --cfg-options randomness.seed=-5', 'randomness.seed in the config is -5'),
+        ('train CONFIG --work-dir x --cfg-options train_cfg.val_interval=0', 'val_interval in the config is 0'),
+        ('test CONFIG a.pth --show-dir /proc/x', '/proc/x: could not be written'),
+        ('convert a.pth b.pth --condition identity --lam -1', '-1: give a number above 0'),
+        ('benchmark --sizes 0x0', '--sizes 0x0: write HEIGHTxWIDTH'),
+        ('benchmark --device banana', '--device banana: not available'),
+        ('gpu-check --device banana', '--device banana: not available'),
+        ('prepare . --out x --val x', 'x: give a number of images'),
+        ('prepare . --val 1 --out /proc/x', '/proc/x: could not be written'),
+    ],
+)
+def test_an_invalid_value_is_one_line(monkeypatch, tmp_path, capsys, command, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(monkeypatch, *command.replace('CONFIG', str(CONFIG)).split())
+    lines = f'{capsys.readouterr().err}\n{stopped.value.code}'.splitlines()
+    assert [line for line in lines if 'error: ' in line and says in line]
+
+
+def test_a_transform_that_fails_is_named():
+    try:
+        Compose([dict(type='Resize', scale=(10**7, 10**7))])(dict(img=np.zeros((4, 4, 3), np.uint8), img_shape=(4, 4)))
+    except Exception as error:
+        assert 'transform (Resize) failed' in explain_config_error(error)
+        worker = RuntimeError(f'Caught error in DataLoader worker process 0.\n{traceback.format_exc()}')
+        assert 'transform (processing) failed' in explain_config_error(worker)
 
 
 def test_a_fault_of_the_program_stays_a_traceback(monkeypatch, shapes, tmp_path):
