@@ -43,14 +43,15 @@ class CfgOptions(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """Argument parser of a command.
 
-    --cfg-options ends at the first argument that is not KEY=VALUE, so that a config file may follow. Parsing also
-    registers this package's modules with MMDetection.
+    --cfg-options ends at the first argument that is not KEY=VALUE, so that a config file may follow.
 
     Attributes:
         made: if this is a list, parsing only adds the parser to it and exits.
+        needs: the module that parsing imports at last, by default that which registers this package with MMDetection.
     """
 
     made: list[Parser] | None = None
+    needs: str = 'registered'
 
     def parse_known_args(self, args=None, namespace=None):
         args, left = [], list(sys.argv[1:] if args is None else args)
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
             raise SystemExit
         found = super().parse_args(args, namespace)
         with show_status('loading PyTorch and MMDetection'):
-            import_module('spec_mmdet.registered')
+            import_module(f'spec_mmdet.{self.needs}')
         return found
 
     def error(self, message):

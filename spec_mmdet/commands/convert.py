@@ -21,6 +21,7 @@ from .common import make_parser, require_positive
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('convert', __doc__)
+    options.needs = 'checkpoints.conversion'
     options.add_argument('source', help='file or URL')
     options.add_argument('destination', type=Path, help='file to write, .pth or .safetensors')
     options.add_argument(
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.detector:
         from mmengine.registry import MODELS, init_default_scope
 
+        from .. import registered  # noqa: F401
         from ..configs import find_config, read_config
         from ..data.tasks import set_classes
 

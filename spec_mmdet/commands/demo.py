@@ -17,7 +17,9 @@ WORK = Path('work_dirs/demo')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    make_parser('demo', __doc__).parse_args(argv)
+    options = make_parser('demo', __doc__)
+    options.needs = 'data.shapes'
+    options.parse_args(argv)
 
     from ..data.shapes import write_shapes
     from ..evaluation.pages import PAGE

@@ -1,9 +1,15 @@
-"""Matrix products and convolutions, dispatched to the fastest CPU kernel.
+"""Matrix products and convolutions by the fastest CPU kernel; values and gradients are those of PyTorch's functions.
 
-Values and gradients are those of PyTorch's own functions.
+A product is computed by PyTorch's choice, MKL (``linear``), or by oneDNN as a 1 x 1 convolution (``convolution``). On
+AMD processors either can be faster, up to twice, and not the same one for a product and for its gradients. Therefore
+they are measured.
 """
 
 from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +17,132 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from ..compat import has_hooks
+from ..errors import InputError
+
+VARIABLE = 'SPEC_MMDET_PRODUCTS'  # environment variable that fixes the kernels
+KERNELS = ('linear', 'convolution')
+SHAPES = dict(widening=(384, 1536), narrowing=(1536, 384))  # channels before and after the measured products
+MARGIN = 0.95  # a convolution is chosen if it takes less than this part of the time
+CHOSEN: dict[str, dict[str, list[str]]] = {}  # by setting and shape: the kernels, forward and backward
 
 # Tokens per product in half precision: oneDNN sums them in float32 and rounds; the rounded sums are added in float32.
 SLICE = 1024
 WINDOWS = 2**21  # elements of a convolution's windows copied at a time, so that they fit in the cache
 
 
-def uses_onednn(x: Tensor) -> bool:
-    """Return whether products with x are computed by oneDNN, as 1 x 1 convolutions, instead of by PyTorch's choice.
+def is_eager_cpu(x: Tensor) -> bool:
+    """Return whether x is on a CPU and operations on it are run, not compiled, exported or traced."""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    PyTorch chooses MKL on a CPU, which can take twice as long as oneDNN on an AMD processor. Under autocast to bfloat16
-    PyTorch chooses oneDNN, too, but adds the bias in a separate pass.
+
+def describe_setting(dtype: torch.dtype) -> str:
+    """Return the dtype and number of threads of products, for which kernels are chosen."""
+    return f'{str(dtype).removeprefix("torch.")}, {torch.get_num_threads()} threads'
+
+
+def choose_kernels(dtype: torch.dtype) -> dict[str, list[str]]:
+    """Return the kernels of products in float32 or bfloat16: of each shape in :data:`SHAPES`, forward and backward.
+
+    They are chosen once per process and number of threads: by the environment variable :data:`VARIABLE`, or by
+    measuring for about 0.1 s. With one thread PyTorch computes 1 x 1 convolutions by a slow kernel, so there is no
+    choice.
+
+    Raises:
+        InputError: if the environment variable names no kernel.
     """
-    if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
-        return False
-    if torch.is_autocast_enabled('cpu'):
-        return get_product_dtype(x) == torch.bfloat16
-    return x.dtype in (torch.float32, torch.float64)
+    setting = describe_setting(dtype)
+    if setting in CHOSEN:
+        return CHOSEN[setting]
+    names = os.environ.get(VARIABLE, '')
+    fixed = names.split(',')
+    if names and (len(fixed) > 2 or {*fixed} - {*KERNELS}):
+        raise InputError(f'{VARIABLE}={names}: use {" or ".join(KERNELS)}, or two of them as FORWARD,BACKWARD')
+    if torch.get_num_threads() == 1 or not torch.backends.mkldnn.is_available():
+        fixed = ['linear']
+    if any(fixed):
+        CHOSEN[setting] = dict.fromkeys(SHAPES, [fixed[0], fixed[-1]])
+    else:  # in a new thread, which has none of this one's autocast, inference mode and counters of operations
+        with ThreadPoolExecutor(1) as thread:
+            CHOSEN[setting] = thread.submit(measure_kernels, dtype).result()
+    return CHOSEN[setting]
+
+
+def measure_kernels(dtype: torch.dtype) -> dict[str, list[str]]:
+    """Time the kernels in turns on each shape, forward and backward, and return the fastest."""
+    fastest = {}
+    for shape, (C, D) in SHAPES.items():
+        x, W, b = (torch.ones(size, dtype=dtype, requires_grad=True) for size in ((1, 256, C), (D, C), (D,)))
+        times = {kernel: [] for kernel in KERNELS}
+        for kernel in 4 * KERNELS:
+            start = time.perf_counter()
+            y = multiply(x, W, b, kernel)
+            middle = time.perf_counter()
+            torch.autograd.grad(y, (x, W, b), y.detach())
+            times[kernel].append((middle - start, time.perf_counter() - middle))
+        linear, convolution = ([min(each) for each in zip(*times[kernel])] for kernel in KERNELS)
+        fastest[shape] = [KERNELS[other < MARGIN * own] for own, other in zip(linear, convolution)]
+    return fastest
+
+
+def restore_kernels(chosen: object) -> None:
+    """Set the kernels of a resumed training, :data:`CHOSEN` as a checkpoint contains it.
+
+    Raises:
+        InputError: if it contains anything else.
+    """
+    for setting, kernels in chosen.items() if isinstance(chosen, dict) else [(None, chosen)]:
+        pairs = [kernels.get(shape) for shape in SHAPES] if isinstance(kernels, dict) else [None]
+        if any(pair not in [[one, two] for one in KERNELS for two in KERNELS] for pair in pairs):
+            raise InputError('the checkpoint: its "products" are no kernels. Use a checkpoint that train wrote')
+        CHOSEN[setting] = kernels
+
+
+def select_kernels(x: Tensor, shape: str) -> list[str]:
+    """Return the kernels of a product with x and of its gradients; those of PyTorch's choice are 'linear'."""
+    dtype = get_product_dtype(x)
+    if not is_eager_cpu(x) or dtype not in (torch.float32, torch.bfloat16):
+        return ['linear', 'linear']
+    return choose_kernels(dtype)[shape]
+
+
+def as_image(x: Tensor) -> Tensor:
+    """View tokens, shape (B, N, C), as channels_last images one pixel high."""
+    return x.mT.unsqueeze(2)
+
+
+def multiply(x: Tensor, W: Tensor, b: Tensor | None, kernel: str) -> Tensor:
+    """Compute ``x W^T + b`` by a kernel, for a W of shape (D, C)."""
+    if kernel == 'linear':
+        return F.linear(x, W, b)
+    return F.conv2d(as_image(x), W[:, :, None, None], b).squeeze(2).mT
+
+
+class _Linear(torch.autograd.Function):
+    """``x W^T + b`` by one kernel, backward by the other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, kernel: str) -> Tensor:
+        return multiply(x, W, b, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.kernel = inputs[3]
+
+    @staticmethod
+    def backward(ctx, by_y: Tensor) -> tuple:
+        x, W = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if ctx.kernel == 'linear':
+            image, by_image, kernel = as_image(x), as_image(by_y), W[:, :, None, None]
+            shape = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, ..., groups
+            by_x, by_W, by_b = torch.ops.aten.convolution_backward(by_image, image, kernel, [len(W)], *shape, wanted)
+            return by_x.squeeze(2).mT if wanted[0] else None, by_W[..., 0, 0] if wanted[1] else None, by_b, None
+        by_x = by_y @ W if wanted[0] else None
+        by_W = by_y.flatten(0, 1).T @ x.flatten(0, 1) if wanted[1] else None
+        return by_x, by_W, by_y.sum(dim=(0, 1)) if wanted[2] else None, None
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -37,12 +152,15 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         W: shape (D, C), or (B, D, C) with one matrix for each image.
         b: shape (D,) or None; with one matrix for each image, shape (B, D).
     """
-    if not uses_onednn(x):
-        return F.linear(x, W, b) if W.ndim == 2 else torch.baddbmm(b[:, None], x, W.mT)
-    if W.ndim == 2:  # the tokens are a channels_last image one pixel high
-        return F.conv2d(x.mT.unsqueeze(2), W[:, :, None, None], b).squeeze(2).mT
-    ys = [linear(*own) for own in zip(x.split(1), W, b)]
-    return ys[0] if len(ys) == 1 else torch.cat(ys)
+    kernel, other = select_kernels(x, 'widening' if W.shape[-2] > W.shape[-1] else 'narrowing')
+    if W.ndim == 3:
+        if kernel == other == 'linear':
+            return torch.baddbmm(b[:, None], x, W.mT)
+        return torch.cat([linear(*own) for own in zip(x.split(1), W, b)])
+    if kernel == other or not torch.is_grad_enabled():
+        return multiply(x, W, b, kernel)
+    dtype = get_product_dtype(x)
+    return _Linear.apply(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), kernel)
 
 
 def compute_gram(x: Tensor) -> Tensor:
@@ -56,10 +174,10 @@ def compute_gram(x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16:  # float16 could overflow
             return torch.stack([(part.mT @ part).float() for part in x.split(SLICE, dim=1)]).sum(dim=0)
         x = x.float()
-    if not uses_onednn(x):
+    if select_kernels(x, 'narrowing')[1] == 'linear':
         return x.mT @ x
     C = x.shape[2]  # the Gram matrix is the gradient of a 1 x 1 convolution with respect to its weight
-    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in x.mT.unsqueeze(2).split(1)])
+    return torch.stack([conv2d_weight(row, (C, C, 1, 1), row)[..., 0, 0] for row in as_image(x).split(1)])
 
 
 def compute_weight_gradient(x: Tensor, by_y: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:

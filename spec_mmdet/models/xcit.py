@@ -19,7 +19,7 @@ from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
 from ..errors import InputError
 from .attention import XCA
-from .products import Conv2d, Upsample, get_product_dtype, is_plain, linear, scale_output, uses_onednn
+from .products import Conv2d, Upsample, get_product_dtype, is_eager_cpu, is_plain, linear, scale_output
 
 # The reference implementation's architectures (arXiv 2106.09681); eta is the initial value of LayerScale.
 ARCHS = {
@@ -192,7 +192,7 @@ class MLP(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return linear(gelu(linear(x, self.fc1.weight, self.fc1.bias)), W, b)
 
-        if torch.is_grad_enabled() or not uses_onednn(x):
+        if torch.is_grad_enabled() or not is_eager_cpu(x):
             return mlp(x)
         # With this many tokens at a time, the hidden layer fits in the cache.
         parts = [mlp(part) for part in x.split(4096, dim=1)]

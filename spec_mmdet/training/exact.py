@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from ..compat import count_accumulated_batches, count_epoch, update_val_interval
 from ..errors import InputError
-from .saving import EVALUATED, count_progress
+from ..models.products import CHOSEN, choose_kernels, describe_setting, restore_kernels
+from ..processes import decide_on_main
+from .saving import EVALUATED, count_progress, unwrap_model
 
 SAMPLE, ITERATION = range(2)  # the two kinds of positions, so that their seeds differ
 
@@ -166,7 +168,7 @@ class ExactLoop:
         }
 
     def _restore_run(self, may_differ: tuple[str, ...] = ()) -> None:
-        """Restore the seed and early stopping of the resumed run; raise InputError if its ``step_settings`` differ."""
+        """Restore the resumed run's seed, kernels and early stopping; raise InputError if its ``step_settings`` differ."""
         if is_main_process() and keeps_state(self.dataloader.dataset):
             self.runner.logger.warning(
                 'the training data depends on the images before (CachedMosaic, CachedMixUp and Albu do this), so a '
@@ -187,6 +189,10 @@ class ExactLoop:
                     '(train_dataloader.batch_size times processes), or start a new training from its weights with '
                     '--cfg-options load_from=FILE'
                 )
+        restore_kernels(self.resumed_from.get('products', {}))
+        if next(unwrap_model(self.runner).parameters()).device.type == 'cpu':
+            # Now, so that all processes use the same kernels, and the first checkpoint contains them.
+            CHOSEN[describe_setting(torch.float32)] = decide_on_main(lambda: choose_kernels(torch.float32))
         batches = self.dataloader.batch_sampler
         batches.seed = self.runner.seed
         if hasattr(batches.sampler, 'seed'):

@@ -34,6 +34,7 @@ from ..evaluation.drawing import Mark, draw, tile_pictures, use_font_for
 from ..evaluation.plots import add_legend
 from ..evaluation.tasks import LABELS, find_task
 from ..files import compute_digest, format_csv, write
+from ..models.products import CHOSEN
 from .hooks import CONDITIONING, MEDIANS, find_learning_rate
 from .saving import unwrap_model
 
@@ -71,6 +72,7 @@ def describe_run(runner: Runner) -> dict:
         config=str(runner.cfg.filename),
         conditioning=describe_conditioning(backbone.state_dict()) if backbone is not None else 'None',
         started=runner.timestamp,
+        products=dict(CHOSEN),
         data={
             loop: {str(path): compute_digest(path) for path in list_annotation_files(runner.cfg, loop)}
             for loop in ('train', 'val')
@@ -227,7 +229,7 @@ def draw_tile(image: np.ndarray, marks: Sequence[Mark], title: str) -> np.ndarra
 class ResultsHook(Hook):
     """Hook that writes metadata, pictures, tables and curves to the work directory.
 
-    * ``run.json``: command, commit, seed and conditioning; also in checkpoints, as meta.run.
+    * ``run.json``: command, commit, seed, conditioning and kernels; also in checkpoints, as meta.run.
     * ``train_batch_1.jpg`` etc.: the first training images with their labels, after augmentation.
     * ``val_epoch_1.jpg`` etc.: the first validation images with truth and predictions.
     * ``results.csv`` and ``results.png`` after each validation: losses, AP, learning rate and condition numbers.

@@ -25,6 +25,7 @@ from ..checkpoints.writing import serialize
 from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
 from ..files import write
+from ..models.products import CHOSEN
 from ..processes import start_max
 
 INTERRUPTED = 'interrupted.pth'  # the checkpoint saved on a signal
@@ -86,8 +87,8 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     * Weights with NaN or inf are an error, and nothing is saved.
     * A checkpoint with an AP of 0 is never the best one.
     * ``best_..._weights.pth`` contains only the weights and classes of the best checkpoint.
-    * For exact resuming, checkpoints also contain the iteration within the epoch, the settings of an optimiser step
-      and accumulated gradients.
+    * For exact resuming, checkpoints also contain the iteration within the epoch, the settings of an optimiser
+      step, the kernels of matrix products and accumulated gradients.
     * On a signal (:func:`stop_on_signals`), the hook saves ``interrupted.pth``, and the process exits with status 128 +
       signal number.
     """
@@ -179,6 +180,7 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         meta, loop = checkpoint['meta'], runner.train_loop
         if hasattr(loop, 'step_settings'):
             meta['steps'] = loop.step_settings
+            meta['products'] = dict(CHOSEN)
         if hasattr(loop, 'epoch_start'):
             meta['iter_in_epoch'] = meta['iter'] - loop.epoch_start if meta['epoch'] == loop.epoch else 0
         if 'optimizer' in checkpoint and not runner.optim_wrapper.should_update():

@@ -1,5 +1,7 @@
 """Compare the two forms of XCA with each other and with the definition in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from spec_mmdet.models import products
 from spec_mmdet.models.attention import XCA, compute_xca, compute_xca_by_gram
-from spec_mmdet.models.products import linear
+from spec_mmdet.models.products import KERNELS, linear
 
 
 def arguments(B, N, heads, d, seed=0, scale=1.0, lam=0.0, kind='random'):
@@ -50,9 +52,9 @@ def test_gram_form_equals_the_plain_form(**draw):
 
 @pytest.mark.parametrize('kind', ['random', 'zero', 'constant'])
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('onednn', [True, False])
-def test_gradients_equal_those_of_the_plain_form(monkeypatch, kind, bias, onednn):
-    monkeypatch.setattr(products, 'uses_onednn', lambda x: onednn)  # a GPU has no such flag
+@pytest.mark.parametrize('kernels', list(product(KERNELS, KERNELS)))
+def test_gradients_equal_those_of_the_plain_form(monkeypatch, kind, bias, kernels):
+    monkeypatch.setattr(products, 'select_kernels', lambda x, shape: kernels)
     given = list(arguments(2, 50, 3, 4, lam=2.0, kind=kind))
     if not bias:
         given[2] = torch.zeros_like(given[2])

@@ -1,12 +1,27 @@
 """Compare the faster convolutions with PyTorch's own, in values and gradients."""
 
+import time
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spec_mmdet.errors import InputError
 from spec_mmdet.models import products
-from spec_mmdet.models.products import Conv2d, Upsample, compute_gram
+from spec_mmdet.models.products import (
+    CHOSEN,
+    KERNELS,
+    SHAPES,
+    Conv2d,
+    Upsample,
+    choose_kernels,
+    compute_gram,
+    linear,
+    restore_kernels,
+)
 
 SIDES = st.integers(1, 9)
 
@@ -71,3 +86,105 @@ def test_products_of_bfloat16_add_up_in_float32(N):
     assert (error.flatten(1).norm(dim=1) <= 2**-8 * exact.flatten(1).norm(dim=1)).all()
     if N > products.SLICE + 1:  # one product is rounded once by up to 2**-8, and the errors of several average out
         assert error.norm() < 0.6 * (x.mT @ x - exact).norm()
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Two threads, for which no kernel is chosen yet."""
+    monkeypatch.delenv(products.VARIABLE, raising=False)
+    monkeypatch.setattr(products, 'CHOSEN', {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('kernels', list(product(KERNELS, KERNELS)))
+@pytest.mark.parametrize('B, N, C, D', [(1, 50, 8, 24), (3, 7, 24, 8), (2, 9, 8, 8)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_all_kernels_compute_the_product(monkeypatch, two_threads, kernels, B, N, C, D, bias):
+    monkeypatch.setenv(products.VARIABLE, ','.join(kernels))
+    exact = [normal(i)(shape).requires_grad_() for i, shape in enumerate([(B, N, C), (D, C), (D,)])]
+    if not bias:
+        exact[2] = None
+    rounded = [each if each is None else each.detach().float().requires_grad_() for each in exact]
+    by_y = normal(4)((B, N, D))
+    y, expected = linear(*rounded), torch.einsum('bnc,dc->bnd', *exact[:2]) + (exact[2] if bias else 0)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, rounded[: 2 + bias], by_y.float()),
+        torch.autograd.grad(expected, exact[: 2 + bias], by_y),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+
+
+def test_the_faster_kernel_is_chosen_once_forward_and_backward(monkeypatch, two_threads):
+    monkeypatch.setattr(products, 'SHAPES', dict(widening=(8, 32), narrowing=(32, 8)))
+    calls, multiply = [], products.multiply
+
+    def multiply_slowly(x, W, b, kernel):
+        calls.append(kernel)
+        slow = 'linear' if len(W) == 32 else 'convolution'  # forward; the other one is slow backward
+        if kernel == slow:
+            time.sleep(0.02)
+        y = multiply(x, W, b, kernel)
+        if kernel != slow:
+            y.register_hook(lambda by_y: time.sleep(0.02))
+        return y
+
+    monkeypatch.setattr(products, 'multiply', multiply_slowly)
+    assert choose_kernels(torch.float32) == dict(
+        widening=['convolution', 'linear'], narrowing=['linear', 'convolution']
+    )
+    measured = len(calls)
+    choose_kernels(torch.float32)
+    assert len(calls) == measured > 0
+
+
+def test_one_thread_never_uses_the_slow_convolution(monkeypatch, two_threads):
+    monkeypatch.setenv(products.VARIABLE, 'convolution')
+    assert choose_kernels(torch.float32) == dict.fromkeys(SHAPES, ['convolution', 'convolution'])
+    torch.set_num_threads(1)
+    assert choose_kernels(torch.float32) == dict.fromkeys(SHAPES, ['linear', 'linear'])
+    x = torch.ones(1, 9, 8)
+    with torch.profiler.profile() as profile:
+        linear(x, torch.ones(24, 8))
+        compute_gram(x)
+    assert not [event.key for event in profile.key_averages() if 'conv' in event.key]
+
+
+@pytest.mark.parametrize('names', ['mkl', 'linear,', 'linear,linear,linear'])
+def test_a_wrong_kernel_is_an_error(monkeypatch, two_threads, names):
+    monkeypatch.setenv(products.VARIABLE, names)
+    with pytest.raises(InputError, match=f'{products.VARIABLE}={names}: '):
+        choose_kernels(torch.float32)
+
+
+class Product(torch.nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize('trace', [torch.export.export, partial(torch.jit.trace, check_trace=False)])
+def test_nothing_is_measured_for_a_graph(monkeypatch, two_threads, trace):
+    monkeypatch.setattr(products, 'measure_kernels', lambda dtype: pytest.fail('measured'))
+    trace(Product(8, 8), (torch.ones(1, 9, 8),))
+
+
+def test_measuring_is_not_counted_and_draws_no_random_numbers(two_threads):
+    x, W, seed = torch.ones(1, 9, 8), torch.ones(24, 8), torch.get_rng_state()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.inference_mode():
+        linear(x, W)
+    assert counter.get_total_flops() == 2 * 9 * 8 * 24
+    assert torch.equal(torch.get_rng_state(), seed) and products.CHOSEN
+
+
+@pytest.mark.parametrize(
+    'forged', [3, {'float32, 2 threads': 'linear'}, {'float32, 2 threads': dict(widening=['x', 'y'])}]
+)
+def test_forged_kernels_are_an_error(forged):
+    before = dict(CHOSEN)
+    with pytest.raises(InputError, match='products'):
+        restore_kernels(forged)
+    assert before == CHOSEN

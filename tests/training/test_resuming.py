@@ -16,6 +16,7 @@ from mmengine.hooks import Hook
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.shapes import CATEGORIES, write_split
+from spec_mmdet.models import products
 from spec_mmdet.training.exact import SeededDataset, keeps_state
 
 
@@ -47,8 +48,17 @@ NO_EVALUATION = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
 DROP = 'model.backbone.drop_path_rate=0.3'
 
 
+@pytest.fixture
+def fickle_kernels(monkeypatch):
+    """Two threads, and a measurement that chooses other kernels in each resumed run."""
+    order = iter([*2 * [['linear', 'convolution']], *9 * [['convolution', 'linear']]])
+    monkeypatch.setattr(products, 'measure_kernels', lambda dtype: dict.fromkeys(products.SHAPES, next(order)))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+
+
 def train(monkeypatch, data: Path, work: Path, *args, evaluate: bool = False) -> int:
-    """Train three epochs of four iterations; return the exit status."""
+    """Train three epochs of four iterations in a new process' state; return the exit status."""
+    products.CHOSEN.clear()
     settings = ['train_dataloader.batch_size=2', 'train_cfg.max_epochs=3', 'param_scheduler.0.end=5', DROP]
     settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.conditioning.interval=1000']
     settings += [] if evaluate else NO_EVALUATION
@@ -99,7 +109,7 @@ CASES[TOGETHER] = sum(CASES.values(), [])
 
 
 @pytest.mark.parametrize('case', [TOGETHER])
-def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
+def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case, fickle_kernels):
     settings = CASES[case]
     assert train(monkeypatch, few_shapes, tmp_path / 'whole', *settings) == 0
     stopped = tmp_path / 'stopped'
@@ -112,6 +122,8 @@ def test_stopped_anywhere_and_resumed(monkeypatch, few_shapes, tmp_path, case):
         assert load(stopped / 'interrupted.pth')['meta']['iter'] == iteration
     assert train(monkeypatch, few_shapes, stopped, '--resume', *settings) == 0
     assert_same_run(tmp_path / 'whole', stopped)
+    used = load(stopped / 'epoch_3.pth')['meta']['products']
+    assert used == {'float32, 2 threads': dict.fromkeys(products.SHAPES, ['linear', 'convolution'])}
     assert not (stopped / 'interrupted.pth').exists()
     # Also from the end of an epoch, as after a kill that left nothing else, and in another folder.
     shutil.copytree(stopped, tmp_path / 'moved')
