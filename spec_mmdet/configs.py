@@ -80,6 +80,11 @@ def read_config(path: Path) -> Config:
             cfg = Config.fromfile(path)
     except Exception as error:  # the file is Python
         first = str(error).strip().partition('\n')[0]
+        if 'Duplicate key' in first:
+            first += (
+                '. Keep one of these bases. Configs of MMDetection need no spec_mmdet::_base_/runtime.py, because the '
+                'commands add its hooks'
+            )
         raise InputError(f'config {path}: {type(error).__name__}: {first}') from error
     object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
     return cfg

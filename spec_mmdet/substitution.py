@@ -13,9 +13,10 @@ from mmengine.dist import is_main_process
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-from .configs import walk
+from .configs import is_kind_of, walk
 from .data.tasks import find_task
 from .errors import InputError
+from .models.xcit import SpecXCiT
 
 # Registry, name there, and our type: a subclass, which accepts the same arguments.
 TABLE = (
@@ -137,17 +138,22 @@ def add_guards(cfg: Config, keep_types: bool = False) -> list[str]:
 
 
 def add_records(cfg: Config) -> list[str]:
-    """Add what our configs record to one of MMDetection's: the results and the best checkpoint; changes ``cfg``.
+    """Add what our configs record to one of MMDetection's; changes ``cfg``.
 
-    Only a config that evaluates the metrics of a known task during training is changed.
+    These are the results and the best checkpoint, if the config evaluates the metrics of a known task during training,
+    and the condition numbers of a SpecXCiT.
 
     Returns:
-        Names of the added hook and setting.
+        Names of the added hooks and setting.
     """
     best, hooks, done = find_task(cfg).find_best_metric(cfg), cfg.default_hooks, []
     if best is not None and 'results' not in hooks:
         hooks['results'] = dict(type=add_scope(cfg, 'ResultsHook'))
         done.append('results')
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    if 'conditioning' not in hooks and is_kind_of(backbone, mmdet.registry.MODELS, SpecXCiT):
+        hooks['conditioning'] = dict(type=add_scope(cfg, 'ConditioningHook'))
+        done.append('conditioning')
     if best and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:
         hooks.checkpoint.save_best = best
         done.append(f'checkpoint.save_best={best}')

@@ -1,7 +1,7 @@
 """MMDetection's types in a config are replaced by ours, and guards are added, for every way to name them."""
 
 import pytest
-from conftest import CONFIG, options, run_tool
+from conftest import CONFIG, ROOT, options, run_tool
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -55,6 +55,19 @@ def test_a_config_of_mmdetection(tmp_path, capsys):
     capsys.readouterr()
     protect(cfg, testing=True)
     assert capsys.readouterr().out == ''
+
+
+def test_an_mmdetection_config_with_our_backbone_has_our_runtime(tmp_path, capsys):
+    """Records and guards are the same as those of configs/_base_/runtime.py, which cannot be a second base."""
+    base = "'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'"
+    backbone = "model = dict(backbone=dict(_delete_=True, type='SpecXCiT'))"
+    cfg = config(tmp_path, f'_base_ = {base}\n{backbone}')
+    protect(cfg)
+    ours = read_config(ROOT / 'configs' / '_base_' / 'runtime.py')
+    assert {*ours.default_hooks} <= {*cfg.default_hooks} and cfg.custom_imports == ours.custom_imports
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    with pytest.raises(InputError, match='the commands add its hooks'):
+        config(tmp_path, f"_base_ = [{base}, 'spec_mmdet::_base_/runtime.py']\n{backbone}")
 
 
 def test_keep_types(tmp_path, capsys):
