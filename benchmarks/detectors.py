@@ -3,9 +3,9 @@
     python -m benchmarks.detectors [NAME ...]
 
 Each detector is trained for two iterations on generated images, evaluated with a report, used for prediction and
-exported, with a backbone of four blocks. "amp" is a training step in bfloat16 on the CPU. The table,
-docs/results/detectors.csv, has a row for each; rows of finished detectors are kept unless they are named. The output of
-each step is in work_dirs/detectors.
+exported, with a backbone of four blocks. "amp" is a training step in bfloat16 on the CPU. docs/results/detectors.csv
+has a row for each, and docs/results/detectors.md shows them; rows of finished detectors are kept unless they are named.
+The output of each step is in work_dirs/detectors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,27 @@ TABLE, WORK = Path('docs/results/detectors.csv'), Path('work_dirs/detectors')
 BACKBONE = "dict(_delete_=True, type='SpecXCiT', arch=dict(dim=32, depth=4, num_heads=4))"
 STEPS = ('train', 'test', 'predict', 'export', 'amp')
 LIMIT = 900  # seconds for a step
+SIZES = dict(dino=224, ddq=224)  # sides of images, by folder; their 900 queries need as many positions
+PAGE = """# Detectors with a SpecXCiT backbone
+
+`python -m benchmarks.detectors` writes this page and [detectors.csv](detectors.csv). Each detector of MMDetection is
+configured by [two lines](../guide/train.md#any-detector-of-mmdetection), trained for two iterations on generated
+images, evaluated with a report, used for prediction and exported. AMP is a training step in bfloat16 on the CPU, not
+tested on a GPU. The backbone has four blocks. Nothing here says how well a detector learns.
+
+**{working} of {total} detectors train, test and predict.**
+
+| config of MMDetection | lines | train | test | predict | export | AMP |
+|---|---|---|---|---|---|---|
+{table}
+
+`spec-mmdet export` supports Mask R-CNN, Faster R-CNN and RetinaNet with their relatives; `--backbone` exports the
+backbone of any detector.
+
+## Other faults
+
+{faults}
+"""
 # Configs of MMDetection, without the suffix of the file.
 CONFIGS = """
     retinanet/retinanet_r50_fpn_1x_coco faster_rcnn/faster-rcnn_r50_fpn_1x_coco mask_rcnn/mask-rcnn_r50_fpn_1x_coco
@@ -122,7 +143,8 @@ def try_detector(base: str, data: Path, wanted: Sequence[str]) -> dict[str, str]
     last, complete = run / 'last.pth', run / config.name  # the training's config has its image size
     settings = [f'{loop}_dataloader.num_workers=0' for loop in ('train', 'val', 'test')]
     steps = dict(
-        train=['train', config, '--data', data, '--work-dir', run, '--image-size', 160, '--epochs', 1, '--batch-size',
+        train=['train', config, '--data', data, '--work-dir', run, '--image-size',
+               SIZES.get(base.split('/')[0], 160), '--epochs', 1, '--batch-size',
                2, '--no-check', '--cfg-options', *settings[:2]],
         test=['test', complete, last, '--data', data, '--work-dir', work / 'test', '--report', work / 'report',
               '--no-check', '--cfg-options', settings[2]],
@@ -143,6 +165,25 @@ def try_detector(base: str, data: Path, wanted: Sequence[str]) -> dict[str, str]
     return results
 
 
+def write_results(rows: dict[str, dict[str, str]]) -> None:
+    """Write the table, and the page with its rows and faults."""
+    rows = {name: rows[name] for name in CONFIGS if name in rows}
+    with write_atomically(TABLE) as path, path.open('w', newline='') as file:
+        table = csv.DictWriter(file, ['config', 'lines', *STEPS], restval='-')
+        table.writeheader()
+        table.writerows(rows.values())
+    lines, faults = [], []
+    for name, row in rows.items():
+        words = {step: 'yes' if row.get(step) == 'yes' else 'no' if step in row else '–' for step in STEPS}
+        lines.append(f'| {" | ".join([name, row["lines"], *words.values()])} |')
+        failed = [step for step, word in words.items() if word == 'no' and step != 'export']
+        faults += [f'* {name}, {step}: {row[step].removeprefix("error: ")}' for step in failed]
+    working = sum(all(row.get(step) == 'yes' for step in ('train', 'test', 'predict')) for row in rows.values())
+    page = PAGE.format(working=working, total=len(rows), table='\n'.join(lines), faults='\n'.join(faults))
+    with write_atomically(TABLE.with_suffix('.md')) as path:
+        path.write_text(page)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('benchmarks.detectors', __doc__, 'python -m')
     options.add_argument('names', nargs='*', metavar='NAME', help='folders of configs, for instance retinanet '
@@ -160,10 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         rows[base] = rows.get(base, {}) | dict(config=base, lines='2') | try_detector(base, data, args.steps)
         print(', '.join(f'{key}: {value}' for key, value in rows[base].items()), flush=True)
-        with write_atomically(TABLE) as path, path.open('w', newline='') as file:
-            table = csv.DictWriter(file, ['config', 'lines', *STEPS], restval='-')
-            table.writeheader()
-            table.writerows(rows[name] for name in CONFIGS if name in rows)
+        write_results(rows)
 
 
 if __name__ == '__main__':

@@ -42,8 +42,8 @@ _PATTERNS = {
     'reference': ((r'^pos_embeder\.token_projection\.', 'pos_embeder.token_projection.'),),
 }
 
+PYRAMID = ('fpn1', 'fpn2', 'fpn3', 'fpn4')  # a detector that reads fewer maps has fewer
 CLASSIFIER = ('cls_token', 'cls_attn_blocks.', 'norm.', 'head.')  # unused by a detection backbone
-_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'decode_head.', 'auxiliary_head.')
 _FIRST_BLOCK = re.compile(r'^(.*\.|)(?:xca_layers|blocks)\.0\.attn\.temperature$')
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.lam|0\.sigmas|0\.C)$')
 _CORRECTION = re.compile(r'^(?:(.*\.attn)\.correction|(.*)\.parametrizations\.weight\.0)\.(lam|sigmas|C)$')
@@ -53,7 +53,7 @@ _CORRECTION = re.compile(r'^(?:(.*\.attn)\.correction|(.*)\.parametrizations\.we
 class Checkpoint:
     """A checkpoint in SpecXCiT's names, and its original layout."""
 
-    backbone: dict[str, Tensor]  # the state dict; complete, except that classifiers have no fpn1 to fpn4
+    backbone: dict[str, Tensor]  # the state dict; complete, but without the levels of the pyramid that the file lacks
     layout: str  # 'reference', 'timm' or 'mmpretrain'
     wrapper: str  # the key of the weights; '' if there was none
     arch: str | dict  # a name in ARCHS, or dim, depth and num_heads
@@ -61,7 +61,7 @@ class Checkpoint:
     classifier: dict[str, Tensor]  # class token, class attention, norm and head
     detector: dict[str, Tensor]  # the remaining weights of a detector, with their prefixes
     dropped: list[str]  # original names of the remaining tensors
-    missing: list[str]  # names of the tensors that the checkpoint lacks; SpecXCiT initialises them
+    missing: list[str]  # names of the pyramid's tensors if the checkpoint has none; SpecXCiT initialises them
 
     @property
     def conditioning(self) -> str:
@@ -89,12 +89,12 @@ def _unwrap(checkpoint: object, key: str | None) -> tuple[dict[str, Tensor], str
     )
 
 
-def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], bool]:
     """Remove the prefixes of wrappers, for instance of DDP, torch.compile, Lightning, or a teacher and a student.
 
     Returns:
-        The weights of the XCiT, those of the detector around it, and the names of those outside of both. Of several
-        XCiTs, averaged weights come first, in the order of :data:`WRAPPERS`.
+        The weights of the XCiT, those around it, the names of those outside of both, and whether it is called backbone.
+        Of several XCiTs, averaged weights come first, in the order of :data:`WRAPPERS`.
     """
 
     def rank(prefix: str) -> tuple:
@@ -109,7 +109,7 @@ def _strip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
         for name, value in weights.items()
         if name.startswith(outer) and not name.startswith(prefix)
     }
-    return inside, beside, [name for name in weights if not name.startswith(outer)]
+    return inside, beside, [name for name in weights if not name.startswith(outer)], outer != prefix
 
 
 def _rename(weights: dict[str, Tensor], layout: str) -> dict[str, str]:
@@ -199,7 +199,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
             corrections[group] |= {f'{layer}{kind}': shapes[kind] for kind in kinds}
     return dict(
         backbone={name: shape for name, shape in own.items() if not name.startswith('fpn')},
-        fpn={name: shape for name, shape in own.items() if name.startswith('fpn')},
+        **{level: {name: shape for name, shape in own.items() if name.startswith(f'{level}.')} for level in PYRAMID},
         **corrections,
         classifier=classifier,
         head={'head.weight': (*classes, dim), 'head.bias': (*classes,)},
@@ -208,7 +208,7 @@ def _groups(tensors: dict[str, Tensor], arch: str | dict, patch_size: int) -> di
 
 def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     weights, wrapper = _unwrap(checkpoint, key)
-    inside, beside, outside = _strip(weights)
+    inside, beside, outside, has_name = _strip(weights)
     layout = next((name for name, rules in _PATTERNS.items() if any(re.match(rules[0][0], n) for n in inside)), None)
     if layout is None:
         raise InputError(
@@ -225,7 +225,8 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
     there = {group for group, shapes in groups.items() if group == 'backbone' or shapes.keys() & tensors.keys()}
     expected = {name: shape for group in groups if group in there for name, shape in groups[group].items()}
 
-    detector = {n: v for n, v in beside.items() if n.startswith(_DETECTOR_PARTS)}
+    # Only a detector's backbone has this name. The head of mmpretrain's classifiers is called head.
+    detector = {n: v for n, v in beside.items() if has_name and not n.startswith('head.')}
     not_ours = [n for n in beside if n not in detector and not n.startswith('head.')]
     for what, faults in {
         'lacks': [n for n in expected if n not in tensors and not n.endswith('num_batches_tracked')],
@@ -242,12 +243,12 @@ def _recognise(checkpoint: object, key: str | None) -> Checkpoint:
                 f'{what}: {list_briefly(faults)} (read as {arch} with patch size {patch_size} in '
                 f'the layout of {layout})'
             )
-    taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'fpn', 'correction'))}
+    taken = {n: v for n, v in tensors.items() if any(n in groups[g] for g in ('backbone', 'correction', *PYRAMID))}
     if ' and ' in describe_conditioning(taken):
         raise InputError(f'its blocks have different conditionings: {describe_conditioning(taken)}')
     classifier = {n: v for n, v in tensors.items() if n not in taken}
     dropped = [n for n in beside if n not in detector] + outside
-    missing = [] if 'fpn' in there else list(groups['fpn'])
+    missing = [] if there & {*PYRAMID} else [name for level in PYRAMID for name in groups[level]]
     return Checkpoint(taken, layout, wrapper, arch, patch_size, classifier, detector, dropped, missing)
 
 

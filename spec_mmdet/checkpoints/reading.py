@@ -253,14 +253,16 @@ def describe_state(checkpoint: object) -> dict[str, object]:
 def describe_mismatches(model: nn.Module, weights: dict[str, Tensor], part: str = '') -> str:
     """Describe missing and unknown tensors and wrong shapes of a model's weights; '' if they fit.
 
-    Only names that begin with ``part`` are compared.
+    Only names that begin with ``part`` are compared. A second name of a known tensor, which DDQ adds in training, is
+    not unknown.
     """
     own = {k.removeprefix('module.'): v for k, v in model.state_dict().items()}
     own = {k: v for k, v in own.items() if k.startswith(part)}
     theirs = {k: v for k, v in weights.items() if k.startswith(part)}
+    known = {v.data_ptr() for k, v in theirs.items() if k in own} - {0}
     faults = {
         'missing': [k for k in own if k not in theirs and not k.endswith('num_batches_tracked')],
-        'unknown': [k for k in theirs if k not in own],
+        'unknown': [k for k, v in theirs.items() if k not in own and v.data_ptr() not in known],
         'with a wrong shape': [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
         'with a wrong dtype': [
             k for k in own if k in theirs and own[k].is_floating_point() != theirs[k].is_floating_point()

@@ -44,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                          '(default: only noise)')  # fmt: skip
     args = options.parse_args(argv)
 
+    from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.logging import MMLogger
 
+    from ..configs import is_kind_of
     from ..errors import InputError
     from ..inference.exporting import export_backbone, export_detector, require_exporters
     from ..inference.media import find_inputs
+    from ..models.xcit import SpecXCiT
 
     require_exporters()
     if args.out.suffix != '.onnx':
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_current_instance().setLevel('ERROR')  # it lists every loaded tensor
     register_all_modules()
     cfg = load_config(args)
-    if args.backbone and cfg.get('model', {}).get('backbone', {}).get('type') != 'SpecXCiT':
+    if args.backbone and not is_kind_of(cfg.get('model', {}).get('backbone') or {}, MODELS, SpecXCiT):
         raise InputError(f'config {args.config}: has no SpecXCiT, which --backbone needs. Leave out --backbone')
     with show_status('exporting, and comparing with PyTorch'):
         if args.backbone:

@@ -286,4 +286,5 @@ def suggest(near: Sequence[str]) -> str:
 
 
 def to_one_line(error: BaseException) -> str:
-    return ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    text = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return text.replace('pip install sklearn', 'pip install scikit-learn')  # MMDetection's PAA names another package

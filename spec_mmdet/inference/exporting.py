@@ -104,10 +104,10 @@ def export_backbone(cfg: Config, checkpoint: str, out: Path) -> dict[str, object
     Raises:
         InputError: if the checkpoint lacks the feature pyramid, or the features differ.
     """
-    missing = recognise(load(checkpoint, mmap=True), f'checkpoint {checkpoint}').missing
-    if missing:
-        raise InputError(f'checkpoint {checkpoint}: lacks {", ".join(missing)}. Use the checkpoint of a detector')
     backbone = MODELS.build(dict(cfg.model.backbone, norm_cfg=dict(type='BN'), compile=None))
+    missing = {*recognise(load(checkpoint, mmap=True), f'checkpoint {checkpoint}').missing} & {*backbone.state_dict()}
+    if missing:
+        raise InputError(f'checkpoint {checkpoint}: lacks {", ".join(sorted(missing))}. Use that of a detector')
     load_backbone(backbone, checkpoint)
     backbone.eval()
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from safetensors.torch import save
 from torch import nn
@@ -158,6 +159,8 @@ def publish(
         raise InputError(f'--out {out}: exists and is not empty. Pass a new folder')
     cfg = Config.fromfile(config)
     model = load_inferencer(copy.deepcopy(cfg), str(checkpoint), 'cpu').model
+    own = model.state_dict()
+    weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items() if key in own}
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)
     set_classes(cfg, classes)
     remove_local_settings(cfg)
@@ -167,8 +170,7 @@ def publish(
     meta = dict(dataset_meta=dict(classes=tuple(classes)))
     files = {
         'model.pth': serialize(dict(meta=meta, state_dict=weights)),
-        'model.safetensors': save({key: value.contiguous() for key, value in weights.items()},
-                                  dict(classes=json.dumps(classes))),
+        'model.safetensors': save(weights, dict(classes=json.dumps(classes))),
         'config.py': cfg.pretty_text.encode(),
         'README.md': write_card(name or config.stem, cfg, model, classes, run, state, ap, licence).encode(),
     }  # fmt: skip

@@ -34,7 +34,7 @@ RESUME = 'Fix this, then continue from the last checkpoint with --resume'
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # Parts of the messages of PyTorch (OutOfMemoryError, AcceleratorError), cuBLAS, cuDNN and NCCL.
 OUT_OF_MEMORY = re.compile('out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator')
-# Parts of PyTorch's messages about faults outside the program, and their meaning.
+# Parts of PyTorch's messages about faults outside the program or of the input, and their meaning.
 TROUBLES = {
     'DataLoader worker': 'a data-loader worker died, often for lack of memory or shared memory (check df /dev/shm; use '
     'docker run --shm-size=8g or --cfg-options train_dataloader.num_workers=0)',
@@ -48,6 +48,10 @@ TROUBLES = {
     'env_cfg.dist_cfg.timeout: it hangs, or has ended',
     'NCCL communicator was aborted': 'another process hangs, or has ended',
     'remote process exited': 'another process has ended, or the network to it has failed',
+    'selected index k out of range': 'the images have fewer positions than the detector has queries. Use larger images '
+    'or a smaller model.num_queries',
+    'inconsistent with step sign': 'MMDetection cannot draw masks of boxes outside of the image on a CPU. Train '
+    'longer, or use a GPU',
     'NCCL error': 'the GPUs cannot exchange data (NCCL_DEBUG=INFO shows why)',
 }
 

@@ -445,6 +445,20 @@ def test_other_refusals(tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
+@pytest.mark.parametrize('strides', [(8, 16, 32), (32,)])
+def test_backbones_of_detectors_that_read_fewer_maps(tmp_path, strides):
+    own, source = randomise(SpecXCiT(SMALL, out_strides=strides)), tmp_path / 'detector.pth'
+    weights = {f'backbone.{name}': value for name, value in own.state_dict().items()}
+    torch.save(dict(state_dict=weights | {'bbox_head.gfl_cls.weight': torch.zeros(4)}), source)
+    same = SpecXCiT(SMALL, out_strides=strides).double()
+    load_backbone(same, source)
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in same.state_dict().items())
+    assert {*recognise(load(source), 'x').detector} == {'bbox_head.gfl_cls.weight'}
+    if strides == (8, 16, 32):
+        with pytest.raises(InputError, match='fpn1'):
+            load_backbone(SpecXCiT(SMALL), source)
+
+
 def test_pretrained_backbones_in_a_config_are_loaded_strictly(tmp_path, caplog):
     source = tmp_path / 'source.pth'
     torch.save(timm_model(conditioning=dict(lam=3.0)).float().state_dict(), source)

@@ -184,9 +184,11 @@ def test_quoted_contents_of_a_file_stay_on_one_line():
     assert str(refused.value).startswith(r'checkpoint a\nb\x1b[2K\ud800 ü: contains no weights')
 
 
-def test_integers_are_no_weights():
+def test_integers_are_no_weights_and_second_names_are_known(tmp_path):
     model = torch.nn.BatchNorm1d(2)
     assert describe_mismatches(model, model.state_dict()) == ''
+    torch.save(dict(model.state_dict(), again=model.weight, other=model.weight.clone()), tmp_path / 'aliases.pth')
+    assert describe_mismatches(model, load(tmp_path / 'aliases.pth', mmap=True)) == '1 unknown (other)'
     weights = {name: value.long() for name, value in model.state_dict().items()}
     assert describe_mismatches(model, weights).startswith('4 with a wrong dtype (weight, bias, ')
 
