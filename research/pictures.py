@@ -114,11 +114,13 @@ def draw_comparison(out: Path) -> None:
         for name, options in (('plain', ['model.backbone.conditioning=None']), ('conditioned', [])):
             for seed in range(2):
                 folder = WORK / f'{name}_{seed}'
+                runs.append(f'{name}={folder}')
+                if (folder / 'report').is_dir():
+                    continue
                 args = ['--epochs', 1, '--image-size', 64, '--cfg-options', *options, f'randomness.seed={seed}']
                 run_command('train', 'xcit_spec_shapes', '--work-dir', folder, *args)
                 checkpoint = folder / (folder / 'last_checkpoint').read_text()
                 run_command('test', folder / 'xcit_spec_shapes.py', checkpoint, '--report', folder / 'report')
-                runs.append(f'{name}={folder}')
         run_command('compare', *runs)
     take_screenshot(page, out, 878, 638)
 

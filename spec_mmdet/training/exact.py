@@ -195,6 +195,12 @@ class ExactLoop:
         if next(unwrap_model(self.runner).parameters()).device.type == 'cpu':
             # Now, so that all processes use the same kernels, and the first checkpoint contains them.
             CHOSEN[describe_setting(torch.float32)] = decide_on_main(lambda: choose_kernels(torch.float32))
+        stated = (self.runner.cfg.get('randomness') or {}).get('seed')
+        if stated not in (None, self.runner.seed):
+            self.runner.logger.warning(f'randomness.seed {stated} is not used: a resumed training keeps its seed')
+        done, all_of_it = (self.epoch, self.max_epochs) if self.epoch else (self.iter, self.max_iters)
+        if self.resumed_from and done >= all_of_it:
+            self.runner.logger.warning(f'nothing is left to train: the checkpoint has done {done} of {all_of_it}')
         batches = self.dataloader.batch_sampler
         batches.seed = self.runner.seed
         if hasattr(batches.sampler, 'seed'):

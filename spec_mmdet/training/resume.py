@@ -128,8 +128,14 @@ def explain_resume_errors(runner: Runner) -> None:
             raise
         except Exception as error:
             reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:200]
+            advice = 'Use an earlier one'
+            if 'parameter group' in reason:
+                advice = (
+                    'The optimiser has other parameters: resume with the same frozen layers, paramwise_cfg and '
+                    '--preset, or start a new training from its weights with --cfg-options load_from=FILE'
+                )
             raise InputError(
-                f'checkpoint {get_load_path(runner)}: training cannot resume from it ({reason}). Use an earlier one'
+                f'checkpoint {get_load_path(runner)}: training cannot resume from it ({reason}). {advice}'
             ) from error
 
     runner.load_or_resume = load_or_explain

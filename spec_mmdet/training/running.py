@@ -194,6 +194,8 @@ def train(
 
     chosen, classes = decide_on_main(choose)
     if chosen:
+        if cfg.get('load_from'):
+            print(f'load_from {cfg.load_from} is not used, because the training is resumed')
         cfg.resume, cfg.load_from = True, fetch(chosen)
         drop_pretrained(cfg.get('model'))  # the files may be gone
     elif cfg.get('load_from'):

@@ -28,6 +28,7 @@ from ..files import write
 from ..models.products import CHOSEN
 from ..processes import start_max
 
+CHOSEN_BY = 'best_chosen_by'  # key of the message hub: the metric that defines the best checkpoint
 INTERRUPTED = 'interrupted.pth'  # the checkpoint saved on a signal
 PROMPT = timedelta(minutes=10)  # timeout for agreeing on a signal
 EVALUATED = 'last_evaluation'  # file with the last evaluated epoch (or iteration, without epochs)
@@ -97,13 +98,29 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         super().__init__(*args, backend_args=backend_args or dict(backend='atomic'), **kwargs)
 
     def before_train(self, runner: Runner) -> None:
-        """Update the path of the best checkpoint, because the work directory may have been moved."""
+        """Update the path of the best checkpoint, because the work directory may have been moved.
+
+        A resumed training that chooses the best one by a different metric starts without one.
+        """
+        hub = runner.message_hub
+        before = hub.runtime_info.get(CHOSEN_BY) if self.save_best else None
+        if before and before != self._describe_choice():
+            for name in [name for name in hub.runtime_info if name.startswith(('best_score', 'best_ckpt'))]:
+                hub.pop_info(name)
+            runner.logger.warning(
+                f'the best checkpoint was chosen by {before} and is now by {self._describe_choice()}: it is kept, but '
+                'the next ones are not compared with it'
+            )
         super().before_train(runner)
         self.agreeing = None
         if getattr(self, 'best_ckpt_path', None):
             self.best_ckpt_path = self._here(self.best_ckpt_path)
         for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
             self.best_ckpt_path_dict[key] = path and self._here(path)
+
+    def _describe_choice(self) -> str:
+        """Return the metrics that define the best checkpoint, and whether greater or lower values are better."""
+        return ', '.join(f'{key} ({rule})' for key, rule in zip(self.key_indicators, self.rules))
 
     def _here(self, path: str) -> str:
         return os.path.join(self.out_dir, os.path.basename(path))
@@ -144,6 +161,8 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
         """Save the best checkpoint and its weights, then remove the previous one."""
         several = getattr(self, 'best_ckpt_path_dict', {})
         before = dict(several) or {None: getattr(self, 'best_ckpt_path', None)}
+        if self.save_best:
+            runner.message_hub.update_info(CHOSEN_BY, self._describe_choice())
         # MMEngine would remove the old one first, so its path is hidden.
         self.best_ckpt_path = None
         several.update(dict.fromkeys(several))

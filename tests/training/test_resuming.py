@@ -16,8 +16,10 @@ from mmengine.hooks import Hook
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.shapes import CATEGORIES, write_split
+from spec_mmdet.errors import InputError
 from spec_mmdet.models import products
 from spec_mmdet.training.exact import SeededDataset, keeps_state
+from spec_mmdet.training.resume import explain_resume_errors
 
 
 @HOOKS.register_module()
@@ -166,3 +168,17 @@ def test_early_stopping_remembers_the_evaluations_before_a_resumption(monkeypatc
     toy.Score.epoch = 1
     resumed.train()
     assert resumed.epoch == whole.epoch == 3
+
+
+def test_settings_that_a_resumed_training_does_not_use_are_told(tmp_path):
+    toy.runner(tmp_path, 2).train()
+    last = dict(resume_from=tmp_path / 'epoch_2.pth', log_level='WARNING')
+    resumed = toy.runner(tmp_path, 2, **last, cfg=dict(randomness=dict(seed=5)))
+    resumed.train()
+    text = (Path(resumed.log_dir) / f'{resumed.timestamp}.log').read_text()
+    assert 'randomness.seed 5 is not used' in text and 'the checkpoint has done 2 of 2' in text
+    resumed = toy.runner(tmp_path, 3, **last)
+    resumed.optim_wrapper = dict(resumed.optim_wrapper, paramwise_cfg=dict(custom_keys=dict(bias=dict(lr_mult=0.5))))
+    explain_resume_errors(resumed)
+    with pytest.raises(InputError, match='paramwise_cfg .*load_from=FILE'):
+        resumed.train()

@@ -252,3 +252,14 @@ def test_trainings_by_iterations(tmp_path, sampler):
         assert again['meta']['iter'] == 16 and toy.Score.epoch == dict([(5, 3), (12, 2)])[number]
         assert all(torch.equal(value, truth[name]) for name, value in again['state_dict'].items()), number
     assert (tmp_path / 'last_evaluation').read_text() == '16'
+
+
+def test_a_resumed_training_that_chooses_differently_starts_without_a_best_checkpoint(monkeypatch, tmp_path):
+    """3 is the greatest score so far; 4 is not the least of all, but the least since the choice was changed."""
+    monkeypatch.setattr(toy, 'SCORES', [3.0, 1.0, 4.0, 5.0])
+    toy.runner(tmp_path, 2).train()
+    hook = dict(type='AtomicCheckpointHook', interval=1, save_best='score', rule='less')
+    resumed = toy.runner(tmp_path, resume_from=tmp_path / 'epoch_2.pth', default_hooks=dict(checkpoint=hook))
+    toy.Score.epoch = 2
+    resumed.train()
+    assert names(tmp_path) >= {'best_score_epoch_1.pth', 'best_score_epoch_3.pth'}
