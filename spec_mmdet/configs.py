@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from difflib import get_close_matches
+from importlib import import_module, util
 from pathlib import Path
 
 from mmengine.config import Config
@@ -78,6 +79,8 @@ def read_config(path: Path) -> Config:
     try:
         with accept_bases_without_folder(CONFIGS.name), cache_packages():
             cfg = Config.fromfile(path)
+        if cfg.get('default_scope') == 'mmseg':
+            import_module('mmseg.registry')
     except Exception as error:  # the file is Python
         first = str(error).strip().partition('\n')[0]
         if 'Duplicate key' in first:
@@ -85,7 +88,13 @@ def read_config(path: Path) -> Config:
                 '. Keep one of these bases. Configs of MMDetection need no spec_mmdet::_base_/runtime.py, because the '
                 'commands add its hooks'
             )
+        if isinstance(error, ImportError) and 'mmseg' in first:
+            first += '. Run: pip install spec_mmdet[seg]'
         raise InputError(f'config {path}: {type(error).__name__}: {first}') from error
+    if cfg.get('default_scope') == 'mmseg':  # the part of a config that is MMSegmentation's is found by its scope
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            if dataset := (cfg.get(name) or {}).get('dataset'):
+                dataset.setdefault('_scope_', 'mmseg')
     object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
     return cfg
 
@@ -102,10 +111,17 @@ def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:
 
 
 def find_class(node: dict, registry: Registry) -> type | None:
-    """Return the class of a config's ``type``, which may be a name (with or without scope) or a class; or None."""
+    """Return the class of a config's ``type``, which may be a name (with or without scope) or a class; or None.
+
+    The name is MMDetection's or, in a dict of the scope ``mmseg``, MMSegmentation's.
+    """
     kind = node.get('type')
     if isinstance(kind, str):
         owner = registry
+        if 'mmseg' in (node.get('_scope_'), kind.partition('.')[0]) and util.find_spec('mmseg'):
+            import_module('mmseg.registry')
+            owner, kind = (registry.parent or registry).children['mmseg'], kind.removeprefix('mmseg.')
+            owner.import_from_location()
         while owner is not None and kind not in owner.module_dict:
             owner = owner.parent
         # Registry.get is not called with an unknown name, because MMEngine would import a module of that name.

@@ -12,6 +12,7 @@ from .data.reading import CheckedCocoDataset
 from .evaluation.accuracy import TopK
 from .evaluation.drawing import LabelVisualizer, PictureHook
 from .evaluation.metrics import CheckedCocoMetric, FastCocoMetric
+from .evaluation.semantic import SemanticMetric
 from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
 from .models.padding import MaskedDataPreprocessor
@@ -48,6 +49,7 @@ __all__ = [
     'PictureHook',
     'ResultsHook',
     'ScheduleGuard',
+    'SemanticMetric',
     'SpecXCiT',
     'SpecXCiTClassifier',
     'TopK',

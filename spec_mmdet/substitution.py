@@ -13,7 +13,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-from .configs import is_kind_of, walk
+from .configs import find_class, is_kind_of, walk
 from .data.tasks import find_task
 from .errors import InputError
 from .models.xcit import SpecXCiT
@@ -106,7 +106,7 @@ def substitute_types(cfg: Config, testing: bool = False) -> list[str]:
         if name not in rows or name in LOADING and not testing and place.split('.')[0] in INFERENCE:
             continue
         registry, theirs, ours = rows[name]
-        if registry.get(kind) is theirs:
+        if find_class({'_scope_': cfg.get('default_scope'), **node}, registry) is theirs:
             node['type'] = ours
             done[f'{name} -> {ours}'] = None
     return list(done)

@@ -3,6 +3,8 @@ _base_ = ['mmseg::_base_/datasets/ade20k.py', 'runtime.py']
 
 default_scope = 'mmseg'
 train_dataloader = dict(batch_size=2)
+val_evaluator = dict(_delete_=True, type='SemanticMetric')
+test_evaluator = val_evaluator
 
 max_iters = 80000
 train_cfg = dict(type='ExactIterTrainLoop', max_iters=max_iters, val_interval=8000)
@@ -21,9 +23,8 @@ auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=8000, save_best='mIoU'),
-    visualization=dict(_delete_=True, type='SegVisualizationHook'),
+    checkpoint=dict(by_epoch=False, interval=8000, save_best='semantic/mIoU'),
+    results=dict(type='ResultsHook'),
 )
 log_processor = dict(by_epoch=False)
-visualizer = dict(_delete_=True, type='SegLocalVisualizer', name='visualizer', vis_backends=_base_.vis_backends)
 tta_model = dict(_delete_=True, type='SegTTAModel')

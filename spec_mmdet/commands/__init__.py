@@ -85,6 +85,8 @@ def command_line() -> Iterator[None]:
     """
     # MMEngine uses pkg_resources.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    # MMSegmentation, about its own calls and defaults.
+    warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated|Default ``avg_non_ignore``')
     # With gradient accumulation, the schedule counts iterations, and the first ones are not optimiser steps.
     warnings.filterwarnings('ignore', message=r'Detected call of `scheduler.step\(\)` before')
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:

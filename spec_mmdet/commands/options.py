@@ -162,10 +162,11 @@ def find_readable_keys(cfg: Config, above: list[str], node: dict, options: dict[
 
 @cache  # a registry searches Python's modules for each name that it does not have
 def find_classes(kind: object) -> list[type]:
-    """List the classes and functions of a type in a config, from all of MMDetection's registries."""
+    """List the classes and functions of a type in a config, from MMDetection's and MMSegmentation's registries."""
     if not isinstance(kind, str):
         return [kind]
-    registries = [registry for registry in vars(mmdet.registry).values() if isinstance(registry, Registry)]
+    places = [*vars(mmdet.registry).values(), *vars(sys.modules.get('mmseg.registry', mmdet.registry)).values()]
+    registries = [registry for registry in places if isinstance(registry, Registry)]
     return [found for registry in registries if (found := registry.get(kind)) is not None]
 
 

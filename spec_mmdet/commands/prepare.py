@@ -9,7 +9,7 @@
 
 EXPORT is a folder or a .zip in one of these formats:
     COCO (also of Roboflow, CVAT, Label Studio and FiftyOne), CVAT for images 1.1, Label Studio (JSON, JSON-MIN),
-    YOLO (Ultralytics, Darknet, labelImg), Pascal VOC, LabelMe
+    YOLO (Ultralytics, Darknet, labelImg), Pascal VOC, LabelMe, label PNGs of semantic segmentation
 
 The command reads every annotation and decodes every image. Errors would stop training or make its result useless.
 Warnings may be intended; they include every unused file. All findings are written to a CSV file. DIR is
@@ -141,6 +141,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(args, Path(scratch.name))
 
 
+def prepare_maps(args: argparse.Namespace, found: Findings) -> bool:
+    """Prepare a folder of label PNGs; return whether it is one."""
+    from ..data.tasks import prepare_folder
+
+    try:
+        counts = prepare_folder(args.folder, args.out, args.drop, found)
+    finally:
+        found.print()
+        if any(found.list_rows()):
+            found.write(args.findings)
+            print(f'\nfull list: {args.findings}')
+    if counts is None:
+        return False
+    if args.subset or args.val or args.masks or args.tiles:
+        raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
+    print(', '.join(f'{split}: {count} images with label PNGs' for split, count in counts.items()))
+    if args.out:
+        print(f'wrote {args.out}')
+    print(f'ready: spec-mmdet train xcit_tiny_12_p16_semanticfpn --data {args.out or args.folder}')
+    return True
+
+
 def prepare(args: argparse.Namespace, scratch: Path) -> None:
     """Read, check and write the data set; ``scratch`` is a temporary folder."""
     from ..data import splits as operations
@@ -149,6 +171,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
     from ..data.tiles import write_tiles
 
     found = Findings()
+    if not args.annotations and prepare_maps(args, found):
+        return
     if args.annotations:
         splits = [read_annotations(args.folder, args.annotations, found, scratch)]
     else:

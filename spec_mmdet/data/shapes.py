@@ -4,12 +4,13 @@
 
 Circles, squares, triangles and stars of random colour, size and rotation overlap on cluttered backgrounds; polygons
 follow the visible parts. Some images contain a crowd region: many tiny shapes with one annotation of iscrowd=1, as in
-COCO. The same seed writes the same files.
+COCO. Label PNGs for semantic segmentation contain the same objects. The same seed writes the same files.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -183,6 +184,27 @@ def write_split(
     (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
 
 
+def write_labels(root: Path, split: str, categories: Sequence[str] = CATEGORIES) -> None:
+    """Write label PNGs for semantic segmentation, of a split from :func:`write_split`, to root/labels/split.
+
+    0 is the background, the categories follow in their order (root/classes.txt), and crowds are ignored (255).
+    """
+    coco = json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
+    (root / 'labels' / split).mkdir(parents=True)
+    (root / 'classes.txt').write_text('\n'.join(['background', *categories]) + '\n')
+    of_image = defaultdict(list)
+    for annotation in coco['annotations']:
+        of_image[annotation['image_id']].append(annotation)
+    for image in coco['images']:
+        size = image['height'], image['width']
+        labels = np.zeros(size, np.uint8)
+        for annotation in of_image[image['id']]:
+            mask = annotation['segmentation']
+            mask = mask_utils.merge(mask_utils.frPyObjects(mask, *size)) if isinstance(mask, list) else mask
+            labels[mask_utils.decode(mask) > 0] = 255 if annotation['iscrowd'] else annotation['category_id']
+        write_png(root / 'labels' / split / Path(image['file_name']).with_suffix('.png').name, labels)
+
+
 def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int = 256, seed: int = 0) -> None:
     """Write the data set and print a line about it; an error leaves no partial folder.
 
@@ -199,4 +221,5 @@ def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int 
     with write_folder_atomically(Path(root)) as folder:
         for i, (split, images) in enumerate(dict(train=train, val=val).items()):
             write_split(folder, split, images, size, np.random.default_rng([seed, i]))
+            write_labels(folder, split)
     print(f'{root}: {train} training and {val} validation images of {size} pixels', flush=True)

@@ -13,10 +13,11 @@ from mmengine.config import Config
 
 from ..configs import walk
 from ..errors import InputError
-from . import detection
+from . import detection, semantic
+from .findings import Findings
 from .fitting import LOOPS, list_configured_classes, list_evaluators
 
-TASKS: tuple[ModuleType, ...] = (detection,)
+TASKS: tuple[ModuleType, ...] = (semantic, detection)
 
 
 def find_task(cfg: Config) -> ModuleType:
@@ -72,3 +73,13 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
                 'CocoDataset, instead of one. Leave out --data, and set the paths in the config'
             )
         task.use_split(datasets[0], list_evaluators(cfg, loop), folder, 'train' if loop == 'train' else 'val')
+
+
+def prepare_folder(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int] | None:
+    """Check a folder without annotation files, and copy it if wanted; see :func:`semantic.prepare`.
+
+    Returns:
+        The number of images of each split; None if no task reads the folder.
+    """
+    found_counts = (task.prepare(folder, out, drop, found) for task in TASKS if hasattr(task, 'prepare'))
+    return next((counts for counts in found_counts if counts), None)

@@ -312,7 +312,7 @@ class LabelVisualizer(DetLocalVisualizer):
         return draw(image, convert_to_marks(instances, classes))
 
     def _draw_sem_seg(self, image: np.ndarray, sem_seg: PixelData, classes: list[str], palette: object) -> np.ndarray:
-        return draw(image, convert_map_to_marks(np.asarray(sem_seg.sem_seg)[0], classes))
+        return draw(image, convert_map_to_marks(np.asarray(sem_seg.get('sem_seg', sem_seg.get('data')))[0], classes))
 
     _draw_panoptic_seg = _draw_sem_seg
 

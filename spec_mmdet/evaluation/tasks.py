@@ -7,9 +7,9 @@ from types import ModuleType
 from mmengine.config import Config
 
 from ..data import tasks
-from . import detection
+from . import detection, semantic
 
-TASKS: dict[str, ModuleType] = {'detection': detection}
+TASKS: dict[str, ModuleType] = {'detection': detection, 'semantic': semantic}
 # Labels of the metrics that are plotted, by their names in MMEngine's log.
 LABELS: dict[str, str] = {name: label for task in TASKS.values() for name, label in task.LABELS.items()}
 

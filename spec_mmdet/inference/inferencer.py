@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from mmcv.transforms import Pad
 from mmdet.apis import DetInferencer
-from mmdet.registry import TRANSFORMS
+from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
 from ..configs import is_kind_of, walk
-from ..data.fitting import has_masks, list_configured_classes
+from ..data.fitting import drop_pretrained, has_masks, list_configured_classes
 from ..data.tasks import set_classes
 from ..errors import InputError
 from ..evaluation.drawing import draw, use_font_for
@@ -61,10 +64,39 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
     raise_score_threshold(cfg.model, score)
-    inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
+    if cfg.get('default_scope') == 'mmseg':
+        inferencer = SegInferencer(cfg, weights, device)
+    else:
+        inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
     if faults := describe_mismatches(inferencer.model, weights):
         raise InputError(f'{name} does not fit the configured model: {faults}. Pass the config of its training')
     return set_names(inferencer, classes)
+
+
+class SegInferencer:
+    """Inferencer of MMSegmentation's models, with the part of DetInferencer's interface that this package uses.
+
+    Args:
+        cfg: the complete config.
+        weights: the model's state dict; the caller checks that it fits.
+        device: for instance 'cpu'; by default a GPU if there is one.
+    """
+
+    def __init__(self, cfg: Config, weights: dict[str, torch.Tensor], device: str | None) -> None:
+        init_default_scope('mmseg')
+        drop_pretrained(cfg.model)
+        self.cfg, self.model = cfg, MODELS.build(cfg.model).to(device or get_device()).eval()
+        self.model.load_state_dict(weights, strict=False)
+        self.model.dataset_meta, self.model.cfg = {}, cfg
+        pipeline = cfg.test_dataloader.dataset.pipeline[1:]
+        kept = [step for step in pipeline if str(step['type']).rpartition('.')[2] != 'LoadAnnotations']
+        self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *kept])
+
+    def __call__(self, images: list[np.ndarray], *_: object, **__: object) -> dict[str, list]:
+        """Return a sample with ``pred_sem_seg`` for each image, shape (H, W, 3), BGR, under 'predictions'."""
+        data = pseudo_collate([self.pipeline(dict(img=image)) for image in images])
+        with torch.no_grad():
+            return dict(predictions=self.model.test_step(data))
 
 
 def raise_score_threshold(model: dict, score: float) -> None:

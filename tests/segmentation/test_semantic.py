@@ -1,0 +1,225 @@
+"""Semantic segmentation: the metric, the layouts and faults of folders, and a run of the commands."""
+
+import json
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from conftest import run_tool
+from mmengine.registry import init_default_scope
+from PIL import Image
+
+from spec_mmdet.data import semantic
+from spec_mmdet.data.findings import Findings
+from spec_mmdet.data.shapes import write_labels, write_split
+from spec_mmdet.errors import InputError
+from spec_mmdet.evaluation.semantic import SemanticMetric
+
+pytest.importorskip('mmseg', reason='MMSegmentation is not installed: pip install spec_mmdet[seg]')
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    yield
+    init_default_scope('mmdet')
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_metrics_are_mmsegmentations(seed):
+    from mmseg.evaluation import IoUMetric
+
+    rng = np.random.default_rng(seed)
+    names = tuple('abcdefg')
+    ours, theirs = SemanticMetric(), IoUMetric()
+    ours.dataset_meta = theirs.dataset_meta = dict(classes=names)
+    samples = []
+    for i in range(4):
+        truth = rng.integers(0, 5, (1, 20, 30))  # two classes never occur, one of them is predicted
+        found = np.where(rng.random(truth.shape) < 0.5, truth.clip(max=6), rng.integers(0, 6, truth.shape))
+        truth[rng.random(truth.shape) < 0.2] = 255
+        maps = dict(gt_sem_seg=dict(data=torch.tensor(truth)), pred_sem_seg=dict(data=torch.tensor(found)))
+        samples.append(dict(maps, img_path=f'{i}.png'))
+    for metric in (ours, theirs):
+        metric.process({}, samples)
+    expected = theirs.compute_metrics(theirs.results)
+    for name, value in ours.compute_metrics(ours.results).items():
+        assert value == pytest.approx(expected[name], abs=0.006)  # rounded to two decimals
+    assert ours.matrix.sum() == sum((s['gt_sem_seg']['data'] != 255).sum() for s in samples)
+
+
+def write_pair(folder, image: str, label: str, labels: np.ndarray, mode: str | None = None, size=(40, 50)) -> None:
+    for name in (image, label):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / image)
+    picture = Image.fromarray(labels)
+    if mode == 'P':
+        picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    picture.save(folder / label)
+
+
+LAYOUTS = {
+    'own': ('images/{0}/a.jpg', 'labels/{0}/a.png', ('train', 'val')),
+    'ade20k': ('images/{0}/a.jpg', 'annotations/{0}/a.png', ('training', 'validation')),
+    'cityscapes': (
+        'leftImg8bit/{0}/bonn/a_leftImg8bit.png',
+        'gtFine/{0}/bonn/a_gtFine_labelTrainIds.png',
+        ('train', 'val'),
+    ),
+    'voc': ('JPEGImages/{0}.jpg', 'SegmentationClass/{0}.png', ('train', 'val')),
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts(tmp_path, layout):
+    image, label, splits = LAYOUTS[layout]
+    labels = np.arange(40 * 50, dtype=np.uint8).reshape(40, 50) % 3
+    for split, name in zip(('train', 'val'), splits):
+        write_pair(tmp_path, image.format(name), label.format(name), labels, 'P' if layout == 'voc' else None)
+        if layout == 'voc':
+            (tmp_path / 'ImageSets' / 'Segmentation').mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'ImageSets' / 'Segmentation' / f'{split}.txt').write_text(f'{name}\n')
+    for split in ('train', 'val'):
+        dataset = dict(type='ADE20KDataset', pipeline=[dict(type='LoadAnnotations', reduce_zero_label=True)])
+        semantic.use_split(dataset, (), tmp_path, split)
+        assert semantic.reads(dataset)
+        ((image_path, label_path),), from_one = semantic.open_dataset(dataset)
+        assert image_path.is_file() and label_path.is_file() and from_one == (layout in ('own', 'ade20k'))
+        number = dict(cityscapes=19, voc=21).get(layout, 150)
+        assert len(semantic.find_dataset(dataset).METAINFO['classes']) == number
+        found = Findings()
+        (checked,) = semantic.check_split([(image_path, label_path)], ['x'] * number, split, found, from_one=from_one)
+        assert not found.errors and np.array_equal(checked[1], np.where(from_one, labels - np.uint8(1), labels))
+
+    (tmp_path / 'classes.txt').write_text('sky\nold house\nroad\n')
+    semantic.use_split(dataset, (), tmp_path, 'val')
+    assert list(dataset['metainfo']['classes']) == ['sky', 'old house', 'road']
+    assert not semantic.open_dataset(dataset)[1]  # labels count from 0
+
+
+def test_classes_with_colours(tmp_path):
+    (tmp_path / 'labelmap.txt').write_text('# label:color_rgb:parts:actions\nbackground:0,0,0::\nred car:250,50,83::\n')
+    assert semantic.read_classes(tmp_path) == (['background', 'red car'], [[0, 0, 0], [250, 50, 83]])
+    (tmp_path / 'classes.txt').write_text('background 0 0 0\nred car 250 50 83\n')
+    assert semantic.read_classes(tmp_path) == (['background', 'red car'], [[0, 0, 0], [250, 50, 83]])
+    (tmp_path / 'classes.txt').write_text('a\na\n')
+    with pytest.raises(InputError, match='1 different'):
+        semantic.read_classes(tmp_path)
+
+
+GOOD = np.zeros((40, 50), np.uint8)
+FAULTS = {
+    'without a label PNG': None,
+    'size is not that': GOOD[:30],
+    'label 3': np.where(np.arange(50) < 5, 3, GOOD).astype(np.uint8),
+    'RGB': np.zeros((40, 50, 3), np.uint8),
+    '16 bits': np.zeros((40, 50), np.uint16),
+}
+
+
+@pytest.mark.parametrize('says', FAULTS)
+def test_faults_are_one_line(tmp_path, says, monkeypatch):
+    for split in ('train', 'val'):
+        write_pair(tmp_path, f'images/{split}/a.jpg', f'labels/{split}/a.png', GOOD)
+    (tmp_path / 'classes.txt').write_text('sky\nhouse\nroad\n')
+    faulty = GOOD if FAULTS[says] is None else FAULTS[says]
+    write_pair(tmp_path, 'images/train/b.jpg', 'labels/train/b.png', faulty)
+    if FAULTS[says] is None:
+        (tmp_path / 'labels/train/b.png').unlink()
+    arguments = ['xcit_spec_shapes_semanticfpn', '--data', tmp_path, '--work-dir', tmp_path / 'work']
+    assert says in conftest.error_line(monkeypatch, 'train', *arguments)
+    assert says in conftest.error_line(monkeypatch, 'prepare', tmp_path, '--findings', tmp_path / 'f.csv')
+
+
+def test_warnings(tmp_path):
+    write_pair(tmp_path, 'images/train/a.jpg', 'labels/train/a.png', GOOD + np.uint8(255))
+    found, pair = Findings(), (tmp_path / 'images/train/a.jpg', tmp_path / 'labels/train/a.png')
+    assert list(semantic.check_split([pair], ['sky', 'road'], 'train', found, from_one=False))
+    assert not found.errors
+    assert {kind: len(places) for kind, places in found.warnings.items()} == {
+        'label PNGs in which every pixel is ignored': 1,
+        'classes without a pixel': 2,
+    }
+
+
+def test_prepare_converts_colours(tmp_path, monkeypatch, capsys):
+    colours = np.zeros((40, 50, 3), np.uint8)
+    colours[:, 10:] = 250, 50, 83
+    for split in ('train', 'val'):
+        write_pair(tmp_path / 'in', f'images/{split}/a.jpg', f'masks/{split}/a.png', colours)
+    write_pair(tmp_path / 'in', 'images/train/b.jpg', 'masks/train/b.png', colours + np.uint8(1))
+    (tmp_path / 'in' / 'classes.txt').write_text('sky 0 0 0\nred car 250 50 83\n')
+    options = ['--out', tmp_path / 'out', '--findings', tmp_path / 'f.csv']
+    assert 'no class has' in conftest.error_line(monkeypatch, 'prepare', tmp_path / 'in', *options)
+    assert not (tmp_path / 'out').exists()
+    run_tool(monkeypatch, 'prepare', tmp_path / 'in', '--drop', *options)
+    assert 'train: 1 images' in capsys.readouterr().out and 'b.png' in (tmp_path / 'f.csv').read_text()
+    assert {path.relative_to(tmp_path / 'out').as_posix() for path in (tmp_path / 'out').rglob('*.*')} == {
+        'classes.txt',
+        *(f'{part}/{split}/a.{suffix}' for part, suffix in (('images', 'jpg'), ('labels', 'png')) for split in
+          ('train', 'val')),
+    }  # fmt: skip
+    with Image.open(tmp_path / 'out' / 'labels' / 'val' / 'a.png') as image:
+        assert np.array_equal(image, np.arange(50) >= 10 + GOOD)
+
+
+def test_labels_of_the_demo_are_its_polygons(tmp_path):
+    from pycocotools.coco import COCO
+
+    write_split(tmp_path, 'val', 12, 96, np.random.default_rng(1))
+    write_labels(tmp_path, 'val')
+    coco = COCO(str(tmp_path / 'annotations' / 'instances_val.json'))
+    assert semantic.read_classes(tmp_path)[0] == ['background', 'circle', 'square', 'triangle', 'star']
+    for image in coco.imgs.values():
+        with Image.open(tmp_path / 'labels' / 'val' / image['file_name']) as file:
+            labels = np.asarray(file)
+        covered = np.zeros_like(labels, bool)
+        for annotation in coco.imgToAnns[image['id']]:
+            mask = coco.annToMask(annotation).astype(bool)
+            covered |= mask
+            expected = 255 if annotation['iscrowd'] else annotation['category_id']
+            assert (labels[mask] == expected).mean() > 0.9  # polygons of neighbours share pixels of their edge
+        assert not labels[~covered].any()
+
+
+def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
+    data, work = tmp_path / 'data', tmp_path / 'work'
+    for split, images in (('train', 4), ('val', 3)):
+        write_split(data, split, images, 64, np.random.default_rng(len(split)))
+        write_labels(data, split)
+    small = ['model.backbone.arch.dim=32', 'model.backbone.arch.depth=4', 'model.neck.in_channels=[32,32,32,32]']
+    short = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
+    arguments = ['--data', data, '--work-dir', work, '--batch-size', '2', '--cfg-options', *small, *short]
+    run_tool(monkeypatch, 'train', 'xcit_spec_shapes_semanticfpn', *arguments)
+    assert {'iter_2.pth', 'results.csv', 'results.png', 'run.json', 'best_semantic_mIoU_iter_2.pth'} <= {
+        path.name for path in work.iterdir()
+    }
+    assert 'semantic/mIoU' in (work / 'results.csv').read_text()
+    config, checkpoint = work / 'xcit_spec_shapes_semanticfpn.py', work / 'iter_2.pth'
+    capsys.readouterr()
+
+    # The metrics of the predictions, whose PNGs predict writes, are those of test, also with a sliding window.
+    for name, options in {
+        'whole': [],
+        'slide': ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=48,48', 'model.test_cfg.stride=32,32'],
+    }.items():
+        options = ['--cfg-options', *options] if options else []
+        report = tmp_path / f'report {name}'
+        run_tool(monkeypatch, 'test', config, checkpoint, '--data', data, '--report', report, '--work-dir',
+                 tmp_path / 'test', *options)  # fmt: skip
+        told = capsys.readouterr().out
+        run_tool(monkeypatch, 'predict', config, checkpoint, data / 'val', '--out', tmp_path / name, *options)
+        results = json.loads((tmp_path / name / 'predictions.json').read_text())
+        matrix = np.zeros((5, 5), int)
+        for result in results:
+            with Image.open(tmp_path / name / result['file_name']) as file:
+                found = np.asarray(file)
+            with Image.open(data / result['file_name'].replace('labels/', 'labels/val/')) as file:
+                truth = np.asarray(file)
+            assert sum(segment['area'] for segment in result['segments']) == found.size
+            np.add.at(matrix, (truth[truth < 255], found[truth < 255]), 1)
+        accuracy = 100 * np.trace(matrix) / matrix.sum()
+        assert f'semantic/aAcc {float(f"{accuracy:.4g}"):g}' in told
+        page = (report / 'index.html').read_text()
+        assert f'{accuracy:.1f}</b>aAcc' in page and 'lowest mIoU' in page
+        assert len(list((report / 'labels').iterdir())) == len(results) == 3
