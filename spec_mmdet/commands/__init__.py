@@ -81,7 +81,7 @@ def find_missing() -> list[str]:
 def command_line() -> Iterator[None]:
     """Context for every command: print an InputError or an error of a config as one line, and exit with status 1.
 
-    No code from checkpoints is run in this context.
+    No code from checkpoints is run in this context. At its end, environment variables are as before.
     """
     # MMEngine uses pkg_resources.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -92,6 +92,7 @@ def command_line() -> Iterator[None]:
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
         # Otherwise MMEngine could not log names outside ASCII.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+    before = dict(os.environ)
     if os.environ.get('MPLBACKEND', '').startswith('module://'):
         del os.environ['MPLBACKEND']  # set by a notebook, for its own environment
     os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
@@ -111,6 +112,12 @@ def command_line() -> Iterator[None]:
         sys.exit(f'error: {fault}')
     except KeyboardInterrupt:
         sys.exit(130)  # the shells' status for Ctrl-C
+    finally:  # only what differs, because other threads may read the environment
+        for name in [name for name in {*os.environ, *before} if os.environ.get(name) != before.get(name)]:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def run(command: str, argv: Sequence[str] | None = None) -> None:

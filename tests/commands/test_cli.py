@@ -253,6 +253,17 @@ def test_a_notebooks_matplotlib_backend_is_unchanged(monkeypatch):
             assert ('MPLBACKEND' in os.environ) == stays
 
 
+def test_a_command_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    monkeypatch.setenv('MPLBACKEND', 'module://inline')
+    before = dict(os.environ)
+    with pytest.raises(SystemExit), command_line():
+        assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1' and 'MPLBACKEND' not in os.environ
+        os.environ['LOCAL_RANK'] = '3'
+        raise InputError('stop')
+    assert dict(os.environ) == before
+
+
 @pytest.mark.parametrize(('context', 'count'), [(nullcontext, 1), (command_line, 0)])
 def test_accumulation_does_not_warn_of_a_schedule_before_the_first_step(context, count):
     with warnings.catch_warnings(record=True) as warned:

@@ -79,7 +79,6 @@ def run_line(monkeypatch, line: str) -> None:
     elif name == 'python':
         sys.modules.pop('common', None)
         monkeypatch.syspath_prepend('..')
-        monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)  # set by commands
         monkeypatch.setattr(sys, 'argv', words)
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which stop.py sends to the training
         with suppress(SystemExit):

@@ -23,8 +23,7 @@ def test_a_recipe_runs_as_written(title, tmp_path, monkeypatch):
             pytest.skip(f'{name} is not installed')
     assert 'assert_close' in RECIPES[title]
     monkeypatch.chdir(tmp_path)
-    left_by_commands = ('LOCAL_RANK', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # imported by programs in this process
-    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', *left_by_commands):
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.setenv(name, '')  # restored afterwards
         monkeypatch.delenv(name)
     exec(compile(RECIPES[title], title, 'exec'), {'__name__': '__main__'})
