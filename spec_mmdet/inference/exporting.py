@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmdet.apis import DetInferencer
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.structures import InstanceData
@@ -165,6 +166,8 @@ def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) 
     """
     remove_padding(cfg)
     inferencer = load_inferencer(cfg, checkpoint, 'cpu')
+    if not isinstance(inferencer, DetInferencer):
+        raise InputError(f'config {cfg.filename}: only detectors can be exported. Pass --backbone for the SpecXCiT')
     detector = inferencer.model.eval().requires_grad_(False)
     try:
         graph = DetectorGraph(copy.deepcopy(detector))

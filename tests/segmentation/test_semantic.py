@@ -197,6 +197,7 @@ def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
     assert 'semantic/mIoU' in (work / 'results.csv').read_text()
     config, checkpoint = work / 'xcit_spec_shapes_semanticfpn.py', work / 'iter_2.pth'
     capsys.readouterr()
+    assert '--backbone' in conftest.error_line(monkeypatch, 'export', config, checkpoint, tmp_path / 'model.onnx')
 
     # The metrics of the predictions, whose PNGs predict writes, are those of test, also with a sliding window.
     for name, options in {
