@@ -27,6 +27,7 @@ from mmengine.runner import Runner
 
 from spec_mmdet import commands
 from spec_mmdet.commands.common import make_parser
+from spec_mmdet.configs import read_config
 from spec_mmdet.data.shapes import write_split
 from spec_mmdet.files import write_atomically
 
@@ -142,10 +143,13 @@ def try_detector(base: str, data: Path, wanted: Sequence[str]) -> dict[str, str]
     config.write_text(f"_base_ = 'mmdet::{base}.py'\nmodel = dict(backbone={BACKBONE})\n")
     last, complete = run / 'last.pth', run / config.name  # the training's config has its image size
     settings = [f'{loop}_dataloader.num_workers=0' for loop in ('train', 'val', 'test')]
+    length, changes = ['--epochs', 1], settings[:2]
+    if 'max_iters' in read_config(config).train_cfg:  # trains by iterations
+        changes += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
+        length = []
     steps = dict(
         train=['train', config, '--data', data, '--work-dir', run, '--image-size',
-               SIZES.get(base.split('/')[0], 160), '--epochs', 1, '--batch-size',
-               2, '--no-check', '--cfg-options', *settings[:2]],
+               SIZES.get(base.split('/')[0], 160), *length, '--batch-size', 2, '--no-check', '--cfg-options', *changes],
         test=['test', complete, last, '--data', data, '--work-dir', work / 'test', '--report', work / 'report',
               '--no-check', '--cfg-options', settings[2]],
         predict=['predict', complete, last, data / 'val', '--out', work / 'predicted'],

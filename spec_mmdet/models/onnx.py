@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -55,24 +56,26 @@ class DetectorGraph(nn.Module):
         self.two_stages = not isinstance(detector, RetinaNet)
         roi_head = detector.roi_head if self.two_stages else None
         self.dense_head = detector.rpn_head if self.two_stages else detector.bbox_head
-        parts = [
-            (self.dense_head, RPNHead if self.two_stages else RetinaHead),
-            (self.dense_head.prior_generator, AnchorGenerator),
-            (self.dense_head.bbox_coder, DeltaXYWHBBoxCoder),
-        ]
+        dense = 'rpn_head' if self.two_stages else 'bbox_head'
+        parts = {
+            dense: RPNHead if self.two_stages else RetinaHead,
+            f'{dense}.prior_generator': AnchorGenerator,
+            f'{dense}.bbox_coder': DeltaXYWHBBoxCoder,
+        }
         configs = [self.dense_head.test_cfg]
         if self.two_stages:
-            parts += [
-                (roi_head, StandardRoIHead),
-                (roi_head.bbox_roi_extractor, SingleRoIExtractor),
-                (roi_head.bbox_head.bbox_coder, DeltaXYWHBBoxCoder),
-            ]
+            parts |= {
+                'roi_head': StandardRoIHead,
+                'roi_head.bbox_roi_extractor': SingleRoIExtractor,
+                'roi_head.bbox_head.bbox_coder': DeltaXYWHBBoxCoder,
+            }
             configs.append(roi_head.test_cfg)
             if roi_head.with_mask:
-                parts += [(roi_head.mask_head, FCNMaskHead), (roi_head.mask_roi_extractor, SingleRoIExtractor)]
-        for part, expected in parts:
-            if type(part) is not expected:
-                raise ValueError(f'{type(part).__name__} cannot be exported; use {expected.__name__} instead')
+                parts |= {'roi_head.mask_head': FCNMaskHead, 'roi_head.mask_roi_extractor': SingleRoIExtractor}
+        for path, expected in parts.items():  # outer parts first: others lack the inner ones
+            part = type(attrgetter(path)(detector))
+            if part is not expected:
+                raise ValueError(f'{part.__name__} cannot be exported; use {expected.__name__} instead')
         for cfg in configs:
             if cfg.nms.get('type', 'nms') != 'nms' or cfg.nms.get('class_agnostic'):
                 raise ValueError(f"cannot export {dict(cfg.nms)}; use nms.type='nms' without class_agnostic")

@@ -8,6 +8,7 @@ from mmdet.testing import demo_mm_inputs
 from spec_mmdet.configs import read_config
 from spec_mmdet.errors import InputError
 from spec_mmdet.models.connecting import connect_backbone
+from spec_mmdet.models.onnx import DetectorGraph
 from spec_mmdet.models.xcit import SpecXCiT
 
 TINY = dict(dim=32, depth=4, num_heads=4)
@@ -68,6 +69,14 @@ def test_a_head_without_neck_is_fitted(tmp_path, kind):
 def test_detectors_that_cannot_read_the_maps_are_rejected(tmp_path, base, says):
     with pytest.raises(InputError, match=says):
         connect_backbone(load(tmp_path, base))
+
+
+def test_heads_that_cannot_be_exported_are_named(tmp_path):
+    """A SABLRetinaHead has no prior_generator, unlike the heads that can be exported."""
+    cfg = load(tmp_path, 'sabl/sabl-retinanet_r50_fpn_1x_coco')
+    connect_backbone(cfg)
+    with pytest.raises(ValueError, match='SABLRetinaHead cannot be exported'):
+        DetectorGraph(MODELS.build(cfg))
 
 
 def test_stated_strides_must_fit(tmp_path):
