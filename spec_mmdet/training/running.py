@@ -52,8 +52,7 @@ TROUBLES = {
     'or a smaller model.num_queries',
     'inconsistent with step sign': 'MMDetection cannot draw masks of boxes outside of the image on a CPU. Train '
     'longer, or use a GPU',
-    'Index put requires the source and destination dtypes': 'this detector of MMDetection has no mixed precision. Train '
-    'without --amp',
+    'Index put requires the source and destination dtypes': 'this detector has no mixed precision. Train without --amp',
     'NCCL error': 'the GPUs cannot exchange data (NCCL_DEBUG=INFO shows why)',
 }
 
