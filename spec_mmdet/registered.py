@@ -8,10 +8,12 @@ from .checkpoints.pretrained import XCiTPretrained
 from .configs import find_config
 from .data.images import CheckedLoadImageFromFile
 from .data.masks import CheckedLoadAnnotations
+from .data.panoptic import CheckedCocoPanopticDataset, CheckedLoadPanopticAnnotations
 from .data.reading import CheckedCocoDataset
 from .evaluation.accuracy import TopK
 from .evaluation.drawing import LabelVisualizer, PictureHook
 from .evaluation.metrics import CheckedCocoMetric, FastCocoMetric
+from .evaluation.panoptic import PanopticQuality
 from .evaluation.semantic import SemanticMetric
 from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
@@ -30,8 +32,10 @@ __all__ = [
     'AtomicCheckpointHook',
     'CheckedCocoDataset',
     'CheckedCocoMetric',
+    'CheckedCocoPanopticDataset',
     'CheckedLoadAnnotations',
     'CheckedLoadImageFromFile',
+    'CheckedLoadPanopticAnnotations',
     'CheckpointGuard',
     'ConditioningHook',
     'ExactEpochTrainLoop',
@@ -46,6 +50,7 @@ __all__ = [
     'MaskTTAModel',
     'MaskedDataPreprocessor',
     'OnnxDetector',
+    'PanopticQuality',
     'PictureHook',
     'ResultsHook',
     'ScheduleGuard',

@@ -21,9 +21,12 @@ from .models.xcit import SpecXCiT
 # Registry, name there, and our type: a subclass, which accepts the same arguments.
 TABLE = (
     ('DATASETS', 'CocoDataset', 'CheckedCocoDataset'),
+    ('DATASETS', 'CocoPanopticDataset', 'CheckedCocoPanopticDataset'),
     ('METRICS', 'CocoMetric', 'FastCocoMetric'),
+    ('METRICS', 'CocoPanopticMetric', 'PanopticQuality'),
     ('TRANSFORMS', 'LoadImageFromFile', 'CheckedLoadImageFromFile'),
     ('TRANSFORMS', 'LoadAnnotations', 'CheckedLoadAnnotations'),
+    ('TRANSFORMS', 'LoadPanopticAnnotations', 'CheckedLoadPanopticAnnotations'),
     ('LOOPS', 'EpochBasedTrainLoop', 'ExactEpochTrainLoop'),
     ('LOOPS', 'IterBasedTrainLoop', 'ExactIterTrainLoop'),
     ('HOOKS', 'CheckpointHook', 'AtomicCheckpointHook'),
@@ -155,7 +158,7 @@ def add_records(cfg: Config) -> list[str]:
         hooks['conditioning'] = dict(type=add_scope(cfg, 'ConditioningHook'))
         done.append('conditioning')
     if best and hooks.get('checkpoint') and 'save_best' not in hooks.checkpoint:
-        hooks.checkpoint.save_best = best
+        hooks.checkpoint.save_best, hooks.checkpoint.rule = best, 'greater'
         done.append(f'checkpoint.save_best={best}')
     return done
 

@@ -47,7 +47,8 @@ def test_coco_configs_take_a_training_step(name):
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     assert describe_conditioning(model.state_dict()) == "dict(type='identity', lam=10)"
     shapes = [[3, 96, 64], [3, 64, 96]]
-    batch = demo_mm_inputs(2, shapes, num_classes=80, with_mask=True, use_box_type=True)
+    panoptic = 'panoptic_fusion_head' in cfg.model
+    batch = demo_mm_inputs(2, shapes, num_classes=80, with_mask=True, use_box_type=True, with_semantic=panoptic)
     batch = model.data_preprocessor(batch, training=True)
     loss = model.parse_losses(model(**batch, mode='loss'))[0]
     loss.backward()
@@ -85,7 +86,7 @@ def test_optimiser():
 
 
 def test_plain_and_conditioned_configs_differ_only_in_conditioning():
-    assert len(TWINS) == 9
+    assert len(TWINS) == 11
     for spec, plain in TWINS.items():
         spec, plain = load(spec).to_dict(), load(plain).to_dict()
         assert spec['model']['backbone'].pop('conditioning') == dict(type='identity', lam=10.0)

@@ -1,6 +1,10 @@
 """Run the complete workflow on generated data: write images, train, evaluate, and write a report.
 
-Everything is written to data/shapes and work_dirs/demo. The commands for training and evaluation are printed.
+Everything is written to data/shapes and work_dirs/demo, or with --config to work_dirs/CONFIG. The commands for training
+and evaluation are printed.
+
+    spec-mmdet demo                                      # Mask R-CNN
+    spec-mmdet demo --config xcit_spec_panoptic_shapes   # PanopticFPN
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ WORK = Path('work_dirs/demo')
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser('demo', __doc__)
     options.needs = 'data.shapes'
-    options.parse_args(argv)
+    options.add_argument('--config', default=CONFIG, help=f'a config for data/shapes (default: {CONFIG})')
+    config = options.parse_args(argv).config
+    work = WORK if config == CONFIG else WORK.with_name(Path(config).stem)
 
     from ..data.shapes import write_shapes
     from ..evaluation.pages import PAGE
     from ..files import replace_folder
 
     start = time.time()
-    with replace_folder(WORK):
+    with replace_folder(work):
         write_shapes(DATA)
-        run_command('train', CONFIG, '--work-dir', WORK)
-        checkpoint = WORK / (WORK / 'last_checkpoint').read_text()
-        run_command('test', CONFIG, checkpoint, '--work-dir', WORK / 'test', '--report', WORK / 'report')
-    print(f'\ntook {time.time() - start:.0f} s; pictures, curves and tables are in {WORK}')
-    print(f'report: {WORK / "report" / PAGE}')
+        run_command('train', config, '--work-dir', work)
+        checkpoint = work / (work / 'last_checkpoint').read_text()
+        run_command('test', config, checkpoint, '--work-dir', work / 'test', '--report', work / 'report')
+    print(f'\ntook {time.time() - start:.0f} s; pictures, curves and tables are in {work}')
+    print(f'report: {work / "report" / PAGE}')

@@ -1,6 +1,6 @@
 """Check, convert, split or subsample a data set, and write it in COCO's layout.
 
-    spec-mmdet prepare FOLDER                         # check COCO's layout
+    spec-mmdet prepare FOLDER                         # check COCO's layout, of instances or panoptic
     spec-mmdet prepare EXPORT --val 0.2 --out DIR     # convert an export
     spec-mmdet prepare FOLDER --drop --out DIR        # drop faulty images
     spec-mmdet prepare FOLDER --subset 0.1 --out DIR  # keep a tenth
@@ -146,20 +146,21 @@ def prepare_maps(args: argparse.Namespace, found: Findings) -> bool:
     from ..data.tasks import prepare_folder
 
     try:
-        counts = prepare_folder(args.folder, args.out, args.drop, found)
+        prepared = prepare_folder(args.folder, args.out, args.drop, found)
     finally:
         found.print()
         if any(found.list_rows()):
             found.write(args.findings)
             print(f'\nfull list: {args.findings}')
-    if counts is None:
+    if prepared is None:
         return False
+    example, counts = prepared
     if args.subset or args.val or args.masks or args.tiles:
         raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
     print(', '.join(f'{split}: {count} images with label PNGs' for split, count in counts.items()))
     if args.out:
         print(f'wrote {args.out}')
-    print(f'ready: spec-mmdet train xcit_tiny_12_p16_semanticfpn --data {args.out or args.folder}')
+    print(f'ready: spec-mmdet train {example} --data {args.out or args.folder}')
     return True
 
 

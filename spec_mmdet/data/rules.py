@@ -293,3 +293,13 @@ def find_sound_objects(annotations: Sequence[dict], sizes: Mapping[object, tuple
         sound &= (np.minimum(x, x0) >= -TOLERANCE) & (np.maximum(x + w, x1) <= width + TOLERANCE)
         sound &= (np.minimum(y, y0) >= -TOLERANCE) & (np.maximum(y + h, y1) <= height + TOLERANCE)
     return {places[i] for i in np.flatnonzero(sound)}
+
+
+def decode_ids(image: np.ndarray) -> np.ndarray:
+    """Return the segment ids of a PNG, int32, shape (H, W), from its pixels, RGB, shape (H, W, 3)."""
+    return np.asarray(image, np.int32) @ np.array([1, 256, 256**2], np.int32)
+
+
+def encode_ids(ids: np.ndarray) -> np.ndarray:
+    """Return the pixels of a PNG, RGB, uint8, shape (H, W, 3), for segment ids, shape (H, W)."""
+    return np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=-1).astype(np.uint8)

@@ -48,6 +48,9 @@ LAYOUTS = (
 )
 
 
+EXAMPLE = 'xcit_tiny_12_p16_semanticfpn'  # a config
+
+
 def reads(dataset: dict) -> bool:
     """Return whether a config's dict is one of MMSegmentation's data sets."""
     kind = dataset.get('type')

@@ -4,7 +4,8 @@
 
 Circles, squares, triangles and stars of random colour, size and rotation overlap on cluttered backgrounds; polygons
 follow the visible parts. Some images contain a crowd region: many tiny shapes with one annotation of iscrowd=1, as in
-COCO. Label PNGs for semantic segmentation contain the same objects. The same seed writes the same files.
+COCO. The same objects are in label PNGs for semantic segmentation, and in COCO's panoptic layout. The same seed writes
+the same files.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from shapely.geometry import MultiPolygon, Point, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from ..files import write_folder_atomically
+from .rules import encode_ids, rasterise
 
 CATEGORIES = ('circle', 'square', 'triangle', 'star')
+STUFF = ('dark background', 'light background')
+MIN_STUFF = 64  # pixels of a segment of stuff
 MIN_VISIBLE = 0.7  # minimum visible fraction of an object
 
 
@@ -205,6 +209,60 @@ def write_labels(root: Path, split: str, categories: Sequence[str] = CATEGORIES)
         write_png(root / 'labels' / split / Path(image['file_name']).with_suffix('.png').name, labels)
 
 
+def mark_stuff(image: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the background is dark and where it is light, bool, shape (H, W); smoothed, so without its clutter.
+
+    Args:
+        image: BGR, shape (H, W, 3).
+        free: the pixels without objects, bool, shape (H, W).
+    """
+    grey, weight = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) * free.astype(float), free.astype(float)
+    grey, weight = (cv2.GaussianBlur(values, (0, 0), len(image) / 16) for values in (grey, weight))
+    light = grey > 128 * weight
+    return free & ~light, free & light
+
+
+def add_panoptic_labels(root: Path, split: str) -> None:
+    """Write COCO's panoptic labels of a split, with the objects as things and the background's lightness as stuff.
+
+    They are annotations/panoptic_{split}.json and the PNGs annotations/panoptic_{split}/. Small parts of the background
+    are void.
+
+    Args:
+        root: folder with images and annotations/instances_{split}.json.
+        split: 'train' or 'val'.
+    """
+    coco = json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
+    objects: dict[int, list[dict]] = {image['id']: [] for image in coco['images']}
+    for annotation in coco.pop('annotations'):
+        objects[annotation['image_id']].append(annotation)
+    count = len(coco['categories'])
+    stuff = [dict(id=count + 1 + i, name=name, isthing=0) for i, name in enumerate(STUFF)]
+    coco['categories'] = [dict(category, isthing=1) for category in coco['categories']] + stuff
+    coco['annotations'], folder = [], root / 'annotations' / f'panoptic_{split}'
+    folder.mkdir()
+    for image in coco['images']:
+        size = image['width'], image['height']
+        ids, segments = np.zeros(size[::-1], np.int32), []
+        parts = [(a['category_id'], a['iscrowd'], mask_utils.decode(rasterise(a['segmentation'], *size)) > 0)
+                 for a in objects[image['id']]]  # fmt: skip
+        covered = sum((mask for _, _, mask in parts), np.zeros(ids.shape, bool))
+        pixels = cv2.imread(str(root / split / image['file_name']))
+        parts += [(count + 1 + i, 0, mask) for i, mask in enumerate(mark_stuff(pixels, ~covered))]
+        for category, crowd, mask in parts:
+            mask &= ids == 0
+            area = int(mask.sum())
+            if area < (MIN_STUFF if category > count else 1):
+                continue
+            ids[mask] = len(segments) + 1
+            box = list(cv2.boundingRect(mask.astype(np.uint8)))
+            segments.append(dict(id=len(segments) + 1, category_id=category, iscrowd=crowd, area=area, bbox=box))
+        name = f'{Path(image["file_name"]).stem}.png'
+        write_png(folder / name, encode_ids(ids)[..., ::-1])
+        coco['annotations'].append(dict(image_id=image['id'], file_name=name, segments_info=segments))
+    folder.with_suffix('.json').write_text(json.dumps(coco))
+
+
 def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int = 256, seed: int = 0) -> None:
     """Write the data set and print a line about it; an error leaves no partial folder.
 
@@ -222,4 +280,5 @@ def write_shapes(root: str | Path, train: int = 1800, val: int = 150, size: int 
         for i, (split, images) in enumerate(dict(train=train, val=val).items()):
             write_split(folder, split, images, size, np.random.default_rng([seed, i]))
             write_labels(folder, split)
+            add_panoptic_labels(folder, split)
     print(f'{root}: {train} training and {val} validation images of {size} pixels', flush=True)

@@ -13,11 +13,11 @@ from mmengine.config import Config
 
 from ..configs import walk
 from ..errors import InputError
-from . import detection, semantic
+from . import detection, panoptic, semantic
 from .findings import Findings
 from .fitting import LOOPS, list_configured_classes, list_evaluators
 
-TASKS: tuple[ModuleType, ...] = (semantic, detection)
+TASKS: tuple[ModuleType, ...] = (panoptic, semantic, detection)
 
 
 def find_task(cfg: Config) -> ModuleType:
@@ -75,11 +75,11 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         task.use_split(datasets[0], list_evaluators(cfg, loop), folder, 'train' if loop == 'train' else 'val')
 
 
-def prepare_folder(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int] | None:
-    """Check a folder without annotation files, and copy it if wanted; see :func:`semantic.prepare`.
+def prepare_folder(folder: Path, out: Path | None, drop: bool, found: Findings) -> tuple[str, dict[str, int]] | None:
+    """Check a folder in a layout other than detection's, and copy it if wanted; see :func:`semantic.prepare`.
 
     Returns:
-        The number of images of each split; None if no task reads the folder.
+        A config for the folder, and the number of images of each split; None if no task reads the folder.
     """
-    found_counts = (task.prepare(folder, out, drop, found) for task in TASKS if hasattr(task, 'prepare'))
-    return next((counts for counts in found_counts if counts), None)
+    prepared = ((task.EXAMPLE, task.prepare(folder, out, drop, found)) for task in TASKS if task is not detection)
+    return next(((example, counts) for example, counts in prepared if counts), None)

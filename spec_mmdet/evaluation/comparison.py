@@ -98,6 +98,8 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
         fault = 'has changed since' if truth.is_file() else 'does not exist'
         raise InputError(f'{truth}: the annotation file of {found[-1].parent} {fault}. {advice}')
     files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
+    if not files:
+        raise InputError(f'{found[-1].parent}: contains no detections. Compare detectors, by AP; read other reports')
     arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
     weights = record['weights']
     if None not in (seeds := (facts.get('seed'), weights['seed'])) and seeds[0] != seeds[1]:

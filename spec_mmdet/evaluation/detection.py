@@ -73,6 +73,11 @@ def state_boxes(instances: InstanceData) -> InstanceData:
     return instances
 
 
+def list_categories(cfg: Config, classes: Sequence[str]) -> list[dict]:
+    """List the categories of the results; ids are labels + 1."""
+    return [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
+
+
 def list_results(
     sample: DetDataSample, classes: Sequence[str], score: float, image_id: int, folder: Path, stem: Path
 ) -> Iterator[dict]:

@@ -22,6 +22,7 @@ from ..data.images import decode
 from ..data.tasks import list_datasets
 from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
+from .detection import list_categories  # noqa: F401, a part of the task
 from .drawing import Mark, convert_map_to_marks, draw, tile_pictures, use_font_for
 from .plots import SIDE, embed_picture, encode_jpeg, list_confusions
 

@@ -207,7 +207,7 @@ def predict_files(
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
     task, classes = find_task(inferencer.cfg), inferencer.model.dataset_meta['classes']
-    categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
+    categories = task.list_categories(inferencer.cfg, classes)
     head = json.dumps(dict(info=dict(folder=str(root), **info), categories=categories))[:-1] + ', "images": ['
     damaged: dict[str, list[Path]] = {}
     doubts: dict[str, list[Path]] = {}

@@ -12,6 +12,8 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 
+from ..errors import InputError
+
 FLIP_DIMS = dict(horizontal=[2], vertical=[1], diagonal=[1, 2])
 
 
@@ -47,6 +49,8 @@ def use_augmentation(cfg: Config, masks: bool) -> None:
 
     If the detector predicts masks, :class:`MaskTTAModel` replaces MMDetection's DetTTAModel, which cannot merge them.
     """
+    if 'panoptic_fusion_head' in cfg.model:
+        raise InputError('--tta: not possible with panoptic segmentation, whose maps cannot be merged. Leave it out')
     if masks and 'tta_model' in cfg and MODELS.get(cfg.tta_model.type.removeprefix('mmdet.')) is DetTTAModel:
         print('tta_model: replaced DetTTAModel, which cannot merge masks, by MaskTTAModel')
         cfg.tta_model.type = 'MaskTTAModel'

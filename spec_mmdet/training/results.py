@@ -32,7 +32,7 @@ from ..data.tasks import list_annotation_files
 from ..errors import InputError
 from ..evaluation.drawing import Mark, draw, tile_pictures, use_font_for
 from ..evaluation.plots import add_legend
-from ..evaluation.tasks import LABELS, find_task
+from ..evaluation.tasks import LABELS, PREFIXES, find_task
 from ..files import compute_digest, format_csv, write
 from ..models.products import CHOSEN
 from .hooks import CONDITIONING, MEDIANS, find_learning_rate
@@ -42,7 +42,6 @@ TABLE, CURVES, RUN = 'results.csv', 'results.png', 'run.json'
 BATCHES = 3  # training batches to draw
 IMAGES = 8  # images to draw of the validation, and maximum of a batch
 MIN_SCORE = 0.3
-PREFIXES = tuple({name.partition('/')[0] + '/' for name in LABELS})
 TILE = 320  # longer side of a drawn image in pixels
 
 

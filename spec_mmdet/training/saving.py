@@ -24,6 +24,7 @@ from ..checkpoints.reading import find_nonfinite, load
 from ..checkpoints.writing import serialize
 from ..compat import CheckpointSteps, is_resuming, is_training
 from ..errors import InputError, list_briefly
+from ..evaluation.tasks import PREFIXES
 from ..files import write
 from ..models.products import CHOSEN
 from ..processes import start_max
@@ -234,9 +235,9 @@ class AtomicCheckpointHook(CheckpointSteps, CheckpointHook):
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoint, and record that this epoch is evaluated.
 
-        A checkpoint with an AP of 0, or of -1 (no objects), is never the best one.
+        A checkpoint with an AP or PQ of 0, or of -1 (no objects), is never the best one.
         """
-        useless = [key for key, value in metrics.items() if key.startswith('coco/') and not value > 0]
+        useless = [key for key, value in metrics.items() if key.startswith(PREFIXES) and not value > 0]
         wanted = [key for key in getattr(self, 'key_indicators', ()) if key in useless]
         for key in wanted:
             runner.logger.warning(f'{key} is {metrics[key]}: this checkpoint is not kept as the best one')

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_prediction, error_line, run_tool
+from conftest import CHECK, ROOT, as_prediction, error_line, run_tool
 from mmdet.registry import METRICS
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
@@ -248,14 +248,6 @@ def test_confusions_of_a_small_example(tmp_path):
     kinds = {kind: ids for kind, ids in outcome_of[1].errors.items() if ids}
     assert outcome_of[1].confused == [(1, 1)]
     assert kinds == {'class': [1], 'duplicate': [3], 'background': [4], 'missed': [3]}
-
-
-CHECK = """
-<script>addEventListener('load', () => {
-  const images = [...document.images], root = document.documentElement;
-  root.dataset.images = images.length + ' ' + images.filter(image => image.complete && image.naturalWidth > 0).length;
-  root.dataset.fits = root.scrollWidth <= innerWidth;
-})</script></body>"""
 
 
 def test_in_a_browser(data, tmp_path):
