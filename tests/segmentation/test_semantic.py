@@ -187,6 +187,8 @@ def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
     for split, images in (('train', 4), ('val', 3)):
         write_split(data, split, images, 64, np.random.default_rng(len(split)))
         write_labels(data, split)
+    run_tool(monkeypatch, 'prepare', data, '--findings', tmp_path / 'findings.csv')  # as boxes and masks
+    assert 'not used' not in capsys.readouterr().out
     small = ['model.backbone.arch.dim=32', 'model.backbone.arch.depth=4', 'model.neck.in_channels=[32,32,32,32]']
     short = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
     arguments = ['--data', data, '--work-dir', work, '--batch-size', '2', '--cfg-options', *small, *short]

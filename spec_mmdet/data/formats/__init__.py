@@ -76,6 +76,9 @@ FOREIGN = (
 )
 
 
+MAPS = ('labels', 'classes.txt')
+
+
 @show_status('reading the data set')
 def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool = False) -> list[Split]:
     """Read a data set in COCO's layout or in one of the formats above.
@@ -100,6 +103,8 @@ def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool =
         images = export.folder / split.images.relative_to(folder)
         export.used.update(images / image['file_name'] for image in split.coco['images'])
         split.is_foreign = folder != given
+    if splits:  # the same images may have label PNGs, for semantic segmentation
+        export.used |= {path for path in export.files if path.relative_to(export.folder).parts[0] in MAPS}
     for name, read in READERS.items():
         if splits or (splits := read(export)) is None:
             continue
