@@ -140,6 +140,7 @@ APPENDED = {
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
     'python -m benchmarks.evaluator': '--images 200',
+    'python -m benchmarks.half_precision': '--archs nano_12',
     'python -m benchmarks.coco_scale': '--fraction 0.002 --parts train',
     'backbone = dict(': '\nimport spec_mmdet\nfrom mmdet.registry import MODELS\nMODELS.build(backbone).init_weights()',
 }
@@ -369,7 +370,8 @@ class Clone:
         if self.root.is_dir():
             subprocess.run(['git', '-C', self.root, 'fetch', '--quiet', ROOT, head], check=True)
             subprocess.run(
-                ['git', '-C', self.root, 'clean', '-ffdxq', '-e', '.venv', '-e', 'own', '-e', '*.egg-info'], check=True
+                ['git', '-C', self.root, 'clean', '-ffdxq', '-e', '.venv', '-e', '.venv-own', '-e', '*.egg-info'],
+                check=True,
             )
         else:
             subprocess.run(['git', 'clone', '--quiet', '--no-checkout', ROOT, self.root], check=True)
@@ -408,15 +410,15 @@ class Clone:
     def execute(self, command: Command, log: Path) -> bool:
         """Run a command of a page."""
         if any(new and begins(command.text, key) for key, new in OWN.items()):
-            shutil.rmtree(self.root / 'own', ignore_errors=True)
-            if not self.run([sys.executable, '-m', 'venv', 'own'], log):
+            shutil.rmtree(self.root / '.venv-own', ignore_errors=True)
+            if not self.run([sys.executable, '-m', 'venv', '.venv-own'], log):
                 return False
         if command.config:
             (self.root / CONFIG).write_text(command.text + '\n')
             return self.run(['spec-mmdet', 'flops', CONFIG], log)
         arguments = ['python', '-c'] if command.python else ['bash', '-euo', 'pipefail', '-c']
         several = command.text.startswith(('tools/dist_', 'torchrun '))
-        return self.run([*arguments, command.run_as], log, 'own' if command.own else '.venv', several)
+        return self.run([*arguments, command.run_as], log, '.venv-own' if command.own else '.venv', several)
 
 
 def git(*arguments: str) -> str:
