@@ -46,5 +46,5 @@ val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
 randomness = dict(seed=0)
-optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5))
+optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True), clip_grad=dict(max_norm=5))
 default_hooks = dict(logger=dict(interval=25))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -178,13 +179,17 @@ def write_split(
         annotations=[],
         categories=[dict(id=i + 1, name=name) for i, name in enumerate(categories)],
     )
-    for image_id in range(1, images + 1):
-        image, annotations = make(rng, size)
-        name = f'{image_id:06}.png'
-        write_png(root / split / name, image)
-        coco['images'].append(dict(id=image_id, file_name=name, width=size, height=size))
-        for annotation in annotations:
-            coco['annotations'].append(dict(annotation, id=len(coco['annotations']) + 1, image_id=image_id))
+    with ThreadPoolExecutor(1) as thread:  # encodes an image while the next ones are drawn
+        written = []
+        for image_id in range(1, images + 1):
+            image, annotations = make(rng, size)
+            name = f'{image_id:06}.png'
+            written.append(thread.submit(write_png, root / split / name, image))
+            coco['images'].append(dict(id=image_id, file_name=name, width=size, height=size))
+            for annotation in annotations:
+                coco['annotations'].append(dict(annotation, id=len(coco['annotations']) + 1, image_id=image_id))
+    for each in written:
+        each.result()
     (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
 
 

@@ -17,6 +17,41 @@ def _check_mode(pool_mode: int) -> None:
         raise NotImplementedError("roi_align with pool_mode='max' is not provided by spec_mmdet. Use pool_mode='avg'")
 
 
+def _average(start: Tensor, length: Tensor, bins: int, pixels: int, ratio: int) -> Tensor:
+    """Return the weight of each pixel along an axis in each bin of each region: shape (n, bins, pixels).
+
+    A bin is the mean of ``ratio`` linear interpolations, or of one per pixel of the bin if ``ratio`` is 0.
+
+    Args:
+        start, length: of the regions, in pixels, shape (n,).
+    """
+    step = length / bins
+    count = torch.full_like(step, ratio) if ratio else step.ceil().clamp_min(0)
+    sample = torch.arange(max(int(count.amax()), 1)).to(step)
+    within = torch.arange(bins).to(step)[:, None] + ((sample + 0.5) / count.clamp_min(1)[:, None])[:, None]
+    at = start[:, None, None] + within * step[:, None, None]  # (n, bins, samples)
+    used = (sample < count[:, None])[:, None] & (at >= -1) & (at <= pixels)
+    weights = 1 - (at.clamp(0, pixels - 1)[..., None] - torch.arange(pixels).to(step)).abs()
+    return (weights.clamp_min(0) * used[..., None]).sum(dim=2) / count.clamp_min(1)[:, None, None]
+
+
+def _make_averages(
+    rois: Tensor, maps: torch.Size, height: int, width: int, scale: float, ratio: int, aligned: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the weights of rows and of columns, with which RoIAlign on a CPU is two matrix products.
+
+    torchvision's kernel uses one thread, and its backward pass is ten times slower than the products. Return None if
+    the maps are large, so that most weights are zero, or a region is.
+    """
+    small = rois.device.type == 'cpu' and maps[2] * maps[3] <= 64**2 and len(rois)
+    if not small or torch.compiler.is_compiling() or not rois[:, 1:].abs().amax() * scale < 1000:
+        return None
+    x0, y0, x1, y1 = (rois[:, 1:] * scale - 0.5 * aligned).T
+    columns, rows = (end - start if aligned else (end - start).clamp_min(1) for start, end in ((x0, x1), (y0, y1)))
+    return _average(y0, rows, height, maps[2], ratio), _average(x0, columns, width, maps[3], ratio)
+
+
+@torch.autocast('cpu', enabled=False)  # or autocast would narrow the products
 def roi_align_forward(
     input: Tensor, rois: Tensor, output: Tensor, *_, aligned_height: int, aligned_width: int, spatial_scale: float,
     sampling_ratio: int, pool_mode: int, aligned: bool,
@@ -24,10 +59,18 @@ def roi_align_forward(
     """Write the pooled features of each region into ``output``, shape (n, C, aligned_height, aligned_width)."""
     _check_mode(pool_mode)
     input, rois = widen(input, rois)
-    size = (aligned_height, aligned_width)
-    output.copy_(torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+    rule = spatial_scale, sampling_ratio, aligned
+    if (averages := _make_averages(rois, input.shape, aligned_height, aligned_width, *rule)) is None:
+        output.copy_(torchvision.ops.roi_align(input, rois, (aligned_height, aligned_width), *rule))
+        return
+    for i in rois[:, 0].unique().int():
+        own, image = (rois[:, 0] == i).nonzero()[:, 0], input[i]
+        rows, columns = (each[own] for each in averages)
+        pooled = (rows.flatten(0, 1) @ image.transpose(0, 1).flatten(1)).view(len(own), -1, image.shape[2]) @ columns.mT
+        output[own] = pooled.unflatten(1, (aligned_height, -1)).transpose(1, 2).to(output.dtype)
 
 
+@torch.autocast('cpu', enabled=False)
 def roi_align_backward(
     grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, *, aligned_height: int,
     aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool,
@@ -35,9 +78,17 @@ def roi_align_backward(
     """Add the gradient of the pooled features to ``grad_input``, shape (B, C, H, W)."""
     _check_mode(pool_mode)
     grad_output, rois = widen(grad_output, rois)
-    size = (aligned_height, aligned_width, *grad_input.shape)
-    backward = torch.ops.torchvision._roi_align_backward
-    grad_input += backward(grad_output, rois, spatial_scale, *size, sampling_ratio, aligned)
+    size, rule = (aligned_height, aligned_width), (spatial_scale, sampling_ratio, aligned)
+    if (averages := _make_averages(rois, grad_input.shape, *size, *rule)) is None:
+        backward = torch.ops.torchvision._roi_align_backward
+        grad_input += backward(grad_output, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned)
+        return
+    for i in rois[:, 0].unique().int():
+        own, by_image = (rois[:, 0] == i).nonzero()[:, 0], grad_input[i]
+        rows, columns = (each[own] for each in averages)
+        by_rows = grad_output[own].transpose(1, 2).flatten(1, 2) @ columns
+        by_pixels = rows.flatten(0, 1).T @ by_rows.view(-1, by_image.shape[0] * by_image.shape[2])
+        by_image += by_pixels.unflatten(1, (by_image.shape[0], -1)).transpose(0, 1)
 
 
 def _grid(height: int, width: int, like: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ ROIS = [
 ]
 
 
+@pytest.mark.parametrize('shape', [(12, 15), (65, 64)])
 @pytest.mark.parametrize('ratio', [0, 2])
-def test_roi_align(ratio):
-    feats = torch.randn(2, 3, 12, 15, dtype=torch.float64, requires_grad=True)
+def test_roi_align(ratio, shape):
+    # The third image has no region. On maps of more than 64**2 pixels, the kernel is torchvision's.
+    feats = torch.randn(3, 3, *shape, dtype=torch.float64, requires_grad=True)
     rois = torch.tensor(ROIS, dtype=torch.float64)
     pool = mmcv.ops.RoIAlign(output_size=3, spatial_scale=0.25, sampling_ratio=ratio, aligned=True)
     assert_same_with_gradients(
