@@ -96,11 +96,13 @@ def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
     args = run / f'{CONFIG}.py', run / 'epoch_1.pth'
     assert '--tta' in error_line(monkeypatch, 'test', *args, '--tta', '--work-dir', tmp_path / 'tta')
     assert 'PanopticFPN cannot be exported' in error_line(monkeypatch, 'export', *args, tmp_path / 'x.onnx')
+    listing = ['--findings', tmp_path / 'findings.csv']
+    run_tool(monkeypatch, 'prepare', work / 'data', *listing)  # as boxes and masks
+    assert 'not used' not in capsys.readouterr().out
     data = tmp_path / 'data'
     shutil.copytree(work / 'data', data)
     for split in ('train', 'val'):
         (data / 'annotations' / f'instances_{split}.json').unlink()
-    listing = ['--findings', tmp_path / 'findings.csv']
     run_tool(monkeypatch, 'prepare', data, *listing)
     assert 'train xcit_panopticfpn' in capsys.readouterr().out
     (data / 'annotations' / 'panoptic_val' / '000002.png').unlink()

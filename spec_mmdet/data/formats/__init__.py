@@ -103,8 +103,9 @@ def find_splits(folder: Path, found: Findings, scratch: Path, zero_based: bool =
         images = export.folder / split.images.relative_to(folder)
         export.used.update(images / image['file_name'] for image in split.coco['images'])
         split.is_foreign = folder != given
-    if splits:  # the same images may have label PNGs, for semantic segmentation
-        export.used |= {path for path in export.files if path.relative_to(export.folder).parts[0] in MAPS}
+    if splits:  # the same images may have labels of semantic and panoptic segmentation
+        parts = {path: path.relative_to(export.folder).parts for path in export.files}
+        export.used |= {path for path, of in parts.items() if of[0] in MAPS or of[1:] and of[1].startswith('panoptic_')}
     for name, read in READERS.items():
         if splits or (splits := read(export)) is None:
             continue
