@@ -220,7 +220,7 @@ def load_run_config(
     from ..data.tasks import use_folder
     from ..processes import connect_processes
     from ..substitution import protect
-    from .options import adjust_dependent_settings, merge
+    from .options import adjust_dependent_settings, merge, require_complete_loops
 
     path = find_config(args.config)
     cfg = read_config(path)
@@ -229,11 +229,13 @@ def load_run_config(
     if change:
         change(cfg)
     merge(cfg, args.cfg_options)
+    testing = tuple(splits) == ('test',)
+    require_complete_loops(cfg, 'test' if testing else 'train')
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     connect_processes(cfg)
-    protect(cfg, args.keep_types, testing=tuple(splits) == ('test',))
+    protect(cfg, args.keep_types, testing=testing)
     adjust_dependent_settings(cfg)
     return cfg
 

@@ -111,6 +111,29 @@ def adjust_dependent_settings(cfg: Config) -> None:
         print(f'set to fit SpecXCiT: {", ".join(changes)}', file=sys.stderr)
 
 
+def require_complete_loops(cfg: Config, needed: str) -> None:
+    """Check that the settings of each loop are all there or all missing, and remove others that are None.
+
+    Args:
+        cfg: the complete config.
+        needed: the loop that must be there, 'train' or 'test'.
+
+    Raises:
+        InputError: naming those of a loop that are missing.
+    """
+    for names in (
+        ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+        ('val_dataloader', 'val_cfg', 'val_evaluator'),
+        ('test_dataloader', 'test_cfg', 'test_evaluator'),
+    ):
+        missing = [name for name in names if cfg.get(name) is None]
+        if missing and (len(missing) < len(names) or names[0].startswith(needed)):
+            raise InputError(f'{" and ".join(missing)} of the config is None or missing. Set all of {", ".join(names)}')
+    for name in ('env_cfg', 'randomness'):
+        if cfg.get(name, {}) is None:
+            cfg.pop(name)
+
+
 def check_key(cfg: Config, key: str, options: dict[str, object]) -> None:
     """Check that a key of --cfg-options has an effect.
 

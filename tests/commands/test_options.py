@@ -144,6 +144,8 @@ def test_a_config_that_cannot_be_built_is_one_line(monkeypatch, shapes, tmp_path
         ('train CONFIG --cfg-options seed', 'seed: write KEY=VALUE'),
         ('train CONFIG --work-dir x --cfg-options randomness.seed=-5', 'randomness.seed in the config is -5'),
         ('train CONFIG --work-dir x --cfg-options train_cfg.val_interval=0', 'val_interval in the config is 0'),
+        ('train CONFIG --work-dir x --cfg-options optim_wrapper=None', 'optim_wrapper of the config is None'),
+        ('test CONFIG a.pth --cfg-options test_evaluator=None', 'test_evaluator of the config is None'),
         ('test CONFIG a.pth --show-dir /proc/x', '/proc/x: could not be written'),
         ('convert a.pth b.pth --condition identity --lam -1', '-1: give a number above 0'),
         ('benchmark --sizes 0x0', '--sizes 0x0: write HEIGHTxWIDTH'),
