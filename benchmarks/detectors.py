@@ -42,7 +42,7 @@ PAGE = """# Detectors with a SpecXCiT backbone
 configured by [two lines](../guide/train.md#any-detector-of-mmdetection), trained for two iterations on generated
 images, evaluated with a report, used for prediction and exported. AMP is a training step in bfloat16 on the CPU; GPUs
 were not tested. The backbone has four blocks. DINO has 100 queries, because the images are small. The accuracy of the
-detectors was not measured.
+detectors was not measured. A dash means that the step was not run.
 
 **{working} of {total} detectors train, test and predict.**
 
