@@ -265,6 +265,8 @@ def make_command(part: str, arm: str, processes: int, workers: int, data: Path, 
         return [*ours, 'prepare', data, '--findings', run / 'findings.csv']
     if part == 'compare':
         report, runs = work / 'test_with_report_1_4' / 'report', []
+        if not report.is_dir():
+            raise InputError(f'compare needs the report in {report}. Run the part test first, in the same --work-dir')
         for i, (name, seed) in enumerate(itertools.product(('one', 'other'), range(3))):
             folder = run / f'{i}' / 'report'
             folder.mkdir(parents=True)
