@@ -36,8 +36,7 @@ SEGMENT = dict(id=int, category_id=int, bbox=list, area=(int, float))
 EXAMPLE = 'xcit_panopticfpn'  # a config
 IDS = 256**3  # ids that a PNG can contain
 MAX_CLASSES = 254  # MMDetection's maps of classes are bytes, of which 255 is void
-PARTS = ('', '_th', '_st')  # suffixes of MMDetection's metrics: all classes, things, stuff
-METRIC_NAMES = tuple(f'{kind}{part}' for part in PARTS for kind in ('PQ', 'SQ', 'RQ'))
+METRIC_NAMES = tuple(f'{kind}{part}' for part in ('', '_th', '_st') for kind in ('PQ', 'SQ', 'RQ'))  # _th: of things
 
 
 class Classes(list):

@@ -376,13 +376,9 @@ def build_splits(
             image['file_name'] = name
         for annotation in builder.annotations:
             annotation['category_id'] = ids[annotation['category_id']]
-        coco = dict(
-            info={},
-            licenses=[],
-            images=builder.images,
-            annotations=builder.annotations,
-            categories=[dict(id=index, name=name, supercategory='') for name, index in ids.items()],
-        )
+        categories = [dict(id=index, name=name, supercategory='') for name, index in ids.items()]
+        coco = dict(images=builder.images, annotations=builder.annotations, categories=categories)
+        coco |= dict(info={}, licenses=[])
         title = f'{export.folder.name}, {kind}' + f', {builder.name}' * (builder.name != WHOLE)
         splits.append(Split(builder.name, coco, title, root, is_foreign=True, incomplete=builder.incomplete))
     return splits
