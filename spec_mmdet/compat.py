@@ -135,8 +135,8 @@ class CheckpointSteps:
 
 
 def exchanges_channels(preprocessor: nn.Module) -> bool:
-    """Return whether an image preprocessor of MMEngine exchanges red and blue."""
-    return getattr(preprocessor, '_channel_conversion', True)
+    """Return whether an image preprocessor of MMEngine or MMSegmentation exchanges red and blue."""
+    return getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', True))
 
 
 def normalises(preprocessor: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from .evaluation.panoptic import PanopticQuality
 from .evaluation.semantic import SemanticMetric
 from .models.classifier import ImageClassifier, SpecXCiTClassifier
 from .models.onnx import OnnxDetector
+from .models.onnx_segmentor import OnnxSegmentor
 from .models.padding import MaskedDataPreprocessor
 from .models.tta import MaskTTAModel
 from .models.xcit import SpecXCiT
@@ -50,6 +51,7 @@ __all__ = [
     'MaskTTAModel',
     'MaskedDataPreprocessor',
     'OnnxDetector',
+    'OnnxSegmentor',
     'PanopticQuality',
     'PictureHook',
     'ResultsHook',

@@ -1,4 +1,4 @@
-"""Export a detector or only its backbone to ONNX, and compare it with PyTorch.
+"""Export a detector, a segmentor or only its backbone to ONNX, and compare it with PyTorch.
 
     spec-mmdet export CONFIG CHECKPOINT detector.onnx [--images INPUT...]
     spec-mmdet export xcit_spec_maskrcnn CHECKPOINT backbone.onnx --backbone
@@ -14,14 +14,16 @@ A Mask R-CNN, Faster R-CNN or RetinaNet becomes one graph that includes NMS:
     output  labels  int64, (n,), indices of `classes` in the metadata
     output  masks   bool, (n, *size), if the detector has masks
 
-`spec-mmdet predict CONFIG detector.onnx INPUT...` runs it. With --backbone, the graph accepts batches of any size of
-images from 64 x 64: `image`, float32, (batch, 3, height, width), channels in the order of `channels`, (pixel - `mean`)
-/ `std` (all in the metadata). Its outputs are the features at strides 4, 8, 16 and 32. Padding of an image takes part
-in the attention, as in training.
+A Semantic FPN becomes a graph with the inputs `image` and `size`, and the output `labels`, int64, `size`.
+
+`spec-mmdet predict CONFIG detector.onnx INPUT...` runs it, as does `spec-mmdet test CONFIG detector.onnx`. With
+--backbone, the graph accepts batches of any size of images from 64 x 64: `image`, float32, (batch, 3, height, width),
+channels in the order of `channels`, (pixel - `mean`) / `std` (all in the metadata). Its outputs are the features at
+strides 4, 8, 16 and 32. Padding of an image takes part in the attention, as in training.
 
 W is replaced by W + C. Before the file is written, ONNX Runtime runs it on the CPU, on noise of two sizes and on
 --images. The differences of a backbone's features from float64 may be ten times those of PyTorch in float32. For a
-detector, 95 % of the results must agree.
+detector, 95 % of the results must agree; for a segmentor, 99 % of the labels.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..configs import is_kind_of
     from ..errors import InputError
-    from ..inference.exporting import export_backbone, export_detector, require_exporters
+    from ..inference.exporting import export_backbone, export_model, require_exporters
     from ..inference.media import find_inputs
     from ..models.xcit import SpecXCiT
 
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.backbone:
             metadata = export_backbone(cfg, args.checkpoint, args.out)
         else:
-            metadata = export_detector(cfg, args.checkpoint, args.out, find_inputs(args.images or []))
+            metadata = export_model(cfg, args.checkpoint, args.out, find_inputs(args.images or []))
     for key, value in metadata.items():
         print(f'{key + ":":14}{value}')
     print(f'wrote {args.out}')

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
 
     from mmdet.engine.hooks.utils import trigger_visualization_hook
+    from mmdet.registry import MODELS
     from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.dist import is_main_process
 
@@ -74,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..evaluation.pages import PAGE
     from ..files import compute_digest, display_path, write_folder_atomically
     from ..inference.inferencer import use_exported
-    from ..models.onnx import OnnxDetector
     from ..models.tta import use_augmentation
     from ..processes import decide_on_main
     from ..training.guards import end_workers
@@ -83,10 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..training.terminal import Terminal
 
     cfg = load_run_config(args, splits=('test',))
-    if exported := OnnxDetector(args.checkpoint) if args.checkpoint.endswith('.onnx') else None:
-        classes = exported.classes
-        if 'masks' not in exported.outputs:
-            use_exported(cfg, args.checkpoint)  # masks are then neither loaded nor evaluated
+    if exported := args.checkpoint.endswith('.onnx'):
+        model = cfg.model
+        use_exported(cfg, args.checkpoint)
+        found = MODELS.build(cfg.model)
+        classes = found.classes
+        if 'masks' in found.outputs:
+            cfg.model = model  # otherwise masks are neither loaded nor evaluated
     else:
         classes = decide_on_main(lambda: get_classes(verify_checkpoint(args.checkpoint)))
     adapt_to_data(cfg, ('test',), classes, not args.no_check)

@@ -27,11 +27,12 @@ from ..checkpoints.reading import load
 from ..conditioning import describe_conditioning, fold
 from ..errors import InputError
 from ..files import write_atomically
-from ..models import xcit
+from ..models import onnx_segmentor, xcit
 from ..models.attention import XCA
 from ..models.onnx import INPUTS, OUTPUTS, DetectorGraph, OnnxDetector
+from ..models.onnx_segmentor import OnnxSegmentor, SegmentorGraph
 from ..models.xcit import SpecXCiT
-from .inferencer import load_inferencer, remove_padding
+from .inferencer import SegInferencer, load_inferencer, remove_padding
 from .media import decode_file
 
 MIN_SIZE = 64  # torch.export makes a constant of a size of 1, which a smaller image has at stride 32
@@ -39,7 +40,8 @@ ALLOWANCE = 10  # times the rounding error of PyTorch in float32
 # The smaller size uses the plain attention; the larger one has more tokens than the MLP processes at a time.
 COMPARED = ((2, 3, 64, 96), (1, 3, 544, 576))
 NOISE_SCORE = 0.001  # score threshold on noise, where all scores are low
-SAME = dict(iou=0.99, score=0.01, share=0.95)  # minimum IoU, maximum difference of scores, minimum share of results
+# Minimum IoU, maximum difference of scores, minimum share of results; of pixels with the same label.
+SAME = dict(iou=0.99, score=0.01, share=0.95, pixels=0.99)
 
 
 def require_exporters() -> None:
@@ -158,34 +160,80 @@ def compute_largest_difference(found: list[list[Tensor]], exact: list[list[Tenso
     )
 
 
-def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) -> dict[str, object]:
-    """Write a detector as ONNX if its results equal PyTorch's on noise and on images; return its metadata.
+def export_model(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) -> dict[str, object]:
+    """Write a detector or segmentor as ONNX if its results equal PyTorch's on noise and on images.
+
+    Returns:
+        Its metadata.
 
     Raises:
-        InputError: if the detector cannot be exported, or the results differ.
+        InputError: if the model cannot be exported, or the results differ.
     """
     remove_padding(cfg)
     inferencer = load_inferencer(cfg, checkpoint, 'cpu')
-    if not isinstance(inferencer, DetInferencer):
-        raise InputError(f'config {cfg.filename}: only detectors can be exported. Pass --backbone for the SpecXCiT')
-    detector = inferencer.model.eval().requires_grad_(False)
+    export_complete = export_detector if isinstance(inferencer, DetInferencer) else export_segmentor
     try:
-        graph = DetectorGraph(copy.deepcopy(detector))
+        return export_complete(inferencer, cfg, Path(checkpoint).name, out, paths)
     except ValueError as error:
         raise InputError(f'config {cfg.filename}: {error}. Pass --backbone to export only the SpecXCiT') from error
+
+
+def export_segmentor(
+    inferencer: SegInferencer, cfg: Config, checkpoint: str, out: Path, paths: list[Path]
+) -> dict[str, object]:
+    """Write a segmentor; see :func:`export_model`."""
+    segmentor = inferencer.model.eval().requires_grad_(False)
+    graph = SegmentorGraph(copy.deepcopy(segmentor))
+    metadata = dict(
+        classes=segmentor.dataset_meta['classes'],
+        resize=describe_resize(cfg),
+        conditioning=describe_conditioning(segmentor.backbone.state_dict()),
+        checkpoint=checkpoint,
+        min_size=MIN_SIZE,
+    )
+    example = (torch.zeros(1, 3, 2 * MIN_SIZE, 3 * MIN_SIZE, dtype=torch.uint8), torch.tensor([100, 150]))
+    sides = {2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
+    with write_atomically(out) as temporary:
+        export(graph, example, (sides, None), temporary, onnx_segmentor.INPUTS, onnx_segmentor.OUTPUTS, metadata)
+        exported = OnnxSegmentor(temporary, device='cpu')
+        print(f'{"input":28} equal pixels')
+        images = [(path.name, image) for path in paths for _, image in decode_file(path)]
+        for name, image in images + [('noise of {} x {}'.format(*image.shape), image) for image in make_noise()]:
+            data = inferencer.prepare([image])
+            ours, theirs = (
+                model.test_step(copy.deepcopy(data))[0].pred_sem_seg.data for model in (segmentor, exported)
+            )
+            share = (ours == theirs).double().mean().item()
+            print(f'{name[-28:]:28} {100 * share:.2f} %')
+            if share < SAME['pixels']:
+                raise InputError(f'{out}: not written, because only {100 * share:.2f} % of the labels on {name} agree '
+                                 'with PyTorch. Report this with the config')  # fmt: skip
+    return metadata
+
+
+def make_noise() -> list[np.ndarray]:
+    """Make images of noise of two sizes."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in ((96, 96), (272, 288))]
+
+
+def export_detector(
+    inferencer: DetInferencer, cfg: Config, checkpoint: str, out: Path, paths: list[Path]
+) -> dict[str, object]:
+    """Write a detector; see :func:`export_model`."""
+    detector = inferencer.model.eval().requires_grad_(False)
+    graph = DetectorGraph(copy.deepcopy(detector))
     last = detector.roi_head if graph.two_stages else detector.bbox_head
     metadata = dict(
         classes=detector.dataset_meta['classes'],
         score_thr=last.test_cfg.score_thr,
         resize=describe_resize(cfg),
         conditioning=describe_conditioning(detector.backbone.state_dict()),
-        checkpoint=Path(checkpoint).name,
+        checkpoint=checkpoint,
     )
     # With fewer pixels the coarsest level could have a size of 1, which torch.export makes a constant.
     least = max(MIN_SIZE, max(map(max, graph.dense_head.prior_generator.strides)) + 32)
     metadata['min_size'] = least
-    rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in ((96, 96), (272, 288))]
     example = (torch.zeros(1, 3, 2 * least, 3 * least, dtype=torch.uint8), torch.tensor([100, 150]), torch.tensor(0.05))
     sides = {2: Dim('height', min=least), 3: Dim('width', min=least)}
     with write_atomically(out) as temporary:
@@ -202,7 +250,7 @@ def export_detector(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) 
             for _, image in decode_file(path):
                 require_same(path.name, *results(image), out)
         last.test_cfg.score_thr = exported.score = NOISE_SCORE
-        for image in noise:
+        for image in make_noise():
             require_same('noise of {} x {}'.format(*image.shape), *results(image), out)
     return metadata
 

@@ -53,10 +53,10 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     warnings.filterwarnings('ignore', message='dataset_meta or class names')
     warnings.filterwarnings('ignore', module='mmengine.visualization')
     if checkpoint.endswith('.onnx'):
-        use_exported(cfg, checkpoint, score, device)
+        use_exported(cfg, checkpoint, device, score)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about missing weights and unknown classes
-            inferencer = DetInferencer(cfg, None, 'cpu', show_progress=False)
+            inferencer = build_inferencer(cfg, None, 'cpu')
         return set_names(inferencer, inferencer.model.classes)
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
@@ -64,13 +64,22 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
     raise_score_threshold(cfg.model, score)
-    if cfg.get('default_scope') == 'mmseg':
-        inferencer = SegInferencer(cfg, weights, device)
-    else:
-        inferencer = DetInferencer(cfg, fetch(checkpoint), device, show_progress=False)
+    inferencer = build_inferencer(cfg, fetch(checkpoint), device)
     if faults := describe_mismatches(inferencer.model, weights):
         raise InputError(f'{name} does not fit the configured model: {faults}. Pass the config of its training')
     return set_names(inferencer, classes)
+
+
+def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None) -> DetInferencer | SegInferencer:
+    """Build the inferencer of a config's library, with the weights of a file if there is one."""
+    if is_segmentor(cfg):
+        return SegInferencer(cfg, checkpoint, device)
+    return DetInferencer(cfg, checkpoint, device, show_progress=False)
+
+
+def is_segmentor(cfg: Config) -> bool:
+    """Return whether a config's model is MMSegmentation's."""
+    return cfg.get('default_scope') == 'mmseg'
 
 
 class SegInferencer:
@@ -78,25 +87,29 @@ class SegInferencer:
 
     Args:
         cfg: the complete config.
-        weights: the model's state dict; the caller checks that it fits.
+        checkpoint: file of the model's weights, if any; the caller checks that they fit.
         device: for instance 'cpu'; by default a GPU if there is one.
     """
 
-    def __init__(self, cfg: Config, weights: dict[str, torch.Tensor], device: str | None) -> None:
+    def __init__(self, cfg: Config, checkpoint: str | None, device: str | None) -> None:
         init_default_scope('mmseg')
         drop_pretrained(cfg.model)
         self.cfg, self.model = cfg, MODELS.build(cfg.model).to(device or get_device()).eval()
-        self.model.load_state_dict(weights, strict=False)
+        if checkpoint:
+            self.model.load_state_dict(get_state_dict(load(checkpoint, mmap=True), checkpoint), strict=False)
         self.model.dataset_meta, self.model.cfg = {}, cfg
         pipeline = cfg.test_dataloader.dataset.pipeline[1:]
         kept = [step for step in pipeline if str(step['type']).rpartition('.')[2] != 'LoadAnnotations']
         self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *kept])
 
+    def prepare(self, images: list[np.ndarray]) -> dict:
+        """Return the model's input for images, shape (H, W, 3), BGR."""
+        return pseudo_collate([self.pipeline(dict(img=image)) for image in images])
+
     def __call__(self, images: list[np.ndarray], *_: object, **__: object) -> dict[str, list]:
         """Return a sample with ``pred_sem_seg`` for each image, shape (H, W, 3), BGR, under 'predictions'."""
-        data = pseudo_collate([self.pipeline(dict(img=image)) for image in images])
         with torch.no_grad():
-            return dict(predictions=self.model.test_step(data))
+            return dict(predictions=self.model.test_step(self.prepare(images)))
 
 
 def raise_score_threshold(model: dict, score: float) -> None:
@@ -117,9 +130,20 @@ def raise_score_threshold(model: dict, score: float) -> None:
             node['score_thr'] = max(node['score_thr'], below)
 
 
-def use_exported(cfg: Config, path: str, score: float = 0.0, device: str | None = None) -> None:
-    """Replace a config's model by an exported detector; changes ``cfg``. See :class:`OnnxDetector` for arguments."""
-    cfg.model = dict(type='OnnxDetector', path=path, score=score, device=device)
+def use_exported(cfg: Config, path: str, device: str | None = None, score: float = 0.0) -> None:
+    """Replace a config's model by an exported one; changes ``cfg``.
+
+    Args:
+        cfg: the complete config.
+        path: the .onnx file.
+        device: for instance 'cpu'; by default a GPU if there is one.
+        score: score threshold of a detector.
+    """
+    kind = 'OnnxSegmentor' if is_segmentor(cfg) else 'OnnxDetector'
+    cfg.model = dict(type=f'mmdet.{kind}', path=path, device=device)
+    if not is_segmentor(cfg):
+        cfg.model.score = score
+    cfg.pop('data_preprocessor', None)  # MMEngine's runner would pass it to the model
     remove_padding(cfg)
 
 

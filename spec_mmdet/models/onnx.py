@@ -23,7 +23,7 @@ from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.model import BaseModel
-from mmengine.structures import InstanceData
+from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
@@ -94,7 +94,7 @@ class DetectorGraph(nn.Module):
             bool, (n, height, width), if the detector has them.
         """
         shape = image.shape[-2:]
-        feats = self.detector.neck(self.detector.backbone(self._preprocess(image)))
+        feats = self.detector.neck(self.detector.backbone(preprocess(self.detector.data_preprocessor, image)))
         boxes, scores, labels = self._detect_dense(feats, shape, score)
         if self.two_stages:
             feats = feats[: self.detector.roi_head.bbox_roi_extractor.num_inputs]
@@ -104,21 +104,6 @@ class DetectorGraph(nn.Module):
         if not self.with_mask:
             return found, scores, labels
         return found, scores, labels, self._make_masks(feats, boxes, labels, found, size)
-
-    def _preprocess(self, image: Tensor) -> Tensor:
-        """Normalise and pad an image, and add the mask's channel, as the detector's preprocessor does."""
-        preprocessor = self.detector.data_preprocessor
-        # MMDetection reads BGR, so a preprocessor that exchanges red and blue expects the RGB that we have.
-        x = (image if exchanges_channels(preprocessor) else image.flip(1)).float()
-        if normalises(preprocessor):
-            x = (x - preprocessor.mean) / preprocessor.std
-        h, w = image.shape[-2:]
-        divisor = preprocessor.pad_size_divisor
-        padding = (0, -w % divisor, 0, -h % divisor)
-        x = F.pad(x, padding, value=float(preprocessor.pad_value))
-        if isinstance(preprocessor, MaskedDataPreprocessor):
-            x = torch.cat([x, F.pad(torch.ones_like(image[:, :1], dtype=x.dtype), padding)], dim=1)
-        return x
 
     def _detect_dense(
         self, feats: Sequence[Tensor], shape: Sequence[int], score: Tensor
@@ -178,6 +163,27 @@ class DetectorGraph(nn.Module):
         return down @ masks @ across.transpose(1, 2) >= roi_head.test_cfg.mask_thr_binary
 
 
+def preprocess(preprocessor: nn.Module, image: Tensor) -> Tensor:
+    """Normalise and pad an image, and add the mask's channel, as a model's preprocessor does.
+
+    Args:
+        preprocessor: MMDetection's or MMSegmentation's.
+        image: RGB pixels, uint8, shape (1, 3, H, W).
+    """
+    # Pipelines read BGR, so a preprocessor that exchanges red and blue expects the RGB that we have.
+    x = (image if exchanges_channels(preprocessor) else image.flip(1)).float()
+    if normalises(preprocessor):
+        x = (x - preprocessor.mean) / preprocessor.std
+    h, w = image.shape[-2:]
+    divisor = getattr(preprocessor, 'pad_size_divisor', 1)  # MMSegmentation pads no image of a test
+    padding = (0, -w % divisor, 0, -h % divisor)
+    if divisor > 1:
+        x = F.pad(x, padding, value=float(preprocessor.pad_value))
+    if isinstance(preprocessor, MaskedDataPreprocessor):
+        x = torch.cat([x, F.pad(torch.ones_like(image[:, :1], dtype=x.dtype), padding)], dim=1)
+    return x
+
+
 def decode(coder: DeltaXYWHBBoxCoder, priors: Tensor, deltas: Tensor, shape: Sequence[int]) -> Tensor:
     """Decode a head's deltas to boxes, shape (n, 4), clipped to an image of ``shape``."""
     deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
@@ -223,20 +229,21 @@ def weigh_cells(start: Tensor, end: Tensor, pixels: Tensor, cells: int) -> Tenso
     return (1 - (place[..., None] - torch.arange(cells)).abs()).clamp(min=0)
 
 
-@MODELS.register_module()
-class OnnxDetector(BaseModel):
-    """An exported detector, run by ONNX Runtime, for MMDetection's inferencer.
+class OnnxModel(BaseModel):
+    """An exported model, run by ONNX Runtime, for MMEngine's runner and our inferencer.
 
     Args:
         path: the .onnx file.
-        score: score threshold; if the exported detector's is higher, that one applies.
         device: 'cpu' or a CUDA device; by default a GPU if ONNX Runtime supports it.
 
     Raises:
-        InputError: if ONNX Runtime is not installed or cannot read the file, or the file is not an exported detector.
+        InputError: if ONNX Runtime is not installed or cannot read the file, or the file is another model's.
     """
 
-    def __init__(self, path: str | Path, score: float = 0.0, device: str | None = None) -> None:
+    OUTPUTS: tuple[str, ...]  # outputs that all graphs of this kind have
+    KIND: str
+
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
         super().__init__()
         try:
             import onnxruntime
@@ -255,29 +262,44 @@ class OnnxDetector(BaseModel):
             raise InputError(f'{path}: ONNX Runtime cannot read it: {error}') from error
         self.path = path
         self.outputs = [output.name for output in self.session.get_outputs()]
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        if self.outputs[:3] != list(OUTPUTS[:3]) or 'classes' not in metadata:
-            raise InputError(f'{path}: not a detector written by "spec-mmdet export" without --backbone')
-        self.classes: list[str] = json.loads(metadata['classes'])
-        self.least = json.loads(metadata['min_size'])
-        self.score = max(score, json.loads(metadata['score_thr']))
+        self.metadata = {
+            key: json.loads(value) for key, value in self.session.get_modelmeta().custom_metadata_map.items()
+        }
+        if self.outputs[: len(self.OUTPUTS)] != list(self.OUTPUTS) or 'classes' not in self.metadata:
+            raise InputError(f'{path}: not a {self.KIND} written by "spec-mmdet export" without --backbone')
+        self.classes: list[str] = self.metadata['classes']
 
-    def forward(self, inputs: list[Tensor], data_samples: list[DetDataSample], mode: str = 'predict'):
-        """Add the predictions for images to their data samples.
-
-        The images are uint8 and BGR, as MMDetection's pipelines pack them.
+    def run(self, image: Tensor, sample: BaseDataElement, **feed: Tensor) -> list[Tensor]:
+        """Compute the outputs for an image, uint8 and BGR, as pipelines pack it.
 
         Raises:
-            InputError: if an image is smaller than the graph allows.
+            InputError: if the image is smaller than the graph allows.
         """
+        least = self.metadata['min_size']
+        if min(image.shape[1:]) < least:
+            raise InputError(
+                f'an image has a side below {least} pixels after scaling, the minimum of the exported {self.KIND}'
+            )
+        feed |= dict(image=image.flip(0)[None], size=torch.tensor(sample.ori_shape))
+        found = self.session.run(self.outputs, {name: value.cpu().numpy() for name, value in feed.items()})
+        return [torch.from_numpy(value) for value in found]
+
+
+@MODELS.register_module()
+class OnnxDetector(OnnxModel):
+    """An exported detector. ``score``: score threshold; if the exported detector's is higher, that one applies."""
+
+    OUTPUTS = OUTPUTS[:3]
+    KIND = 'detector'
+
+    def __init__(self, path: str | Path, score: float = 0.0, device: str | None = None) -> None:
+        super().__init__(path, device)
+        self.score = max(score, self.metadata['score_thr'])
+
+    def forward(self, inputs: list[Tensor], data_samples: list[DetDataSample], mode: str = 'predict'):
+        """Add the predictions for images to their data samples; see :meth:`OnnxModel.run`."""
         for image, sample in zip(inputs, data_samples, strict=True):
-            if min(image.shape[1:]) < self.least:
-                raise InputError(
-                    f'an image has a side below {self.least} pixels after scaling, the minimum of the exported detector'
-                )
-            feed = dict(image=image.flip(0)[None], size=torch.tensor(sample.ori_shape), score=torch.tensor(self.score))
-            found = self.session.run(self.outputs, {name: value.cpu().numpy() for name, value in feed.items()})
-            boxes, scores, labels, *masks = map(torch.from_numpy, found)
+            boxes, scores, labels, *masks = self.run(image, sample, score=torch.tensor(self.score))
             sample.pred_instances = InstanceData(bboxes=boxes, scores=scores, labels=labels)
             if masks:
                 sample.pred_instances.masks = masks[0]

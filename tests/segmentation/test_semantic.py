@@ -1,6 +1,7 @@
 """Semantic segmentation: the metric, the layouts and faults of folders, and a run of the commands."""
 
 import json
+import re
 
 import conftest
 import numpy as np
@@ -198,20 +199,26 @@ def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
     }
     assert 'semantic/mIoU' in (work / 'results.csv').read_text()
     config, checkpoint = work / 'xcit_spec_shapes_semanticfpn.py', work / 'iter_2.pth'
-    capsys.readouterr()
-    assert '--backbone' in conftest.error_line(monkeypatch, 'export', config, checkpoint, tmp_path / 'model.onnx')
+    exported = tmp_path / 'model.onnx'
+    run_tool(monkeypatch, 'export', config, checkpoint, exported, '--images', data / 'val')
+    told = capsys.readouterr().out
+    assert min(map(float, re.findall(r'([\d.]+) %', told))) > 99.9 and len(re.findall(' %', told)) == 5
 
     # The metrics of the predictions, whose PNGs predict writes, are those of test, also with a sliding window.
-    for name, options in {
-        'whole': [],
-        'slide': ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=48,48', 'model.test_cfg.stride=32,32'],
+    for name, (weights, options) in {
+        'whole': (checkpoint, []),
+        'exported': (exported, []),
+        'slide': (
+            checkpoint,
+            ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=48,48', 'model.test_cfg.stride=32,32'],
+        ),
     }.items():
         options = ['--cfg-options', *options] if options else []
         report = tmp_path / f'report {name}'
-        run_tool(monkeypatch, 'test', config, checkpoint, '--data', data, '--report', report, '--work-dir',
+        run_tool(monkeypatch, 'test', config, weights, '--data', data, '--report', report, '--work-dir',
                  tmp_path / 'test', *options)  # fmt: skip
         told = capsys.readouterr().out
-        run_tool(monkeypatch, 'predict', config, checkpoint, data / 'val', '--out', tmp_path / name, *options)
+        run_tool(monkeypatch, 'predict', config, weights, data / 'val', '--out', tmp_path / name, *options)
         results = json.loads((tmp_path / name / 'predictions.json').read_text())
         matrix = np.zeros((5, 5), int)
         for result in results:
