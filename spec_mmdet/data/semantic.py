@@ -98,7 +98,8 @@ def find_split(folder: Path, split: str) -> dict | None:
             ann_file = dict(ann_file=VOC.format(name))
         else:
             pairs = [(images.format(name), labels.format(name)) for images, labels in PLACES]
-            images, labels = next((p for p in pairs if all((folder / part).is_dir() for part in p)), (None, None))
+            found = (pair for pair in pairs if (folder / pair[0]).is_dir() and any((folder / pair[1]).rglob('*.png')))
+            images, labels = next(found, (None, None))  # labels/ of YOLO contains text files
             kind, ann_file = 'ADE20KDataset', {}
         if images is None:
             continue
@@ -349,8 +350,8 @@ def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict
     Raises:
         InputError: if the classes are unknown, or there are errors.
     """
-    if not folder.is_dir() or any(folder.glob('annotations/*.json')):
-        return None
+    if not folder.is_dir() or any(folder.glob('annotations/*.json')) or (folder / 'Annotations').is_dir():
+        return None  # COCO's and Pascal VOC's boxes are detection's
     splits = [split for split in SPLITS if find_split(folder, split)]
     if not splits:
         return None
