@@ -66,5 +66,5 @@ def test_tf32_is_off_only_in_comparisons(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(InputError, match='no GPU'):
+    with pytest.raises(InputError, match='--device cuda'):
         gpu_check.main([])

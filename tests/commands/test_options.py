@@ -53,7 +53,7 @@ def test_arguments_of_a_replaced_type_are_removed(capsys):
     cfg = Config.fromfile(CONFIG)
     lr = cfg.optim_wrapper.optimizer.lr
     merge(cfg, {'optim_wrapper.optimizer.type': 'SGD', 'optim_wrapper.optimizer.momentum': 0.9})
-    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=lr, weight_decay=0.05, momentum=0.9)
+    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=lr, weight_decay=0.05, fused=True, momentum=0.9)
     assert 'optim_wrapper.optimizer.betas: removed' in capsys.readouterr().err
 
 
