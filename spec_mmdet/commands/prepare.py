@@ -143,24 +143,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare_maps(args: argparse.Namespace, found: Findings) -> bool:
     """Prepare a folder of label PNGs; return whether it is one."""
-    from ..data.tasks import prepare_folder
+    from ..data.tasks import find_preparing_task
 
+    task = find_preparing_task(args.folder)
+    if task is None:
+        return False
+    if args.subset or args.val or args.masks or args.tiles:
+        raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
     try:
-        prepared = prepare_folder(args.folder, args.out, args.drop, found)
+        counts = task.prepare(args.folder, args.out, args.drop, found)
     finally:
         found.print()
         if any(found.list_rows()):
             found.write(args.findings)
             print(f'\nfull list: {args.findings}')
-    if prepared is None:
-        return False
-    example, counts = prepared
-    if args.subset or args.val or args.masks or args.tiles:
-        raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
     print(', '.join(f'{split}: {count} images with label PNGs' for split, count in counts.items()))
     if args.out:
         print(f'wrote {args.out}')
-    print(f'ready: spec-mmdet train {example} --data {args.out or args.folder}')
+    print(f'ready: spec-mmdet train {task.EXAMPLE} --data {args.out or args.folder}')
     return True
 
 

@@ -129,8 +129,7 @@ class CheckedCocoPanopticDataset(CocoPanopticDataset):
     def parse_data_info(self, raw_data_info: dict) -> dict:
         """Convert an image's annotations; see MMDetection."""
         result = super().parse_data_info(raw_data_info)
-        name = self.coco.files.get(result['img_id'])
-        if name and result['seg_map_path']:
+        if (name := self.coco.files.get(result['img_id'])) and result['seg_map_path']:
             result['seg_map_path'] = str(Path(self.data_prefix['seg'], name))
         return result
 
@@ -239,11 +238,10 @@ def check_segments(coco: dict, name: str, found: Findings) -> None:
     check_ids({'images': coco['images'], 'annotations': []}, name, found)
     images = {image['id']: image for image in coco['images']}
     categories = {category['id']: category for category in coco['categories']}
+    count = Counter(annotation.get('image_id') for annotation in coco['annotations'])
     for image in coco['images']:
         if fault := find_size_fault(image['width'], image['height']):
             found.errors[fault].append(Place(name, image['file_name']))
-    count = Counter(annotation.get('image_id') for annotation in coco['annotations'])
-    for image in coco['images']:
         if count[image['id']] != 1:
             kind = 'images with several annotations' if count[image['id']] else 'images without an annotation'
             found.errors[kind].append(Place(name, image['file_name']))
@@ -255,8 +253,7 @@ def check_segments(coco: dict, name: str, found: Findings) -> None:
             continue
         seen = set()
         for segment in annotation['segments_info']:
-            fault = find_segment_fault(segment, categories, seen)
-            if fault:
+            if fault := find_segment_fault(segment, categories, seen):
                 index = segment.get('id', '') if isinstance(segment, dict) else ''
                 found.errors[fault].append(Place(name, image['file_name'], index))
             else:
@@ -314,37 +311,42 @@ def check_maps(coco: dict, annotations: Iterable[dict], folder: Path, name: str,
         for index in listed.keys() - areas.keys():
             found.errors['segments without pixels'].append(Place(name, image['file_name'], index))
         for index in areas.keys() - listed.keys() - {0}:
-            found.errors['pixels of a segment that the annotation file does not list'].append(
-                Place(name, image['file_name'], index)
-            )
+            kind = 'pixels of a segment that the annotation file does not list'
+            found.errors[kind].append(Place(name, image['file_name'], index))
         for index in listed.keys() & areas.keys():
             if listed[index] != areas[index]:
-                found.warnings['segments whose area is not their number of pixels'].append(
-                    Place(name, image['file_name'], index)
-                )
+                kind = 'segments whose area is not their number of pixels'
+                found.warnings[kind].append(Place(name, image['file_name'], index))
 
 
-def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int] | None:
+def can_prepare(folder: Path) -> bool:
+    """Return whether a folder has COCO's panoptic layout, without COCO's instances."""
+    return any(list_splits(folder)) and not any(folder.glob('annotations/instances_*.json'))
+
+
+def list_splits(folder: Path) -> list[str]:
+    """List the splits of a folder in COCO's panoptic layout."""
+    return [split for split in ('train', 'val') if any(folder.glob(f'annotations/panoptic_{split}*.json'))]
+
+
+def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int]:
     """Check each segment, PNG and image of a folder in COCO's panoptic layout.
 
     Args:
-        folder: the folder.
-        out: must be None.
-        drop: unused.
+        folder: see :func:`can_prepare`.
+        out, drop: must be None; unused.
         found: receives the faults.
 
     Returns:
-        The number of images of each split; None for a folder without this layout, or with COCO's instances, too.
+        The number of images of each split.
 
     Raises:
         InputError: if there are errors.
     """
-    if any(folder.glob('annotations/instances_*.json')):
-        return None
+    if out:
+        raise InputError(f'--out {out}: panoptic labels are only checked. Leave it out')
     counts = {}
-    for split in ('train', 'val'):
-        if not any(folder.glob(f'annotations/panoptic_{split}*.json')):
-            continue
+    for split in list_splits(folder):
         ann_file, images = find_split(folder, split, 'panoptic')
         coco = read_panoptic(ann_file, found)
         check_segments(coco, ann_file.name, found)
@@ -354,9 +356,7 @@ def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict
         counts[split] = len(coco['images'])
     with prefix_errors(f'{folder}: not ready for training'):
         found.require_none('Correct them; all are listed in the file of --findings')
-    if counts and out:
-        raise InputError(f'--out {out}: panoptic labels are only checked. Leave it out')
-    return counts or None
+    return counts
 
 
 @show_status('checking annotations')

@@ -335,32 +335,34 @@ def find_best_metric(cfg: Config) -> str | None:
     return next((names[kind] for kind in kinds if kind in names), None)
 
 
-def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int] | None:
+def can_prepare(folder: Path) -> bool:
+    """Return whether a folder has one of the layouts of :func:`find_split`, and no boxes of COCO or Pascal VOC."""
+    if any(folder.glob('annotations/*.json')) or (folder / 'Annotations').is_dir():
+        return False
+    return any(find_split(folder, split) for split in SPLITS)
+
+
+def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict[str, int]:
     """Check every image and label PNG of a folder, and copy it with labels from 0 on and classes.txt.
 
     Args:
-        folder: in one of the layouts of :func:`find_split`.
+        folder: see :func:`can_prepare`.
         out: the folder to write, or None.
         drop: whether to leave out images with an error.
         found: receives the faults.
 
     Returns:
-        The number of images of each split; None for a folder in another layout.
+        The number of images of each split.
 
     Raises:
         InputError: if the classes are unknown, or there are errors.
     """
-    if not folder.is_dir() or any(folder.glob('annotations/*.json')) or (folder / 'Annotations').is_dir():
-        return None  # COCO's and Pascal VOC's boxes are detection's
-    splits = [split for split in SPLITS if find_split(folder, split)]
-    if not splits:
-        return None
     if find_spec('mmseg') is None:
         raise InputError(f'{folder}: label PNGs need MMSegmentation. Run: pip install spec_mmdet[seg]')
     names, palette = read_classes(folder)
     counts = {}
     with write_folder_atomically(out) if out else nullcontext() as temporary:
-        for split in splits:
+        for split in (split for split in SPLITS if find_split(folder, split)):
             dataset: dict = {}
             use_split(dataset, (), folder.absolute(), split)
             classes = names or list_configured_classes(dataset)

@@ -208,8 +208,7 @@ def write_labels(root: Path, split: str, categories: Sequence[str] = CATEGORIES)
         size = image['height'], image['width']
         labels = np.zeros(size, np.uint8)
         for annotation in of_image[image['id']]:
-            mask = annotation['segmentation']
-            mask = mask_utils.merge(mask_utils.frPyObjects(mask, *size)) if isinstance(mask, list) else mask
+            mask = rasterise(annotation['segmentation'], *size[::-1])
             labels[mask_utils.decode(mask) > 0] = 255 if annotation['iscrowd'] else annotation['category_id']
         write_png(root / 'labels' / split / Path(image['file_name']).with_suffix('.png').name, labels)
 

@@ -14,7 +14,6 @@ from mmengine.config import Config
 from ..configs import walk
 from ..errors import InputError
 from . import detection, panoptic, semantic
-from .findings import Findings
 from .fitting import LOOPS, list_configured_classes, list_evaluators
 
 TASKS: tuple[ModuleType, ...] = (panoptic, semantic, detection)
@@ -75,11 +74,6 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         task.use_split(datasets[0], list_evaluators(cfg, loop), folder, 'train' if loop == 'train' else 'val')
 
 
-def prepare_folder(folder: Path, out: Path | None, drop: bool, found: Findings) -> tuple[str, dict[str, int]] | None:
-    """Check a folder in a layout other than detection's, and copy it if wanted; see :func:`semantic.prepare`.
-
-    Returns:
-        A config for the folder, and the number of images of each split; None if no task reads the folder.
-    """
-    prepared = ((task.EXAMPLE, task.prepare(folder, out, drop, found)) for task in TASKS if task is not detection)
-    return next(((example, counts) for example, counts in prepared if counts), None)
+def find_preparing_task(folder: Path) -> ModuleType | None:
+    """Return the module of the task, other than detection, that prepares a folder; None if there is none."""
+    return next((task for task in TASKS if task is not detection and task.can_prepare(folder)), None)

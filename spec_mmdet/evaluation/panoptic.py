@@ -27,10 +27,10 @@ from ..data.rules import encode_ids
 from ..data.tasks import list_datasets
 from ..errors import InputError
 from ..files import PARTIAL, display_path, write
-from .drawing import Mark, convert_map_to_marks, convert_to_marks, draw, tile_pictures, to_rgb_bytes, use_font_for
+from .drawing import Mark, convert_map_to_marks, convert_to_marks, draw, to_rgb_bytes, use_font_for
 from .metrics import PatientMetric
 from .pages import record_data
-from .plots import COLOURS, SHOWN, SIDE, embed_picture, encode_jpeg
+from .plots import COLOURS, SHOWN, write_example
 
 MIN_IOU = 0.5  # of a match, which is unique above
 LABELS = {'coco_panoptic/PQ': 'PQ', 'coco_panoptic/PQ_th': 'PQ of things', 'coco_panoptic/PQ_st': 'PQ of stuff'}
@@ -403,25 +403,20 @@ def draw_example(
     image = decode(get(os.path.join(images, name)))[..., ::-1]
     grey = 0.3 * image + 0.7 * image.mean(axis=2, keepdims=True)  # makes the colours of the marks stand out
 
-    def draw_side(segments: Segments, outcome: dict[str, np.ndarray], longer: int, title: str) -> np.ndarray:
-        marks = [
-            Mark(None, names[segments.labels[i]], to_rgb_bytes(COLOURS[kind]), segments.places == i, framed=False)
-            for kind, places in outcome.items()
-            for i in places
-        ]
-        return draw(grey, [mark for mark in marks if mark.mask is not None], longer / max(image.shape[:2]), title)
+    def draw_both(longer: int, name: str = '') -> list[np.ndarray]:
+        titles = (f'truth, orange: false negatives: {name}', f'predictions, red: false positives: {name}')
+        pictures = []
+        for segments, outcome, title in zip(sides, outcomes, titles):
+            marks = [
+                Mark(None, names[segments.labels[i]], to_rgb_bytes(COLOURS[kind]), segments.places == i, framed=False)
+                for kind, places in outcome.items()
+                for i in places
+            ]
+            marks = [mark for mark in marks if mark.mask is not None]
+            pictures.append(draw(grey, marks, longer / max(image.shape[:2]), title if name else ''))
+        return pictures
 
-    titles = f'truth, orange: false negatives: {name}', f'predictions, red: false positives: {name}'
-    full = [draw_side(*side, max(800, *image.shape[:2]), title) for *side, title in zip(sides, outcomes, titles)]
-    path = folder / IMAGES / f'{image_id}_{Path(name).stem}.jpg'
-    path.write_bytes(encode_jpeg(tile_pictures(full, 2)))
-    width = round(SIDE * image.shape[1] / max(image.shape[:2]))
-    small = [encode_jpeg(draw_side(*side, 2 * SIDE, '')) for side in zip(sides, outcomes)]
     numbers = len(match.pairs), len(match.false_positives), len(match.false_negatives)
     text = ', '.join(f'{number} {kind}' for number, kind in zip(numbers, COUNTS))
-    return dict(
-        name=name,
-        counts=f'PQ {100 * quality:.1f}, {text}',
-        whole=f'{IMAGES}/{path.name}',
-        sides=[embed_picture(side, 'jpeg', width) for side in small],
-    )
+    path = folder / IMAGES / f'{image_id}_{Path(name).stem}.jpg'
+    return write_example(path, name, f'PQ {100 * quality:.1f}, {text}', image.shape, draw_both)

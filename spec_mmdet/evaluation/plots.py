@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -156,8 +157,8 @@ def draw_sides(
     evaluation: COCOeval,
     image_id: int,
     outcome: Outcome,
+    masks: Sequence[dict] | None,
     longer: int,
-    masks: Sequence[dict] | None = None,
     name: str = '',
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the objects and the detections of an image, coloured by their outcome.
@@ -167,8 +168,8 @@ def draw_sides(
         evaluation: the evaluation of boxes.
         image_id: id of this image.
         outcome: outcome of this image.
-        longer: length of the pictures' longer side, in pixels.
         masks: RLE masks of all detections; None if the detector has none.
+        longer: length of the pictures' longer side, in pixels.
         name: name of the image, for titles; '' draws none.
     """
     truth, found = evaluation.cocoGt.anns, evaluation.cocoDt.anns
@@ -239,21 +240,30 @@ def draw_examples(
         for image_id in image_ids:
             name, outcome = boxes.cocoGt.imgs[image_id]['file_name'], outcome_of[image_id]
             image = read(name)
-            full = draw_sides(image, boxes, image_id, outcome, max(800, *image.shape[:2]), masks, name)
-            small = draw_sides(image, boxes, image_id, outcome, 2 * SIDE, masks)
+            draw_both = partial(draw_sides, image, boxes, image_id, outcome, masks)
             path = folder / f'{image_id}_{Path(name).stem}.jpg'
-            path.write_bytes(encode_jpeg(tile_pictures(full, 2)))
-            width = round(SIDE * image.shape[1] / max(image.shape[:2]))
-            pictures.append(
-                dict(
-                    name=name,
-                    counts=describe_outcome(outcome),
-                    whole=f'{folder.name}/{path.name}',
-                    sides=[embed_picture(encode_jpeg(side), 'jpeg', width) for side in small],
-                )
-            )
+            pictures.append(write_example(path, name, describe_outcome(outcome), image.shape, draw_both))
         examples.append((kind, pictures))
     return examples
+
+
+def write_example(
+    path: Path, name: str, counts: str, shape: Sequence[int], draw_both: Callable[..., Sequence[np.ndarray]]
+) -> dict:
+    """Write the truth and the prediction of an image in full size, and return both with its texts for the page.
+
+    Args:
+        path: the JPEG to write, in a folder beside the page.
+        name: the image's name, also for titles in the file.
+        counts: text about the image.
+        shape: shape of the image, (H, W, ...).
+        draw_both: function that draws both sides, given the length of their longer side in pixels, and the name if
+            they have titles.
+    """
+    path.write_bytes(encode_jpeg(tile_pictures(draw_both(max(800, *shape[:2]), name), 2)))
+    width = round(SIDE * shape[1] / max(shape[:2]))
+    sides = [embed_picture(encode_jpeg(side), 'jpeg', width) for side in draw_both(2 * SIDE)]
+    return dict(name=name, counts=counts, whole=f'{path.parent.name}/{path.name}', sides=sides)
 
 
 def describe_outcome(outcome: Outcome) -> str:

@@ -23,8 +23,8 @@ from ..data.tasks import list_datasets
 from ..errors import InputError
 from ..files import PARTIAL, display_path, format_csv
 from .detection import list_categories  # noqa: F401, a part of the task
-from .drawing import Mark, convert_map_to_marks, draw, tile_pictures, use_font_for
-from .plots import SIDE, embed_picture, encode_jpeg, list_confusions
+from .drawing import Mark, convert_map_to_marks, draw, use_font_for
+from .plots import list_confusions, write_example
 
 LABELS = {f'semantic/{name}': name for name in ('mIoU', 'mAcc', 'aAcc')}
 ENVELOPE = '[', ']'  # around the results of predict
@@ -228,17 +228,13 @@ def draw_example(folder: Path, metric: SemanticMetric, path: str, truth: np.ndar
     with Image.open(Path(metric.output_dir, name_map(path))) as file:
         found = np.asarray(file)
     sides = [convert_map_to_marks(labels, names) for labels in (truth, found)]
-    titles, longer = (f'truth: {Path(path).name}', 'predictions'), max(image.shape[:2])
-    full = [draw(image, marks, max(800, longer) / longer, title) for marks, title in zip(sides, titles)]
-    whole = folder / IMAGES / f'{Path(name_map(path)).stem}.jpg'
-    whole.write_bytes(encode_jpeg(tile_pictures(full, 2)))
-    width = round(SIDE * image.shape[1] / longer)
-    small = [encode_jpeg(draw(image, marks, 2 * SIDE / longer)) for marks in sides]
+
+    def draw_both(longer: int, name: str = '') -> list[np.ndarray]:
+        titles = (f'truth: {name}', 'predictions') if name else ('', '')
+        return [draw(image, marks, longer / max(image.shape[:2]), title) for marks, title in zip(sides, titles)]
+
     counted = truth < len(names)
     share = (found[counted] == truth[counted]).mean() if counted.any() else float('nan')
-    return dict(
-        name=Path(path).name,
-        counts=f'{text}, {format_percent(100 * share)} % of the pixels correct',
-        whole=f'{IMAGES}/{whole.name}',
-        sides=[embed_picture(side, 'jpeg', width) for side in small],
-    )
+    text = f'{text}, {format_percent(100 * share)} % of the pixels correct'
+    whole = folder / IMAGES / f'{Path(name_map(path)).stem}.jpg'
+    return write_example(whole, Path(path).name, text, image.shape, draw_both)

@@ -56,7 +56,7 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
         use_exported(cfg, checkpoint, device, score)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about missing weights and unknown classes
-            inferencer = build_inferencer(cfg, None, 'cpu')
+            inferencer = build_inferencer(cfg, None, {}, 'cpu')
         return set_names(inferencer, inferencer.model.classes)
     name = f'checkpoint {checkpoint}'
     content = load(checkpoint, mmap=True)
@@ -64,16 +64,18 @@ def load_inferencer(cfg: Config, checkpoint: str, device: str | None, score: flo
     classes = get_classes(content) or list_configured_classes(cfg.test_dataloader.dataset)  # absent for a backbone
     set_classes(cfg, classes)
     raise_score_threshold(cfg.model, score)
-    inferencer = build_inferencer(cfg, fetch(checkpoint), device)
+    inferencer = build_inferencer(cfg, fetch(checkpoint), weights, device)
     if faults := describe_mismatches(inferencer.model, weights):
         raise InputError(f'{name} does not fit the configured model: {faults}. Pass the config of its training')
     return set_names(inferencer, classes)
 
 
-def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None) -> DetInferencer | SegInferencer:
-    """Build the inferencer of a config's library, with the weights of a file if there is one."""
+def build_inferencer(
+    cfg: Config, checkpoint: str | None, weights: dict[str, torch.Tensor], device: str | None
+) -> DetInferencer | SegInferencer:
+    """Build the inferencer of a config's library, with the weights of a file, if any; MMDetection's reads it itself."""
     if is_segmentor(cfg):
-        return SegInferencer(cfg, checkpoint, device)
+        return SegInferencer(cfg, weights, device)
     return DetInferencer(cfg, checkpoint, device, show_progress=False)
 
 
@@ -87,16 +89,15 @@ class SegInferencer:
 
     Args:
         cfg: the complete config.
-        checkpoint: file of the model's weights, if any; the caller checks that they fit.
+        weights: the model's state dict; the caller checks that it fits.
         device: for instance 'cpu'; by default a GPU if there is one.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str | None, device: str | None) -> None:
+    def __init__(self, cfg: Config, weights: dict[str, torch.Tensor], device: str | None) -> None:
         init_default_scope('mmseg')
         drop_pretrained(cfg.model)
         self.cfg, self.model = cfg, MODELS.build(cfg.model).to(device or get_device()).eval()
-        if checkpoint:
-            self.model.load_state_dict(get_state_dict(load(checkpoint, mmap=True), checkpoint), strict=False)
+        self.model.load_state_dict(weights, strict=False)
         self.model.dataset_meta, self.model.cfg = {}, cfg
         pipeline = cfg.test_dataloader.dataset.pipeline[1:]
         kept = [step for step in pipeline if str(step['type']).rpartition('.')[2] != 'LoadAnnotations']
