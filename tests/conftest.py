@@ -90,6 +90,13 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
+@pytest.fixture(autouse=True)
+def detection_scope():
+    """Give the next test MMDetection's scope, which a test with a segmentor leaves as MMSegmentation's."""
+    yield
+    init_default_scope('mmdet')
+
+
 def run_tool(monkeypatch, name: str, *args) -> None:
     """Run a command of spec-mmdet, or the main of a module of research or benchmarks, in this process."""
     # A run is named by the second of its start; one would log to the previous test's.

@@ -198,9 +198,16 @@ def test_evaluation_prediction_and_export(trained, patch, data, tmp_path, capsys
     for device in ('cpu', 'cuda'):
         run_tool(patch, 'predict', data / 'fp16.py', checkpoint, *images, tmp_path / device, '--device', device)
         found[device] = json.loads((tmp_path / device / 'predictions.json').read_text())
-    assert len(found['cpu']) == len(found['cuda']) > 20
-    for ours, theirs in zip(found['cuda'], found['cpu']):
-        np.testing.assert_allclose([*ours['bbox'], ours['score']], [*theirs['bbox'], theirs['score']], atol=1e-3)
+    assert min(map(len, found.values())) > 20
+    assert len(found['cuda']) == pytest.approx(len(found['cpu']), rel=0.05)
+    # The scores of so short a training are nearly equal: rounding may swap detections, and which of two overlapping
+    # ones is kept.
+    ours, theirs = (
+        torch.tensor([[1e4 * d['image_id'], 1e4 * d['category_id'], *d['bbox'], d['score']] for d in found[device]])
+        for device in ('cuda', 'cpu')
+    )
+    nearest = torch.cdist(ours, theirs, p=float('inf'), compute_mode='donot_use_mm_for_euclid_dist').amin(1)
+    assert (nearest < 2e-3).double().mean() > 0.95
     out = tmp_path / 'backbone.onnx'
     run_tool(patch, 'export', data / 'fp16.py', checkpoint, out, '--backbone')  # compares ONNX Runtime with float64
     assert out.is_file()

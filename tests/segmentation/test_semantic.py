@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_tool
-from mmengine.registry import init_default_scope
 from PIL import Image
 
 from spec_mmdet.data import semantic
@@ -18,12 +17,6 @@ from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.semantic import SemanticMetric
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed: pip install spec_mmdet[seg]')
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    yield
-    init_default_scope('mmdet')
 
 
 @pytest.mark.parametrize('seed', range(5))
