@@ -22,6 +22,7 @@ from ..errors import InputError
 VARIABLE = 'SPEC_MMDET_PRODUCTS'  # environment variable that fixes the kernels
 KERNELS = ('linear', 'convolution')
 SHAPES = dict(widening=(384, 1536), narrowing=(1536, 384))  # channels before and after the measured products
+TOKENS = 2048  # of the measured products: with 256, other kernels are faster than for large images
 MARGIN = 0.95  # a convolution is chosen if it takes less than this part of the time
 CHOSEN: dict[str, dict[str, list[str]]] = {}  # by setting and shape: the kernels, forward and backward
 
@@ -44,7 +45,7 @@ def choose_kernels(dtype: torch.dtype) -> dict[str, list[str]]:
     """Return the kernels of products in float32 or bfloat16: of each shape in :data:`SHAPES`, forward and backward.
 
     They are chosen once per process and number of threads: by the environment variable :data:`VARIABLE`, or by
-    measuring for about 0.1 s. With one thread PyTorch computes 1 x 1 convolutions by a slow kernel, so there is no
+    measuring for about 0.6 s. With one thread PyTorch computes 1 x 1 convolutions by a slow kernel, so there is no
     choice.
 
     Raises:
@@ -71,9 +72,9 @@ def measure_kernels(dtype: torch.dtype) -> dict[str, list[str]]:
     """Time the kernels in turns on each shape, forward and backward, and return the fastest."""
     fastest = {}
     for shape, (C, D) in SHAPES.items():
-        x, W, b = (torch.ones(size, dtype=dtype, requires_grad=True) for size in ((1, 256, C), (D, C), (D,)))
+        x, W, b = (torch.ones(size, dtype=dtype, requires_grad=True) for size in ((1, TOKENS, C), (D, C), (D,)))
         times = {kernel: [] for kernel in KERNELS}
-        for kernel in 4 * KERNELS:
+        for kernel in 3 * KERNELS:
             start = time.perf_counter()
             y = multiply(x, W, b, kernel)
             middle = time.perf_counter()
