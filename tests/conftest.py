@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,6 +110,29 @@ def run_tool(monkeypatch, name: str, *args) -> None:
             import_module(name).main(argv)
     else:
         run(name, argv)
+
+
+def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
+    """Run a function in connected forks; all must end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ['LOCAL_RANK'] = str(rank)
+            try:
+                where = f'file://{folder}/meeting'
+                torch.distributed.init_process_group('gloo', where, rank=rank, world_size=count)
+                train()
+                if torch.distributed.is_initialized():  # a command leaves the group itself
+                    torch.distributed.barrier()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
 
 
 def copy_reports(folder: Path) -> Path:

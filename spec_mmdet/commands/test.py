@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
 
     from mmdet.engine.hooks.utils import trigger_visualization_hook
-    from mmdet.registry import MODELS
+    from mmdet.registry import MODELS, VISUALIZERS
     from mmdet.utils import setup_cache_size_limit_of_dynamo
+    from mmdet.visualization import DetLocalVisualizer
     from mmengine.dist import is_main_process
 
     from ..checkpoints.reading import describe_state, fetch, get_classes, get_run_info, load, verify_checkpoint
+    from ..configs import is_kind_of
     from ..data.fitting import has_masks
     from ..data.tasks import list_classes
     from ..evaluation import report
@@ -98,10 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         cfg.load_from = fetch(args.checkpoint)
     reported = args.report if is_main_process() else None
-    decide_on_main(lambda: reported and report.prepare(reported, cfg))
+    if args.report:  # each process may write predictions
+        cfg.test_evaluator = decide_on_main(lambda: report.prepare(args.report, cfg))
     if args.show or args.show_dir:
         trigger_visualization_hook(cfg, args)
         cfg.default_hooks.visualization.type = 'PictureHook'
+        if not is_kind_of(cfg.visualizer, VISUALIZERS, DetLocalVisualizer):  # MMSegmentation's draws for its own hook
+            cfg.visualizer.type = 'mmdet.LabelVisualizer'
     if args.tta:
         use_augmentation(cfg, has_masks(cfg.model))
 

@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..configs import CONFIGS, read_config
     from ..training.running import adapt_to_data, train
-    from ..training.schedule import set_image_size, set_schedule
+    from ..training.schedule import require_epochs, set_image_size, set_schedule
 
     def change(cfg: Config) -> None:
         if args.preset:
+            require_epochs(cfg, f'--preset {args.preset}', '--lr RATE and --cfg-options train_cfg.max_iters=N')
             cfg.merge_from_dict(read_config(CONFIGS / 'presets' / f'{args.preset}.py').to_dict())
         set_schedule(cfg, args.epochs, args.batch_size, args.lr, args.auto_scale_lr)
         if args.image_size:

@@ -32,6 +32,7 @@ KAPPAS = ('kappa_Q', 'kappa_K', 'kappa_V', 'kappa_J')  # the condition numbers a
 PROCESSES = 4  # maximum; each holds one run's detections in memory
 DRAWS = 1000  # resamples of the images
 LEVEL = 0.95
+NO_DETECTIONS = 'contains no detections. Compare detectors, by AP; read other reports'
 
 
 @dataclass
@@ -90,6 +91,8 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
     """
     advice = f'Run "spec-mmdet test {folder}/CONFIG.py {folder}/CHECKPOINT --report {folder}/report"'
     found = sorted(folder.rglob(DATA), key=lambda path: path.stat().st_mtime)
+    if not found and (pages := [*folder.rglob(PAGE)]):
+        raise InputError(f'{pages[0].parent}: {NO_DETECTIONS}')
     if not found:
         raise InputError(f'{folder}: contains no report of an evaluation ({DATA}). {advice}')
     record = json.loads(found[-1].read_text('utf-8'))
@@ -99,7 +102,7 @@ def read_run(folder: Path, name: str, facts: dict, curves: dict[str, tuple[list,
         raise InputError(f'{truth}: the annotation file of {found[-1].parent} {fault}. {advice}')
     files = {kind: path for kind in KINDS if (path := found[-1].with_name(f'detections.{kind}.json')).is_file()}
     if not files:
-        raise InputError(f'{found[-1].parent}: contains no detections. Compare detectors, by AP; read other reports')
+        raise InputError(f'{found[-1].parent}: {NO_DETECTIONS}')
     arm = name or f'{Path(facts.get("config") or folder.name).stem}, {facts.get("conditioning", "?")}'
     weights = record['weights']
     if None not in (seeds := (facts.get('seed'), weights['seed'])) and seeds[0] != seeds[1]:

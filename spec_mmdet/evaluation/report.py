@@ -89,18 +89,22 @@ def format_kappa(kappa: float) -> str:
     return f'{kappa:,.0f}' if kappa >= 100 else f'{kappa:.3g}'
 
 
-def prepare(folder: Path, cfg: Config) -> None:
+def prepare(folder: Path, cfg: Config) -> dict | list[dict]:
     """Check that a report can be written, and make the evaluation write its results to the folder; changes ``cfg``.
 
     Args:
         folder: folder of the report: new, empty, or an earlier report's, which stays until the new one is complete.
         cfg: the complete config, with command line options merged.
 
+    Returns:
+        The config's ``test_evaluator``, for the other processes.
+
     Raises:
         InputError: if the folder contains other files, or the config's evaluation cannot be reported.
     """
     require_free('--report', folder, 'report')
     find_task(cfg).prepare_report(folder, cfg)
+    return cfg.test_evaluator
 
 
 def write(folder: Path, cfg: Config, checkpoint: str, command: list[str], tested: TestResults) -> None:

@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..files import write
 from ..substitution import add_import
 from ..training.results import TABLE, is_of_training
-from .inferencer import load_inferencer
+from .inferencer import is_segmentor, load_inferencer
 
 UNKNOWN = 'unknown'
 
@@ -165,6 +165,8 @@ def publish(
     set_classes(cfg, classes)
     remove_local_settings(cfg)
     add_import(cfg)
+    if is_segmentor(cfg):
+        cfg.visualizer = dict(type='SegLocalVisualizer')  # MMSegInferencer requires it
     run, state = get_run_info(content), describe_state(content)
     ap = read_metrics(checkpoint.parent, state, run)
     meta = dict(dataset_meta=dict(classes=tuple(classes)))

@@ -23,7 +23,7 @@ from mmengine.optim.scheduler.param_scheduler import (
     LinearParamScheduler,
     MultiStepParamScheduler,
 )
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from ..compat import get_built_loops, get_load_path, is_resuming
@@ -48,9 +48,11 @@ class ScheduleGuard(Hook):
         Raises:
             InputError: if a part of the backbone is frozen with random weights.
         """
+        advice = 'Set begin and end in param_scheduler with --cfg-options'
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            advice = 'Use --epochs N to rescale the schedule, or train --preset finetune for pretrained weights'
         for doubt in check_schedule(runner):
-            runner.logger.warning(f'{doubt}. Use --epochs N to rescale the schedule, or train --preset finetune for '
-                                  'pretrained weights')  # fmt: skip
+            runner.logger.warning(f'{doubt}. {advice}')
         backbone = getattr(unwrap_model(runner), 'backbone', None)
         is_exempt = not isinstance(backbone, SpecXCiT) or isinstance(backbone, SpecXCiTClassifier)
         if is_exempt or has_trained_weights(runner):

@@ -70,6 +70,12 @@ def set_schedule(
         cfg.optim_wrapper.optimizer.lr = lr
 
 
+def require_epochs(cfg: Config, option: str, instead: str) -> None:
+    """Raise InputError for an option, and name other options, if a config trains by iterations."""
+    if 'max_epochs' not in (cfg.get('train_cfg') or {}):
+        raise InputError(f'{option}: the config trains by iterations, not epochs. Use {instead}')
+
+
 def set_epochs(cfg: Config, epochs: int) -> None:
     """Set the number of epochs and rescale the whole schedule to it; changes ``cfg``.
 
@@ -78,8 +84,7 @@ def set_epochs(cfg: Config, epochs: int) -> None:
     Raises:
         InputError: if the config trains by iterations.
     """
-    if 'max_epochs' not in (cfg.get('train_cfg') or {}):
-        raise InputError('--epochs: the config trains by iterations. Use --cfg-options train_cfg.max_iters=N')
+    require_epochs(cfg, '--epochs', '--cfg-options train_cfg.max_iters=N')
     before = cfg.train_cfg.max_epochs
 
     def rescale(value: float) -> int:

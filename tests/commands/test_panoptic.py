@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import CHECK, error_line, run_tool
+from conftest import CHECK, error_line, in_processes, run_tool
 
 from spec_mmdet.data import shapes
 from spec_mmdet.data.panoptic import read_ids
@@ -22,7 +22,7 @@ OPTIONS = ['model.test_cfg.panoptic.stuff_area_limit=0']  # in a small image
 @pytest.fixture(scope='module')
 def work(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('panoptic')
-    shapes.write_shapes(root / 'data', train=16, val=4, size=64, seed=3)
+    shapes.write_shapes(root / 'data', train=16, val=5, size=64, seed=3)
     with pytest.MonkeyPatch.context() as patch:
         run_tool(patch, 'train', CONFIG, '--data', root / 'data', '--work-dir', root / 'work', '--epochs', 1,
                  '--batch-size', 2, '--image-size', 64, '--cfg-options', *OPTIONS)  # fmt: skip
@@ -62,8 +62,8 @@ def test_the_report_and_the_predictions(work, monkeypatch, tmp_path):
     quality = measure(work, tmp_path / 'report' / 'predictions.panoptic', written)
     assert quality.tolist() == pytest.approx([tested[f'coco_panoptic/{kind}'] for kind in ('PQ', 'SQ', 'RQ')])
     page = (tmp_path / 'report' / 'index.html').read_text('utf-8')
-    assert f'<b>{quality[0]:.1f}</b>PQ' in page and 'dark background' in page and page.count('<figure>') == 4
-    assert len([*(tmp_path / 'report' / 'images').iterdir()]) == 4 and 'box AP' not in page
+    assert f'<b>{quality[0]:.1f}</b>PQ' in page and 'dark background' in page and page.count('<figure>') == 5
+    assert len([*(tmp_path / 'report' / 'images').iterdir()]) == 5 and 'box AP' not in page
 
     run_tool(monkeypatch, 'predict', *args, work / 'data' / 'val', '--out', tmp_path / 'out', '--batch-size', 2)
     content = json.loads((tmp_path / 'out' / 'predictions.json').read_text())['annotations']
@@ -88,7 +88,24 @@ def test_the_report_and_the_predictions(work, monkeypatch, tmp_path):
         command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={size}', '--dump-dom']
         command += ['--virtual-time-budget=5000', f'--user-data-dir={tmp_path / "profile"}', checked.as_uri()]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        assert 'data-fits="true"' in shown and 'data-images="10 10"' in shown
+        assert 'data-fits="true"' in shown and 'data-images="12 12"' in shown
+
+
+def test_two_processes_equal_one(work, monkeypatch, tmp_path):
+    """Five images, of which each process gets three, one of them a copy."""
+    test = ['test', work / 'work' / f'{CONFIG}.py', work / 'work' / 'epoch_1.pth']
+    settings = ['--cfg-options', 'test_dataloader.batch_size=1']
+    run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'one', *settings)
+    settings += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+    in_processes(2, tmp_path, lambda: run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'two', '--report',
+                                               tmp_path / 'report', '--launcher', 'pytorch', *settings))  # fmt: skip
+    ours, theirs = (json.loads(next(tmp_path.glob(f'{name}/*/*.json')).read_text().splitlines()[-1]) for name in
+                    ('one', 'two'))  # fmt: skip
+    names = [name for name in ours if name.startswith('coco_panoptic')]
+    assert len(names) == 9 and [ours[name] for name in names] == [theirs[name] for name in names]
+    written = json.loads((tmp_path / 'report' / 'predictions.panoptic.json').read_text())['annotations']
+    quality = measure(work, tmp_path / 'report' / 'predictions.panoptic', written)
+    assert quality[0] == pytest.approx(ours['coco_panoptic/PQ'])
 
 
 def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
@@ -96,6 +113,10 @@ def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
     args = run / f'{CONFIG}.py', run / 'epoch_1.pth'
     assert '--tta' in error_line(monkeypatch, 'test', *args, '--tta', '--work-dir', tmp_path / 'tta')
     assert 'PanopticFPN cannot be exported' in error_line(monkeypatch, 'export', *args, tmp_path / 'x.onnx')
+    report = run / 'report'
+    run_tool(monkeypatch, 'test', *args, '--work-dir', tmp_path / 'test', '--report', report)
+    assert 'no detections' in error_line(monkeypatch, 'compare', f'a={run}', f'b={run}', '--out', tmp_path / 'out')
+    shutil.rmtree(report)
     listing = ['--findings', tmp_path / 'findings.csv']
     run_tool(monkeypatch, 'prepare', work / 'data', *listing)  # as boxes and masks
     assert 'not used' not in capsys.readouterr().out

@@ -2,19 +2,27 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-import conftest
+import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_tool
+import torch.nn.functional as F
+from conftest import error_line, in_processes, run_tool
 from PIL import Image
 
+from spec_mmdet.checkpoints.reading import load
+from spec_mmdet.configs import read_config
 from spec_mmdet.data import semantic
 from spec_mmdet.data.findings import Findings
 from spec_mmdet.data.shapes import write_labels, write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.semantic import SemanticMetric
+from spec_mmdet.inference.inferencer import load_inferencer
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed: pip install spec_mmdet[seg]')
 
@@ -121,8 +129,8 @@ def test_faults_are_one_line(tmp_path, says, monkeypatch):
     if FAULTS[says] is None:
         (tmp_path / 'labels/train/b.png').unlink()
     arguments = ['xcit_spec_shapes_semanticfpn', '--data', tmp_path, '--work-dir', tmp_path / 'work']
-    assert says in conftest.error_line(monkeypatch, 'train', *arguments)
-    assert says in conftest.error_line(monkeypatch, 'prepare', tmp_path, '--findings', tmp_path / 'f.csv')
+    assert says in error_line(monkeypatch, 'train', *arguments)
+    assert says in error_line(monkeypatch, 'prepare', tmp_path, '--findings', tmp_path / 'f.csv')
 
 
 def test_warnings(tmp_path):
@@ -144,7 +152,7 @@ def test_prepare_converts_colours(tmp_path, monkeypatch, capsys):
     write_pair(tmp_path / 'in', 'images/train/b.jpg', 'masks/train/b.png', colours + np.uint8(1))
     (tmp_path / 'in' / 'classes.txt').write_text('sky 0 0 0\nred car 250 50 83\n')
     options = ['--out', tmp_path / 'out', '--findings', tmp_path / 'f.csv']
-    assert 'no class has' in conftest.error_line(monkeypatch, 'prepare', tmp_path / 'in', *options)
+    assert 'no class has' in error_line(monkeypatch, 'prepare', tmp_path / 'in', *options)
     assert not (tmp_path / 'out').exists()
     run_tool(monkeypatch, 'prepare', tmp_path / 'in', '--drop', *options)
     assert 'train: 1 images' in capsys.readouterr().out and 'b.png' in (tmp_path / 'f.csv').read_text()
@@ -176,22 +184,40 @@ def test_labels_of_the_demo_are_its_polygons(tmp_path):
         assert not labels[~covered].any()
 
 
-def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
-    data, work = tmp_path / 'data', tmp_path / 'work'
+CONFIG = 'xcit_spec_shapes_semanticfpn'
+SMALL = ['model.backbone.arch.dim=32', 'model.backbone.arch.depth=4', 'model.neck.in_channels=[32,32,32,32]']
+ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory) -> Path:
+    """A folder with data/, and work/ of a training of two iterations."""
+    root = tmp_path_factory.mktemp('semantic')
     for split, images in (('train', 4), ('val', 3)):
-        write_split(data, split, images, 64, np.random.default_rng(len(split)))
-        write_labels(data, split)
+        write_split(root / 'data', split, images, 64, np.random.default_rng(len(split)))
+        write_labels(root / 'data', split)
+    short = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=1']
+    arguments = ['--data', root / 'data', '--work-dir', root / 'work', '--batch-size', '2', '--auto-scale-lr']
+    with pytest.MonkeyPatch.context() as patch:
+        run_tool(patch, 'train', CONFIG, *arguments, '--cfg-options', *SMALL, *short)
+    return root
+
+
+def read_metrics(work: Path) -> dict[str, float]:
+    """Return the metrics that the only run in a work directory logged last."""
+    (log,) = work.glob('*/*.json')
+    return json.loads(log.read_text().splitlines()[-1])
+
+
+def test_train_test_and_predict(segmentor, tmp_path, monkeypatch, capsys):
+    data, work = segmentor / 'data', segmentor / 'work'
     run_tool(monkeypatch, 'prepare', data, '--findings', tmp_path / 'findings.csv')  # as boxes and masks
     assert 'not used' not in capsys.readouterr().out
-    small = ['model.backbone.arch.dim=32', 'model.backbone.arch.depth=4', 'model.neck.in_channels=[32,32,32,32]']
-    short = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2']
-    arguments = ['--data', data, '--work-dir', work, '--batch-size', '2', '--cfg-options', *small, *short]
-    run_tool(monkeypatch, 'train', 'xcit_spec_shapes_semanticfpn', *arguments)
     assert {'iter_2.pth', 'results.csv', 'results.png', 'run.json', 'best_semantic_mIoU_iter_2.pth'} <= {
         path.name for path in work.iterdir()
     }
     assert 'semantic/mIoU' in (work / 'results.csv').read_text()
-    config, checkpoint = work / 'xcit_spec_shapes_semanticfpn.py', work / 'iter_2.pth'
+    config, checkpoint = work / f'{CONFIG}.py', work / 'iter_2.pth'
     exported = tmp_path / 'model.onnx'
     run_tool(monkeypatch, 'export', config, checkpoint, exported, '--images', data / 'val')
     told = capsys.readouterr().out
@@ -226,3 +252,107 @@ def test_train_test_and_predict(tmp_path, monkeypatch, capsys):
         page = (report / 'index.html').read_text()
         assert f'{accuracy:.1f}</b>aAcc' in page and 'lowest mIoU' in page
         assert len(list((report / 'labels').iterdir())) == len(results) == 3
+
+
+def test_two_processes_equal_one(segmentor, tmp_path, monkeypatch):
+    """Three images, of which a process gets two and the other one and a copy; and steps from two images."""
+    data, work = segmentor / 'data', segmentor / 'work'
+    test = ['test', work / f'{CONFIG}.py', work / 'iter_2.pth', '--data', data]
+    one, two, settings = tmp_path / 'one', tmp_path / 'two', ['test_dataloader.batch_size=1']
+    run_tool(monkeypatch, *test, '--work-dir', one / 'test', '--cfg-options', *settings)
+    settings = [*settings, *ON_CPU]
+    in_processes(2, two, lambda: run_tool(monkeypatch, *test, '--work-dir', two / 'test', '--report', two / 'report',
+                                          '--launcher', 'pytorch', '--cfg-options', *settings))  # fmt: skip
+    ours, theirs = (read_metrics(folder / 'test') for folder in (one, two))
+    for name in ('mIoU', 'mAcc', 'aAcc'):
+        assert ours[f'semantic/{name}'] == theirs[f'semantic/{name}'] > 0
+    assert len([*(two / 'report' / 'labels').iterdir()]) == 3 and (two / 'report' / 'index.html').is_file()
+
+    def train(work: Path, processes: int, *options: str) -> None:
+        settings = [*SMALL, f'train_cfg.max_iters={4 // processes}', 'default_hooks.checkpoint.interval=1', *ON_CPU]
+        settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'param_scheduler=None']
+        run_tool(monkeypatch, 'train', CONFIG, '--data', data, '--work-dir', work, '--batch-size', 1, *options,
+                 '--cfg-options', *settings, f'optim_wrapper.accumulative_counts={2 // processes}')  # fmt: skip
+
+    train(one / 'train', 1)
+    in_processes(2, two / 'meet', lambda: train(two / 'train', 2, '--launcher', 'pytorch'))
+    weights = [load(path)['state_dict'] for path in (one / 'train' / 'iter_4.pth', two / 'train' / 'iter_2.pth')]
+    for name, value in weights[0].items():
+        if 'running_' not in name and 'num_batches' not in name:  # batches of another size
+            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_augmentation_averages_views(segmentor, tmp_path, monkeypatch):
+    """Compare with the mean of the probabilities of six sizes, each also mirrored."""
+    work = segmentor / 'work'
+    arguments = work / f'{CONFIG}.py', work / 'iter_2.pth'
+    run_tool(monkeypatch, 'test', *arguments, '--data', segmentor / 'data', '--tta', '--work-dir', tmp_path / 'test')
+    reported = read_metrics(tmp_path / 'test')['semantic/aAcc']
+    model = load_inferencer(read_config(arguments[0]), str(arguments[1]), 'cpu').model
+    mean, std = (model.data_preprocessor.get_buffer(name) for name in ('mean', 'std'))
+    right = counted = 0
+    for path in sorted((segmentor / 'data' / 'val').iterdir()):
+        image = cv2.imread(str(path))[..., ::-1]
+        total = 0
+        for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+            view = cv2.resize(image, None, fx=ratio, fy=ratio).astype(np.float32)
+            view = ((torch.from_numpy(view).permute(2, 0, 1) - mean) / std)[None]
+            for flip in (False, True):
+                with torch.no_grad():
+                    logits = model.encode_decode(view.flip(3) if flip else view, [dict(img_shape=view.shape[2:])])
+                logits = logits.flip(3) if flip else logits
+                total = total + F.interpolate(logits, size=image.shape[:2], mode='bilinear').softmax(1)
+        with Image.open(segmentor / 'data' / 'labels' / 'val' / path.name) as file:
+            truth = torch.from_numpy(np.array(file))
+        right += (total[0].argmax(0) == truth)[truth < 255].sum().item()
+        counted += (truth < 255).sum().item()
+    assert reported == pytest.approx(100 * right / counted, abs=0.1)
+
+
+def test_a_resumed_training_is_the_same(segmentor, tmp_path, monkeypatch):
+    work = tmp_path / 'work'
+    shutil.copytree(segmentor / 'work', work, ignore=shutil.ignore_patterns('iter_2.pth', '*.py'))
+    arguments = ['--data', segmentor / 'data', '--work-dir', work, '--resume']
+    run_tool(monkeypatch, 'train', segmentor / 'work' / f'{CONFIG}.py', *arguments)
+    one, other = (load(folder / 'iter_2.pth')['state_dict'] for folder in (segmentor / 'work', work))
+    for name, value in one.items():
+        assert torch.equal(value, other[name])
+
+
+LOAD = """
+import sys
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+assert 'spec_mmdet.registered' not in sys.modules
+model = init_model('config.py', 'model.pth', device='cpu')
+inferencer = MMSegInferencer('config.py', 'model.pth', device='cpu')
+a, b = inference_model(model, sys.argv[1]), inferencer(sys.argv[1], return_datasamples=True)
+assert (a.pred_sem_seg.data == b.pred_sem_seg.data).all()
+print(type(model.backbone).__name__, *model.dataset_meta['classes'], a.pred_sem_seg.data.sum().item())
+"""
+
+
+def test_mmsegmentation_loads_a_published_segmentor(segmentor, tmp_path, monkeypatch):
+    out = tmp_path / 'published'
+    run_tool(monkeypatch, 'publish', segmentor / 'work' / 'iter_2.pth', '--out', out)
+    assert 'semantic/mIoU |' in (out / 'README.md').read_text()
+    image = segmentor / 'data' / 'val' / '000001.png'
+    done = subprocess.run([sys.executable, '-c', LOAD, image], cwd=out, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    predict = ['predict', out / 'config.py', out / 'model.safetensors', image, '--out', tmp_path / 'predicted']
+    run_tool(monkeypatch, *predict)
+    with Image.open(tmp_path / 'predicted' / 'labels' / '000001.png') as file:
+        assert f'SpecXCiT background circle square triangle star {np.asarray(file).sum()}' in done.stdout
+    run_tool(monkeypatch, 'test', out / 'config.py', out / 'model.pth', '--data', segmentor / 'data', '--show-dir',
+             tmp_path / 'shown', '--work-dir', tmp_path / 'test')  # fmt: skip
+    assert len([*(tmp_path / 'shown').iterdir()]) == 3
+
+
+def test_what_is_rejected(segmentor, tmp_path, monkeypatch):
+    train = ['train', CONFIG, '--data', segmentor / 'data', '--work-dir', tmp_path / 'work']
+    assert '--preset finetune' in error_line(monkeypatch, *train, '--preset', 'finetune')
+    assert '--epochs' in error_line(monkeypatch, *train, '--epochs', 2)
+    test = ['test', segmentor / 'work' / f'{CONFIG}.py', segmentor / 'work' / 'iter_2.pth', '--work-dir', tmp_path]
+    run = tmp_path / 'run'
+    shutil.copytree(segmentor / 'work', run)
+    run_tool(monkeypatch, *test, '--report', run / 'report')
+    assert 'no detections' in error_line(monkeypatch, 'compare', f'a={run}', f'b={run}', '--out', tmp_path / 'out')

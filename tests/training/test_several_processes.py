@@ -1,15 +1,12 @@
 """Several processes take the steps of one that accumulates gradients, and resume from each other's checkpoints."""
 
 import copy
-import os
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import toy
-from conftest import CONFIG
+from conftest import CONFIG, in_processes
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -23,29 +20,6 @@ from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.data.shapes import CATEGORIES
 from spec_mmdet.data.tasks import use_folder
 from spec_mmdet.models.connecting import connect_backbone
-
-
-def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:
-    """Run a function in connected forks; all must end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            os.environ['LOCAL_RANK'] = str(rank)
-            try:
-                where = f'file://{folder}/meeting'
-                torch.distributed.init_process_group('gloo', where, rank=rank, world_size=count)
-                train()
-                torch.distributed.barrier()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
-
 
 ON_CPU = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))
 
