@@ -14,7 +14,7 @@ A Mask R-CNN, Faster R-CNN or RetinaNet becomes one graph that includes NMS:
     output  labels  int64, (n,), indices of `classes` in the metadata
     output  masks   bool, (n, *size), if the detector has masks
 
-A Semantic FPN becomes a graph with the inputs `image` and `size`, and the output `labels`, int64, `size`.
+A Semantic FPN or UperNet becomes a graph with the inputs `image` and `size`, and the output `labels`, int64, `size`.
 
 `spec-mmdet predict CONFIG detector.onnx INPUT...` runs it, as does `spec-mmdet test CONFIG detector.onnx`. With
 --backbone, the graph accepts batches of any size of images from 64 x 64: `image`, float32, (batch, 3, height, width),

@@ -16,7 +16,7 @@ class SegmentorGraph(nn.Module):
     """A segmentor's inference on one image, in operations that ONNX supports.
 
     Args:
-        segmentor: MMSegmentation's EncoderDecoder with a Semantic FPN head, in evaluation mode.
+        segmentor: MMSegmentation's EncoderDecoder with the head of Semantic FPN or UperNet, in evaluation mode.
 
     Raises:
         ValueError: if the segmentor, its head or its inference is not supported.
@@ -24,15 +24,17 @@ class SegmentorGraph(nn.Module):
 
     def __init__(self, segmentor: nn.Module) -> None:
         from mmseg.models import EncoderDecoder
-        from mmseg.models.decode_heads import FPNHead
+        from mmseg.models.decode_heads import FPNHead, UPerHead
         from mmseg.models.utils import Upsample
 
         super().__init__()
         self.segmentor, head = segmentor, getattr(segmentor, 'decode_head', None)
-        # UperNet's pyramid pooling divides maps of any size into 2, 3 and 6 parts, which ONNX cannot express.
-        if type(segmentor) is not EncoderDecoder or type(head) is not FPNHead:
+        decoders = {FPNHead: decode_semantic_fpn, UPerHead: decode_upernet}
+        if type(segmentor) is not EncoderDecoder or type(head) not in decoders:
             name = type(segmentor if head is None else head).__name__
-            raise ValueError(f'{name} cannot be exported; supported: EncoderDecoder with FPNHead (Semantic FPN)')
+            raise ValueError(f'{name} cannot be exported; supported: EncoderDecoder with FPNHead (Semantic FPN) or '
+                             'UPerHead (UperNet)')  # fmt: skip
+        self.decode = decoders[type(head)]
         if segmentor.test_cfg.mode != 'whole':
             raise ValueError("only inference on whole images can be exported; set model.test_cfg.mode='whole'")
         if segmentor.data_preprocessor.test_cfg:
@@ -60,11 +62,29 @@ class SegmentorGraph(nn.Module):
         features = [x.flatten().view_as(x) for x in features]
         if self.segmentor.with_neck:
             features = self.segmentor.neck(features)
-        maps = [scale_head(features[i]) for i, scale_head in zip(head.in_index, head.scale_heads)]
-        logits = head.cls_seg(sum(resize(x, *maps[0].shape[-2:]) for x in maps))
+        logits = head.cls_seg(self.decode(head, [features[i] for i in head.in_index]))
         # As MMSegmentation: to the size of the input first, then to that of the original image.
         logits = resize(logits, *image.shape[-2:])
         return resize(logits, size[0].item(), size[1].item())[0].argmax(dim=0)
+
+
+def decode_semantic_fpn(head: nn.Module, features: list[Tensor]) -> Tensor:
+    """Return the map that an FPNHead classifies, from its maps."""
+    maps = [scale_head(x) for scale_head, x in zip(head.scale_heads, features)]
+    return sum(resize(x, *maps[0].shape[-2:]) for x in maps)
+
+
+def decode_upernet(head: nn.Module, features: list[Tensor]) -> Tensor:
+    """Return the map that an UPerHead classifies, from its maps."""
+    *levels, top = features
+    parts = [(bins.output_size, convolution) for bins, convolution in head.psp_modules]
+    parts = [resize(convolution(pool(top, bins)), *top.shape[-2:]) for bins, convolution in parts]
+    levels = [convolution(x) for convolution, x in zip(head.lateral_convs, levels)]
+    levels.append(head.bottleneck(torch.cat([top, *parts], dim=1)))
+    for i in range(len(levels) - 1, 0, -1):
+        levels[i - 1] = levels[i - 1] + resize(levels[i], *levels[i - 1].shape[-2:])
+    first, *maps = [*(convolution(x) for convolution, x in zip(head.fpn_convs, levels)), levels[-1]]
+    return head.fpn_bottleneck(torch.cat([first, *(resize(x, *first.shape[-2:]) for x in maps)], dim=1))
 
 
 class Enlarge(nn.Module):
@@ -80,9 +100,18 @@ class Enlarge(nn.Module):
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Resize maps, shape (1, C, H, W), as PyTorch's bilinear interpolate does, which cannot be traced for any size."""
+    return weigh(x, weigh_pixels(height, x.shape[-2]), weigh_pixels(width, x.shape[-1]))
+
+
+def pool(x: Tensor, bins: int) -> Tensor:
+    """Average maps, shape (1, C, H, W), in bins x bins parts, as PyTorch's adaptive pooling, which ONNX lacks."""
+    return weigh(x, weigh_parts(bins, x.shape[-2]), weigh_parts(bins, x.shape[-1]))
+
+
+def weigh(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Multiply the columns and rows of maps, shape (1, C, H, W), by weights, shapes (height, H) and (width, W)."""
     # Not @, which merges dimensions; torch.export cannot prove that their product fits all sizes.
-    down, across = (weigh_pixels(*sides).expand(x.shape[1], -1, -1)
-                    for sides in ((height, x.shape[-2]), (width, x.shape[-1])))  # fmt: skip
+    down, across = (weights.expand(x.shape[1], -1, -1) for weights in (down, across))
     return torch.bmm(torch.bmm(down, x[0]), across.mT)[None]
 
 
@@ -90,6 +119,13 @@ def weigh_pixels(target: int, source: int) -> Tensor:
     """Return the weights of bilinear resizing of a side, shape (target, source)."""
     place = (torch.arange(target) + 0.5) * (source / target) - 0.5
     return (1 - (place.clamp(0, source - 1)[:, None] - torch.arange(source)).abs()).clamp(min=0)
+
+
+def weigh_parts(parts: int, source: int) -> Tensor:
+    """Return the weights of averaging a side in parts, which can overlap, shape (parts, source)."""
+    number, place = torch.arange(parts)[:, None], torch.arange(source)
+    start, end = number * source // parts, ((number + 1) * source + parts - 1) // parts
+    return ((start <= place) & (place < end)) / (end - start)
 
 
 @MODELS.register_module()

@@ -1,18 +1,24 @@
 """Compare the configs for ADE20K with those of XCiT's authors, and the logits of converted checkpoints with theirs."""
 
+from pathlib import Path
+
 import conftest
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_tool
+from hypothesis import given
+from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.structures import BaseDataElement
 from timm.models.xcit import Xcit
 from torch import nn
 
 from spec_mmdet.configs import read_config
+from spec_mmdet.models.onnx_segmentor import OnnxSegmentor, pool
 from spec_mmdet.models.xcit import ARCHS
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed: pip install spec_mmdet[seg]')
@@ -156,9 +162,9 @@ def semantic_fpn(weights: dict[str, torch.Tensor], maps: list[torch.Tensor]) -> 
     return conv(total, 'decode_head.conv_seg')
 
 
-@pytest.mark.parametrize('head', HEADS)
-def test_logits_of_the_authors_segmentors(tmp_path, monkeypatch, head):
-    config = tmp_path / 'config.py'
+def write_small(folder: Path, head: str) -> Path:
+    """Write the config of a segmentor with few channels and five classes."""
+    config = folder / f'{head}.py'
     width = (
         'neck=dict(in_channels=[32] * 4, out_channels=32), '
         if head == 'semanticfpn'
@@ -169,6 +175,12 @@ def test_logits_of_the_authors_segmentors(tmp_path, monkeypatch, head):
         f'model = dict(backbone=dict(arch=dict(_delete_=True, **{SMALL})), {width}'
         'decode_head=dict(in_channels=[32] * 4, channels=16, num_classes=5))\n'
     )
+    return config
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_logits_of_the_authors_segmentors(tmp_path, monkeypatch, head):
+    config = write_small(tmp_path, head)
     model = build(read_config(config).model).eval()
     weights = randomise(model.state_dict())
     torch.save(dict(state_dict=weights, meta=dict(mmseg_version='0.11.0'), optimizer={}), tmp_path / 'reference.pth')
@@ -184,6 +196,41 @@ def test_logits_of_the_authors_segmentors(tmp_path, monkeypatch, head):
     torch.save(dict(state_dict=weights), tmp_path / 'reference.pth')
     arguments = (tmp_path / 'reference.pth', tmp_path / 'x.pth', '--detector', config)
     assert 'conv_seg.bias' in conftest.error_line(monkeypatch, 'convert', *arguments)
+
+
+def test_an_exported_upernet(tmp_path, monkeypatch):
+    """Compare the labels of ONNX Runtime with PyTorch's in float64, where these are no ties, on two sizes."""
+    pytest.importorskip('onnxruntime')
+    config, checkpoint, out = write_small(tmp_path, 'upernet'), tmp_path / 'x.pth', tmp_path / 'x.onnx'
+    cfg = read_config(config)
+    cfg.model.backbone.arch.depth = 4
+    model = build(cfg.model).eval()
+    model.load_state_dict(randomise(model.state_dict()))
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((96, 160), (352, 224))]
+
+    def compute_logits(image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            data = model.data_preprocessor(dict(inputs=[image]))
+            maps = model(data['inputs'].to(model.decode_head.conv_seg.bias.dtype))
+        return F.interpolate(maps, size=image.shape[1:], mode='bilinear')[0]
+
+    model.decode_head.conv_seg.bias.data -= compute_logits(images[0]).mean(dim=(1, 2))  # so that each class occurs
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=tuple('abcde')))), checkpoint)
+    run_tool(monkeypatch, 'export', config, checkpoint, out, '--cfg-options', 'model.backbone.arch.depth=4')
+    exported, model = OnnxSegmentor(out, device='cpu'), model.double()
+    for image in images:  # with maps of 3 x 5 and 11 x 7 in the pooling
+        logits = compute_logits(image)
+        first, second = logits.topk(2, dim=0).values
+        (found,) = exported.run(image, BaseDataElement(metainfo=dict(ori_shape=image.shape[1:])))
+        clear = first - second > 1e-3 * logits.std()
+        assert clear.double().mean() > 0.99 and len(logits.argmax(0).unique()) > 3
+        assert (found == logits.argmax(0))[clear].all()
+
+
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 30))
+def test_pooling_is_pytorchs(parts, height, width):
+    maps = torch.randn(1, 2, height, width)
+    torch.testing.assert_close(pool(maps, parts), F.adaptive_avg_pool2d(maps, parts))
 
 
 def test_the_plain_name_is_found_in_mmsegmentations_registry():
