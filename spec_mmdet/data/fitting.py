@@ -148,6 +148,11 @@ def require_monitored_metrics(cfg: Config) -> None:
         names += [f'{prefix}/{kind}_{i}' for kind in list_kinds(evaluator) for i in items if kind in ('bbox', 'segm')]
         unlisted += ['_precision'] * bool(evaluator.get('classwise'))
         unlisted += ['/AR'] * any(kind.startswith('proposal') for kind in list_kinds(evaluator))
+    require_monitored(cfg, names, unlisted)
+
+
+def require_monitored(cfg: Config, names: Sequence[str], unlisted: Sequence[str] = ()) -> None:
+    """Raise InputError if a hook monitors a metric without one of these names, or one of these parts of a name."""
     for hook, key in list_monitoring_hooks(cfg):
         for wanted in [hook[key]] if isinstance(hook[key], str) else hook[key]:
             if wanted not in ('auto', *names) and not any(part in wanted for part in unlisted):

@@ -26,7 +26,7 @@ from ..errors import InputError, list_briefly, prefix_errors
 from ..status import show_status
 from .checks import ADVICE, LOOKED_AT, check_files, check_ids, check_some_images, print_findings
 from .findings import Findings, Place
-from .fitting import list_evaluators, list_monitoring_hooks
+from .fitting import list_evaluators, require_monitored
 from .folders import find_split
 from .images import check_images
 from .reading import list_entries, pause_garbage_collection, read_json, select_sound_entries
@@ -412,27 +412,14 @@ def check_dataset(
     return names
 
 
-def require_monitored_metrics(cfg: Config) -> None:
-    """Raise InputError if a hook chooses checkpoints, or stops, by a metric that the evaluators do not compute.
-
-    Metrics of evaluators other than PQ's are not checked.
-    """
-    metrics, best = list_metrics(cfg, 'val'), find_best_metric(cfg)
-    names = {f'{best.rpartition("/")[0]}/{name}' for name in METRIC_NAMES} if best else set()
-    for hook, key in list_monitoring_hooks(cfg) if metrics and len(metrics) == len(list_evaluators(cfg, 'val')) else ():
-        monitored = [hook[key]] if isinstance(hook[key], str) else hook[key]
-        if unknown := [name for name in monitored if name not in ('auto', *names)]:
-            raise InputError(f'{key} of {hook.get("type", "a hook")} in the config is {unknown[0]}, which '
-                             f'val_evaluator does not compute. Use {best}')  # fmt: skip
-
-
 def adapt(
     cfg: Config, loops: Sequence[str], classes: Sequence[str] | None, check: bool, thorough: bool
 ) -> Sequence[str] | None:
     """Adapt a config to the data that a run reads, after checking it if wanted; see :func:`detection.adapt`."""
     if check:
-        if 'train' in loops:
-            require_monitored_metrics(cfg)
+        best = find_best_metric(cfg)
+        if 'train' in loops and best and len(list_metrics(cfg, 'val')) == len(list_evaluators(cfg, 'val')):
+            require_monitored(cfg, [f'{best.removesuffix("PQ")}{name}' for name in METRIC_NAMES])
         for loop in loops:
             for _, dataset in walk(cfg.get(f'{loop}_dataloader')):
                 if reads(dataset):

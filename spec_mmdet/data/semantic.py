@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmdet.registry
 import numpy as np
+from mmdet.registry import METRICS
 from mmengine.config import Config
 from PIL import Image
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from ..errors import InputError, list_briefly, prefix_errors
 from ..files import write_folder_atomically
 from .checks import ADVICE, LOOKED_AT
 from .findings import Findings, Place
-from .fitting import LOOPS, list_configured_classes, list_evaluators
+from .fitting import LOOPS, list_configured_classes, list_evaluators, require_monitored
 from .images import IMAGE_SUFFIXES, allow_large_images, check_image
 
 IGNORED = 255
@@ -297,6 +298,10 @@ def adapt(
 ) -> Sequence[str] | None:
     """Adapt a config to the data that a run reads, after checking it if wanted; see :mod:`detection`."""
     if check:
+        prefixes, evaluators = list_prefixes(cfg), list_evaluators(cfg, 'val')
+        only_iou = all(evaluator.get('iou_metrics', ['mIoU']) == ['mIoU'] for evaluator in evaluators)
+        if 'train' in loops and only_iou and 0 < len(prefixes) == len(evaluators):
+            require_monitored(cfg, [f'{prefix}{name}' for prefix in prefixes for name in ('mIoU', 'mAcc', 'aAcc')])
         checked = []
         for loop in loops:
             for dataset in (node for _, node in walk(cfg.get(f'{loop}_dataloader')) if reads(node)):
@@ -328,11 +333,21 @@ def adapt(
     return classes
 
 
+def list_prefixes(cfg: Config) -> list[str]:
+    """Return the prefixes of mIoU's names in the validation: of our metric, and of MMSegmentation's if it has mIoU."""
+    from mmseg.evaluation import IoUMetric
+
+    found = [(evaluator, find_class({**evaluator, '_scope_': 'mmseg'}, METRICS) or object) for evaluator in
+             list_evaluators(cfg, 'val') if 'mIoU' in evaluator.get('iou_metrics', ('mIoU',))]  # fmt: skip
+    prefixes = [evaluator.get('prefix') or kind.default_prefix for evaluator, kind in found
+                if issubclass(kind, (IoUMetric, METRICS.get('SemanticMetric')))]  # fmt: skip
+    return [f'{prefix}/' if prefix else '' for prefix in prefixes]
+
+
 def find_best_metric(cfg: Config) -> str | None:
-    """Return the metric that chooses the best checkpoint: mIoU of our metric or of MMSegmentation's; None without."""
-    names = dict(SemanticMetric='semantic/mIoU', IoUMetric='mIoU')
-    kinds = [str(evaluator.get('type')).rpartition('.')[2] for evaluator in list_evaluators(cfg, 'val')]
-    return next((names[kind] for kind in kinds if kind in names), None)
+    """Return the metric that chooses the best checkpoint: mIoU; None if it is not evaluated."""
+    prefixes = list_prefixes(cfg)
+    return f'{prefixes[0]}mIoU' if prefixes else None
 
 
 def can_prepare(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from mmdet.registry import METRICS
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get
-from mmengine.logging import MMLogger
+from mmengine.logging import MMLogger, print_log
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
@@ -31,6 +31,7 @@ ENVELOPE = '[', ']'  # around the results of predict
 IMAGES, MAPS, CONFUSIONS = 'images', 'labels', 'confusion.csv'
 WORST, BEST = 8, 3  # images in the report
 MISTAKEN = 10  # pairs of classes in the report
+LISTED = 10  # best and worst classes in the terminal
 
 
 def measure(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,14 +110,20 @@ class SemanticMetric(BaseMetric):
         return matrix.reshape(number, number)
 
     def compute_metrics(self, results: list[tuple[str, np.ndarray]]) -> dict[str, float]:
-        """Return mIoU, mAcc and aAcc; log IoU and accuracy of each class."""
+        """Return mIoU, mAcc and aAcc; log IoU and accuracy of each class, in the terminal of the best and worst."""
         self.images = dict(results)
         self.matrix = sum(map(self.expand, self.images.values()))
         iou, accuracy = measure(self.matrix)
         names = self.dataset_meta['classes']
         width = max(map(len, names))
+        title = f'{"class":{width}}    IoU    Acc'
         rows = [f'{name:{width}} {a:6.2f} {b:6.2f}' for name, a, b in zip(names, iou, accuracy)]
-        MMLogger.get_current_instance().info('\n'.join([f'{"class":{width}}    IoU    Acc', *rows]))
+        if len(rows) > 2 * LISTED:
+            print_log('\n'.join([title, *rows]), 'current')  # not shown in the terminal
+            order = [i for i in np.argsort(-iou) if not np.isnan(iou[i])]
+            best, worst = ([rows[i] for i in part] for part in (order[:LISTED], order[LISTED:][-LISTED:]))
+            rows = [*best, f'... (the log file lists all {len(names)} classes)', *worst]
+        MMLogger.get_current_instance().info('\n'.join([title, *rows]))
         return dict(mIoU=average(iou), mAcc=average(accuracy), aAcc=measure_accuracy(self.matrix))
 
 

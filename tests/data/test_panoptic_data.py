@@ -7,9 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from mmdet.registry import DATASETS
+from conftest import ROOT
+from mmdet.datasets import CocoPanopticDataset
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
 from pycocotools.coco import COCO
 
+from spec_mmdet.conditioning import describe_conditioning
 from spec_mmdet.configs import read_config
 from spec_mmdet.data import shapes
 from spec_mmdet.data.panoptic import Classes, read_ids, set_classes
@@ -102,6 +106,22 @@ def test_things_come_first_and_heads_follow(folder, tmp_path):
     with pytest.raises(InputError, match='number of things'):
         set_classes(load(root), ['a', 'b'])
     set_classes(cfg, NAMES and expected)  # those of the config
+
+
+@pytest.mark.parametrize('name', ['xcit_mask2former', 'xcit_spec_mask2former'])
+def test_mask2former_predicts_cocos_categories(name):
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    before = cfg.to_dict()
+    classes = Classes(CocoPanopticDataset.METAINFO['classes'])
+    classes.things = len(CocoPanopticDataset.METAINFO['thing_classes'])
+    set_classes(cfg, classes)
+    assert cfg.model.to_dict() == before['model']
+    model = MODELS.build(cfg.model)
+    assert (len(classes), classes.things) == (133, 80) and model.panoptic_head.cls_embed.out_features == 133 + 1
+    fusion = model.panoptic_fusion_head
+    assert (fusion.num_things_classes, fusion.num_stuff_classes) == (80, 53)
+    conditioned = describe_conditioning(model.backbone.state_dict())
+    assert conditioned == ("dict(type='identity', lam=10)" if 'spec' in name else 'None')
 
 
 def change(content: dict, key: str, value: object, place: int = 0) -> None:

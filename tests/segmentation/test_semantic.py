@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_line, in_processes, run_tool
+from mmengine.config import Config
+from mmengine.logging import MMLogger
 from PIL import Image
 
 from spec_mmdet.checkpoints.reading import load
@@ -23,6 +25,7 @@ from spec_mmdet.data.shapes import write_labels, write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.semantic import SemanticMetric
 from spec_mmdet.inference.inferencer import load_inferencer
+from spec_mmdet.models.tta import use_augmentation
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed: pip install spec_mmdet[seg]')
 
@@ -48,6 +51,42 @@ def test_metrics_are_mmsegmentations(seed):
     for name, value in ours.compute_metrics(ours.results).items():
         assert value == pytest.approx(expected[name], abs=0.006)  # rounded to two decimals
     assert ours.matrix.sum() == sum((s['gt_sem_seg']['data'] != 255).sum() for s in samples)
+
+
+def test_many_classes_are_listed_in_the_log_only(caplog, tmp_path):
+    metric, names = SemanticMetric(), [f'class {i}' for i in range(30)]
+    metric.dataset_meta = dict(classes=names)
+    labels = np.repeat(np.arange(28), 28)[None]  # the last two classes never occur
+    found = np.where(np.arange(labels.size) % 28 < labels, labels, 29)  # of class i, i of 28 pixels are found
+    maps = dict(gt_sem_seg=dict(data=torch.tensor(labels)), pred_sem_seg=dict(data=torch.tensor(found)))
+    metric.process({}, [dict(maps, img_path='a')])
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        metric.compute_metrics(metric.results)
+    finally:
+        logger.removeHandler(caplog.handler)
+    complete, shown = (record.getMessage().splitlines()[1:] for record in caplog.records[-2:])
+    assert [line[:8].strip() for line in complete] == names
+    assert shown[10].count('30') == 1 and len(shown) == 21
+    assert [line.split()[1] for line in shown[:10]] == [str(i) for i in range(27, 17, -1)]
+    assert {line.split()[1] for line in shown[11:]} == {'29', *map(str, range(9))}  # IoU of 29 is 0
+
+
+@pytest.mark.parametrize(
+    ('evaluator', 'expected'),
+    [
+        (dict(type='SemanticMetric'), 'semantic/mIoU'),
+        (dict(type='mmdet.SemanticMetric', prefix='mine'), 'mine/mIoU'),
+        (dict(type='IoUMetric', iou_metrics=['mIoU']), 'mIoU'),
+        ([dict(type='mmseg.IoUMetric', iou_metrics=['mDice', 'mIoU'], prefix='x')], 'x/mIoU'),
+        (dict(type='IoUMetric', iou_metrics=['mDice']), None),
+        (dict(type='CityscapesMetric'), None),
+    ],
+    ids=str,
+)
+def test_the_best_metric(evaluator, expected):
+    assert semantic.find_best_metric(Config(dict(val_evaluator=evaluator))) == expected
 
 
 def write_pair(folder, image: str, label: str, labels: np.ndarray, mode: str | None = None, size=(40, 50)) -> None:
@@ -351,6 +390,10 @@ def test_what_is_rejected(segmentor, tmp_path, monkeypatch):
     train = ['train', CONFIG, '--data', segmentor / 'data', '--work-dir', tmp_path / 'work']
     assert '--preset finetune' in error_line(monkeypatch, *train, '--preset', 'finetune')
     assert '--epochs' in error_line(monkeypatch, *train, '--epochs', 2)
+    monitored = ['--cfg-options', 'default_hooks.checkpoint.save_best=coco/mIoU']
+    assert 'coco/mIoU' in (said := error_line(monkeypatch, *train, *monitored)) and 'semantic/mIoU' in said
+    with pytest.raises(InputError, match='SegTTAModel'):
+        use_augmentation(Config(dict(default_scope='mmseg', model={}, tta_model=dict(type='MaskTTAModel'))), False)
     test = ['test', segmentor / 'work' / f'{CONFIG}.py', segmentor / 'work' / 'iter_2.pth', '--work-dir', tmp_path]
     run = tmp_path / 'run'
     shutil.copytree(segmentor / 'work', run)
