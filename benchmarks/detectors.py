@@ -197,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='steps to run; those after train '
                          'continue from an earlier one (default: all)')  # fmt: skip
     args = options.parse_args(argv)
+    if unknown := {*args.names} - {base.split('/')[0] for base in CONFIGS}:
+        options.error(f'{", ".join(sorted(unknown))}: not among the folders of CONFIGS in {Path(__file__).name}')
     found = csv.DictReader(TABLE.read_text().splitlines()) if TABLE.is_file() else ()
     rows = {row['config']: {key: value for key, value in row.items() if value != '-'} for row in found}
     data = WORK.resolve() / 'data'

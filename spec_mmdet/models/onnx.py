@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 from mmdet.models.detectors import FasterRCNN, MaskRCNN, RetinaNet
+from mmdet.models.necks import FPN
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
@@ -44,7 +45,7 @@ class DetectorGraph(nn.Module):
             evaluation mode.
 
     Raises:
-        ValueError: if the detector, a head, the box coder or the type of NMS is not supported.
+        ValueError: if the detector, its neck, a head, the box coder or the type of NMS is not supported.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -72,6 +73,9 @@ class DetectorGraph(nn.Module):
             configs.append(roi_head.test_cfg)
             if roi_head.with_mask:
                 parts |= {'roi_head.mask_head': FCNMaskHead, 'roi_head.mask_roi_extractor': SingleRoIExtractor}
+        if type(neck := detector.neck if detector.with_neck else None) is not FPN:
+            # PAFPN and others add maps whose sizes agree for some sizes of images only.
+            raise ValueError(f'the neck {type(neck).__name__} cannot be exported; use FPN instead')
         for path, expected in parts.items():  # outer parts first: others lack the inner ones
             part = type(attrgetter(path)(detector))
             if part is not expected:

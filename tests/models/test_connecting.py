@@ -71,11 +71,17 @@ def test_detectors_that_cannot_read_the_maps_are_rejected(tmp_path, base, says):
         connect_backbone(load(tmp_path, base))
 
 
-def test_heads_that_cannot_be_exported_are_named(tmp_path):
-    """A SABLRetinaHead has no prior_generator, unlike the heads that can be exported."""
-    cfg = load(tmp_path, 'sabl/sabl-retinanet_r50_fpn_1x_coco')
+@pytest.mark.parametrize(
+    'base, part',
+    [
+        ('sabl/sabl-retinanet_r50_fpn_1x_coco', 'SABLRetinaHead'),  # has no prior_generator, unlike RetinaHead
+        ('pafpn/faster-rcnn_r50_pafpn_1x_coco', 'PAFPN'),
+    ],
+)
+def test_parts_that_cannot_be_exported_are_named(tmp_path, base, part):
+    cfg = load(tmp_path, base)
     connect_backbone(cfg)
-    with pytest.raises(ValueError, match='SABLRetinaHead cannot be exported'):
+    with pytest.raises(ValueError, match=f'{part} cannot be exported'):
         DetectorGraph(MODELS.build(cfg))
 
 
