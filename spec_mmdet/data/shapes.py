@@ -220,7 +220,7 @@ def mark_stuff(image: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndar
         image: BGR, shape (H, W, 3).
         free: the pixels without objects, bool, shape (H, W).
     """
-    grey, weight = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) * free.astype(float), free.astype(float)
+    grey, weight = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) * free.astype(np.float32), free.astype(np.float32)
     grey, weight = (cv2.GaussianBlur(values, (0, 0), len(image) / 16) for values in (grey, weight))
     light = grey > 128 * weight
     return free & ~light, free & light
