@@ -79,7 +79,7 @@ def read_config(path: Path) -> Config:
     try:
         with accept_bases_without_folder(CONFIGS.name), cache_packages():
             cfg = Config.fromfile(path)
-        if cfg.get('default_scope') == 'mmseg':
+        if is_segmentor(cfg):
             import_module('mmseg.registry')
     except Exception as error:  # the file is Python
         first = str(error).strip().partition('\n')[0]
@@ -91,12 +91,17 @@ def read_config(path: Path) -> Config:
         if isinstance(error, ImportError) and 'mmseg' in first:
             first += '. Run: pip install spec_mmdet[seg]'
         raise InputError(f'config {path}: {type(error).__name__}: {first}') from error
-    if cfg.get('default_scope') == 'mmseg':  # the part of a config that is MMSegmentation's is found by its scope
+    if is_segmentor(cfg):  # the part of a config that is MMSegmentation's is found by its scope
         for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
             if dataset := (cfg.get(name) or {}).get('dataset'):
                 dataset.setdefault('_scope_', 'mmseg')
     object.__setattr__(cfg, '__class__', CachedTextConfig)  # Config's own would add a key
     return cfg
+
+
+def is_segmentor(cfg: Config) -> bool:
+    """Return whether a config's model is MMSegmentation's."""
+    return cfg.get('default_scope') == 'mmseg'
 
 
 def walk(node: object, name: str = '') -> Iterator[tuple[str, dict]]:

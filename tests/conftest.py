@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -110,6 +111,16 @@ def run_tool(monkeypatch, name: str, *args) -> None:
             import_module(name).main(argv)
     else:
         run(name, argv)
+
+
+# Settings of a command in several processes without GPUs, for --cfg-options.
+ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+
+
+def read_metrics(work: Path) -> dict[str, float]:
+    """Return the metrics that the only run in a work directory logged last."""
+    (log,) = work.glob('*/*.json')
+    return json.loads(log.read_text().splitlines()[-1])
 
 
 def in_processes(count: int, folder: Path, train: Callable[[], None]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import mmdet.registry
 import numpy as np
-from mmdet.registry import METRICS
 from mmengine.config import Config
 from PIL import Image
 from tqdm import tqdm
@@ -337,10 +336,12 @@ def list_prefixes(cfg: Config) -> list[str]:
     """Return the prefixes of mIoU's names in the validation: of our metric, and of MMSegmentation's if it has mIoU."""
     from mmseg.evaluation import IoUMetric
 
-    found = [(evaluator, find_class({**evaluator, '_scope_': 'mmseg'}, METRICS) or object) for evaluator in
-             list_evaluators(cfg, 'val') if 'mIoU' in evaluator.get('iou_metrics', ('mIoU',))]  # fmt: skip
-    prefixes = [evaluator.get('prefix') or kind.default_prefix for evaluator, kind in found
-                if issubclass(kind, (IoUMetric, METRICS.get('SemanticMetric')))]  # fmt: skip
+    kinds = IoUMetric, mmdet.registry.METRICS.get('SemanticMetric')
+    prefixes = []
+    for evaluator in list_evaluators(cfg, 'val'):
+        kind = find_class({**evaluator, '_scope_': 'mmseg'}, mmdet.registry.METRICS)
+        if kind and issubclass(kind, kinds) and 'mIoU' in evaluator.get('iou_metrics', ('mIoU',)):
+            prefixes.append(evaluator.get('prefix') or kind.default_prefix)
     return [f'{prefix}/' if prefix else '' for prefix in prefixes]
 
 

@@ -7,8 +7,9 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,7 @@ def export_model(cfg: Config, checkpoint: str, out: Path, paths: list[Path]) -> 
     """
     remove_padding(cfg)
     inferencer = load_inferencer(cfg, checkpoint, 'cpu')
+    inferencer.model.eval().requires_grad_(False)
     export_complete = export_detector if isinstance(inferencer, DetInferencer) else export_segmentor
     try:
         return export_complete(inferencer, cfg, Path(checkpoint).name, out, paths)
@@ -182,23 +184,16 @@ def export_segmentor(
     inferencer: SegInferencer, cfg: Config, checkpoint: str, out: Path, paths: list[Path]
 ) -> dict[str, object]:
     """Write a segmentor; see :func:`export_model`."""
-    segmentor = inferencer.model.eval().requires_grad_(False)
+    segmentor = inferencer.model
     graph = SegmentorGraph(copy.deepcopy(segmentor))
-    metadata = dict(
-        classes=segmentor.dataset_meta['classes'],
-        resize=describe_resize(cfg),
-        conditioning=describe_conditioning(segmentor.backbone.state_dict()),
-        checkpoint=checkpoint,
-        min_size=MIN_SIZE,
-    )
+    metadata = describe_model(segmentor, cfg, checkpoint, MIN_SIZE)
     example = (torch.zeros(1, 3, 2 * MIN_SIZE, 3 * MIN_SIZE, dtype=torch.uint8), torch.tensor([100, 150]))
     sides = {2: Dim('height', min=MIN_SIZE), 3: Dim('width', min=MIN_SIZE)}
     with write_atomically(out) as temporary:
         export(graph, example, (sides, None), temporary, onnx_segmentor.INPUTS, onnx_segmentor.OUTPUTS, metadata)
         exported = OnnxSegmentor(temporary, device='cpu')
         print(f'{"input":28} equal pixels')
-        images = [(path.name, image) for path in paths for _, image in decode_file(path)]
-        for name, image in images + [('noise of {} x {}'.format(*image.shape), image) for image in make_noise()]:
+        for name, image in chain(read_images(paths), make_noise()):
             data = inferencer.prepare([image])
             ours, theirs = (
                 model.test_step(copy.deepcopy(data))[0].pred_sem_seg.data for model in (segmentor, exported)
@@ -211,29 +206,30 @@ def export_segmentor(
     return metadata
 
 
-def make_noise() -> list[np.ndarray]:
-    """Make images of noise of two sizes."""
+def read_images(paths: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the images and frames of files, with the names of the files."""
+    for path in paths:
+        for _, image in decode_file(path):
+            yield path.name, image
+
+
+def make_noise() -> Iterator[tuple[str, np.ndarray]]:
+    """Yield images of noise of two sizes, with names."""
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in ((96, 96), (272, 288))]
+    for height, width in ((96, 96), (272, 288)):
+        yield f'noise of {height} x {width}', rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
 def export_detector(
     inferencer: DetInferencer, cfg: Config, checkpoint: str, out: Path, paths: list[Path]
 ) -> dict[str, object]:
     """Write a detector; see :func:`export_model`."""
-    detector = inferencer.model.eval().requires_grad_(False)
+    detector = inferencer.model
     graph = DetectorGraph(copy.deepcopy(detector))
     last = detector.roi_head if graph.two_stages else detector.bbox_head
-    metadata = dict(
-        classes=detector.dataset_meta['classes'],
-        score_thr=last.test_cfg.score_thr,
-        resize=describe_resize(cfg),
-        conditioning=describe_conditioning(detector.backbone.state_dict()),
-        checkpoint=checkpoint,
-    )
     # With fewer pixels the coarsest level could have a size of 1, which torch.export makes a constant.
     least = max(MIN_SIZE, max(map(max, graph.dense_head.prior_generator.strides)) + 32)
-    metadata['min_size'] = least
+    metadata = dict(describe_model(detector, cfg, checkpoint, least), score_thr=last.test_cfg.score_thr)
     example = (torch.zeros(1, 3, 2 * least, 3 * least, dtype=torch.uint8), torch.tensor([100, 150]), torch.tensor(0.05))
     sides = {2: Dim('height', min=least), 3: Dim('width', min=least)}
     with write_atomically(out) as temporary:
@@ -246,13 +242,23 @@ def export_detector(
             return [model.test_step(copy.deepcopy(data))[0].pred_instances for model in (detector, exported)]
 
         print(f'{"input":28} found  in both  largest difference of box (pixels)  score  lowest IoU of masks')
-        for path in paths:
-            for _, image in decode_file(path):
-                require_same(path.name, *results(image), out)
+        for name, image in read_images(paths):
+            require_same(name, *results(image), out)
         last.test_cfg.score_thr = exported.score = NOISE_SCORE
-        for image in make_noise():
-            require_same('noise of {} x {}'.format(*image.shape), *results(image), out)
+        for name, image in make_noise():
+            require_same(name, *results(image), out)
     return metadata
+
+
+def describe_model(model: nn.Module, cfg: Config, checkpoint: str, least: int) -> dict[str, object]:
+    """Return the metadata of a complete model whose graph accepts images from ``least`` x ``least`` pixels."""
+    return dict(
+        classes=model.dataset_meta['classes'],
+        resize=describe_resize(cfg),
+        conditioning=describe_conditioning(model.backbone.state_dict()),
+        checkpoint=checkpoint,
+        min_size=least,
+    )
 
 
 def describe_resize(cfg: Config) -> dict[str, object] | None:

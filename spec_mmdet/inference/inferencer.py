@@ -24,7 +24,7 @@ from mmengine.registry import init_default_scope
 from rich.progress import track
 
 from ..checkpoints.reading import describe_mismatches, fetch, get_classes, get_state_dict, load
-from ..configs import is_kind_of, walk
+from ..configs import is_kind_of, is_segmentor, walk
 from ..data.fitting import drop_pretrained, has_masks, list_configured_classes
 from ..data.tasks import set_classes
 from ..errors import InputError
@@ -77,11 +77,6 @@ def build_inferencer(
     if is_segmentor(cfg):
         return SegInferencer(cfg, weights, device)
     return DetInferencer(cfg, checkpoint, device, show_progress=False)
-
-
-def is_segmentor(cfg: Config) -> bool:
-    """Return whether a config's model is MMSegmentation's."""
-    return cfg.get('default_scope') == 'mmseg'
 
 
 class SegInferencer:

@@ -19,14 +19,14 @@ from ..checkpoints.reading import describe_state, get_classes, get_run_info, get
 from ..checkpoints.writing import serialize
 from ..compat import get_content
 from ..conditioning import describe_conditioning
-from ..configs import find_run_config, walk
+from ..configs import find_run_config, is_segmentor, walk
 from ..data.fitting import drop_pretrained, list_configured_classes
 from ..data.tasks import set_classes
 from ..errors import InputError
 from ..files import write
 from ..substitution import add_import
 from ..training.results import TABLE, is_of_training
-from .inferencer import is_segmentor, load_inferencer
+from .inferencer import load_inferencer
 
 UNKNOWN = 'unknown'
 

@@ -266,11 +266,10 @@ class OnnxModel(BaseModel):
             raise InputError(f'{path}: ONNX Runtime cannot read it: {error}') from error
         self.path = path
         self.outputs = [output.name for output in self.session.get_outputs()]
-        self.metadata = {
-            key: json.loads(value) for key, value in self.session.get_modelmeta().custom_metadata_map.items()
-        }
-        if self.outputs[: len(self.OUTPUTS)] != list(self.OUTPUTS) or 'classes' not in self.metadata:
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if self.outputs[: len(self.OUTPUTS)] != list(self.OUTPUTS) or 'classes' not in metadata:
             raise InputError(f'{path}: not a {self.KIND} written by "spec-mmdet export" without --backbone')
+        self.metadata = {key: json.loads(value) for key, value in metadata.items()}
         self.classes: list[str] = self.metadata['classes']
 
     def run(self, image: Tensor, sample: BaseDataElement, **feed: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 
-from ..configs import is_kind_of
+from ..configs import is_kind_of, is_segmentor
 from ..errors import InputError
 
 FLIP_DIMS = dict(horizontal=[2], vertical=[1], diagonal=[1, 2])
@@ -53,7 +53,7 @@ def use_augmentation(cfg: Config, masks: bool) -> None:
     if 'panoptic_fusion_head' in cfg.model:
         raise InputError('--tta: not possible with panoptic segmentation, whose maps cannot be merged. Leave it out')
     own = 'tta_pipeline' in cfg and cfg.get('tta_model') and not is_kind_of(cfg.tta_model, MODELS, DetTTAModel)
-    if cfg.get('default_scope') == 'mmseg' and not own:
+    if is_segmentor(cfg) and not own:
         raise InputError("--tta: a segmentor needs tta_model=dict(type='SegTTAModel') and a tta_pipeline, as in the "
                          "configs of MMSegmentation. Add them to the config")  # fmt: skip
     if masks and 'tta_model' in cfg and MODELS.get(cfg.tta_model.type.removeprefix('mmdet.')) is DetTTAModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -222,3 +223,9 @@ def test_whole_detector_runs_elsewhere(monkeypatch, trained, shapes, tmp_path, c
     out.write_bytes(b'text')
     refusal = error_line(monkeypatch, 'predict', config, out, shapes / 'val', '--out', tmp_path / 'none')
     assert 'detector.onnx: ONNX Runtime cannot read it' in refusal and not (tmp_path / 'none').exists()
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in 'xy']
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Identity', ['x'], ['y'])], 'other', value[:1], value[1:])
+    other = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid('', 17)])
+    onnx.helper.set_model_props(other, dict(names="{0: 'person'}"))  # not JSON
+    onnx.save(other, out)
+    assert 'detector.onnx: not a detector' in error_line(monkeypatch, 'predict', config, out, shapes / 'val')

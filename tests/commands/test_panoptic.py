@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import CHECK, error_line, in_processes, run_tool
+from conftest import CHECK, ON_CPU, error_line, in_processes, read_metrics, run_tool
 
 from spec_mmdet.data import shapes
 from spec_mmdet.data.panoptic import read_ids
@@ -56,8 +56,7 @@ def test_the_report_and_the_predictions(work, monkeypatch, tmp_path):
     run = work / 'work'
     args = run / f'{CONFIG}.py', run / 'epoch_1.pth'
     run_tool(monkeypatch, 'test', *args, '--work-dir', tmp_path / 'test', '--report', tmp_path / 'report')
-    (scalars,) = tmp_path.glob('test/*/*.json')
-    tested = json.loads(scalars.read_text().splitlines()[-1])
+    tested = read_metrics(tmp_path / 'test')
     written = json.loads((tmp_path / 'report' / 'predictions.panoptic.json').read_text())['annotations']
     quality = measure(work, tmp_path / 'report' / 'predictions.panoptic', written)
     assert quality.tolist() == pytest.approx([tested[f'coco_panoptic/{kind}'] for kind in ('PQ', 'SQ', 'RQ')])
@@ -96,11 +95,10 @@ def test_two_processes_equal_one(work, monkeypatch, tmp_path):
     test = ['test', work / 'work' / f'{CONFIG}.py', work / 'work' / 'epoch_1.pth']
     settings = ['--cfg-options', 'test_dataloader.batch_size=1']
     run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'one', *settings)
-    settings += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+    settings += ON_CPU
     in_processes(2, tmp_path, lambda: run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'two', '--report',
                                                tmp_path / 'report', '--launcher', 'pytorch', *settings))  # fmt: skip
-    ours, theirs = (json.loads(next(tmp_path.glob(f'{name}/*/*.json')).read_text().splitlines()[-1]) for name in
-                    ('one', 'two'))  # fmt: skip
+    ours, theirs = (read_metrics(tmp_path / name) for name in ('one', 'two'))
     names = [name for name in ours if name.startswith('coco_panoptic')]
     assert len(names) == 9 and [ours[name] for name in names] == [theirs[name] for name in names]
     written = json.loads((tmp_path / 'report' / 'predictions.panoptic.json').read_text())['annotations']

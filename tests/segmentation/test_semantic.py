@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_line, in_processes, run_tool
+from conftest import ON_CPU, error_line, in_processes, read_metrics, run_tool
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from PIL import Image
@@ -225,7 +225,6 @@ def test_labels_of_the_demo_are_its_polygons(tmp_path):
 
 CONFIG = 'xcit_spec_shapes_semanticfpn'
 SMALL = ['model.backbone.arch.dim=32', 'model.backbone.arch.depth=4', 'model.neck.in_channels=[32,32,32,32]']
-ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
 
 
 @pytest.fixture(scope='module')
@@ -240,12 +239,6 @@ def segmentor(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         run_tool(patch, 'train', CONFIG, *arguments, '--cfg-options', *SMALL, *short)
     return root
-
-
-def read_metrics(work: Path) -> dict[str, float]:
-    """Return the metrics that the only run in a work directory logged last."""
-    (log,) = work.glob('*/*.json')
-    return json.loads(log.read_text().splitlines()[-1])
 
 
 def test_train_test_and_predict(segmentor, tmp_path, monkeypatch, capsys):
