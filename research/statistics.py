@@ -69,6 +69,10 @@ class Contrast:
         """Return the half-width of the confidence interval of 1 - level."""
         return float(stats.t.isf(level / 2, self.freedom)) * self.error
 
+    def compute_detectable(self, power: float) -> float:
+        """Return the smallest true difference that the test of ``p`` would detect with this power (approximately)."""
+        return float(stats.t.isf(LEVEL / 2, self.freedom) + stats.t.ppf(power, self.freedom)) * self.error
+
     @property
     def p(self) -> float:
         """The p-value of no difference."""

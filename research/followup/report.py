@@ -12,8 +12,11 @@ from research.markdown import format_table
 from research.statistics import LEVEL, Contrast, adjust_p_values, compute_chance_limit, fit_block_design
 from spec_mmdet.files import write
 
-from .arms import PLAIN, WIDE
-from .plan import BOUND, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
+from .arms import CONDITIONED, PLAIN, WIDE
+from .plan import BOUND, RATES, Losses, Protocol, Run, plan_bert, plan_scale, plan_tuning
+
+POWER = 0.8
+Pair = tuple[str, str, Sequence[str]]  # an arm, its reference, and the arms that are fitted with them
 
 
 def write_report(protocol: Protocol, path: Path) -> Path:
@@ -41,6 +44,15 @@ def tabulate(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
     return [*format_table(columns, rows), '']
 
 
+def tabulate_rates(protocol: Protocol, tuning: Sequence[Run]) -> list[str]:
+    """Tabulate the mean cross-entropy of the tuning's runs by arm and learning rate."""
+    losses: dict[str, dict[float, list[float]]] = {}
+    for run in tuning:
+        losses.setdefault(run.arm.name, {}).setdefault(run.system.lr, []).append(protocol.read(run).loss)
+    rows = [[name, *(f'{mean(of_arm[rate]):.3f}' for rate in RATES)] for name, of_arm in losses.items()]
+    return [*format_table(['cross-entropy with the rate', *(f'{rate:g}' for rate in RATES)], rows), '']
+
+
 def format_contrast(contrast: Contrast) -> str:
     """Format a contrast with its 95 % confidence interval, in nats."""
     margin = contrast.compute_margin()
@@ -59,14 +71,32 @@ def judge(contrast: Contrast) -> str:
     return f'undecided (p {contrast.p:.2g}; TOST for {BOUND} nats, p {equivalent:.2g})'
 
 
-def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequence[tuple[str, str, list[str]]],
+def tabulate_contrasts(losses: Losses, pairs: Sequence[Pair], registered: bool) -> list[str]:
+    """Tabulate the contrasts that can be fitted; p-values of registered ones are adjusted together (Holm)."""
+    found = []
+    for arm, reference, together in pairs:
+        names = [name for name in together if name != reference]
+        if contrast := fit_block_design(losses, names, reference).get(arm):
+            found.append((f'{arm} - {reference}', contrast))
+    if not found:
+        return []
+    p_values = [contrast.p for _, contrast in found]
+    title, title_of_p = 'contrast, not registered', 'p, not adjusted'
+    if registered:
+        title, title_of_p, p_values = 'secondary contrast', 'p after Holm', adjust_p_values(p_values)
+    rows = [[name, format_contrast(contrast), f'{p:.2g}'] for (name, contrast), p in zip(found, p_values)]
+    return [*format_table([title, 'difference, nats', title_of_p], rows), '']
+
+
+def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequence[Pair], added: Sequence[Pair],
                      together: Sequence[str]) -> list[str]:  # fmt: skip
     """Report the contrasts of a stage.
 
     Args:
         losses: of its runs.
         primary: the arm and its reference.
-        secondary: arms, references, and the arms that are fitted with each of these pairs.
+        secondary: the registered secondary contrasts.
+        added: contrasts that are not registered.
         together: the arms that are fitted for the primary contrast.
     """
     arm, reference = primary
@@ -76,20 +106,9 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
     contrast = fitted[arm]
     lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: the cross-entropy of '
              f'{arm} is {judge(contrast)}.** Residual standard deviation {contrast.residual:.4f}, '
-             f'{contrast.freedom} degrees of freedom.', '']  # fmt: skip
-    others = []
-    for arm, reference, fitted_with in secondary:
-        names = [name for name in fitted_with if name != reference]
-        if contrast := fit_block_design(losses, names, reference).get(arm):
-            others.append((f'{arm} - {reference}', contrast))
-    adjusted = adjust_p_values([contrast.p for _, contrast in others])
-    return lines + [
-        *format_table(
-            ['secondary contrast', 'difference, nats', 'p after Holm'],
-            [[name, format_contrast(contrast), f'{p:.2g}'] for (name, contrast), p in zip(others, adjusted)],
-        ),
-        '',
-    ]
+             f'{contrast.freedom} degrees of freedom; a difference of {contrast.compute_detectable(POWER):.4f} nats '
+             f'would be detected with a power of {100 * POWER:.0f} %.', '']  # fmt: skip
+    return lines + tabulate_contrasts(losses, secondary, True) + tabulate_contrasts(losses, added, False)
 
 
 def report_scale(protocol: Protocol) -> list[str]:
@@ -101,7 +120,10 @@ def report_scale(protocol: Protocol) -> list[str]:
         chosen = {True: f'*{WIDE.name}*', False: f'*{PLAIN.name}*'}
         decision = 'not decided: runs are missing' if base is None else chosen[base(PLAIN).wide]
         lines += [f'{name}, {len(losses)} of {len(runs)} runs. Baseline of the main experiment: {decision}.', '']
-        lines += tabulate(protocol, runs) if losses else []
+        if losses:
+            arms = [arm.name for arm in (PLAIN, CONDITIONED, WIDE)]
+            pairs = [(WIDE.name, PLAIN.name, arms), (WIDE.name, CONDITIONED.name, arms)]
+            lines += tabulate(protocol, runs) + tabulate_contrasts(losses, pairs, False)
     return lines
 
 
@@ -124,7 +146,7 @@ def report_xcit(protocol: Protocol) -> list[str]:
     at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '
                  f'{sum(log.arm == name for log in logs)}' for name in (*three, dosed)]  # fmt: skip
     return [*lines, f'{len(losses)} of {len(runs)} runs; {len(seeds)} seeds.', '', *tabulate(protocol, runs),
-            *report_contrasts(whole, (conditioned, larger), secondary, three),
+            *report_contrasts(whole, (conditioned, larger), secondary, [], three),
             f'Runs at chance (accuracy of at most {100 * chance:.1f} %): {", ".join(at_chance)}.', '']  # fmt: skip
 
 
@@ -140,10 +162,12 @@ def report_bert(protocol: Protocol) -> list[str]:
     ]
     if not rates:
         return lines
+    lines += tabulate_rates(protocol, tuning)
     runs = plan_bert(arms, rates)
     losses = protocol.collect(runs)
     names = [arm.name for arm in arms]
     plain, larger, conditioned, rescaled, random = names
     secondary = [(random, larger, names), (conditioned, random, names), (rescaled, plain, names)]
+    added = [(conditioned, plain, names), (larger, plain, names)]
     return [*lines, f'{len(losses)} of {len(runs)} runs.', '', *tabulate(protocol, runs),
-            *report_contrasts(losses, (conditioned, larger), secondary, names)]  # fmt: skip
+            *report_contrasts(losses, (conditioned, larger), secondary, added, names)]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..conditioning import Correction, initialise_conditioned
 from .products import compute_gram, get_product_dtype, is_plain, linear, scale_output
 
+INIT_STD = 0.02  # of the reference's initial weight matrices
 EPS = 1e-12  # lower bound of a channel's length over the tokens, as in F.normalize
 
 
@@ -134,18 +135,19 @@ class XCA(nn.Module):
         conditioning: None; or the arguments of :class:`~spec_mmdet.conditioning.Correction`, applied to each of the
             C x C projections W_Q, W_K, W_V (head h gets its own rows of the correction); or
             ``dict(type='initialisation')``, which only changes the initial weights.
+        init_std: standard deviation of the initial weight matrices.
     """
 
     # Tokens per channel from which the Gram form is used; with fewer, its C x C matrices cost more than they save.
     gram_from = 2
 
-    def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int, conditioning: dict | None = None, init_std: float = INIT_STD) -> None:
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         for layer in (self.qkv, self.proj):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
         if conditioning is not None and conditioning.get('type') == 'initialisation':
             if len(conditioning) > 1:

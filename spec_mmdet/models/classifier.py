@@ -8,6 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from .attention import INIT_STD
 from .products import is_plain
 from .xcit import MLP, SpecXCiT
 
@@ -15,13 +16,13 @@ from .xcit import MLP, SpecXCiT
 class ClassAttention(nn.Module):
     """Softmax attention in which only the first token, the class token, is a query (arXiv 2103.17239)."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, init_std: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         for layer in (self.qkv, self.proj):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, gamma: Tensor | float = 1.0) -> Tensor:
@@ -45,13 +46,13 @@ class ClassAttentionBlock(nn.Module):
     With ``tokens_norm``, the second norm is applied to all tokens.
     """
 
-    def __init__(self, gamma: Tensor, num_heads: int, tokens_norm: bool) -> None:
+    def __init__(self, gamma: Tensor, num_heads: int, tokens_norm: bool, init_std: float) -> None:
         super().__init__()
         dim = len(gamma)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ClassAttention(dim, num_heads)
+        self.attn = ClassAttention(dim, num_heads, init_std)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(dim, init_std)
         self.gamma1, self.gamma2 = nn.Parameter(gamma.clone()), nn.Parameter(gamma.clone())
         self.tokens_norm = tokens_norm
 
@@ -92,13 +93,13 @@ class SpecXCiTClassifier(SpecXCiT):
         gamma, dim = first.gamma1.detach(), len(first.gamma1)
         tokens_norm = arch != 'nano_12' if tokens_norm is None else tokens_norm
         self.num_classes = num_classes
-        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=INIT_STD))
         self.cls_attn_blocks = nn.ModuleList(
-            ClassAttentionBlock(gamma, first.attn.num_heads, tokens_norm) for _ in range(2)
+            ClassAttentionBlock(gamma, first.attn.num_heads, tokens_norm, self.init_std) for _ in range(2)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=self.init_std)
         nn.init.zeros_(self.head.bias)
 
     def compute_features(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compat import has_hooks
 from ..conditioning import require_same_conditioning
 from ..errors import InputError
-from .attention import XCA
+from .attention import INIT_STD, XCA
 from .products import Conv2d, Upsample, get_product_dtype, is_eager_cpu, is_plain, linear, scale_output
 
 # The reference implementation's architectures (arXiv 2106.09681); eta is the initial value of LayerScale.
@@ -175,12 +175,12 @@ class LPI(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with GELU in between; the hidden layer is four times as wide."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, init_std: float = INIT_STD) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
         for layer in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
@@ -203,15 +203,22 @@ class Block(nn.Module):
     """XCiT block: attention over channels, local patch interaction and MLP, each residual with LayerScale."""
 
     def __init__(
-        self, dim: int, num_heads: int, eta: float, conditioning: dict | None, drop_path: float, norm_cfg: dict
+        self,
+        dim: int,
+        num_heads: int,
+        eta: float,
+        conditioning: dict | None,
+        drop_path: float,
+        norm_cfg: dict,
+        init_std: float = INIT_STD,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = XCA(dim, num_heads, conditioning)
+        self.attn = XCA(dim, num_heads, conditioning, init_std)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.local_mp = LPI(dim, norm_cfg)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(dim, init_std)
         self.gamma1 = nn.Parameter(torch.full((dim,), eta))
         self.gamma2 = nn.Parameter(torch.full((dim,), eta))
         self.gamma3 = nn.Parameter(torch.full((dim,), eta))
@@ -287,6 +294,8 @@ class SpecXCiT(BaseModule):
         compile: None, or arguments of torch.nn.Module.compile for each block; use ``dict(dynamic=True)`` for images of
             many sizes.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
+        init_std: standard deviation of the blocks' initial weight matrices; by default the reference's, 0.02. For small
+            models from scratch, ``dim ** -0.5`` is an alternative (docs/method/conditioning.md).
         init_cfg: MMEngine's, for instance ``dict(type='Pretrained', checkpoint=...)`` with a checkpoint in any layout
             of XCiT; by default the reference's initialisation.
 
@@ -307,6 +316,7 @@ class SpecXCiT(BaseModule):
         with_cp: bool = False,
         contiguous: bool = False,
         compile: dict | None = None,
+        init_std: float = INIT_STD,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(load_strictly(init_cfg))
@@ -332,6 +342,7 @@ class SpecXCiT(BaseModule):
             (patch_size in (8, 16), f'patch_size must be 8 or 16, got {patch_size}'),
             (maps and strides == [*out_strides], f'out_strides must be some of {STRIDES}, rising; got {out_strides}'),
             (rising, f'out_indices must be {maps} rising block indices below {depth}, got {out_indices}'),
+            (init_std > 0, f'init_std must be positive, got {init_std}'),
             (-1 <= frozen_stages <= maps, f'frozen_stages must be from -1 to {maps}, got {frozen_stages}'),
         ):
             if not valid:
@@ -340,11 +351,11 @@ class SpecXCiT(BaseModule):
 
         self.out_strides, self.out_indices = tuple(out_strides), tuple(out_indices)
         self.frozen_stages = frozen_stages
-        self.with_cp, self.contiguous = with_cp, contiguous
+        self.with_cp, self.contiguous, self.init_std = with_cp, contiguous, init_std
         self.patch_embed = PatchEmbed(patch_size, dim, norm_cfg)
         self.pos_embeder = PositionEncoding(dim)
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, eta, conditioning, drop_path_rate, norm_cfg) for _ in range(depth)
+            Block(dim, num_heads, eta, conditioning, drop_path_rate, norm_cfg, init_std) for _ in range(depth)
         )
         up = nn.Sequential(Upsample(dim, dim, 2))
         if patch_size == 16:

@@ -25,6 +25,7 @@ from research.statistics import fit_block_design
 from research.systems.bert import Bert
 from research.systems.runs import Log, train, write_log
 from spec_mmdet.conditioning import condition
+from spec_mmdet.models.classifier import SpecXCiTClassifier
 
 TINY = dict(xcit=XCiT(layers=4, width=32, pictures=16, tests=16, steps=2), bert=Bert(steps=2, tests=16))
 
@@ -57,6 +58,15 @@ def test_arms_separate_size_from_condition(name):
     torch.testing.assert_close(kappas[LARGER], kappas[PLAIN], rtol=1e-3, atol=0)
     torch.testing.assert_close(kappas[RESCALED], kappas[CONDITIONED], rtol=1e-3, atol=0)
     assert kappas[CONDITIONED] < 2 < kappas[PLAIN] and kappas[RANDOM] < 2 and kappas[DOSED] < 1.2
+
+
+def test_init_std_starts_from_the_weights_of_the_wide_arm():
+    system = XCiT()
+    expected, _, _ = build_initial_model(system, WIDE, 1)
+    torch.manual_seed(1)
+    arch = dict(dim=system.width, depth=system.layers, num_heads=system.heads)
+    model = SpecXCiTClassifier(expected.num_classes, arch, patch_size=system.patch, init_std=system.width**-0.5)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
 
 
 def test_conditioned_arm_trains_as_condition_does():
