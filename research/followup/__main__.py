@@ -8,7 +8,7 @@ report, research/followup/README.md, is written from the logs; --report only wri
 
     python -m research.followup --large
 
-is the same protocol with XCiT-S12 on one GPU: an estimated 18 hours at 15 TFLOP/s. It writes its logs to
+is the same protocol with XCiT-S12 on one GPU: an estimated 22 hours at 15 TFLOP/s. It writes its logs to
 research/followup/logs_large and its report to work_dirs/followup/large.md.
 """
 

@@ -1,6 +1,7 @@
 """The protocol of the follow-up: its stages, in the order in which they run, and the decisions between them.
 
-Every decision is made by this module from the logs. It was committed before the first run.
+Every decision is made by this module from the logs. It was committed before the first run, except
+``Protocol.list_added_runs``, which was added while F1 ran.
 """
 
 from __future__ import annotations
@@ -147,6 +148,11 @@ class Protocol:
                     *plan(arms[:3], [*XCIT_SEEDS[LOOK_AFTER:], *MORE_XCIT_SEEDS])]  # fmt: skip
         return plan(arms, XCIT_SEEDS)
 
+    def list_added_runs(self) -> list[Run]:
+        """List runs that are not registered: XCiT at the scale that F1 does not use, to compare the scales of plain."""
+        base = self.choose_base('xcit')
+        return plan_xcit(self.systems['xcit'], [PLAIN if base(PLAIN).wide else WIDE], XCIT_SEEDS) if base else []
+
     def plan(self) -> Iterator[list[Run]]:
         """Yield the stages; each is planned when the one before it has finished."""
         for name, system in self.systems.items():
@@ -156,3 +162,4 @@ class Protocol:
             yield plan_bert(self.list_arms('bert'), self.choose_rates())
         yield self.list_xcit_runs()
         yield self.list_xcit_runs()  # after the look
+        yield self.list_added_runs()

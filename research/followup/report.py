@@ -108,7 +108,8 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
              f'{arm} is {judge(contrast)}.** Residual standard deviation {contrast.residual:.4f}, '
              f'{contrast.freedom} degrees of freedom; a difference of {contrast.compute_detectable(POWER):.4f} nats '
              f'would be detected with a power of {100 * POWER:.0f} %.', '']  # fmt: skip
-    return lines + tabulate_contrasts(losses, secondary, True) + tabulate_contrasts(losses, added, False)
+    return [*lines, *tabulate_contrasts(losses, secondary, registered=True),
+            *tabulate_contrasts(losses, added, registered=False)]  # fmt: skip
 
 
 def report_scale(protocol: Protocol) -> list[str]:
@@ -123,7 +124,7 @@ def report_scale(protocol: Protocol) -> list[str]:
         if losses:
             arms = [arm.name for arm in (PLAIN, CONDITIONED, WIDE)]
             pairs = [(WIDE.name, PLAIN.name, arms), (WIDE.name, CONDITIONED.name, arms)]
-            lines += tabulate(protocol, runs) + tabulate_contrasts(losses, pairs, False)
+            lines += tabulate(protocol, runs) + tabulate_contrasts(losses, pairs, registered=False)
     return lines
 
 
@@ -132,7 +133,7 @@ def report_xcit(protocol: Protocol) -> list[str]:
     lines, runs = ['## F1: XCiT', ''], protocol.list_xcit_runs()
     if not runs:
         return [*lines, 'Not started.', '']
-    losses = protocol.collect(runs)
+    losses, added = protocol.collect(runs), protocol.list_added_runs()
     plain, conditioned, larger, dosed = (arm.name for arm in protocol.list_arms('xcit'))
     seeds = dict.fromkeys(run.seed for run in runs)
     whole = {
@@ -145,8 +146,12 @@ def report_xcit(protocol: Protocol) -> list[str]:
     logs = [log for run in runs if (log := protocol.read(run))]
     at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '
                  f'{sum(log.arm == name for log in logs)}' for name in (*three, dosed)]  # fmt: skip
-    return [*lines, f'{len(losses)} of {len(runs)} runs; {len(seeds)} seeds.', '', *tabulate(protocol, runs),
+    by_scale = protocol.collect([*runs, *added])
+    finished = f'{len(losses)} of {len(runs)} runs; {len(seeds)} seeds.'
+    more = f' Not registered: {len(by_scale) - len(losses)} of {len(added)} runs of *{added[0].arm.name}*.'
+    return [*lines, finished + more, '', *tabulate(protocol, [*runs, *added]),
             *report_contrasts(whole, (conditioned, larger), secondary, [], three),
+            *tabulate_contrasts(by_scale, [(WIDE.name, PLAIN.name, [WIDE.name, PLAIN.name])], registered=False),
             f'Runs at chance (accuracy of at most {100 * chance:.1f} %): {", ".join(at_chance)}.', '']  # fmt: skip
 
 

@@ -140,6 +140,9 @@ def test_decisions_and_report(tmp_path, wide_is_better, noise):
     every = next(stages)
     assert every[:16] == first and len(every) == (48 if noise < BOUND else 16 + 3 * 12)
     forge(tmp_path, every[16:], draw)
+    added = next(stages)
+    assert {run.arm for run in added} == {PLAIN if wide_is_better else WIDE} and len(added) == 12
+    forge(tmp_path, added, draw)
     assert next(stages, None) is None
     text = write_report(protocol, tmp_path / 'report.md').read_text()
     assert text.count('is lower (p') == 2 and f'{len(every)} of {len(every)} runs' in text
