@@ -23,6 +23,7 @@ T = TypeVar('T')
 
 PATIENCE = timedelta(hours=12)  # timeout of waiting for the main process, which may evaluate many images
 SOON = 30  # seconds of waiting without a message
+DDP = dict(type='MMDistributedDataParallel', broadcast_buffers=False)  # the runner's own wrapper
 STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
 _waiting: list[torch.distributed.ProcessGroup] = []
@@ -31,23 +32,31 @@ _waiting: list[torch.distributed.ProcessGroup] = []
 def connect_processes(cfg: Config) -> None:
     """Initialise the process group from ``launcher`` and ``env_cfg`` of a config, if there is a launcher.
 
-    Afterwards :func:`mmengine.dist.is_main_process` is valid, and MMEngine's runner uses this group.
+    Afterwards :func:`mmengine.dist.is_main_process` is valid, and MMEngine's runner uses this group. Without a GPU the
+    processes communicate by gloo, and the config's model wrapper, DDP if it has none, gets a model on the CPU.
 
     Raises:
         InputError: if the launcher's environment variables are not set.
     """
-    if cfg.launcher == 'none' or is_distributed():
+    if cfg.launcher == 'none':
+        return
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        wrapper = dict(DDP, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
+    if is_distributed():
         return
     env = cfg.get('env_cfg') or {}
     if 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ and cfg.launcher == 'mpi':
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']  # init_dist leaves it unset
     os.environ.setdefault('TORCH_NCCL_ASYNC_ERROR_HANDLING', '1')  # a collective that times out ends the process
     set_multi_processing(**env.get('mp_cfg', {}), distributed=True)  # or init_dist would choose another start method
-    select_gpu = torch.cuda.set_device
-    if not torch.cuda.is_available():
+    group, select_gpu = env.get('dist_cfg', {}), torch.cuda.set_device
+    if on_cpu:
+        group = {**group, 'backend': 'gloo'}
         torch.cuda.set_device = lambda device: None  # init_dist calls it whatever the backend is
     try:
-        init_dist(cfg.launcher, **env.get('dist_cfg', {}))
+        init_dist(cfg.launcher, **group)
     except KeyError as error:
         name = re.search('[A-Z][A-Z_]+', str(error))[0]
         raise InputError(
@@ -57,6 +66,12 @@ def connect_processes(cfg: Config) -> None:
     finally:
         torch.cuda.set_device = select_gpu
     get_waiting_group()
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr, only in the main process."""
+    if is_main_process():
+        print(line, file=sys.stderr)
 
 
 def get_waiting_group() -> torch.distributed.ProcessGroup:

@@ -113,10 +113,6 @@ def run_tool(monkeypatch, name: str, *args) -> None:
         run(name, argv)
 
 
-# Settings of a command in several processes without GPUs, for --cfg-options.
-ON_CPU = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
-
-
 def read_metrics(work: Path) -> dict[str, float]:
     """Return the metrics that the only run in a work directory logged last."""
     (log,) = work.glob('*/*.json')

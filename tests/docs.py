@@ -66,6 +66,7 @@ SKIPPED = {
     'spec-mmdet train xcit_panopticfpn': "needs COCO's panoptic labels; the suite runs it on generated ones",
     'spec-mmdet test xcit_panopticfpn': 'likewise',
     'spec-mmdet predict work_dirs/xcit_panopticfpn/xcit_panopticfpn.py': 'likewise',
+    'torchrun --nproc_per_node 2': 'takes three minutes and needs data/shapes; the suite runs it on fewer images',
     'make experiment': 'takes hours; the commands of the page about pretraining run the same code',
     'python -m research.experiment': 'likewise',
     'make followup': 'likewise',
@@ -92,9 +93,6 @@ TRAIN = (
         for resize in ('0.0', '1.0', '1.2')
     )
     + f' {EVALUATE} train_dataloader.dataset.indices='
-)
-ON_CPU = (
-    'env_cfg.dist_cfg.backend=gloo model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None'
 )
 OF_IMAGENET = (
     '--image-size 32 --epochs 1 --batch-size 8 --cfg-options train_dataloader.num_workers=0 '
@@ -124,19 +122,18 @@ APPENDED = {
     'pip install --force-reinstall': "&& python -c 'import spec_mmdet, mmdet.apis'",
     "pip install 'dist": '&& cd made && spec-mmdet flops xcit_spec_maskrcnn',
     'spec-mmdet train': f'{TRAIN}2 && {LAST_EPOCH}',
-    # SyncBN does not run on CPUs, and these processes communicate through gloo.
-    'tools/dist_train.sh': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
-    'torchrun': f'{TRAIN}8 model.backbone.norm_cfg.type=BN {ON_CPU} && {LAST_EPOCH}',
+    'tools/dist_train.sh': f'{TRAIN}8 && {LAST_EPOCH}',
+    'torchrun': f'{TRAIN}8 && {LAST_EPOCH}',
     'spec-mmdet test': f'--cfg-options {EVALUATE}',
     # The notebook is small already.
     'spec-mmdet train xcit_spec_shapes': '',
     'spec-mmdet test own-data': '',
     'python -m research.scenes': '--train 16 --val 8 --crops 128',
     'spec-mmdet pretrain pretrain_xcit_small_12_p16': f'{OF_IMAGENET} && {AS_400}',
-    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': f'{OF_IMAGENET} {ON_CPU} && {AS_400}',
+    'torchrun --nproc_per_node 8 -m spec_mmdet pretrain': f'{OF_IMAGENET} && {AS_400}',
     'spec-mmdet train research/configs/experiment_maskrcnn.py': '',
     'spec-mmdet test work_dirs/experiment_maskrcnn': '',
-    'tools/dist_test.sh': f'--cfg-options {EVALUATE} model.backbone.norm_cfg.type=BN {ON_CPU}',
+    'tools/dist_test.sh': f'--cfg-options {EVALUATE}',
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
     'python -m benchmarks.evaluator': '--images 200',
@@ -214,10 +211,6 @@ NEEDS = {
     'pip install -e .': "pip install -e '.[onedl]'",
     'opencv-python': "pip install -e '.[onedl]'",
 }
-
-# MMEngine selects a CUDA device in every process of several, even without a GPU.
-SEVERAL_ON_CPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
-
 
 # The command that each file of tools/ runs.
 TOOLS = {tool.name: re.search(r"run\('(.+)'\)", tool.read_text())[1] for tool in (ROOT / 'tools').glob('*.py')}
@@ -377,19 +370,14 @@ class Clone:
             subprocess.run(['git', 'clone', '--quiet', '--no-checkout', ROOT, self.root], check=True)
         subprocess.run(['git', '-C', self.root, 'checkout', '--quiet', '--force', head], check=True)
         (self.root / 'made').mkdir()
-        self.several = folder / 'several'
-        self.several.mkdir(exist_ok=True)
-        (self.several / 'sitecustomize.py').write_text(SEVERAL_ON_CPU)
         # Nothing of the calling environment and make.
         aside = ('VIRTUAL_ENV', 'PYTHONPATH', 'PYTHONHOME', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'VENV')
         self.env = {key: value for key, value in os.environ.items() if key not in aside}
         self.env['CUDA_VISIBLE_DEVICES'] = ''
 
-    def run(self, arguments: list[str], log: Path, environment: str = '.venv', several: bool = False) -> bool:
+    def run(self, arguments: list[str], log: Path, environment: str = '.venv') -> bool:
         """Run a command from the root in an environment, with its output in a log; return whether it succeeded."""
         env = dict(self.env, PATH=f'{self.root / environment / "bin"}:{self.env["PATH"]}')
-        if several:
-            env['PYTHONPATH'] = str(self.several)
         with log.open('ab') as file:
             streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
             process = subprocess.Popen(arguments, cwd=self.root, env=env, start_new_session=True, **streams)
@@ -417,8 +405,7 @@ class Clone:
             (self.root / CONFIG).write_text(command.text + '\n')
             return self.run(['spec-mmdet', 'flops', CONFIG], log)
         arguments = ['python', '-c'] if command.python else ['bash', '-euo', 'pipefail', '-c']
-        several = command.text.startswith(('tools/dist_', 'torchrun '))
-        return self.run([*arguments, command.run_as], log, '.venv-own' if command.own else '.venv', several)
+        return self.run([*arguments, command.run_as], log, '.venv-own' if command.own else '.venv')
 
 
 def git(*arguments: str) -> str:

@@ -24,6 +24,7 @@ from ..compat import get_content
 from ..configs import walk
 from ..errors import InputError, list_briefly
 from ..models.connecting import connect_backbone
+from ..processes import tell
 
 # Top-level names that MMEngine's runner and the commands read; others are helper variables of the config file.
 TOP = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg', 'launcher'}
@@ -104,11 +105,11 @@ def adjust_dependent_settings(cfg: Config) -> None:
     for loop in ('train', 'val', 'test'):
         loader = cfg.get(f'{loop}_dataloader') or {}
         if not loader.get('num_workers', 0) and loader.pop('persistent_workers', False):
-            print(f'{loop}_dataloader.persistent_workers: removed, because num_workers is 0', file=sys.stderr)
+            tell(f'{loop}_dataloader.persistent_workers: removed, because num_workers is 0')
         if not loader.get('num_workers', 0):
             loader.pop('prefetch_factor', None)
     if changes := connect_backbone(cfg.get('model') or {}):
-        print(f'set to fit SpecXCiT: {", ".join(changes)}', file=sys.stderr)
+        tell(f'set to fit SpecXCiT: {", ".join(changes)}')
 
 
 def require_complete_loops(cfg: Config, needed: str) -> None:

@@ -6,27 +6,27 @@ import copy
 import errno
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from mmdet.models import FCNMaskHead
-from mmdet.registry import OPTIM_WRAPPERS, RUNNERS
+from mmdet.registry import MODELS, OPTIM_WRAPPERS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import get_world_size
 from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..checkpoints.reading import fetch, get_classes, load, verify_checkpoint
-from ..configs import is_kind_of
+from ..configs import is_kind_of, walk
 from ..data.fitting import drop_pretrained
 from ..data.tasks import find_task
 from ..errors import InputError
-from ..processes import decide_on_main, leave_group
+from ..processes import decide_on_main, leave_group, tell
 from .guards import end_workers
 from .resume import explain_resume_errors, find_newest_checkpoint, lock_folder, require_no_checkpoints
 from .runners import QuietRunner, WholeConfigRunner
@@ -93,10 +93,21 @@ def set_precision(cfg: Config, amp: bool) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if is_kind_of(cfg.optim_wrapper, OPTIM_WRAPPERS, AmpOptimWrapper) and get_device() == 'cpu':
-        print('no GPU: training uses float32 instead of mixed precision', file=sys.stderr)
+        tell('no GPU: training uses float32 instead of mixed precision')
         cfg.optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(key, None)
+
+
+def set_normalisation(cfg: Config) -> None:
+    """Replace SyncBN by BN in several processes without a GPU, where PyTorch has no SyncBN; changes ``cfg``."""
+    if get_world_size() == 1 or get_device() != 'cpu':
+        return
+    found = [node for _, node in walk(cfg.model) if is_kind_of(node, MODELS, nn.SyncBatchNorm)]
+    if found:
+        tell('no GPU: BN instead of SyncBN, so each process uses the statistics of its own images')
+    for node in found:
+        node['type'] = 'BN'
 
 
 def scale_learning_rate(cfg: Config) -> None:
@@ -214,6 +225,7 @@ def train(
         cfg.load_from = fetch(cfg.load_from)
     adapt(classes)
     set_precision(cfg, amp)
+    set_normalisation(cfg)
     if auto_scale_lr:
         scale_learning_rate(cfg)
     setup_cache_size_limit_of_dynamo()

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import CHECK, ON_CPU, error_line, in_processes, read_metrics, run_tool
+from conftest import CHECK, error_line, in_processes, read_metrics, run_tool
 
 from spec_mmdet.data import shapes
 from spec_mmdet.data.panoptic import read_ids
@@ -95,7 +95,6 @@ def test_two_processes_equal_one(work, monkeypatch, tmp_path):
     test = ['test', work / 'work' / f'{CONFIG}.py', work / 'work' / 'epoch_1.pth']
     settings = ['--cfg-options', 'test_dataloader.batch_size=1']
     run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'one', *settings)
-    settings += ON_CPU
     in_processes(2, tmp_path, lambda: run_tool(monkeypatch, *test, '--work-dir', tmp_path / 'two', '--report',
                                                tmp_path / 'report', '--launcher', 'pytorch', *settings))  # fmt: skip
     ours, theirs = (read_metrics(tmp_path / name) for name in ('one', 'two'))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ON_CPU, error_line, in_processes, read_metrics, run_tool
+from conftest import error_line, in_processes, read_metrics, run_tool
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from PIL import Image
@@ -292,7 +292,6 @@ def test_two_processes_equal_one(segmentor, tmp_path, monkeypatch):
     test = ['test', work / f'{CONFIG}.py', work / 'iter_2.pth', '--data', data]
     one, two, settings = tmp_path / 'one', tmp_path / 'two', ['test_dataloader.batch_size=1']
     run_tool(monkeypatch, *test, '--work-dir', one / 'test', '--cfg-options', *settings)
-    settings = [*settings, *ON_CPU]
     in_processes(2, two, lambda: run_tool(monkeypatch, *test, '--work-dir', two / 'test', '--report', two / 'report',
                                           '--launcher', 'pytorch', '--cfg-options', *settings))  # fmt: skip
     ours, theirs = (read_metrics(folder / 'test') for folder in (one, two))
@@ -301,7 +300,7 @@ def test_two_processes_equal_one(segmentor, tmp_path, monkeypatch):
     assert len([*(two / 'report' / 'labels').iterdir()]) == 3 and (two / 'report' / 'index.html').is_file()
 
     def train(work: Path, processes: int, *options: str) -> None:
-        settings = [*SMALL, f'train_cfg.max_iters={4 // processes}', 'default_hooks.checkpoint.interval=1', *ON_CPU]
+        settings = [*SMALL, f'train_cfg.max_iters={4 // processes}', 'default_hooks.checkpoint.interval=1']
         settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'param_scheduler=None']
         run_tool(monkeypatch, 'train', CONFIG, '--data', data, '--work-dir', work, '--batch-size', 1, *options,
                  '--cfg-options', *settings, f'optim_wrapper.accumulative_counts={2 // processes}')  # fmt: skip

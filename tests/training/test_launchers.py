@@ -125,12 +125,11 @@ def test_a_sharded_model_is_refused(tmp_path, key, kind):
 
 
 def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[int, str]]:
-    """Train the detector of ``trained`` by two processes of the command; return their statuses and outputs."""
+    """Train ``trained`` with SyncBN by two processes of the command; return their statuses and outputs."""
     port, running = find_port(), []
     settings = ['train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=2']
     settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
-    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'env_cfg.dist_cfg.backend=gloo']
-    settings += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model.backbone.norm_cfg.type=SyncBN']
     for rank in range(2):
         command = [sys.executable, '-m', 'spec_mmdet', 'train', CONFIG, '--work-dir', work, '--data', data]
         command += ['--launcher', launcher, *options, '--cfg-options', *settings]
@@ -148,5 +147,6 @@ def test_a_training_is_resumed_under_slurm(tmp_path, scontrol, shapes, trained):
     (work / 'epoch_2.pth').write_bytes(b'truncated')
     (first, said), (second, silent) = start('slurm', work, shapes, '--resume')
     assert (first, second) == (0, 0), said + silent
-    assert 'epoch_2.pth' in said and 'epoch_2.pth' not in silent
+    for note in ('epoch_2.pth', 'BN instead of SyncBN'):
+        assert note in said and note not in silent
     assert load(work / 'epoch_2.pth')['meta']['iter'] == 41
