@@ -59,16 +59,16 @@ def format_contrast(contrast: Contrast) -> str:
     return f'{contrast.value:+.4f} [{contrast.value - margin:+.4f}, {contrast.value + margin:+.4f}]'
 
 
-def judge(contrast: Contrast) -> str:
-    """Put the result of the primary contrast in words."""
+def judge(contrast: Contrast, arm: str) -> str:
+    """Put the result of the primary contrast of an arm in words."""
     equivalent = contrast.test_equivalence(BOUND)
     if contrast.p < LEVEL:
         verdict = 'lower' if contrast.value < 0 else 'higher'
         size = f', but by less than {BOUND} nats (TOST, p {equivalent:.2g})' if equivalent < LEVEL else ''
-        return f'{verdict} (p {contrast.p:.2g}){size}'
+        return f'the cross-entropy of {arm} is {verdict} (p {contrast.p:.2g}){size}'
     if equivalent < LEVEL:
         return f'equal within {BOUND} nats (TOST, p {equivalent:.2g})'
-    return f'undecided (p {contrast.p:.2g}; TOST for {BOUND} nats, p {equivalent:.2g})'
+    return f'not significant (p {contrast.p:.2g}), and not shown to be within {BOUND} nats (TOST, p {equivalent:.2g})'
 
 
 def tabulate_contrasts(losses: Losses, pairs: Sequence[Pair], registered: bool) -> list[str]:
@@ -104,9 +104,8 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
     if arm not in fitted:
         return ['Too few runs for a contrast.', '']
     contrast = fitted[arm]
-    lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: the cross-entropy of '
-             f'{arm} is {judge(contrast)}.** Residual standard deviation {contrast.residual:.4f}, '
-             f'{contrast.freedom} degrees of freedom; a difference of {contrast.compute_detectable(POWER):.4f} nats '
+    lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: {judge(contrast, arm)}.** '
+             f'Residual standard deviation {contrast.residual:.4f}, {contrast.freedom} degrees of freedom; a difference of {contrast.compute_detectable(POWER):.4f} nats '
              f'would be detected with a power of {100 * POWER:.0f} %.', '']  # fmt: skip
     return [*lines, *tabulate_contrasts(losses, secondary, registered=True),
             *tabulate_contrasts(losses, added, registered=False)]  # fmt: skip
