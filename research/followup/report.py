@@ -104,9 +104,10 @@ def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequen
     if arm not in fitted:
         return ['Too few runs for a contrast.', '']
     contrast = fitted[arm]
+    detected = f'{contrast.compute_detectable(POWER):.4f} nats would be detected with a power of {100 * POWER:.0f} %'
     lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: {judge(contrast, arm)}.** '
-             f'Residual standard deviation {contrast.residual:.4f}, {contrast.freedom} degrees of freedom; a difference '
-             f'of {contrast.compute_detectable(POWER):.4f} nats would be detected with a power of {100 * POWER:.0f} %.', '']  # fmt: skip
+             f'Residual standard deviation {contrast.residual:.4f}, {contrast.freedom} degrees of freedom; '
+             f'a difference of {detected}.', '']  # fmt: skip
     return [*lines, *tabulate_contrasts(losses, secondary, registered=True),
             *tabulate_contrasts(losses, added, registered=False)]  # fmt: skip
 
