@@ -173,6 +173,6 @@ def report_bert(protocol: Protocol) -> list[str]:
     names = [arm.name for arm in arms]
     plain, larger, conditioned, rescaled, random = names
     secondary = [(random, larger, names), (conditioned, random, names), (rescaled, plain, names)]
-    added = [(conditioned, plain, names), (larger, plain, names)]
+    added = [(arm, plain, names) for arm in (conditioned, larger, random)]
     return [*lines, f'{len(losses)} of {len(runs)} runs.', '', *tabulate(protocol, runs),
             *report_contrasts(losses, (conditioned, larger), secondary, added, names)]  # fmt: skip
