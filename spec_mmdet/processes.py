@@ -43,7 +43,7 @@ def connect_processes(cfg: Config) -> None:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         wrapper = dict(DDP, find_unused_parameters=cfg.get('find_unused_parameters', False))
-        cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
+        cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
     if is_distributed():
         return
     env = cfg.get('env_cfg') or {}

@@ -129,7 +129,8 @@ def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[in
     port, running = find_port(), []
     settings = ['train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=2']
     settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
-    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model.backbone.norm_cfg.type=SyncBN']
+    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model_wrapper_cfg=None']
+    settings += ['model.backbone.norm_cfg.type=SyncBN']
     for rank in range(2):
         command = [sys.executable, '-m', 'spec_mmdet', 'train', CONFIG, '--work-dir', work, '--data', data]
         command += ['--launcher', launcher, *options, '--cfg-options', *settings]
