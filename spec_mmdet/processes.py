@@ -23,7 +23,6 @@ T = TypeVar('T')
 
 PATIENCE = timedelta(hours=12)  # timeout of waiting for the main process, which may evaluate many images
 SOON = 30  # seconds of waiting without a message
-DDP = dict(type='MMDistributedDataParallel', broadcast_buffers=False)  # the runner's own wrapper
 STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
 _waiting: list[torch.distributed.ProcessGroup] = []
@@ -42,7 +41,8 @@ def connect_processes(cfg: Config) -> None:
         return
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        wrapper = dict(DDP, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False)  # the runner's own
+        wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
         cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
     if is_distributed():
         return

@@ -71,13 +71,15 @@ def judge(contrast: Contrast, arm: str) -> str:
     return f'not significant (p {contrast.p:.2g}), and not shown to be within {BOUND} nats (TOST, p {equivalent:.2g})'
 
 
+def fit(losses: Losses, pair: Pair) -> Contrast | None:
+    """Fit a contrast; None if there are too few runs."""
+    arm, reference, together = pair
+    return fit_block_design(losses, [name for name in together if name != reference], reference).get(arm)
+
+
 def tabulate_contrasts(losses: Losses, pairs: Sequence[Pair], registered: bool) -> list[str]:
     """Tabulate the contrasts that can be fitted; p-values of registered ones are adjusted together (Holm)."""
-    found = []
-    for arm, reference, together in pairs:
-        names = [name for name in together if name != reference]
-        if contrast := fit_block_design(losses, names, reference).get(arm):
-            found.append((f'{arm} - {reference}', contrast))
+    found = [(f'{pair[0]} - {pair[1]}', contrast) for pair in pairs if (contrast := fit(losses, pair))]
     if not found:
         return []
     p_values = [contrast.p for _, contrast in found]
@@ -88,22 +90,18 @@ def tabulate_contrasts(losses: Losses, pairs: Sequence[Pair], registered: bool) 
     return [*format_table([title, 'difference, nats', title_of_p], rows), '']
 
 
-def report_contrasts(losses: Losses, primary: tuple[str, str], secondary: Sequence[Pair], added: Sequence[Pair],
-                     together: Sequence[str]) -> list[str]:  # fmt: skip
+def report_contrasts(losses: Losses, primary: Pair, secondary: Sequence[Pair], added: Sequence[Pair] = ()) -> list[str]:
     """Report the contrasts of a stage.
 
     Args:
         losses: of its runs.
-        primary: the arm and its reference.
+        primary: the registered primary contrast.
         secondary: the registered secondary contrasts.
         added: contrasts that are not registered.
-        together: the arms that are fitted for the primary contrast.
     """
-    arm, reference = primary
-    fitted = fit_block_design(losses, [name for name in together if name != reference], reference)
-    if arm not in fitted:
+    arm, reference, _ = primary
+    if not (contrast := fit(losses, primary)):
         return ['Too few runs for a contrast.', '']
-    contrast = fitted[arm]
     detected = f'{contrast.compute_detectable(POWER):.4f} nats would be detected with a power of {100 * POWER:.0f} %'
     lines = [f'**Primary contrast, {arm} - {reference}: {format_contrast(contrast)} nats: {judge(contrast, arm)}.** '
              f'Residual standard deviation {contrast.residual:.4f}, {contrast.freedom} degrees of freedom; '
@@ -146,12 +144,12 @@ def report_xcit(protocol: Protocol) -> list[str]:
     logs = [log for run in runs if (log := protocol.read(run))]
     at_chance = [f'{name}: {sum(log.arm == name and log.accuracy <= chance for log in logs)} of '
                  f'{sum(log.arm == name for log in logs)}' for name in (*three, dosed)]  # fmt: skip
-    by_scale = protocol.collect([*runs, *added])
+    of_added, scales = protocol.collect(added), (WIDE.name, PLAIN.name, [WIDE.name, PLAIN.name])
     finished = f'{len(losses)} of {len(runs)} runs; {len(seeds)} seeds.'
-    more = f' Not registered: {len(by_scale) - len(losses)} of {len(added)} runs of *{added[0].arm.name}*.'
+    more = f' Not registered: {len(of_added)} of {len(added)} runs of *{added[0].arm.name}*.'
     return [*lines, finished + more, '', *tabulate(protocol, [*runs, *added]),
-            *report_contrasts(whole, (conditioned, larger), secondary, [], three),
-            *tabulate_contrasts(by_scale, [(WIDE.name, PLAIN.name, [WIDE.name, PLAIN.name])], registered=False),
+            *report_contrasts(whole, (conditioned, larger, three), secondary),
+            *tabulate_contrasts(losses | of_added, [scales], registered=False),
             f'Runs at chance (accuracy of at most {100 * chance:.1f} %): {", ".join(at_chance)}.', '']  # fmt: skip
 
 
@@ -175,4 +173,4 @@ def report_bert(protocol: Protocol) -> list[str]:
     secondary = [(random, larger, names), (conditioned, random, names), (rescaled, plain, names)]
     added = [(arm, plain, names) for arm in (conditioned, larger, random)]
     return [*lines, f'{len(losses)} of {len(runs)} runs.', '', *tabulate(protocol, runs),
-            *report_contrasts(losses, (conditioned, larger), secondary, added, names)]  # fmt: skip
+            *report_contrasts(losses, (conditioned, larger, names), secondary, added)]  # fmt: skip
