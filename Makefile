@@ -17,6 +17,8 @@ VENV ?= .venv
 TORCH_INDEX ?= auto
 # required: test-gpu fails instead of skipping its tests without a PyTorch built with CUDA.
 PRETEND_GPU ?= 1
+# Python stores what it compiles; where a machine forbids that, every start takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 comma := ,
 
