@@ -22,7 +22,7 @@ from .models.padding import MaskedDataPreprocessor
 from .models.tta import MaskTTAModel
 from .models.xcit import SpecXCiT
 from .training.exact import ExactEpochTrainLoop, ExactIterTrainLoop
-from .training.guards import CheckpointGuard, FiniteGuard, LoaderGuard
+from .training.guards import BufferGuard, CheckpointGuard, FiniteGuard, LoaderGuard
 from .training.hooks import ConditioningHook, HistoryLimit, ScheduleGuard
 from .training.optim import LayerDecayConstructor
 from .training.results import ResultsHook
@@ -31,6 +31,7 @@ from .training.schedule import WarmUpLR
 
 __all__ = [
     'AtomicCheckpointHook',
+    'BufferGuard',
     'CheckedCocoDataset',
     'CheckedCocoMetric',
     'CheckedCocoPanopticDataset',

@@ -43,6 +43,7 @@ GUARDS = dict(
     schedule_guard='ScheduleGuard',
     finite_guard='FiniteGuard',
     loader_guard='LoaderGuard',
+    buffer_guard='BufferGuard',
     history='HistoryLimit',
 )
 

@@ -9,6 +9,7 @@ default_hooks = dict(
     schedule_guard=dict(type='ScheduleGuard'),
     finite_guard=dict(type='FiniteGuard'),
     loader_guard=dict(type='LoaderGuard', timeout=600),
+    buffer_guard=dict(type='BufferGuard'),
     history=dict(type='HistoryLimit'),
 )
 env_cfg = dict(dist_cfg=dict(timeout=600))  # timeout in seconds for other processes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import get_rank
+from mmengine.dist import broadcast, get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import AmpOptimWrapper
@@ -184,6 +184,21 @@ class WorkerStart:
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
         if self.then is not None:
             self.then(worker)
+
+
+@HOOKS.register_module()
+class BufferGuard(Hook):
+    """Hook that makes all processes evaluate the buffers that the main process saves.
+
+    Distributed training only averages gradients: BN's running statistics are those of each process's own images.
+    """
+
+    priority = 'LOW'  # after EMAHook, which evaluates other weights
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Send the main process's buffers to the others."""
+        for buffer in unwrap_model(runner).buffers():
+            broadcast(buffer)
 
 
 @HOOKS.register_module()

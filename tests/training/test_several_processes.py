@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from conftest import CONFIG, in_processes
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.dist import all_gather, get_rank
 from mmengine.hub import get_config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
 
-from spec_mmdet import InputError
+from spec_mmdet import BufferGuard, InputError
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.data.fitting import set_classes
 from spec_mmdet.data.shapes import CATEGORIES
@@ -122,6 +124,20 @@ def test_half_accumulated_gradients_and_another_number_of_processes(tmp_path):
     for checkpoint in (half, whole / 'iter_8.pth'):
         with pytest.raises(InputError, match='with 2 images an iteration instead of 1'):
             toy_runner(tmp_path / 'other', 1, 1, 3, checkpoint, **always).train()
+
+
+def test_all_processes_evaluate_what_the_main_process_saves(tmp_path):
+    def train() -> None:
+        torch.manual_seed(get_rank())
+        model = MMDistributedDataParallel(torch.nn.BatchNorm1d(3))
+        model(torch.randn(4, 3))
+        before = {name: all_gather(buffer.clone()) for name, buffer in model.module.named_buffers()}
+        assert not torch.equal(*before['running_mean'])
+        BufferGuard().before_val_epoch(Mock(model=model))
+        for name, buffer in model.module.named_buffers():
+            assert torch.equal(buffer, before[name][0]), name
+
+    in_processes(2, tmp_path, train)
 
 
 def test_pytorch_has_no_synchronised_statistics_on_a_cpu(tmp_path):
