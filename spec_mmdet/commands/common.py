@@ -6,9 +6,11 @@ import argparse
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 SETTING = r'[^-=][^=]*='
+GRACE = 20  # seconds for processes to end and print their errors after one has failed
 
 
 class CfgOptions(argparse.Action):
@@ -248,4 +251,43 @@ def run_command(*command: str | Path) -> None:
     """
     print('\n$ spec-mmdet', *command, flush=True)
     if subprocess.run([sys.executable, '-m', 'spec_mmdet', *map(str, command)]).returncode:
-        raise InputError(f'"spec-mmdet {" ".join(map(str, command))}" failed. Its error message is above')
+        raise make_failure(command)
+
+
+def run_in_processes(processes: int, threads: int, *command: str | Path) -> None:
+    """Run a command of spec-mmdet in connected processes on this machine, and print it as a command of torchrun.
+
+    Args:
+        processes: number of processes.
+        threads: number of threads of each process.
+        command: the command and its arguments, without --launcher.
+
+    Raises:
+        InputError: if a process fails; it prints the reason. The others are ended.
+    """
+    words = ['-m', 'spec_mmdet', *map(str, command), '--launcher', 'pytorch']
+    print(f'\n$ OMP_NUM_THREADS={threads} torchrun --nproc_per_node {processes}', *words, flush=True)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free.getsockname()[1])
+    names = dict(address, WORLD_SIZE=processes, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    started = []
+    try:
+        for rank in range(processes):
+            own = {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
+            started.append(subprocess.Popen([sys.executable, *words], env=os.environ | own))
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            time.sleep(0.1)
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+    finally:
+        for process in started:
+            process.kill()
+    if any(process.wait() for process in started):
+        raise make_failure(command)
+
+
+def make_failure(command: Sequence[str | Path]) -> InputError:
+    """Return the error of a command that failed and printed the reason."""
+    return InputError(f'"spec-mmdet {" ".join(map(str, command))}" failed. Its error message is above')

@@ -243,9 +243,10 @@ def add_panoptic_labels(root: Path, split: str) -> None:
     count = len(coco['categories'])
     stuff = [dict(id=count + 1 + i, name=name, isthing=0) for i, name in enumerate(STUFF)]
     coco['categories'] = [dict(category, isthing=1) for category in coco['categories']] + stuff
-    coco['annotations'], folder = [], root / 'annotations' / f'panoptic_{split}'
+    folder = root / 'annotations' / f'panoptic_{split}'
     folder.mkdir()
-    for image in coco['images']:
+
+    def label(image: dict) -> dict:
         size = image['width'], image['height']
         ids, segments = np.zeros(size[::-1], np.int32), []
         parts = [(a['category_id'], a['iscrowd'], mask_utils.decode(rasterise(a['segmentation'], *size)) > 0)
@@ -263,7 +264,10 @@ def add_panoptic_labels(root: Path, split: str) -> None:
             segments.append(dict(id=len(segments) + 1, category_id=category, iscrowd=crowd, area=area, bbox=box))
         name = f'{Path(image["file_name"]).stem}.png'
         write_png(folder / name, encode_ids(ids)[..., ::-1])
-        coco['annotations'].append(dict(image_id=image['id'], file_name=name, segments_info=segments))
+        return dict(image_id=image['id'], file_name=name, segments_info=segments)
+
+    with ThreadPoolExecutor() as threads:
+        coco['annotations'] = list(threads.map(label, coco['images']))
     folder.with_suffix('.json').write_text(json.dumps(coco))
 
 
