@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -265,12 +264,13 @@ def run_in_processes(processes: int, threads: int, *command: str | Path) -> None
     Raises:
         InputError: if a process fails; it prints the reason. The others are ended.
     """
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
     words = ['-m', 'spec_mmdet', *map(str, command), '--launcher', 'pytorch']
     print(f'\n$ OMP_NUM_THREADS={threads} torchrun --nproc_per_node {processes}', *words, flush=True)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free.getsockname()[1])
-    names = dict(address, WORLD_SIZE=processes, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    names = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=get_free_port(), WORLD_SIZE=processes)
+    names |= dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    # Not by torchrun, which would print a traceback, too, and can end the main process before that prints its error.
     started = []
     try:
         for rank in range(processes):

@@ -191,6 +191,7 @@ class BufferGuard(Hook):
     """Hook that makes all processes evaluate the buffers that the main process saves.
 
     Distributed training only averages gradients: BN's running statistics are those of each process's own images.
+    MMEngine's SyncBuffersHook would average all buffers, and with three processes thereby round the fixed corrections.
     """
 
     priority = 'LOW'  # after EMAHook, which evaluates other weights

@@ -8,7 +8,6 @@ import os
 import pickle
 import shlex
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from mmdet.registry import HOOKS
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.commands import test as testing
@@ -334,14 +334,8 @@ def test_mmdetections_tta_is_replaced_if_it_cannot_merge_masks(capsys):
     assert masks.model.tta_cfg == boxes.model.tta_cfg and 'MaskTTAModel' in capsys.readouterr().out
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def test_several_processes(shapes, tmp_path):
-    env = dict(os.environ, PYTHON=sys.executable, PORT=str(free_port()), CUDA_VISIBLE_DEVICES='')
+    env = dict(os.environ, PYTHON=sys.executable, PORT=str(get_free_port()), CUDA_VISIBLE_DEVICES='')
     work = tmp_path / 'work'
     train = [ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', work, *options(shapes), *FEW]
     subprocess.run(train, check=True, env=env, stdout=subprocess.DEVNULL)

@@ -7,7 +7,6 @@ Batch normalisation is synchronised. The detector is evaluated after the first e
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import toy
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from spec_mmdet.commands import run
 from spec_mmdet.models.xcit import SpecXCiT
@@ -75,9 +75,7 @@ def train(rank: int, port: int, data: Path, out: Path) -> None:
 
 if __name__ == '__main__':
     data, out = map(Path, sys.argv[1:])
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     forks = [toy.fork(lambda rank=rank: train(rank, port, data, out), out / f'says_{rank}') for rank in range(2)]
     statuses = [toy.status_of(fork) for fork in forks]
     for path in sorted(out.glob('says_*')):

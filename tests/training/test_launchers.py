@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,18 +13,13 @@ import toy
 from conftest import CONFIG
 from mmengine.config import Config
 from mmengine.dist import get_rank
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from spec_mmdet import InputError, processes
 from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.training.running import train
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostname host1" ] && echo 127.0.0.1\n'
-
-
-def find_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
 
 
 def describe_environment(launcher: str, rank: int, port: int) -> dict[str, str]:
@@ -56,7 +50,7 @@ GLOO = dict(backend='gloo', timeout=60)
 
 def run_two(launcher: str, folder: Path, action, dist_cfg: dict = GLOO) -> tuple[list[int], list[str]]:
     """Run an action in two connected forks; return their statuses and what each printed."""
-    port = find_port()
+    port = get_free_port()
 
     def connect_and_act(rank: int) -> None:
         for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', ASYNC):
@@ -126,7 +120,7 @@ def test_a_sharded_model_is_refused(tmp_path, key, kind):
 
 def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[int, str]]:
     """Train ``trained`` with SyncBN by two processes of the command; return their statuses and outputs."""
-    port, running = find_port(), []
+    port, running = get_free_port(), []
     settings = ['train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=2']
     settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
     settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model_wrapper_cfg=None']

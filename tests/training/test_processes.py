@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import toy
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from spec_mmdet import processes
 from spec_mmdet.checkpoints.reading import load
@@ -62,9 +62,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 def two_processes(folder: Path, timeout: float = 60, settings: dict | None = None, **at) -> list[int]:
     """Train by two processes that are connected by gloo."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
 
     def train(rank: int) -> None:
         names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
