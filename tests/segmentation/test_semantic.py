@@ -21,7 +21,7 @@ from spec_mmdet.checkpoints.reading import load
 from spec_mmdet.configs import read_config
 from spec_mmdet.data import semantic
 from spec_mmdet.data.findings import Findings
-from spec_mmdet.data.shapes import write_labels, write_split
+from spec_mmdet.data.shapes import write_split
 from spec_mmdet.errors import InputError
 from spec_mmdet.evaluation.semantic import SemanticMetric
 from spec_mmdet.inference.inferencer import load_inferencer
@@ -207,8 +207,7 @@ def test_prepare_converts_colours(tmp_path, monkeypatch, capsys):
 def test_labels_of_the_demo_are_its_polygons(tmp_path):
     from pycocotools.coco import COCO
 
-    write_split(tmp_path, 'val', 12, 96, np.random.default_rng(1))
-    write_labels(tmp_path, 'val')
+    write_split(tmp_path, 'val', 12, 96, np.random.default_rng(1), labelled=True)
     coco = COCO(str(tmp_path / 'annotations' / 'instances_val.json'))
     assert semantic.read_classes(tmp_path)[0] == ['background', 'circle', 'square', 'triangle', 'star']
     for image in coco.imgs.values():
@@ -232,8 +231,7 @@ def segmentor(tmp_path_factory) -> Path:
     """A folder with data/, and work/ of a training of two iterations."""
     root = tmp_path_factory.mktemp('semantic')
     for split, images in (('train', 4), ('val', 3)):
-        write_split(root / 'data', split, images, 64, np.random.default_rng(len(split)))
-        write_labels(root / 'data', split)
+        write_split(root / 'data', split, images, 64, np.random.default_rng(len(split)), labelled=True)
     short = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=1']
     arguments = ['--data', root / 'data', '--work-dir', root / 'work', '--batch-size', '2', '--auto-scale-lr']
     with pytest.MonkeyPatch.context() as patch:
