@@ -89,6 +89,8 @@ def command_line() -> Iterator[None]:
     warnings.filterwarnings('ignore', message='``build_loss`` would be deprecated|Default ``avg_non_ignore``')
     # With gradient accumulation, the schedule counts iterations, and the first ones are not optimiser steps.
     warnings.filterwarnings('ignore', message=r'Detected call of `scheduler.step\(\)` before')
+    # In several processes, for kernels of 1 x 1, whose strides may differ although their order in memory is the same.
+    warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
     if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
         # Otherwise MMEngine could not log names outside ASCII.
         os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])

@@ -144,4 +144,5 @@ def test_a_training_is_resumed_under_slurm(tmp_path, scontrol, shapes, trained):
     assert (first, second) == (0, 0), said + silent
     for note in ('epoch_2.pth', 'BN instead of SyncBN'):
         assert note in said and note not in silent
+    assert 'strides' not in said + silent  # of DDP, about kernels of 1 x 1
     assert load(work / 'epoch_2.pth')['meta']['iter'] == 41
