@@ -105,7 +105,7 @@ def set_normalisation(cfg: Config) -> None:
         return
     found = [node for _, node in walk(cfg.model) if is_kind_of(node, MODELS, nn.SyncBatchNorm)]
     if found:
-        tell('no GPU: BN instead of SyncBN, so each process uses the statistics of its own images')
+        tell('no GPU: BN instead of SyncBN, so in training each process uses the statistics of its own images')
     for node in found:
         node['type'] = 'BN'
 
@@ -131,9 +131,10 @@ def build_runner(cfg: Config, terminal: Terminal | None = None) -> Runner:
     """Build MMEngine's runner, or the config's own.
 
     Args:
-        cfg: the complete config.
+        cfg: the complete config; changed.
         terminal: an entered :class:`Terminal` that shows the run; by default the complete log is shown.
     """
+    set_normalisation(cfg)
     kind = WholeConfigRunner if terminal is None else QuietRunner
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else kind.from_cfg(cfg)
     for module in runner.model.modules():
@@ -225,7 +226,6 @@ def train(
         cfg.load_from = fetch(cfg.load_from)
     adapt(classes)
     set_precision(cfg, amp)
-    set_normalisation(cfg)
     if auto_scale_lr:
         scale_learning_rate(cfg)
     setup_cache_size_limit_of_dynamo()

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import shutil
 import threading
 
 import pytest
@@ -44,7 +45,8 @@ def test_forged_files_are_rejected_or_harmless(tmp_path):
 def forged_detectors(trained, tmp_path_factory):
     """Forged checkpoints of the shapes' detector, and the file that their code would create."""
     folder = tmp_path_factory.mktemp('forged')
-    return write_forged(folder, load(trained / 'epoch_1.pth'), folder / 'trace'), folder / 'trace'
+    yield write_forged(folder, load(trained / 'epoch_1.pth'), folder / 'trace'), folder / 'trace'
+    shutil.rmtree(folder)  # 1.2 GB
 
 
 # `make torture` tests all files with all commands, and test_forged_files_are_rejected_or_harmless the reader.

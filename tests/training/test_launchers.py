@@ -118,31 +118,34 @@ def test_a_sharded_model_is_refused(tmp_path, key, kind):
         train(Config({'work_dir': str(tmp_path), key: dict(type=kind)}), lambda classes: None)
 
 
-def start(launcher: str, work: Path, data: Path, *options: str) -> list[tuple[int, str]]:
-    """Train ``trained`` with SyncBN by two processes of the command; return their statuses and outputs."""
+def start(launcher: str, *arguments: str | Path) -> tuple[str, str]:
+    """Run a command in two processes; return their outputs, after checking that both succeed."""
     port, running = get_free_port(), []
-    settings = ['train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=2']
-    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
-    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model_wrapper_cfg=None']
-    settings += ['model.backbone.norm_cfg.type=SyncBN']
     for rank in range(2):
-        command = [sys.executable, '-m', 'spec_mmdet', 'train', CONFIG, '--work-dir', work, '--data', data]
-        command += ['--launcher', launcher, *options, '--cfg-options', *settings]
+        command = [sys.executable, '-m', 'spec_mmdet', *map(str, arguments)]
         environment = os.environ | describe_environment(launcher, rank, port)
         streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.append(subprocess.Popen(list(map(str, command)), env=environment, **streams))
-    outputs = [process.communicate(timeout=300)[0] for process in running]
-    return [(process.returncode, output) for process, output in zip(running, outputs)]
+        running.append(subprocess.Popen(command, env=environment, **streams))
+    first, second = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], first + second
+    return first, second
 
 
 def test_a_training_is_resumed_under_slurm(tmp_path, scontrol, shapes, trained):
+    """With SyncBN in the config, which needs a GPU; then the checkpoint is evaluated."""
     work = tmp_path / 'work'
+    common = [CONFIG, '--work-dir', work, '--data', shapes, '--launcher', 'slurm']
+    settings = ['train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=2']
+    settings += ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'default_hooks.checkpoint.interval=1']
+    settings += ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model_wrapper_cfg=None']
+    sync_bn = 'model.backbone.norm_cfg.type=SyncBN'
     work.mkdir()
     shutil.copy(trained / 'epoch_1.pth', work)
     (work / 'epoch_2.pth').write_bytes(b'truncated')
-    (first, said), (second, silent) = start('slurm', work, shapes, '--resume')
-    assert (first, second) == (0, 0), said + silent
+    said, silent = start('slurm', 'train', *common, '--resume', '--cfg-options', sync_bn, *settings)
     for note in ('epoch_2.pth', 'BN instead of SyncBN'):
         assert note in said and note not in silent
     assert 'strides' not in said + silent  # of DDP, about kernels of 1 x 1
     assert load(work / 'epoch_2.pth')['meta']['iter'] == 41
+    said, silent = start('slurm', 'test', common[0], work / 'epoch_2.pth', *common[1:], '--cfg-options', sync_bn)
+    assert 'box AP' in said and 'box AP' not in silent
