@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, prefix_errors
@@ -141,13 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(args, Path(scratch.name))
 
 
-def prepare_maps(args: argparse.Namespace, found: Findings) -> bool:
-    """Prepare a folder of label PNGs; return whether it is one."""
-    from ..data.tasks import find_preparing_task
-
-    task = find_preparing_task(args.folder)
-    if task is None:
-        return False
+def prepare_maps(args: argparse.Namespace, task: ModuleType, found: Findings, listing: Path) -> None:
+    """Prepare a folder of label PNGs for a task, and write the findings to ``listing``."""
     if args.subset or args.val or args.masks or args.tiles:
         raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
     try:
@@ -155,24 +151,26 @@ def prepare_maps(args: argparse.Namespace, found: Findings) -> bool:
     finally:
         found.print()
         if any(found.list_rows()):
-            found.write(args.findings)
-            print(f'\nfull list: {args.findings}')
+            found.write(listing)
+            print(f'\nfull list: {listing}')
     print(', '.join(f'{split}: {count} images with label PNGs' for split, count in counts.items()))
     if args.out:
         print(f'wrote {args.out}')
     print(f'ready: spec-mmdet train {task.EXAMPLE} --data {args.out or args.folder}')
-    return True
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> None:
     """Read, check and write the data set; ``scratch`` is a temporary folder."""
+    from ..data import panoptic
     from ..data import splits as operations
     from ..data.findings import Findings
     from ..data.formats import find_splits, read_annotations
+    from ..data.tasks import find_preparing_task
     from ..data.tiles import write_tiles
 
     found = Findings()
-    if not args.annotations and prepare_maps(args, found):
+    if not args.annotations and (task := find_preparing_task(args.folder)):
+        prepare_maps(args, task, found, args.findings)
         return
     if args.annotations:
         splits = [read_annotations(args.folder, args.annotations, found, scratch)]
@@ -225,3 +223,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
             f'ready for evaluation: spec-mmdet test --data {args.out or args.folder} (training also needs '
             'annotations/instances_train*.json)'
         )
+    if not args.annotations and panoptic.list_splits(args.folder):  # COCO's own folder may have both
+        if args.out:
+            print(f'the panoptic labels of {args.folder} are not written')
+        else:
+            prepare_maps(args, panoptic, Findings(), args.findings.with_stem(f'{args.findings.stem}_panoptic'))

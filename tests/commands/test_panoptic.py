@@ -115,13 +115,17 @@ def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
     assert 'no detections' in error_line(monkeypatch, 'compare', f'a={run}', f'b={run}', '--out', tmp_path / 'out')
     shutil.rmtree(report)
     listing = ['--findings', tmp_path / 'findings.csv']
-    run_tool(monkeypatch, 'prepare', work / 'data', *listing)  # as boxes and masks
-    assert 'not used' not in capsys.readouterr().out
+    run_tool(monkeypatch, 'prepare', work / 'data', *listing)  # boxes and masks, then panoptic labels
+    printed = capsys.readouterr().out
+    assert 'not used' not in printed and 'train CONFIG' in printed and 'train xcit_panopticfpn' in printed
+    run_tool(monkeypatch, 'prepare', work / 'data', '--out', tmp_path / 'out', *listing)
+    assert 'panoptic labels' in capsys.readouterr().out
+    assert not list((tmp_path / 'out' / 'annotations').glob('panoptic*'))
     data = tmp_path / 'data'
     shutil.copytree(work / 'data', data)
-    for split in ('train', 'val'):
-        (data / 'annotations' / f'instances_{split}.json').unlink()
-    run_tool(monkeypatch, 'prepare', data, *listing)
-    assert 'train xcit_panopticfpn' in capsys.readouterr().out
     (data / 'annotations' / 'panoptic_val' / '000002.png').unlink()
-    assert '000002.png' in error_line(monkeypatch, 'prepare', data, *listing)
+    for _ in range(2):  # with instances, then without
+        message = error_line(monkeypatch, 'prepare', data, *listing)
+        assert 'panoptic labels' in message and '000002.png' in message
+        for path in (data / 'annotations').glob('instances*'):
+            path.unlink()
