@@ -137,6 +137,7 @@ APPENDED = {
     'tools/dist_test.sh': f'--cfg-options {EVALUATE}',
     'spec-mmdet analyze': '--max-images 1',
     'spec-mmdet benchmark': '--rounds 1 --sizes 64x64',
+    'python -m benchmarks.detectors': 'retinanet',
     'python -m benchmarks.evaluator': '--images 200',
     'python -m benchmarks.half_precision': '--archs nano_12',
     'python -m benchmarks.coco_scale': '--fraction 0.002 --parts train',
