@@ -161,7 +161,6 @@ def prepare_maps(args: argparse.Namespace, task: ModuleType, found: Findings, li
 
 def prepare(args: argparse.Namespace, scratch: Path) -> None:
     """Read, check and write the data set; ``scratch`` is a temporary folder."""
-    from ..data import panoptic
     from ..data import splits as operations
     from ..data.findings import Findings
     from ..data.formats import find_splits, read_annotations
@@ -223,8 +222,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
             f'ready for evaluation: spec-mmdet test --data {args.out or args.folder} (training also needs '
             'annotations/instances_train*.json)'
         )
-    if not args.annotations and panoptic.list_splits(args.folder):  # COCO's own folder may have both
+    if not args.annotations and (task := find_preparing_task(args.folder, with_boxes=True)):
         if args.out:
-            print(f'the panoptic labels of {args.folder} are not written')
+            print(f'the label PNGs of {args.folder} are not written')
         else:
-            prepare_maps(args, panoptic, Findings(), args.findings.with_stem(f'{args.findings.stem}_panoptic'))
+            prepare_maps(args, task, Findings(), args.findings.with_stem(f'{args.findings.stem}_labels'))

@@ -319,9 +319,9 @@ def check_maps(coco: dict, annotations: Iterable[dict], folder: Path, name: str,
                 found.warnings[kind].append(Place(name, image['file_name'], index))
 
 
-def can_prepare(folder: Path) -> bool:
-    """Return whether a folder has COCO's panoptic layout, without COCO's instances."""
-    return any(list_splits(folder)) and not any(folder.glob('annotations/instances_*.json'))
+def can_prepare(folder: Path, with_boxes: bool) -> bool:
+    """Return whether a folder has COCO's panoptic layout, either beside COCO's instances or alone."""
+    return any(list_splits(folder)) and any(folder.glob('annotations/instances_*.json')) == with_boxes
 
 
 def list_splits(folder: Path) -> list[str]:

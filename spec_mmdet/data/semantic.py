@@ -351,9 +351,9 @@ def find_best_metric(cfg: Config) -> str | None:
     return f'{prefixes[0]}mIoU' if prefixes else None
 
 
-def can_prepare(folder: Path) -> bool:
-    """Return whether a folder has one of the layouts of :func:`find_split`, and no boxes of COCO or Pascal VOC."""
-    if any(folder.glob('annotations/*.json')) or (folder / 'Annotations').is_dir():
+def can_prepare(folder: Path, with_boxes: bool) -> bool:
+    """Return whether a folder has a layout of :func:`find_split`; never beside boxes of COCO or Pascal VOC."""
+    if with_boxes or any(folder.glob('annotations/*.json')) or (folder / 'Annotations').is_dir():
         return False
     return any(find_split(folder, split) for split in SPLITS)
 

@@ -74,6 +74,11 @@ def use_folder(cfg: Config, folder: Path, loops: Sequence[str]) -> None:
         task.use_split(datasets[0], list_evaluators(cfg, loop), folder, 'train' if loop == 'train' else 'val')
 
 
-def find_preparing_task(folder: Path) -> ModuleType | None:
-    """Return the module of the task, other than detection, that prepares a folder; None if there is none."""
-    return next((task for task in TASKS if task is not detection and task.can_prepare(folder)), None)
+def find_preparing_task(folder: Path, with_boxes: bool = False) -> ModuleType | None:
+    """Return the module of the task, other than detection, that prepares a folder; None if there is none.
+
+    Args:
+        folder: folder of the data set.
+        with_boxes: whether to find the task of label PNGs beside annotations of detection, or of those alone.
+    """
+    return next((task for task in TASKS if task is not detection and task.can_prepare(folder, with_boxes)), None)

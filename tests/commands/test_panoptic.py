@@ -119,7 +119,7 @@ def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'not used' not in printed and 'train CONFIG' in printed and 'train xcit_panopticfpn' in printed
     run_tool(monkeypatch, 'prepare', work / 'data', '--out', tmp_path / 'out', *listing)
-    assert 'panoptic labels' in capsys.readouterr().out
+    assert 'label PNGs of' in capsys.readouterr().out
     assert not list((tmp_path / 'out' / 'annotations').glob('panoptic*'))
     data = tmp_path / 'data'
     shutil.copytree(work / 'data', data)
