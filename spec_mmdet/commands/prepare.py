@@ -1,6 +1,6 @@
 """Check, convert, split or subsample a data set, and write it in COCO's layout.
 
-    spec-mmdet prepare FOLDER                         # check COCO's layout, of instances or panoptic
+    spec-mmdet prepare FOLDER                         # check COCO's layout: instances, panoptic or both
     spec-mmdet prepare EXPORT --val 0.2 --out DIR     # convert an export
     spec-mmdet prepare FOLDER --drop --out DIR        # drop faulty images
     spec-mmdet prepare FOLDER --subset 0.1 --out DIR  # keep a tenth
