@@ -355,7 +355,7 @@ def prepare(folder: Path, out: Path | None, drop: bool, found: Findings) -> dict
             check_maps(coco, coco['annotations'], ann_file.with_suffix(''), ann_file.name, found)
         counts[split] = len(coco['images'])
     with prefix_errors(f'{folder}: the panoptic labels are not ready for training'):
-        found.require_none('Correct them; all are listed in the file of --findings')
+        found.require_none('Correct them; the full list contains all')
     return counts
 
 
