@@ -192,8 +192,8 @@ torch.save(timm.create_model('xcit_small_12_p16_224').state_dict(), 'made/timm.p
 
 # For --only: a part of a command (as it is run), and the command that has to run before it.
 NEEDS = {
-    'xcit_spec_maskrcnn': 'mkdir -p data',
-    'data/coco': 'mkdir -p data',
+    'xcit_spec_maskrcnn': "pip install -e '.[mmdet]' && mkdir",
+    'data/coco': "pip install -e '.[mmdet]' && mkdir",
     'work_dirs/xcit_maskrcnn/': 'spec-mmdet train xcit_maskrcnn --data data/coco',
     'work_dirs/demo/': 'make demo',
     'data/shapes': 'make demo',
