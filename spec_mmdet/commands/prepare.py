@@ -142,8 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(args, Path(scratch.name))
 
 
-def prepare_maps(args: argparse.Namespace, task: ModuleType, found: Findings, listing: Path) -> None:
+def prepare_maps(args: argparse.Namespace, task: ModuleType, listing: Path) -> None:
     """Prepare a folder of label PNGs for a task, and write the findings to ``listing``."""
+    from ..data.findings import Findings
+
+    found = Findings()
     if args.subset or args.val or args.masks or args.tiles:
         raise InputError('--subset, --val, --masks and --tiles do not apply to label PNGs. Leave them out')
     try:
@@ -167,10 +170,10 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
     from ..data.tasks import find_preparing_task
     from ..data.tiles import write_tiles
 
-    found = Findings()
     if not args.annotations and (task := find_preparing_task(args.folder)):
-        prepare_maps(args, task, found, args.findings)
+        prepare_maps(args, task, args.findings)
         return
+    found = Findings()
     if args.annotations:
         splits = [read_annotations(args.folder, args.annotations, found, scratch)]
     else:
@@ -226,4 +229,4 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         if args.out:
             print(f'the label PNGs of {args.folder} are not written')
         else:
-            prepare_maps(args, task, Findings(), args.findings.with_stem(f'{args.findings.stem}_labels'))
+            prepare_maps(args, task, args.findings.with_stem(f'{args.findings.stem}_labels'))

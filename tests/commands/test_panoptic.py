@@ -121,11 +121,14 @@ def test_what_is_rejected(work, monkeypatch, tmp_path, capsys):
     run_tool(monkeypatch, 'prepare', work / 'data', '--out', tmp_path / 'out', *listing)
     assert 'label PNGs of' in capsys.readouterr().out
     assert not list((tmp_path / 'out' / 'annotations').glob('panoptic*'))
-    data = tmp_path / 'data'
-    shutil.copytree(work / 'data', data)
-    (data / 'annotations' / 'panoptic_val' / '000002.png').unlink()
-    for _ in range(2):  # with instances, then without
-        message = error_line(monkeypatch, 'prepare', data, *listing)
+    data, alone = tmp_path / 'data', tmp_path / 'alone'
+    for folder in (data, alone):
+        shutil.copytree(work / 'data', folder)
+    for split in ('train', 'val'):
+        (alone / 'annotations' / f'instances_{split}.json').unlink()
+    run_tool(monkeypatch, 'prepare', alone, *listing)
+    assert 'train xcit_panopticfpn' in capsys.readouterr().out
+    for folder in (data, alone):
+        (folder / 'annotations' / 'panoptic_val' / '000002.png').unlink()
+        message = error_line(monkeypatch, 'prepare', folder, *listing)
         assert 'panoptic labels' in message and '000002.png' in message
-        for path in (data / 'annotations').glob('instances*'):
-            path.unlink()
